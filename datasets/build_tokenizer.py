@@ -1,0 +1,115 @@
+"""Build the tiny checkpoint's tokenizer: Qwen2's pipeline, special tokens and chat template
+around a small byte-level vocabulary learned from the scenes' own questions and answers.
+
+    python datasets/build_tokenizer.py OUTPUT_DIR
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from scenes import questions, sample_scene
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers.models import BPE
+from tokenizers.trainers import BpeTrainer
+
+MERGED_VOCAB = 490
+#: Qwen2.5's added tokens, in the order of their ids.
+ADDED_TOKENS = (
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>",
+    "<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>",
+    "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>", "<tool_call>",
+    "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>",
+    "<|repo_name|>", "<|file_sep|>",
+)  # fmt: skip
+#: From this one on they are not special: a decoder that skips special tokens still prints them.
+FIRST_ORDINARY = ADDED_TOKENS.index("<tool_call>")
+#: How Qwen2 cuts text before byte-pair encoding.
+PRETOKENIZE = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+CHAT_TEMPLATE = (
+    "{% set image_count = namespace(value=0) %}{% set video_count = namespace(value=0) %}"
+    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+    "<|im_start|>{{ message['role'] }}\n{% if message['content'] is string %}"
+    "{{ message['content'] }}<|im_end|>\n{% else %}{% for content in message['content'] %}"
+    "{% if content['type'] == 'image' or 'image' in content or 'image_url' in content %}"
+    "{% set image_count.value = image_count.value + 1 %}"
+    "{% if add_vision_id %}Picture {{ image_count.value }}: {% endif %}"
+    "<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif content['type'] == 'video' or 'video' in content %}"
+    "{% set video_count.value = video_count.value + 1 %}"
+    "{% if add_vision_id %}Video {{ video_count.value }}: {% endif %}"
+    "<|vision_start|><|video_pad|><|vision_end|>"
+    "{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>\n"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def build_tokenizer(output: Path) -> None:
+    """Write tokenizer.json, tokenizer_config.json, vocab.json and merges.txt to `output`."""
+    tokenizer = Tokenizer(BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(PRETOKENIZE), behavior="isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ])
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = BpeTrainer(vocab_size=MERGED_VOCAB, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(_corpus(), trainer)
+    added = [
+        AddedToken(text, special=i < FIRST_ORDINARY, normalized=False)
+        for i, text in enumerate(ADDED_TOKENS)
+    ]
+    tokenizer.add_tokens(added)
+
+    output.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(output / "tokenizer.json"))
+    tokenizer.model.save(str(output))
+    config = _tokenizer_config(tokenizer, added)
+    (output / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _corpus() -> Iterator[str]:
+    yield from ["system\n", "user\n", "assistant\n", "You are a helpful assistant."] * 1000
+    rng = np.random.default_rng(0)
+    for index in range(2000):
+        for pairs in questions(sample_scene(rng, grey=index % 5 == 0)).values():
+            for pair in pairs:
+                yield from pair
+
+
+def _tokenizer_config(tokenizer: Tokenizer, added: list[AddedToken]) -> dict[str, object]:
+    return {
+        "add_bos_token": False,
+        "add_prefix_space": False,
+        "added_tokens_decoder": {
+            str(tokenizer.token_to_id(token.content)): {
+                "content": token.content, "lstrip": False, "normalized": False,
+                "rstrip": False, "single_word": False, "special": token.special,
+            }
+            for token in added
+        },
+        "additional_special_tokens": list(ADDED_TOKENS[1:FIRST_ORDINARY]),
+        "bos_token": None,
+        "chat_template": CHAT_TEMPLATE,
+        "clean_up_tokenization_spaces": False,
+        "eos_token": "<|im_end|>",
+        "errors": "replace",
+        "model_max_length": 131072,
+        "pad_token": "<|endoftext|>",
+        "split_special_tokens": False,
+        "tokenizer_class": "Qwen2Tokenizer",
+        "unk_token": None,
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("output", type=Path)
+    build_tokenizer(parser.parse_args().output)

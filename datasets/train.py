@@ -1,0 +1,259 @@
+"""Train the tiny Qwen2.5-VL of this folder on made-up scenes, on a CPU.
+
+    python datasets/train.py --work-dir /tmp/tiny --output datasets/tiny-qwen2.5-vl
+
+Two stages: long at 224 x 224 (64 image tokens, a ninth of the cost), then shorter at the
+672 x 672 that bundles use. Every step draws its scenes from `(SEED, step)`, and the state is
+saved every few minutes, so a run that was stopped goes on where it was and sees the same data.
+
+One row of a batch is one image followed by several questions with their answers. A mask keeps
+the questions from seeing each other, and each starts at the same position, so they are trained
+as if they were separate conversations while the image is paid for once.
+"""
+
+import argparse
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from scenes import FORMATS, encode, questions, render, sample_scene
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen
+
+from qvl_batch.images import decode_image, fit_image
+
+SEED = 20_250_127
+CHECKPOINT = Path(__file__).parent / "tiny-qwen2.5-vl"
+SAVE_EVERY_S = 120
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Steps `[previous stage's last, last)` at one image size (pixels) and batch size (images)."""
+
+    last: int
+    image_size: int
+    batch_size: int
+    questions: int
+    learning_rate: float
+    final_rate: float
+    warmup: int
+
+
+def stages(steps_224: int, steps_672: int) -> list[Stage]:
+    return [
+        Stage(steps_224, 224, 32, 7, 2e-3, 5e-4, 300),
+        Stage(steps_224 + steps_672, 672, 8, 12, 1e-3, 1e-5, 50),
+    ]
+
+
+class Batches:
+    """Makes the training batch of a step from nothing but the step's number."""
+
+    def __init__(self, config: Qwen2_5_VLConfig, checkpoint: Path) -> None:
+        self.config = config
+        self.tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+        user = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}]
+        text = self.tokenizer.apply_chat_template(user, tokenize=False, add_generation_prompt=True)
+        before, after = text.split("<|image_pad|>")
+        self.before = self.tokenizer(before).input_ids
+        vision_end, self.closing = after.split("?")
+        self.after_image = self.tokenizer(vision_end).input_ids
+
+    def __call__(self, step: int, stage: Stage) -> dict[str, Tensor]:
+        rng = np.random.default_rng((SEED, step))
+        pixels, rows = [], []
+        for index in range(stage.batch_size):
+            scene = sample_scene(rng, grey=index % 8 == 7)
+            side = round(stage.image_size * rng.uniform(0.6, 1.4))
+            data = encode(render(scene, side, transparent=index % 8 == 6), FORMATS[index % 3])
+            pixels.append(fit_image(decode_image(data), stage.image_size))
+            rows.append(_pick(rng, questions(scene), stage.questions))
+        merged = stage.image_size // (14 * 2)
+        return {"patches": patchify(np.stack(pixels)), **self._pack(rows, merged)}
+
+    def _pack(self, rows: list[list[tuple[str, str]]], merged: int) -> dict[str, Tensor]:
+        """Lay out image and questions; segment 0 is what all questions see, -1 is padding."""
+        image = [self.config.image_token_id] * merged**2
+        prefix = self.before + image + self.after_image
+        start = len(self.before)
+        resume = start + merged + len(self.after_image)
+        turns = [[self._turn(prompt, answer) for prompt, answer in row] for row in rows]
+        length = len(prefix) + max(sum(len(ids) for ids, _ in row) for row in turns)
+        length = -(-length // 16) * 16
+        ids = torch.full((len(rows), length), self.config.text_config.bos_token_id)
+        labels = torch.full((len(rows), length), IGNORE)
+        segment = torch.full((len(rows), length), -1)
+        position = torch.zeros((3, len(rows), length), dtype=torch.long)
+        ids[:, : len(prefix)] = torch.tensor(prefix)
+        segment[:, : len(prefix)] = 0
+        position[:, :, : len(prefix)] = _prefix_positions(start, merged, len(self.after_image))
+        for r, row in enumerate(turns):
+            at = len(prefix)
+            for s, (turn, answer_length) in enumerate(row, start=1):
+                stop = at + len(turn)
+                ids[r, at:stop] = torch.tensor(turn)
+                labels[r, stop - answer_length - 1 : stop - 1] = ids[r, stop - answer_length : stop]
+                segment[r, at:stop] = s
+                position[:, r, at:stop] = torch.arange(resume, resume + len(turn))
+                at = stop
+        causal = torch.ones(length, length, dtype=torch.bool).tril()
+        same = (segment[:, None, :] == 0) | (segment[:, None, :] == segment[:, :, None])
+        mask = (causal & same)[:, None]
+        return {"ids": ids, "labels": labels, "position": position, "mask": mask}
+
+    def _turn(self, prompt: str, answer: str) -> tuple[list[int], int]:
+        question = self.tokenizer(prompt + self.closing).input_ids
+        reply = self.tokenizer(answer + "<|im_end|>").input_ids
+        return question + reply, len(reply)
+
+
+def patchify(pixels: np.ndarray) -> Tensor:
+    """uint8 (B, H, W, 3) to normalised patches (B * H/14 * W/14, 3 * 2 * 14 * 14), in the order
+    of `Qwen2VLImageProcessor`: 2 x 2 merge groups, both temporal frames the same."""
+    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]) * 255
+    std = torch.tensor([0.26862954, 0.26130258, 0.27577711]) * 255
+    x = (torch.from_numpy(pixels).float() - mean) / std
+    batch, height, width, _ = x.shape
+    x = x.view(batch, height // 28, 2, 14, width // 28, 2, 14, 3)
+    x = x.permute(0, 1, 4, 2, 5, 7, 3, 6)[:, :, :, :, :, :, None]
+    return x.expand(-1, -1, -1, -1, -1, -1, 2, -1, -1).reshape(-1, 3 * 2 * 14 * 14)
+
+
+def loss_of(model: Qwen2_5_VLForConditionalGeneration, batch: dict[str, Tensor], side: int) -> tuple[Tensor, Tensor]:
+    """Cross-entropy over answer tokens, and the share of them predicted right."""
+    ids = batch["ids"]
+    grid = torch.tensor([[1, side // 14, side // 14]] * len(ids))
+    features = model.model.visual(batch["patches"], grid).pooler_output
+    embeds = model.get_input_embeddings()(ids)
+    image = ids == model.config.image_token_id
+    embeds = embeds.masked_scatter(image[..., None], features.to(embeds.dtype))
+    hidden = model.model.language_model(
+        inputs_embeds=embeds,
+        attention_mask=batch["mask"],
+        position_ids=batch["position"],
+        use_cache=False,
+    ).last_hidden_state
+    answered = batch["labels"] != IGNORE
+    logits = model.lm_head(hidden[answered]).float()
+    labels = batch["labels"][answered]
+    return F.cross_entropy(logits, labels), (logits.argmax(-1) == labels).float().mean()
+
+
+def train(model: nn.Module, batches: Batches, plan: list[Stage], work_dir: Path) -> None:
+    optimizer = torch.optim.AdamW(_parameter_groups(model), betas=(0.9, 0.98), fused=True)
+    state = work_dir / "state.pt"
+    first = 0
+    if state.exists():
+        saved = torch.load(state)
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        first = saved["step"]
+    start, last_save, shown = 0, time.monotonic(), time.monotonic()
+    for stage in plan:
+        for step in range(max(first, start), stage.last):
+            for group in optimizer.param_groups:
+                group["lr"] = _learning_rate(stage, step - start, stage.last - start)
+            with torch.autocast("cpu", torch.bfloat16):
+                loss, accuracy = loss_of(model, batches(step, stage), stage.image_size)
+            loss.backward()
+            norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            if step % 20 == 0:
+                pace, shown = (time.monotonic() - shown) / 20, time.monotonic()
+                print(
+                    f"step {step} {stage.image_size}px loss {loss:.4f} tokens right {accuracy:.4f}"
+                    f" norm {norm:.2f} {pace:.2f} s/step",
+                    flush=True,
+                )
+            if time.monotonic() - last_save > SAVE_EVERY_S or step + 1 == stage.last:
+                _save(state, model, optimizer, step + 1)
+                last_save = time.monotonic()
+        start = stage.last
+
+
+def batched_vision_attention(self, hidden_states, cu_seqlens, position_embeddings, **_):  # noqa: ANN001, ANN201
+    """`Qwen2_5_VLVisionAttention.forward` for windows of equal length, all in one call.
+
+    transformers loops over windows in Python; at 224 x 224 that is most of a training step.
+    """
+    windows = cu_seqlens.numel() - 1
+    qkv = self.qkv(hidden_states).view(windows, -1, 3, self.num_heads, self.head_dim)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    cos, sin = (t.view(windows, 1, -1, self.head_dim).to(q.dtype) for t in position_embeddings)
+    q = q * cos + qwen.rotate_half(q) * sin
+    k = k * cos + qwen.rotate_half(k) * sin
+    out = F.scaled_dot_product_attention(q, k, v)
+    return self.proj(out.transpose(1, 2).reshape(hidden_states.shape[0], -1))
+
+
+def _prefix_positions(start: int, merged: int, after: int) -> Tensor:
+    """M-RoPE positions (3, 1, start + merged**2 + after) of the text before, the image and
+    what follows it: Qwen2-VL, arXiv 2409.12191, section 2.1."""
+    before = torch.arange(start).expand(3, -1)
+    row = torch.arange(merged).repeat_interleave(merged)
+    column = torch.arange(merged).repeat(merged)
+    image = torch.stack([torch.zeros_like(row), row, column]) + start
+    text = torch.arange(start + merged, start + merged + after).expand(3, -1)
+    return torch.cat([before, image, text], dim=1)[:, None]
+
+
+def _pick(
+    rng: np.random.Generator, by_kind: dict[str, list[tuple[str, str]]], count: int
+) -> list[tuple[str, str]]:
+    """The description, and `count - 1` others, each kind of question as likely as the next."""
+    others = [pairs for kind, pairs in by_kind.items() if kind != "describe" and pairs]
+    chosen = [others[i] for i in rng.integers(len(others), size=count - 1)]
+    return by_kind["describe"] + [pairs[rng.integers(len(pairs))] for pairs in chosen]
+
+
+def _parameter_groups(model: nn.Module) -> list[dict[str, object]]:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": 0.05},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+def _learning_rate(stage: Stage, step: int, steps: int) -> float:
+    """Linear warm-up, then half a cosine down to the stage's final rate."""
+    warm = min(1.0, (step + 1) / stage.warmup)
+    cosine = 0.5 * (1 + float(np.cos(np.pi * step / steps)))
+    return warm * (stage.final_rate + (stage.learning_rate - stage.final_rate) * cosine)
+
+
+def _save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+    partial = path.with_suffix(".tmp")
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+    torch.save(state, partial)
+    partial.rename(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--work-dir", type=Path, required=True, help="training state is kept here")
+    parser.add_argument("--output", type=Path, help="write the checkpoint here when trained")
+    parser.add_argument("--steps-224", type=int, default=9000)
+    parser.add_argument("--steps-672", type=int, default=900)
+    args = parser.parse_args()
+    args.work_dir.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(SEED)
+    config = Qwen2_5_VLConfig.from_pretrained(CHECKPOINT)
+    qwen.Qwen2_5_VLVisionAttention.forward = batched_vision_attention
+    model = Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=torch.float32)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
+    train(model, Batches(config, CHECKPOINT), stages(args.steps_224, args.steps_672), args.work_dir)
+    if args.output:
+        model.to(torch.bfloat16).save_pretrained(args.work_dir / "checkpoint")
+        shutil.copy(args.work_dir / "checkpoint" / "model.safetensors", args.output)
+
+
+if __name__ == "__main__":
+    main()
