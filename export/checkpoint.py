@@ -1,0 +1,123 @@
+"""Reading a checkpoint, and refusing what the exported graphs could not be exact for.
+
+What enters: a directory in the layout that Hugging Face gives Qwen2.5-VL. What leaves: its model
+in fp32, tokenizer, image processor and generation settings.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, GenerationConfig, Qwen2_5_VLConfig
+from transformers import Qwen2_5_VLForConditionalGeneration as Model
+from transformers.utils import logging as transformers_logging
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from qvl_batch.bundle import Generation, Source, combined_sha256, file_sha256
+from qvl_batch.errors import ExportError
+
+MODEL_TYPE = "qwen2_5_vl"
+#: Copied into the bundle; those that a checkpoint lacks are left out.
+CARRIED = (
+    "config.json", "generation_config.json", "preprocessor_config.json", "tokenizer.json",
+    "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
+    "added_tokens.json", "chat_template.json", "chat_template.jinja",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint in memory; `model` is in fp32 and in evaluation mode."""
+
+    path: Path
+    model: Any
+    tokenizer: Any
+    image_processor: Any
+    generation: Generation
+
+    @property
+    def source(self) -> Source:
+        """The directory's name, and a hash over weights and settings."""
+        files = sorted([*self.path.glob("*.safetensors"), *self.carried])
+        return Source(self.path.name, combined_sha256((f.name, file_sha256(f)) for f in files))
+
+    @property
+    def carried(self) -> list[Path]:
+        """Files that a worker needs as they are."""
+        return [self.path / name for name in CARRIED if (self.path / name).is_file()]
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Load a checkpoint for export.
+
+    Raises:
+        ExportError: not a checkpoint of Qwen2.5-VL, incomplete, or of a variant that the graphs
+            do not cover.
+    """
+    path = path.resolve()
+    transformers_logging.disable_progress_bar()
+    config = _read_config(path)
+    if not any(path.glob("*.safetensors")):
+        raise ExportError(f"{path} has no *.safetensors: download the whole checkpoint")
+    tokenizer = _load(path, "tokenizer", AutoTokenizer.from_pretrained)
+    if not tokenizer.chat_template:
+        raise ExportError(f"{path} has no chat template: take an instruction-tuned checkpoint")
+    processor = _load(path, "image processor", Qwen2VLImageProcessorPil.from_pretrained)
+    vision = config.vision_config
+    if (processor.patch_size, processor.merge_size) != (vision.patch_size, vision.spatial_merge_size):
+        raise ExportError(f"{path}: preprocessor_config.json and config.json differ in patch or merge size")
+    model, loading = Model.from_pretrained(
+        path, config=config, dtype=torch.float32, output_loading_info=True, local_files_only=True
+    )
+    missing = sorted(loading["missing_keys"])
+    if missing:
+        raise ExportError(f"{path} lacks {len(missing)} weights, the first of them {missing[0]}")
+    return Checkpoint(path, model.eval(), tokenizer, processor, _generation(model, tokenizer))
+
+
+def _read_config(path: Path) -> Any:
+    if not path.is_dir():
+        raise ExportError(f"{path} is no directory: give the folder of a Qwen2.5-VL checkpoint")
+    try:
+        model_type = json.loads((path / "config.json").read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ExportError(f"{path} is no checkpoint: config.json: {error}") from error
+    if model_type != MODEL_TYPE:
+        raise ExportError(f"{path} is a {model_type} checkpoint; only {MODEL_TYPE} is supported")
+    config = _load(path, "config", Qwen2_5_VLConfig.from_pretrained)
+    text, vision = config.text_config, config.vision_config
+    unsupported = {
+        "text hidden_act": (text.hidden_act, "silu"),
+        "vision hidden_act": (vision.hidden_act, "silu"),
+        "temporal_patch_size": (vision.temporal_patch_size, 2),
+        "rope_type": (text.rope_parameters["rope_type"], "default"),
+        "sliding window layers": (sum(kind != "full_attention" for kind in text.layer_types), 0),
+    }
+    for name, (found, supported) in unsupported.items():
+        if found != supported:
+            raise ExportError(f"{path}: {name} is {found}; only {supported} is supported")
+    return config
+
+
+def _load(path: Path, what: str, load: Any) -> Any:
+    try:
+        return load(path, local_files_only=True)
+    except Exception as error:  # transformers raises whatever its parsing met
+        first_line = str(error).strip().split("\n")[0]
+        raise ExportError(f"{path}: the {what} cannot be loaded: {first_line}") from error
+
+
+def _generation(model: Any, tokenizer: Any) -> Generation:
+    settings: GenerationConfig = model.generation_config
+    eos = settings.eos_token_id
+    if eos is None:
+        eos = tokenizer.eos_token_id
+    eos_ids = tuple(eos) if isinstance(eos, list | tuple) else (eos,)
+    pad = settings.pad_token_id if settings.pad_token_id is not None else tokenizer.pad_token_id
+    return Generation(
+        eos_token_ids=tuple(int(token) for token in eos_ids),
+        pad_token_id=int(pad if pad is not None else eos_ids[0]),
+        repetition_penalty=float(settings.repetition_penalty or 1.0),
+    )

@@ -1,0 +1,178 @@
+"""From a model in memory to three ONNX files and two weight files.
+
+What enters: the model and the layout contract. What leaves, in one directory: `vision.onnx`,
+`decoder.onnx` and `decoder_full.onnx`, of which the last two read one weight file.
+"""
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from export.decoder import CachedDecoder, DecoderWeights, FullDecoder
+from export.vision import VisionTower
+from qvl_batch.bundle import DECODER, DECODER_FULL, VISION, GraphSpec, Layout, TensorSpec
+from qvl_batch.errors import ExportError
+
+OPSET = 21
+#: Initializers smaller than this stay in the graph, where shape inference can read them.
+EXTERNAL_BYTES = 1024
+#: Sizes of the example that the decoders are traced with: no two equal, none 0 or 1, which a
+#: trace would take for constants.
+TRACE_ROWS, TRACE_TOKENS, TRACE_CACHE = 3, 7, 11
+
+
+def export_vision(model: Any, layout: Layout, mean: list[float], std: list[float], out: Path) -> None:
+    """Write `vision.onnx` and its weights."""
+    tower = VisionTower(model.model.visual, layout.image_size, mean, std)
+    pixels = torch.zeros((2, layout.image_size, layout.image_size, 3), dtype=torch.uint8)
+    graph = _trace(tower, (pixels,), ["pixels"], ["image_features"], ({0: "B"},))
+    _write({VISION: graph}, out)
+
+
+def export_decoders(model: Any, layout: Layout, out: Path) -> None:
+    """Write `decoder.onnx` and `decoder_full.onnx`, and the weights of both once."""
+    weights = DecoderWeights(model)
+    graphs = {
+        DECODER: _trace_cached(CachedDecoder(weights, model), model),
+        DECODER_FULL: _trace_full(FullDecoder(weights, model, layout.side), model),
+    }
+    _write(graphs, out)
+
+
+def graph_spec(path: Path) -> GraphSpec:
+    """Names, element types and shapes of a graph's inputs and outputs.
+
+    Raises:
+        ExportError: `onnx.checker` refuses the graph.
+    """
+    try:
+        onnx.checker.check_model(str(path))
+    except onnx.checker.ValidationError as error:
+        raise ExportError(f"{path.name} is not valid ONNX: {error}") from error
+    graph = ir.load(path).graph
+    return GraphSpec(
+        inputs={value.name: _tensor_spec(value) for value in graph.inputs},
+        outputs={value.name: _tensor_spec(value) for value in graph.outputs},
+    )
+
+
+def _trace_cached(decoder: CachedDecoder, model: Any) -> ir.Model:
+    layers = len(decoder.weights.layers)
+    rows, tokens = TRACE_ROWS, TRACE_TOKENS
+    past = [torch.zeros(rows, decoder.kv_heads, TRACE_CACHE, decoder.head_dim) for _ in range(2 * layers)]
+    example = (
+        torch.zeros((rows, tokens), dtype=torch.int64),
+        torch.zeros((3, rows, tokens), dtype=torch.int64),
+        torch.zeros((rows, tokens, model.config.text_config.hidden_size)),
+        torch.full((rows,), tokens - 1, dtype=torch.int32),
+        torch.tensor(tokens, dtype=torch.int32),
+        past,
+    )
+    cache_names = [f"{kind}.{i}" for i in range(layers) for kind in ("key", "value")]
+    return _trace(
+        decoder,
+        example,
+        ["input_ids", "position_ids", "image_embeds", "seqlens_k", "total_sequence_length"]
+        + [f"past_{name}" for name in cache_names],
+        ["next_token", "logits"] + [f"present_{name}" for name in cache_names],
+        (
+            {0: "B", 1: "S"},
+            {1: "B", 2: "S"},
+            {0: "B", 1: "S"},
+            {0: "B"},
+            {},
+            [{0: "B", 2: "L_max"}] * len(past),
+        ),
+    )
+
+
+def _trace_full(decoder: FullDecoder, model: Any) -> ir.Model:
+    shape = (TRACE_ROWS, TRACE_TOKENS)
+    ids = torch.zeros(shape, dtype=torch.int64)
+    embeds = torch.zeros((*shape, model.config.text_config.hidden_size))
+    names = ["input_ids", "attention_mask", "image_embeds"]
+    return _trace(decoder, (ids, torch.ones_like(ids), embeds), names, ["logits"], ({0: "B", 1: "S"},) * 3)
+
+
+def _trace(
+    module: nn.Module,
+    example: tuple[Tensor | list[Tensor], ...],
+    inputs: list[str],
+    outputs: list[str],
+    dynamic: tuple[Any, ...],
+) -> ir.Model:
+    with _quiet():
+        program = torch.onnx.export(
+            module.eval(),
+            example,
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=inputs,
+            output_names=outputs,
+            dynamic_shapes=dynamic,
+            verbose=False,
+        )
+    assert program is not None
+    model: ir.Model = program.model
+    # The trace leaves every node with the Python stack it came from: paths of this machine.
+    for node in model.graph.all_nodes():
+        node.metadata_props.clear()
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in [*model.graph.inputs, *model.graph.initializers.values()]:
+        value.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    model.metadata_props.clear()
+    return model
+
+
+def _write(graphs: dict[str, ir.Model], out: Path) -> None:
+    """Write graphs that share their large initializers, and those into one file beside them."""
+    tensors: dict[str, ir.TensorProtocol] = {}
+    for name, graph in graphs.items():
+        for value in graph.graph.initializers.values():
+            if value.const_value is None or value.const_value.nbytes < EXTERNAL_BYTES:
+                continue
+            known = tensors.setdefault(str(value.name), value.const_value)
+            if known is not value.const_value and not _same(known, value.const_value):
+                raise ExportError(f"{name}: initializer {value.name} is not the other graph's")
+    location = f"{next(iter(graphs))}.data"
+    external = ir.external_data.convert_tensors_to_external(list(tensors.values()), out, location)
+    by_name = dict(zip(tensors, external, strict=True))
+    for name, graph in graphs.items():
+        for value in graph.graph.initializers.values():
+            if value.name in by_name:
+                value.const_value = by_name[value.name]
+        ir.save(graph, out / name)
+
+
+def _same(a: ir.TensorProtocol, b: ir.TensorProtocol) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and bool((a.numpy() == b.numpy()).all())
+
+
+def _tensor_spec(value: ir.Value) -> TensorSpec:
+    assert value.dtype is not None
+    assert value.shape is not None
+    return TensorSpec(value.dtype.name.lower(), tuple(d if isinstance(d, int) else str(d) for d in value.shape))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence what the exporter says of its own internals; its errors still come through."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,88 @@
+"""The fused operators of ONNX Runtime that the exported graphs use, as functions for a trace.
+
+Each emits one node (`torch.onnx.ops.symbolic*` gives the trace its output's shape and dtype);
+none computes anything in PyTorch. The plain contract graph uses none of them.
+
+Definitions: onnxruntime/docs/ContribOperators.md.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+DOMAIN = "com.microsoft"
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Root-mean-square norm over the last dimension, in plain operators that ONNX Runtime fuses."""
+    scale = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps)
+    return weight * (x.float() * scale).to(x.dtype)
+
+
+def skip_rms_norm(update: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`total = update + residual`; returns `(rms_norm(total), total)`, both shaped as `residual`."""
+    statistics = [*residual.shape[:-1], 1]
+    outputs = torch.onnx.ops.symbolic_multi_out(
+        f"{DOMAIN}::SkipSimplifiedLayerNormalization",
+        [update, residual, weight],
+        attrs={"epsilon": eps},
+        dtypes=[residual.dtype, torch.float32, torch.float32, residual.dtype],
+        shapes=[residual.shape, statistics, statistics, residual.shape],
+        version=1,
+    )
+    return outputs[0], outputs[3]
+
+
+def rotary_embedding(x: Tensor, rows: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
+    """Rotate all heads of `x` (B, S, heads * head_dim) by tables (N, head_dim / 2).
+
+    `rows` int64 (B, S) says which row of the tables each token takes; of shape (1,), the row
+    of the first token, the others following it.
+    """
+    attrs = {"num_heads": heads, "rotary_embedding_dim": 0, "interleaved": 0}
+    return _symbolic("RotaryEmbedding", [x, rows, cos, sin], attrs, x)
+
+
+def multi_head_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    """Unmasked attention; all of (B, S, heads * head_dim)."""
+    return _symbolic("MultiHeadAttention", [q, k, v], {"num_heads": heads}, q)
+
+
+def group_query_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cache: tuple[Tensor, Tensor],
+    seqlens_k: Tensor,
+    total_sequence_length: Tensor,
+    heads: tuple[int, int],
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Causal attention over the cache and the new tokens, which it appends to the cache.
+
+    Args:
+        query: (B, S, heads * head_dim), already rotated; `key` and `value` (B, S, kv_heads * head_dim).
+        cache: past keys and values, each (B, kv_heads, L_max, head_dim).
+        seqlens_k: int32 (B,), tokens of the row that are valid after this call, less one.
+        total_sequence_length: int32 scalar, the largest of those lengths (not less one).
+        heads: number of query heads and of key-value heads.
+
+    Returns:
+        (B, S, heads * head_dim), and the cache as it stands now.
+    """
+    past_key, past_value = cache
+    outputs = torch.onnx.ops.symbolic_multi_out(
+        f"{DOMAIN}::GroupQueryAttention",
+        [query, key, value, past_key, past_value, seqlens_k, total_sequence_length],
+        attrs={"num_heads": heads[0], "kv_num_heads": heads[1]},
+        dtypes=[query.dtype, past_key.dtype, past_value.dtype],
+        shapes=[query.shape, past_key.shape, past_value.shape],
+        version=1,
+    )
+    return outputs[0], (outputs[1], outputs[2])
+
+
+def _symbolic(operator: str, inputs: Sequence[Tensor], attrs: dict[str, int], like: Tensor) -> Tensor:
+    return torch.onnx.ops.symbolic(
+        f"{DOMAIN}::{operator}", inputs, attrs, dtype=like.dtype, shape=like.shape, version=1
+    )

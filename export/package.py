@@ -1,0 +1,207 @@
+"""Export as a whole: checkpoint in, bundle out, or nothing.
+
+The bundle is written beside its place under another name and moved there when everything,
+the parity gate included, has passed.
+"""
+
+import importlib.metadata
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from export.checkpoint import Checkpoint, load_checkpoint
+from export.graphs import export_decoders, export_vision, graph_spec
+from export.parity import check_parity
+from qvl_batch.bundle import (
+    DECODER,
+    DECODER_FULL,
+    FORMAT_VERSION,
+    VISION,
+    DecoderShape,
+    Dtype,
+    File,
+    Layout,
+    Manifest,
+    chat_turn,
+    file_sha256,
+)
+from qvl_batch.errors import BundleError, ExportError
+
+#: A contract that leaves fewer tokens than this for prompt and answer is of no use.
+LEAST_ROOM = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportConfig:
+    """Export a Qwen2.5-VL checkpoint to a bundle of ONNX graphs that qvl-batch runs."""
+
+    checkpoint: Annotated[Path, tyro.conf.Positional]
+    """Folder of the checkpoint, as downloaded."""
+    output: Path
+    """Folder of the bundle to write. It must not exist yet."""
+    dtype: Dtype = "fp32"
+    """Element type of weights and computation."""
+    max_seq_len: int = 1024
+    """Longest row in tokens: system text, image, prompt and answer together."""
+    image_size: int = 672
+    """Pixels a side of the square that every image is fitted to; a multiple of 28."""
+    system_prompt: str | None = None
+    """Text of a system turn. Without it, the chat template's own default applies."""
+    overwrite: bool = False
+    """Replace a bundle that is already at the output."""
+    skip_parity: bool = False
+    """Leave out the comparison with PyTorch; the manifest records that it was left out."""
+
+
+def export_bundle(config: ExportConfig, say: Callable[[str], None] = lambda _: None) -> Manifest:
+    """Export `config.checkpoint` to `config.output`.
+
+    Args:
+        config: what to export, and where to.
+        say: receives a line for each step done.
+
+    Raises:
+        ExportError: the checkpoint or an option cannot be exported, or the parity gate failed.
+    """
+    output = config.output.resolve()
+    if output.exists() and not config.overwrite:
+        raise ExportError(f"{output} exists: give another --output, or --overwrite to replace it")
+    checkpoint = load_checkpoint(config.checkpoint)
+    layout = plan_layout(checkpoint, config)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with _staging(output) as staging:
+        manifest = _fill(staging, checkpoint, layout, config, say)
+        if output.exists():
+            shutil.rmtree(output)
+        staging.rename(output)
+    return manifest
+
+
+def plan_layout(checkpoint: Checkpoint, config: ExportConfig) -> Layout:
+    """The layout contract of a checkpoint.
+
+    Raises:
+        ExportError: the image size does not fit the patches or the processor, or the contract
+            leaves no room for prompt and answer.
+    """
+    model, vision = checkpoint.model.config, checkpoint.model.config.vision_config
+    unit = vision.patch_size * vision.spatial_merge_size
+    size, processor = config.image_size, checkpoint.image_processor.size
+    if size <= 0 or size % unit:
+        raise ExportError(f"--image-size {size} is not a multiple of {unit}")
+    if not processor["shortest_edge"] <= size**2 <= processor["longest_edge"]:
+        raise ExportError(
+            f"--image-size {size}: the checkpoint's image processor would resize it, as it takes "
+            f"{processor['shortest_edge']} to {processor['longest_edge']} pixels"
+        )
+    try:
+        head, bridge, tail = chat_turn(checkpoint.tokenizer, model.image_token_id, config.system_prompt)
+    except BundleError as error:
+        raise ExportError(f"{checkpoint.path}: {error}") from error
+    layout = Layout(
+        image_size=size,
+        image_tokens=(size // unit) ** 2,
+        image_start=len(head),
+        max_seq_len=config.max_seq_len,
+        image_token_id=model.image_token_id,
+        head_ids=head,
+        bridge_ids=bridge,
+        tail_ids=tail,
+    )
+    if layout.room < LEAST_ROOM:
+        raise ExportError(
+            f"--max-seq-len {config.max_seq_len} leaves {layout.room} tokens for prompt and answer beside "
+            f"{layout.image_tokens} of image and {len(head)} of system text; at least {LEAST_ROOM} are needed"
+        )
+    if config.max_seq_len > model.text_config.max_position_embeddings:
+        raise ExportError(
+            f"--max-seq-len {config.max_seq_len} is more than the {model.text_config.max_position_embeddings} "
+            "positions the checkpoint was made for"
+        )
+    return layout
+
+
+def _fill(
+    staging: Path, checkpoint: Checkpoint, layout: Layout, config: ExportConfig, say: Callable[[str], None]
+) -> Manifest:
+    """Write everything into `staging`, the manifest last."""
+    started = time.perf_counter()
+
+    def done(what: str) -> None:
+        nonlocal started
+        say(f"{what:<40} {time.perf_counter() - started:6.1f} s")
+        started = time.perf_counter()
+
+    processor = checkpoint.image_processor
+    export_vision(checkpoint.model, layout, processor.image_mean, processor.image_std, staging)
+    done(VISION)
+    export_decoders(checkpoint.model, layout, staging)
+    done(f"{DECODER}, {DECODER_FULL}")
+    graphs = {name: graph_spec(staging / name) for name in (VISION, DECODER, DECODER_FULL)}
+    parity = None
+    if not config.skip_parity:
+        parity = check_parity(checkpoint, layout, staging)
+        done(
+            f"parity: features {parity.features:.1e}, logits {parity.logits:.1e}, "
+            f"tokens {parity.tokens_equal}/{parity.tokens}"
+        )
+    for path in checkpoint.carried:
+        shutil.copy(path, staging)
+    manifest = Manifest(
+        format_version=FORMAT_VERSION,
+        source=checkpoint.source,
+        dtype=config.dtype,
+        system_prompt=config.system_prompt,
+        layout=layout,
+        decoder=_decoder_shape(checkpoint.model.config.text_config),
+        generation=checkpoint.generation,
+        graphs=graphs,
+        parity=parity,
+        versions={n: importlib.metadata.version(n) for n in ("torch", "transformers", "onnx", "onnxscript")},
+        files={p.name: File(p.stat().st_size, file_sha256(p)) for p in sorted(staging.iterdir())},
+    )
+    manifest.write(staging)
+    done("manifest and hashes")
+    return manifest
+
+
+def _decoder_shape(config: Any) -> DecoderShape:
+    return DecoderShape(
+        layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        kv_heads=config.num_key_value_heads,
+        head_dim=config.hidden_size // config.num_attention_heads,
+        vocab_size=config.vocab_size,
+    )
+
+
+@contextmanager
+def _staging(output: Path) -> Iterator[Path]:
+    """A directory beside `output` that is gone afterwards, unless it was moved."""
+    staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    staging.chmod(0o755)
+    try:
+        yield staging
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def main() -> int:
+    """Run `python -m export`."""
+    config = tyro.cli(ExportConfig, prog="python -m export", config=(tyro.conf.FlagCreatePairsOff,))
+    try:
+        manifest = export_bundle(config, say=lambda line: print(line, flush=True))
+    except ExportError as error:
+        print(f"export: {error}", file=sys.stderr)
+        return 1
+    size = sum(file.size for file in manifest.files.values())
+    print(f"{config.output}: {size / 1e6:,.1f} MB, P = {manifest.layout.image_start}, S = {manifest.layout.max_seq_len}")
+    return 0

@@ -1,0 +1,148 @@
+"""The vision tower as one graph: `pixels` in, `image_features` out.
+
+What enters: uint8 `pixels` (B, H, W, 3), H = W = image size. What leaves: `image_features`
+(B, T_img, D), in raster order of merged patches. Everything between is inside the graph:
+rescaling, CLIP normalisation, patches in 2 x 2 merge groups, the window permutation, rotary
+tables, blocks, merger, and the permutation's inverse.
+
+Two things are cheaper here than in the checkpoint's own model, and exact: both temporal frames
+of a still image are the same, so the patch embedding is one product with the two frames'
+weights added; and windows of equal length are one batched attention.
+
+This module knows nothing of tokens or of files.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
+
+from export.layers import GatedMlp, Linear
+from export.operators import multi_head_attention, rms_norm, rotary_embedding, skip_rms_norm
+
+#: Epsilon of the vision tower's norms, a constant of transformers' `Qwen2_5_VLVisionBlock`.
+NORM_EPS = 1e-6
+
+
+class VisionTower(nn.Module):
+    """Exportable form of `Qwen2_5_VisionTransformerPretrainedModel` for one square image size.
+
+    Args:
+        visual: the checkpoint's vision tower.
+        image_size: pixels a side, a multiple of patch size x merge size.
+        mean, std: normalisation of the checkpoint's image processor, for values in 0 to 1.
+    """
+
+    def __init__(self, visual: Any, image_size: int, mean: list[float], std: list[float]) -> None:
+        super().__init__()
+        config = visual.config
+        self.patch, self.merge = config.patch_size, config.spatial_merge_size
+        self.merged_side = image_size // (self.patch * self.merge)
+        self.heads, self.hidden = config.num_heads, config.hidden_size
+        self.full_blocks = set(config.fullatt_block_indexes)
+        self.register_buffer("mean", torch.tensor(mean) * 255)
+        self.register_buffer("std", torch.tensor(std) * 255)
+
+        grid = torch.tensor([[1, image_size // self.patch, image_size // self.patch]])
+        order, self.windows = window_order(grid, config)
+        self.register_buffer("order", order)
+        self.register_buffer("inverse", torch.argsort(order))
+        cos, sin = visual.rotary_pos_emb(self.mean, get_vision_position_ids(grid, self.merge))
+        self.register_buffer("cos", self._ordered_half(cos))
+        self.register_buffer("sin", self._ordered_half(sin))
+
+        # (D, C, frames, h, w) -> (h * w * C, D), the frames added: pixels stay in (h, w, C) order
+        weight = visual.patch_embed.proj.weight.sum(dim=2)
+        self.patch_embed = nn.Parameter(weight.permute(2, 3, 1, 0).reshape(-1, self.hidden))
+        self.blocks = nn.ModuleList(Block(block, self.heads) for block in visual.blocks)
+        self.merger_norm = visual.merger.ln_q.weight
+        self.merger_in = Linear(visual.merger.mlp[0])
+        self.merger_out = Linear(visual.merger.mlp[2])
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """(B, H, W, 3) uint8 to (B, T_img, D)."""
+        hidden = self._patches(pixels) @ self.patch_embed
+        normed = rms_norm(hidden, self.blocks[0].norm1, NORM_EPS)
+        for index, block in enumerate(self.blocks):
+            windows = None if index in self.full_blocks else self.windows
+            update = block.attention(normed, self.cos, self.sin, windows)
+            normed, hidden = skip_rms_norm(update, hidden, block.norm2, NORM_EPS)
+            update = block.mlp(normed)
+            following = self.blocks[index + 1].norm1 if index + 1 < len(self.blocks) else self.merger_norm
+            normed, hidden = skip_rms_norm(update, hidden, following, NORM_EPS)
+        groups = normed.reshape(-1, self.merged_side**2, self.merge**2 * self.hidden)
+        return self.merger_out(F.gelu(self.merger_in(groups))).index_select(1, self.inverse)
+
+    def _patches(self, pixels: Tensor) -> Tensor:
+        """(B, H, W, 3) uint8 to normalised (B, N, patch * patch * 3), in window order."""
+        side, merge, patch = self.merged_side, self.merge, self.patch
+        x = pixels.reshape(-1, side, merge, patch, side, merge, patch, 3)
+        x = x.permute(0, 1, 4, 2, 5, 3, 6, 7).reshape(-1, side**2, merge**2 * patch**2 * 3)
+        x = x.index_select(1, self.order).reshape(-1, side**2 * merge**2, patch**2, 3)
+        x = (x.float() - self.mean) / self.std
+        return x.reshape(-1, side**2 * merge**2, patch**2 * 3)
+
+    def _ordered_half(self, table: Tensor) -> Tensor:
+        """One half (the other is its copy) of a rotary table, in window order: (N, head_dim / 2)."""
+        groups = table.reshape(self.merged_side**2, self.merge**2, -1)[self.order]
+        return groups.reshape(-1, table.shape[-1])[:, : table.shape[-1] // 2].contiguous()
+
+
+class Block(nn.Module):
+    """One vision block: attention within windows or over the whole image, then a gated MLP."""
+
+    def __init__(self, block: Any, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = block.norm1.weight, block.norm2.weight
+        self.qkv, self.proj = Linear(block.attn.qkv), Linear(block.attn.proj)
+        self.mlp = GatedMlp(block.mlp)
+
+    def attention(
+        self, x: Tensor, cos: Tensor, sin: Tensor, windows: list[tuple[int, int]] | None
+    ) -> Tensor:
+        """(B, N, D) to (B, N, D); `windows` are `(count, length)` in order, or None for one of N."""
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        first = torch.zeros(1, dtype=torch.int64)
+        q = rotary_embedding(q, first, cos, sin, self.heads)
+        k = rotary_embedding(k, first, cos, sin, self.heads)
+        if windows is None:
+            return self.proj(multi_head_attention(q, k, v, self.heads))
+        parts, start = [], 0
+        for count, length in windows:
+            stop = start + count * length
+            whole = len(windows) == 1
+            rows = [t if whole else t[:, start:stop] for t in (q, k, v)]
+            rows = [t.reshape(-1, length, t.shape[-1]) for t in rows]
+            part = multi_head_attention(*rows, self.heads)
+            parts.append(part.reshape(-1, count * length, part.shape[-1]))
+            start = stop
+        return self.proj(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))
+
+
+def window_order(grid: Tensor, config: Any) -> tuple[Tensor, list[tuple[int, int]]]:
+    """Order of merge groups in which every window is contiguous, windows of equal length together.
+
+    Where the image is no whole number of windows wide, those at its edges are smaller, as in
+    transformers; their place among the windows does not matter to attention.
+
+    Args:
+        grid: (1, 3) int64, frames, patch rows and patch columns.
+        config: the checkpoint's vision config.
+
+    Returns:
+        int64 (T_img,) of merge groups, and `(count, length in patches)` of the windows.
+    """
+    index, bounds = get_vision_window_index(
+        grid, config.spatial_merge_size, config.window_size, config.patch_size
+    )
+    unit = config.spatial_merge_size**2
+    edges = (bounds // unit).tolist()
+    windows = [index[start:stop] for start, stop in zip(edges, edges[1:], strict=False)]
+    lengths = sorted({len(window) for window in windows}, reverse=True)
+    by_length = [[w for w in windows if len(w) == length] for length in lengths]
+    order = torch.cat([window for group in by_length for window in group])
+    counts = [(len(group), length * unit) for group, length in zip(by_length, lengths, strict=True)]
+    return order, counts

@@ -1,0 +1,282 @@
+"""The bundle: one relocatable directory with everything a worker needs, and its manifest.
+
+What enters: a directory written by `python -m export`. What leaves: a `Bundle`, whose manifest
+has been checked field by field and whose files are there and whole. The layout contract (where
+the image block stands and how long a row may be) is part of the manifest; `chat_turn` derives
+it from a tokenizer's own chat template, for the exporter to write and for the worker to check.
+
+This module runs no graph and imports neither torch, transformers nor onnxruntime.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import TypeAdapter, ValidationError
+
+from qvl_batch.errors import BundleError
+
+FORMAT_VERSION = 1
+MANIFEST = "bundle.json"
+VISION = "vision.onnx"
+DECODER = "decoder.onnx"
+DECODER_FULL = "decoder_full.onnx"
+#: Stands for the prompt while a chat template is taken apart.
+_PROMPT_MARK = "qvl-batch-prompt-mark"
+
+Dtype = Literal["fp32"]
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where everything stands in a row of token ids:
+
+        head_ids | image_token_id x image_tokens | bridge_ids | prompt | tail_ids | answer
+                 ^ image_start (P)                                     row <= max_seq_len (S)
+
+    The image is square: `image_size` pixels a side, `side` merged patches a side.
+    """
+
+    image_size: int
+    image_tokens: int
+    image_start: int
+    max_seq_len: int
+    image_token_id: int
+    head_ids: tuple[int, ...]
+    bridge_ids: tuple[int, ...]
+    tail_ids: tuple[int, ...]
+
+    @property
+    def side(self) -> int:
+        """Merged patches along one side of the image, `sqrt(image_tokens)`."""
+        return math.isqrt(self.image_tokens)
+
+    @property
+    def position_delta(self) -> int:
+        """M-RoPE position less index in the row, for text after the image (-552 at 672 px)."""
+        return self.side - self.image_tokens
+
+    @property
+    def room(self) -> int:
+        """Tokens that are left for a prompt and its answer together."""
+        fixed = len(self.head_ids) + self.image_tokens + len(self.bridge_ids) + len(self.tail_ids)
+        return self.max_seq_len - fixed
+
+    def row_ids(self, prompt_ids: Iterable[int]) -> list[int]:
+        """Token ids of a whole row up to the point where the answer begins."""
+        image = [self.image_token_id] * self.image_tokens
+        return [*self.head_ids, *image, *self.bridge_ids, *prompt_ids, *self.tail_ids]
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderShape:
+    """Sizes of the decoder; the KV cache of a row is 2 x layers x kv_heads x S x head_dim."""
+
+    layers: int
+    hidden_size: int
+    kv_heads: int
+    head_dim: int
+    vocab_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """What the checkpoint's generation config says of greedy decoding."""
+
+    eos_token_ids: tuple[int, ...]
+    pad_token_id: int
+    repetition_penalty: float
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """The checkpoint that was exported: its directory's name, and a hash of its contents."""
+
+    name: str
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """Size in bytes and SHA-256 of one file of the bundle."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """Element type and shape of a graph's input or output; a dynamic dimension has a name."""
+
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class GraphSpec:
+    """Tensors of one graph, by name."""
+
+    inputs: dict[str, TensorSpec]
+    outputs: dict[str, TensorSpec]
+
+
+@dataclass(frozen=True, slots=True)
+class Parity:
+    """What the parity gate measured: largest error over largest magnitude, and greedy tokens."""
+
+    features: float
+    logits: float
+    tokens: int
+    tokens_equal: int
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """Contents of `bundle.json`."""
+
+    format_version: int
+    source: Source
+    dtype: Dtype
+    system_prompt: str | None
+    layout: Layout
+    decoder: DecoderShape
+    generation: Generation
+    graphs: dict[str, GraphSpec]
+    parity: Parity | None
+    versions: dict[str, str]
+    files: dict[str, File]
+
+    def write(self, directory: Path) -> None:
+        """Write `bundle.json`."""
+        text = json.dumps(asdict(self), indent=1)
+        (directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """A bundle on disk whose manifest has been read and checked."""
+
+    path: Path
+    manifest: Manifest
+
+    @classmethod
+    def load(cls, path: str | Path, *, verify: bool = True) -> Self:
+        """Read and check a bundle.
+
+        Args:
+            path: the bundle's directory.
+            verify: also hash every file. A job does so once; its workers need not.
+
+        Raises:
+            BundleError: no bundle, of another format, incomplete, or damaged.
+        """
+        path = Path(path).resolve()
+        manifest = _read_manifest(path)
+        for name, file in manifest.files.items():
+            _check_file(path, name, file, verify=verify)
+        return cls(path, manifest)
+
+    @property
+    def sha256(self) -> str:
+        """Identifies what the bundle answers with: a hash of its files' hashes."""
+        return combined_sha256((name, file.sha256) for name, file in self.manifest.files.items())
+
+    def file(self, name: str) -> Path:
+        """Path of a file that the manifest lists.
+
+        Raises:
+            BundleError: the manifest does not list it.
+        """
+        if name not in self.manifest.files:
+            raise BundleError(f"{self.path} has no {name}: export the checkpoint again")
+        return self.path / name
+
+
+def chat_turn(
+    tokenizer: Any, image_token_id: int, system_prompt: str | None
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Token ids before the image, between image and prompt, and after the prompt.
+
+    The tokenizer's own chat template is applied to one user turn, image first; a system turn is
+    added only if `system_prompt` is given. The prompt is tokenized apart from the rest, which
+    is exact because special tokens stand on both sides of it; that is checked here.
+
+    Args:
+        tokenizer: a `transformers` tokenizer with a chat template.
+        image_token_id: the id that stands for one merged patch of the image.
+        system_prompt: text of the system turn, or None for the template's own default.
+
+    Raises:
+        BundleError: the template cannot be taken apart that way.
+    """
+    content = [{"type": "image"}, {"type": "text", "text": _PROMPT_MARK}]
+    messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
+    if system_prompt is not None:
+        messages.insert(0, {"role": "system", "content": system_prompt})
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    image_token = tokenizer.convert_ids_to_tokens(image_token_id)
+    if text.count(image_token) != 1 or text.count(_PROMPT_MARK) != 1:
+        raise BundleError(
+            f"the chat template must give one {image_token} and the prompt once, image first; "
+            f"it gave {text.count(image_token)} and {text.count(_PROMPT_MARK)}"
+        )
+    head, _, rest = text.partition(image_token)
+    bridge, mark, tail = rest.partition(_PROMPT_MARK)
+    ids = [tuple(tokenizer(part, add_special_tokens=False).input_ids) for part in (head, bridge, tail)]
+    added = set(tokenizer.added_tokens_decoder)
+    if not mark or not ids[1] or not ids[2] or not {ids[1][-1], ids[2][0]} <= added:
+        raise BundleError("the chat template must put special tokens on both sides of the prompt")
+    return ids[0], ids[1], ids[2]
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's contents, in hex."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def combined_sha256(hashes: Iterable[tuple[str, str]]) -> str:
+    """One hash of many named hashes, whatever their order."""
+    lines = "".join(f"{name} {digest}\n" for name, digest in sorted(hashes))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _read_manifest(path: Path) -> Manifest:
+    try:
+        text = (path / MANIFEST).read_text(encoding="utf-8")
+    except OSError as error:
+        raise BundleError(
+            f"{path} is no bundle ({MANIFEST}: {error.strerror}): make one with `python -m export`"
+        ) from error
+    try:
+        version = json.loads(text).get("format_version")
+        if version != FORMAT_VERSION:
+            raise BundleError(
+                f"{path} has bundle format {version}, this qvl-batch reads {FORMAT_VERSION}: "
+                "export the checkpoint again"
+            )
+        return TypeAdapter(Manifest).validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise BundleError(f"{path / MANIFEST}: {where}: {first['msg']}") from error
+    except (ValueError, AttributeError) as error:
+        raise BundleError(f"{path / MANIFEST} is not valid JSON: {error}") from error
+
+
+def _check_file(bundle: Path, name: str, file: File, *, verify: bool) -> None:
+    path = bundle / name
+    if not path.resolve().is_relative_to(bundle):
+        raise BundleError(f"{bundle / MANIFEST} lists {name}, which is outside the bundle")
+    if not path.is_file():
+        raise BundleError(f"{bundle} lacks {name}: copy the bundle again")
+    if path.stat().st_size != file.size:
+        raise BundleError(
+            f"{path} has {path.stat().st_size} bytes, not {file.size}: copy the bundle again"
+        )
+    if verify and file_sha256(path) != file.sha256:
+        raise BundleError(f"{path} is damaged (its SHA-256 differs): copy the bundle again")
