@@ -9,6 +9,11 @@ saved every few minutes, so a run that was stopped goes on where it was and sees
 One row of a batch is one image followed by several questions with their answers. A mask keeps
 the questions from seeing each other, and each starts at the same position, so they are trained
 as if they were separate conversations while the image is paid for once.
+
+The answers alone teach a vision tower this small very slowly what a star is (2,000 steps were
+not enough), so linear probes on its features, thrown away afterwards, also learn which kind,
+colour and size of shape each merged patch shows. What is left of what, and how many there are,
+is left to the language model, which has nothing but M-RoPE to tell it.
 """
 
 import argparse
@@ -19,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scenes import FORMATS, encode, questions, render, sample_scene
+from scenes import COLORS, FORMATS, GREYS, RADIUS, SHAPES, Scene, encode, questions, render, sample_scene
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
@@ -31,6 +36,9 @@ SEED = 20_250_127
 CHECKPOINT = Path(__file__).parent / "tiny-qwen2.5-vl"
 SAVE_EVERY_S = 120
 IGNORE = -100
+#: What the probes tell apart: kind, colour and size of the shape that a merged patch shows.
+PROBED = (SHAPES, (*COLORS, *GREYS), tuple(RADIUS))
+PROBE_WEIGHT = 0.5
 
 
 @dataclass(frozen=True)
@@ -68,15 +76,16 @@ class Batches:
 
     def __call__(self, step: int, stage: Stage) -> dict[str, Tensor]:
         rng = np.random.default_rng((SEED, step))
-        pixels, rows = [], []
+        pixels, rows, shown = [], [], []
         for index in range(stage.batch_size):
             scene = sample_scene(rng, grey=index % 8 == 7)
             side = round(stage.image_size * rng.uniform(0.6, 1.4))
             data = encode(render(scene, side, transparent=index % 8 == 6), FORMATS[index % 3])
             pixels.append(fit_image(decode_image(data), stage.image_size))
             rows.append(_pick(rng, questions(scene), stage.questions))
-        merged = stage.image_size // (14 * 2)
-        return {"patches": patchify(np.stack(pixels)), **self._pack(rows, merged)}
+            shown.append(what_patches_show(scene, stage.image_size // 28))
+        batch = {"patches": patchify(np.stack(pixels)), "shown": torch.from_numpy(np.stack(shown))}
+        return batch | self._pack(rows, stage.image_size // 28)
 
     def _pack(self, rows: list[list[tuple[str, str]]], merged: int) -> dict[str, Tensor]:
         """Lay out image and questions; segment 0 is what all questions see, -1 is padding."""
@@ -114,6 +123,41 @@ class Batches:
         return question + reply, len(reply)
 
 
+class Probes(nn.Module):
+    """Linear classifiers of what a merged patch shows; class 0 is the ground."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(nn.Linear(hidden_size, len(names) + 1) for names in PROBED)
+
+    def forward(self, features: Tensor, shown: Tensor) -> Tensor:
+        """Cross-entropy of features (B * T_img, D) against classes (B, T_img, probes)."""
+        shown = shown.view(-1, len(PROBED))
+        # Most patches are ground: weigh them down so that together they count as much as shapes.
+        weight = torch.where(shown[:, 0] > 0, 1.0, 0.05)
+        losses = [
+            (F.cross_entropy(head(features).float(), shown[:, i], reduction="none") * weight).sum()
+            for i, head in enumerate(self.heads)
+        ]
+        return sum(losses) / weight.sum()
+
+
+def what_patches_show(scene: Scene, merged: int) -> np.ndarray:
+    """int64 (merged**2, probes): classes of the shape nearest to each merged patch, 0 if none is near."""
+    inset_x, inset_y = ((1 - side) / 2 for side in scene.extent)
+    centres = (np.arange(merged) + 0.5) / merged
+    shown = np.zeros((merged, merged, len(PROBED)), np.int64)
+    nearest = np.full((merged, merged), np.inf)
+    for shape in scene.shapes:
+        dx, dy = centres[None, :] - shape.x - inset_x, centres[:, None] - shape.y - inset_y
+        distance = np.hypot(dx, dy)
+        near = (distance < shape.radius + 0.3 / merged) & (distance < nearest)
+        nearest[near] = distance[near]
+        names = (shape.kind, shape.color, shape.size)
+        shown[near] = [known.index(name) + 1 for known, name in zip(PROBED, names, strict=True)]
+    return shown.reshape(-1, len(PROBED))
+
+
 def patchify(pixels: np.ndarray) -> Tensor:
     """uint8 (B, H, W, 3) to normalised patches (B * H/14 * W/14, 3 * 2 * 14 * 14), in the order
     of `Qwen2VLImageProcessor`: 2 x 2 merge groups, both temporal frames the same."""
@@ -126,8 +170,10 @@ def patchify(pixels: np.ndarray) -> Tensor:
     return x.expand(-1, -1, -1, -1, -1, -1, 2, -1, -1).reshape(-1, 3 * 2 * 14 * 14)
 
 
-def loss_of(model: Qwen2_5_VLForConditionalGeneration, batch: dict[str, Tensor], side: int) -> tuple[Tensor, Tensor]:
-    """Cross-entropy over answer tokens, and the share of them predicted right."""
+def loss_of(
+    model: Qwen2_5_VLForConditionalGeneration, probes: Probes, batch: dict[str, Tensor], side: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Cross-entropy over answer tokens, that of the probes, and the share of tokens predicted right."""
     ids = batch["ids"]
     grid = torch.tensor([[1, side // 14, side // 14]] * len(ids))
     features = model.model.visual(batch["patches"], grid).pooler_output
@@ -143,16 +189,19 @@ def loss_of(model: Qwen2_5_VLForConditionalGeneration, batch: dict[str, Tensor],
     answered = batch["labels"] != IGNORE
     logits = model.lm_head(hidden[answered]).float()
     labels = batch["labels"][answered]
-    return F.cross_entropy(logits, labels), (logits.argmax(-1) == labels).float().mean()
+    right = (logits.argmax(-1) == labels).float().mean()
+    return F.cross_entropy(logits, labels), probes(features, batch["shown"]), right
 
 
 def train(model: nn.Module, batches: Batches, plan: list[Stage], work_dir: Path) -> None:
-    optimizer = torch.optim.AdamW(_parameter_groups(model), betas=(0.9, 0.98), fused=True)
+    probes = Probes(model.config.text_config.hidden_size)
+    trained = nn.ModuleList([model, probes])
+    optimizer = torch.optim.AdamW(_parameter_groups(trained), betas=(0.9, 0.98), fused=True)
     state = work_dir / "state.pt"
     first = 0
     if state.exists():
         saved = torch.load(state)
-        model.load_state_dict(saved["model"])
+        trained.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         first = saved["step"]
     start, last_save, shown = 0, time.monotonic(), time.monotonic()
@@ -161,20 +210,20 @@ def train(model: nn.Module, batches: Batches, plan: list[Stage], work_dir: Path)
             for group in optimizer.param_groups:
                 group["lr"] = _learning_rate(stage, step - start, stage.last - start)
             with torch.autocast("cpu", torch.bfloat16):
-                loss, accuracy = loss_of(model, batches(step, stage), stage.image_size)
-            loss.backward()
-            norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                loss, probed, right = loss_of(model, probes, batches(step, stage), stage.image_size)
+            (loss + PROBE_WEIGHT * probed).backward()
+            norm = nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
             if step % 20 == 0:
                 pace, shown = (time.monotonic() - shown) / 20, time.monotonic()
                 print(
-                    f"step {step} {stage.image_size}px loss {loss:.4f} tokens right {accuracy:.4f}"
-                    f" norm {norm:.2f} {pace:.2f} s/step",
+                    f"step {step} {stage.image_size}px loss {loss:.4f} tokens right {right:.4f}"
+                    f" probes {probed:.4f} norm {norm:.2f} {pace:.2f} s/step",
                     flush=True,
                 )
             if time.monotonic() - last_save > SAVE_EVERY_S or step + 1 == stage.last:
-                _save(state, model, optimizer, step + 1)
+                _save(state, trained, optimizer, step + 1)
                 last_save = time.monotonic()
         start = stage.last
 

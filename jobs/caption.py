@@ -1,0 +1,33 @@
+"""Answer the prompts of image/prompt parquet files.
+
+    python jobs/caption.py --bundle BUNDLE --input PATH... --output DIR
+
+Runs on this machine, or, under `ray job submit`, on the cluster.
+"""
+
+import sys
+
+import tyro
+
+from qvl_batch.config import CaptionConfig
+from qvl_batch.errors import JobError
+
+
+def main() -> int:
+    """Run the job; 0 if every row was answered or has its error, 1 if the job could not be done."""
+    try:
+        config = tyro.cli(CaptionConfig, config=(tyro.conf.FlagCreatePairsOff,))
+        from qvl_batch.pipeline import run  # noqa: PLC0415  (ray takes a second to import; --help need not)
+
+        print(run(config, say=lambda line: print(line, file=sys.stderr, flush=True)))
+    except JobError as error:
+        print(f"caption: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("caption: stopped; the answers so far are in the output", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

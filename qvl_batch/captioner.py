@@ -1,0 +1,171 @@
+"""Answers without Ray: one process, images and prompts in, answers out, in order.
+
+`answer_rows` is where a row's features and prompt meet the engine; the Ray pipeline calls it
+too, so that both give the same answers.
+"""
+
+import io
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from qvl_batch.bundle import Bundle
+from qvl_batch.config import DEFAULT_MAX_NEW_TOKENS, Device
+from qvl_batch.decoder import Decoder
+from qvl_batch.engine import Completion, Engine, Request
+from qvl_batch.errors import ConfigError, ImageError, NumericError, RowError
+from qvl_batch.images import Fit, decode_image, fit_image
+from qvl_batch.layout import RowLayout
+from qvl_batch.runtime import resolve_device, usable_cpus
+from qvl_batch.schema import Answer, Failure
+from qvl_batch.vision import Features, VisionEncoder
+
+#: An image as a file's path, as a file's bytes, as pixels uint8 (H, W, 3), or as Pillow has it.
+ImageLike = str | Path | bytes | NDArray[np.uint8] | Image.Image
+#: Images in memory at a time, as pixels.
+WINDOW = 32
+
+
+class Captioner:
+    """A bundle ready to answer, in this process.
+
+        with Captioner("bundle") as captioner:
+            answers = captioner.caption(images=["a.jpg"], prompts=["What is this?"])
+            print(answers[0])
+
+    Args:
+        bundle: folder of the bundle.
+        device: where the decoder runs.
+        slots: rows answered at a time.
+        fit: how an image that is not square becomes square.
+
+    Raises:
+        BundleError: no bundle, or a damaged one.
+        DeviceError: the device cannot be used here.
+    """
+
+    def __init__(
+        self,
+        bundle: str | Path,
+        *,
+        device: Device = "auto",
+        slots: int = 8,
+        fit: Fit = "letterbox",
+    ) -> None:
+        resolve_device(device)
+        self._bundle = Bundle.load(bundle)
+        self._fit: Fit = fit
+        threads = usable_cpus()
+        self._vision = VisionEncoder(self._bundle, threads)
+        self._layout = RowLayout(self._bundle)
+        decoder = Decoder(self._bundle, slots, threads)
+        self._engine = Engine(decoder, self._bundle.manifest.generation.eos_token_ids)
+
+    def caption(
+        self,
+        images: Iterable[ImageLike],
+        prompts: Iterable[str | None] | str,
+        *,
+        max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS,
+    ) -> list[Answer]:
+        """Answer each prompt about its image.
+
+        A row that fails has `finish_reason == "error"` and its `failure`; the others go on.
+
+        Args:
+            images: one for each row.
+            prompts: one for each row, or one for all of them.
+            max_new_tokens: longest answer in tokens.
+
+        Raises:
+            ConfigError: there are not as many prompts as images.
+        """
+        images = list(images)
+        texts = [prompts] * len(images) if isinstance(prompts, str) else list(prompts)
+        if len(texts) != len(images):
+            raise ConfigError(f"{len(images)} images and {len(texts)} prompts: give one prompt each, or one for all")
+        answers: list[Answer] = []
+        for start in range(0, len(images), WINDOW):
+            window = slice(start, start + WINDOW)
+            features = encode_images(self._vision, [self._pixels(image) for image in images[window]])
+            rows = list(zip(features, texts[window], strict=True))
+            answers.extend(answer_rows(self._engine, self._layout, rows, max_new_tokens))
+        return answers
+
+    def close(self) -> None:
+        """Stop the engine and let go of the graphs."""
+        self._engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _pixels(self, image: ImageLike) -> NDArray[np.uint8] | Failure:
+        try:
+            return fit_image(decode_image(_file_bytes(image)), self._bundle.manifest.layout.image_size, self._fit)
+        except ImageError as error:
+            return Failure.of(error)
+
+
+def encode_images(
+    vision: VisionEncoder, images: Sequence[NDArray[np.uint8] | Failure]
+) -> list[Features | Failure]:
+    """Features (T_img, D) of each image, in order; failures stay where they are."""
+    encoded = iter(vision.encode([image for image in images if not isinstance(image, Failure)]))
+    results: list[Features | Failure] = []
+    for image in images:
+        features = image if isinstance(image, Failure) else next(encoded)
+        results.append(Failure.of(features) if isinstance(features, NumericError) else features)
+    return results
+
+
+def answer_rows(
+    engine: Engine,
+    layout: RowLayout,
+    rows: Sequence[tuple[Features | Failure, str | None]],
+    max_new_tokens: int,
+) -> list[Answer]:
+    """Answer rows of features and prompt, in order; all of them are in the engine at once."""
+    pending: list[Answer | tuple[int, Future[Completion]]] = []
+    for features, prompt in rows:
+        if isinstance(features, Failure):
+            pending.append(Answer.failed(features))
+            continue
+        try:
+            ids = layout.row_ids(prompt)
+        except RowError as error:
+            pending.append(Answer.failed(Failure.of(error)))
+            continue
+        pending.append((len(ids), engine.submit(Request(ids, features, max_new_tokens))))
+    return [row if isinstance(row, Answer) else _answer(layout, *row) for row in pending]
+
+
+def _answer(layout: RowLayout, prompt_tokens: int, future: "Future[Completion]") -> Answer:
+    completion = future.result()
+    text = layout.text(completion.token_ids)
+    return Answer(text, completion.finish_reason, prompt_tokens, len(completion.token_ids))
+
+
+def _file_bytes(image: ImageLike) -> bytes:
+    """An image as a file, so that all kinds take the same way through decoding."""
+    if isinstance(image, bytes):
+        return image
+    if isinstance(image, str | Path):
+        try:
+            return Path(image).read_bytes()
+        except OSError as error:
+            raise ImageError(f"{image}: {error.strerror}") from error
+    try:
+        picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
+        buffer = io.BytesIO()
+        picture.save(buffer, "PNG")
+    except (TypeError, ValueError, OSError, AttributeError) as error:
+        raise ImageError(f"{type(image).__name__} is no image: {error}") from error
+    return buffer.getvalue()

@@ -1,0 +1,76 @@
+"""Settings of a captioning job: one frozen dataclass that is also the command line.
+
+Help texts and defaults of `jobs/caption.py` are read from here. Settings are checked when they
+are made; what can only be checked against the machine, the bundle or the input is checked there.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from qvl_batch.errors import ConfigError
+from qvl_batch.images import Fit
+
+Device = Literal["auto", "cpu", "cuda"]
+
+DEFAULT_MAX_NEW_TOKENS = 128
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CaptionConfig:
+    """Answer the prompts of image/prompt parquet files with a bundle, through Ray Data."""
+
+    bundle: Path
+    """Folder of the bundle that `python -m export` made. Every node must see it at this path."""
+    input: tuple[str, ...]
+    """Parquet files, folders of them, or globs."""
+    output: Path
+    """Folder for the answers. Every node must see it at this path."""
+    prompt: str | None = None
+    """Ask this of every image; the prompt column is then not read."""
+    id_column: str = "id"
+    """Column that identifies a row, of strings or integers; it becomes `id`."""
+    image_column: str = "image"
+    """Column of images: struct of bytes and path, bytes, or paths and URIs."""
+    prompt_column: str = "prompt"
+    """Column of prompts."""
+    keep_columns: tuple[str, ...] = ()
+    """Columns of the input to copy to the output."""
+    max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS
+    """Longest answer in tokens; the bundle's contract may end it sooner."""
+    fit: Fit = "letterbox"
+    """How an image that is not square becomes square."""
+    device: Device = "auto"
+    """Where the decoder runs. `auto` takes a GPU where there is one that can be used."""
+    vision_workers: int | None = None
+    """Processes that run the vision graph. Without it, as many as the machine has work for."""
+    decoder_workers: int | None = None
+    """Processes that run the decoder. Without it, one."""
+    slots: int | None = None
+    """Rows that a decoder answers at a time. Without it, as many as memory allows, up to 16."""
+    limit: int | None = None
+    """Answer only the first so many rows."""
+    overwrite: bool = False
+    """Delete the answers that the output folder already holds."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot work on any machine.
+
+        Raises:
+            ConfigError: names the option, what it was, and what it may be.
+        """
+        if not self.input:
+            raise ConfigError("--input needs at least one file, folder or glob")
+        for name in ("max_new_tokens", "vision_workers", "decoder_workers", "slots", "limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{_option(name)} must be at least 1, not {value}")
+        if self.prompt is not None and not self.prompt.strip():
+            raise ConfigError("--prompt must not be empty")
+        repeated = sorted({name for name in self.keep_columns if self.keep_columns.count(name) > 1})
+        if repeated:
+            raise ConfigError(f"--keep-columns names {repeated[0]} more than once")
+
+
+def _option(field: str) -> str:
+    return "--" + field.replace("_", "-")

@@ -1,0 +1,186 @@
+"""The decoder graph over the KV cache: prefill rows into slots, step all live slots.
+
+What enters: token ids and image features of rows. What leaves: the next token of each, by
+argmax after the repetition penalty. Arrays are allocated once and bound by address.
+
+This module knows nothing of prompts as text, of when to stop, or of who is waiting.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qvl_batch.bundle import DECODER, Bundle
+from qvl_batch.kv_cache import KvCache
+from qvl_batch.layout import mrope_positions
+from qvl_batch.runtime import Binding, Session, empty
+from qvl_batch.vision import Features
+
+Tokens = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillRow:
+    """Token ids of a row up to its answer, and float32 features (T_img, D) of its image."""
+
+    input_ids: Sequence[int]
+    features: Features
+
+
+class Decoder:
+    """A decoder session and its arena of `slots` slots; rows live in slots 0 to B - 1.
+
+    Args:
+        bundle: where the graph is.
+        slots: rows that can be alive at a time.
+        threads: threads that one operator may use.
+    """
+
+    def __init__(self, bundle: Bundle, slots: int, threads: int) -> None:
+        manifest = bundle.manifest
+        self.layout, self.slots = manifest.layout, slots
+        self._session = Session(bundle.file(DECODER), threads)
+        self._cache = KvCache(manifest, slots)
+        self._positions = mrope_positions(manifest.layout)
+        self._hidden_size, self._vocab_size = manifest.decoder.hidden_size, manifest.decoder.vocab_size
+        self._penalty = RepetitionPenalty.of(
+            manifest.generation.repetition_penalty, slots, manifest.decoder.vocab_size
+        )
+        self._lengths = np.zeros(slots, np.int32)
+
+    @property
+    def repetition_penalty(self) -> float:
+        """The penalty in force; 1.0 is none."""
+        return self._penalty.penalty if self._penalty else 1.0
+
+    def prefill(self, first: int, rows: Sequence[PrefillRow]) -> Tokens:
+        """Fill slots `first`, `first + 1`, ... with `rows`; returns int64 (B,) of first tokens."""
+        lengths = np.array([len(row.input_ids) for row in rows], np.int32)
+        inputs = self._prefill_inputs(rows, lengths)
+        self._lengths[first : first + len(rows)] = lengths
+        if self._penalty:
+            self._penalty.reset(first, [row.input_ids for row in rows])
+        output = self._output(len(rows))
+        self._bind(first, inputs, output).run()
+        return self._pick(first, output)
+
+    def step(self, tokens: Tokens) -> Tokens:
+        """Append `tokens` int64 (B,) to slots 0 to B - 1; returns the tokens that follow."""
+        rows = len(tokens)
+        buffers = self._steps[rows - 1]
+        lengths = self._lengths[:rows]
+        buffers.inputs["input_ids"][:, 0] = tokens
+        buffers.inputs["position_ids"][...] = (lengths + self.layout.position_delta)[:, None]
+        buffers.inputs["seqlens_k"][...] = lengths
+        lengths += 1
+        buffers.inputs["total_sequence_length"][...] = lengths.max()
+        if self._penalty:
+            self._penalty.add(tokens)
+        buffers.binding.run()
+        return self._pick(0, buffers.output)
+
+    def move(self, source: int, target: int) -> None:
+        """Let the row in slot `source` go on in slot `target`."""
+        if source == target:
+            return
+        self._cache.move(source, target, int(self._lengths[source]))
+        self._lengths[target] = self._lengths[source]
+        if self._penalty:
+            self._penalty.move(source, target)
+
+    @cached_property
+    def _steps(self) -> "list[_StepBuffers]":
+        return [self._step_buffers(rows) for rows in range(1, self.slots + 1)]
+
+    def _step_buffers(self, rows: int) -> "_StepBuffers":
+        inputs: dict[str, NDArray[Any]] = {
+            "input_ids": empty((rows, 1), np.int64),
+            "position_ids": empty((3, rows, 1), np.int64),
+            "image_embeds": empty((rows, 1, self._hidden_size), np.float32),
+            "seqlens_k": empty((rows,), np.int32),
+            "total_sequence_length": empty((), np.int32),
+        }
+        output = self._output(rows)
+        return _StepBuffers(inputs, output, self._bind(0, inputs, output))
+
+    def _prefill_inputs(self, rows: Sequence[PrefillRow], lengths: NDArray[np.int32]) -> dict[str, NDArray[Any]]:
+        """Right-padded to the longest row."""
+        shape = (len(rows), int(lengths.max()))
+        start, stop = self.layout.image_start, self.layout.image_start + self.layout.image_tokens
+        ids = np.zeros(shape, np.int64)
+        embeds = np.zeros((*shape, self._hidden_size), np.float32)
+        for index, row in enumerate(rows):
+            ids[index, : len(row.input_ids)] = row.input_ids
+            embeds[index, start:stop] = row.features
+        positions = np.repeat(self._positions[:, None, : shape[1]], len(rows), axis=1)
+        return {
+            "input_ids": ids,
+            "position_ids": positions,
+            "image_embeds": embeds,
+            "seqlens_k": lengths - 1,
+            "total_sequence_length": np.array(shape[1], np.int32),
+        }
+
+    def _output(self, rows: int) -> NDArray[Any]:
+        """Where a run leaves next tokens int64 (B,), or logits (B, V) for the penalty."""
+        return empty((rows, self._vocab_size), np.float32) if self._penalty else empty((rows,), np.int64)
+
+    def _bind(self, first: int, inputs: dict[str, NDArray[Any]], output: NDArray[Any]) -> Binding:
+        rows = len(output)
+        name = "logits" if self._penalty else "next_token"
+        return self._session.bind(
+            inputs | self._cache.past(first, rows), {name: output} | self._cache.present(first, rows)
+        )
+
+    def _pick(self, first: int, output: NDArray[Any]) -> Tokens:
+        return self._penalty.argmax(first, output) if self._penalty else output.copy()
+
+
+class RepetitionPenalty:
+    """Makes tokens that a row already holds, prompt included, less likely.
+
+    A logit becomes `logit / penalty` if positive, else `logit * penalty`: Keskar et al. 2019,
+    arXiv 1909.05858, section 4.1, as transformers' `RepetitionPenaltyLogitsProcessor` has it.
+    """
+
+    def __init__(self, penalty: float, slots: int, vocab_size: int) -> None:
+        self.penalty = penalty
+        self._seen = np.zeros((slots, vocab_size), np.bool_)
+
+    @classmethod
+    def of(cls, penalty: float, slots: int, vocab_size: int) -> "RepetitionPenalty | None":
+        """None where a penalty of 1 would change nothing."""
+        return None if penalty == 1.0 else cls(penalty, slots, vocab_size)
+
+    def reset(self, first: int, rows: Sequence[Sequence[int]]) -> None:
+        """Begin slots `first`, `first + 1`, ... with the tokens of `rows`."""
+        self._seen[first : first + len(rows)] = False
+        for slot, ids in enumerate(rows, start=first):
+            self._seen[slot, ids] = True
+
+    def add(self, tokens: Tokens) -> None:
+        """Add a token (B,) to each of the first B slots."""
+        self._seen[np.arange(len(tokens)), tokens] = True
+
+    def move(self, source: int, target: int) -> None:
+        """Copy one slot's tokens to another."""
+        self._seen[target] = self._seen[source]
+
+    def argmax(self, first: int, logits: NDArray[np.float32]) -> Tokens:
+        """Most likely tokens int64 (B,) for logits (B, V) of slots `first`, `first + 1`, ..."""
+        seen = self._seen[first : first + len(logits)]
+        penalised = np.where(logits < 0, logits * np.float32(self.penalty), logits / np.float32(self.penalty))
+        return np.where(seen, penalised, logits).argmax(-1)
+
+
+@dataclass(frozen=True, slots=True)
+class _StepBuffers:
+    """Arrays of a decode step of one batch size, bound once."""
+
+    inputs: dict[str, NDArray[Any]]
+    output: NDArray[Any]
+    binding: Binding

@@ -1,0 +1,202 @@
+"""The job on Ray Data: from parquet files to a folder of answers, and a report.
+
+    row groups ─ read ─ prepare ─ VisionStage ─ DecodeStage ─ AnswerWriter
+                (tasks)  (tasks)    (actors)      (actors)      (driver)
+
+The stages are in `stages`; here they are strung together and given their share of the machine.
+This is the only module, apart from the jobs, that imports ray.
+"""
+
+import importlib.metadata
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import UTC, datetime
+from typing import Any
+
+import pyarrow as pa
+
+# Read when ray is imported.
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+import ray
+import ray.data
+from ray.data import ActorPoolStrategy, DataContext, Dataset
+
+from qvl_batch.bundle import Bundle
+from qvl_batch.config import CaptionConfig
+from qvl_batch.errors import ConfigError, JobError
+from qvl_batch.plan import ROWS_PER_BLOCK, Plan, make_plan
+from qvl_batch.report import Report, progress_line
+from qvl_batch.runtime import resolve_device, usable_cpus
+from qvl_batch.sink import AnswerWriter, prepare_output, write_run
+from qvl_batch.source import Source, Unit, open_source, read_unit
+from qvl_batch.stages import DecodeStage, VisionStage, prepare
+
+#: Ray CPUs that a reading or image-decoding task claims.
+TASK_CPUS = 0.25
+
+
+def run(config: CaptionConfig, say: Callable[[str], None] = lambda _: None) -> Report:
+    """Answer every row of the input.
+
+    Args:
+        config: what to answer, with what, and where to.
+        say: receives a line about each decision made at the start.
+
+    Raises:
+        JobError: input, output, bundle, device or settings make the job impossible. Answers
+            that were ready by then are in the output.
+    """
+    began = time.monotonic()
+    source = open_source(config)
+    bundle = Bundle.load(config.bundle)
+    device = resolve_device(config.device)
+    prepare_output(config.output, overwrite=config.overwrite)
+    say(f"input     {source.rows:,} rows in {len(source.files):,} files")
+    say(f"bundle    {bundle.manifest.source.name}, {bundle.manifest.dtype}, decoder on {device}")
+    with _ray() as (cpus, node_cpus):
+        plan = make_plan(config, bundle.manifest, cpus, node_cpus)
+        say(f"workers   {plan}")
+        schema = source.columns.output_schema()
+        with AnswerWriter(config.output, schema) as writer, progress_line(source.rows) as progress:
+            started = time.monotonic()
+            for table in _answers(config, source, bundle, plan):
+                writer.add(table)
+                progress.show(writer.tally, time.monotonic() - started)
+    settings = _settings(config, source, bundle, plan, device)
+    report = Report(config.output, writer.tally, time.monotonic() - started, started - began, settings)
+    write_run(config.output, report.record())
+    return report
+
+
+def _answers(config: CaptionConfig, source: Source, bundle: Bundle, plan: Plan) -> Iterator[pa.Table]:
+    """Tables of answers as they come, in no particular order."""
+    if not source.units:
+        return
+    dataset = _dataset(config, source, bundle, plan)
+    try:
+        yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
+    except ray.exceptions.RayError as error:
+        raise _job_error(error) from error
+
+
+def _dataset(config: CaptionConfig, source: Source, bundle: Bundle, plan: Plan) -> Dataset:
+    """The pipeline, in the order of its stages."""
+    columns, prompt = source.columns, config.prompt
+
+    def read(units: pa.Table) -> Iterator[pa.Table]:
+        for unit in units.to_pylist():
+            yield from read_unit(Unit(**unit), columns, prompt, ROWS_PER_BLOCK)
+
+    return (
+        ray.data.from_items([asdict(unit) for unit in source.units], override_num_blocks=len(source.units))
+        .map_batches(read, batch_size=1, batch_format="pyarrow", num_cpus=TASK_CPUS)
+        .repartition(target_num_rows_per_block=ROWS_PER_BLOCK)
+        .map_batches(
+            prepare,
+            batch_format="pyarrow",
+            fn_args=(bundle.manifest.layout.image_size, config.fit),
+            num_cpus=TASK_CPUS,
+        )
+        .map_batches(
+            VisionStage,
+            batch_format="pyarrow",
+            fn_constructor_args=(bundle.path, plan.vision_threads),
+            compute=ActorPoolStrategy(size=plan.vision_workers, max_tasks_in_flight_per_actor=2),
+            num_cpus=plan.vision_cpus,
+        )
+        .map_batches(
+            DecodeStage,
+            batch_format="pyarrow",
+            fn_constructor_args=(bundle.path, plan.slots, plan.decoder_threads, config.max_new_tokens),
+            compute=ActorPoolStrategy(
+                size=plan.decoder_workers,
+                max_tasks_in_flight_per_actor=plan.calls_per_decoder,
+                max_concurrent_calls_per_actor=plan.calls_per_decoder,
+                enable_true_multi_threading=True,
+            ),
+            num_cpus=plan.decoder_cpus,
+        )
+    )
+
+
+@contextmanager
+def _ray() -> Iterator[tuple[int, int]]:
+    """A cluster: the one this job was submitted to, else a private one that ends with the job.
+
+    Yields:
+        Its CPUs, and those of its largest node.
+
+    Raises:
+        ConfigError: the cluster has fewer than 2 CPUs.
+    """
+    for name in ("ray", "ray.data"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    joined = ray.is_initialized()
+    if not joined and "RAY_ADDRESS" in os.environ:
+        ray.init(logging_level=logging.WARNING)
+    elif not joined:
+        # At least 2, or actors would leave no CPU to the tasks that feed them.
+        cpus = max(2, usable_cpus())
+        ray.init(address="local", num_cpus=cpus, include_dashboard=False, logging_level=logging.WARNING)
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    try:
+        nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+        if sum(nodes) < 2:
+            raise ConfigError(f"the Ray cluster has {sum(nodes)} CPUs; this job needs at least 2")
+        yield sum(nodes), max(nodes)
+    finally:
+        if not joined:
+            ray.shutdown()
+
+
+def _job_error(error: Exception) -> JobError:
+    """The job's own error inside what Ray wrapped it in, or one that quotes Ray's."""
+    link: Any = error
+    while link is not None:
+        if isinstance(link, JobError):
+            return type(link)(*link.args)
+        link = getattr(link, "cause", None) or link.__cause__
+    last_line = str(error).strip().split("\n")[-1]
+    return JobError(f"a worker failed: {last_line}")
+
+
+def _settings(config: CaptionConfig, source: Source, bundle: Bundle, plan: Plan, device: str) -> dict[str, Any]:
+    """What the answers depend on, and what their speed does."""
+    packages = ("qvl-batch", "ray", "onnxruntime-gpu", "onnxruntime", "transformers", "pyarrow", "pillow")
+    return {
+        "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "bundle": {
+            "path": str(bundle.path),
+            "sha256": bundle.sha256,
+            "source": asdict(bundle.manifest.source),
+            "dtype": bundle.manifest.dtype,
+        },
+        "decoding": {
+            "method": "greedy",
+            "repetition_penalty": bundle.manifest.generation.repetition_penalty,
+            "eos_token_ids": bundle.manifest.generation.eos_token_ids,
+            "max_new_tokens": config.max_new_tokens,
+            "system_prompt": bundle.manifest.system_prompt,
+            "prompt": config.prompt,
+        },
+        "fit": config.fit,
+        "files": list(source.files),
+        "limit": config.limit,
+        "device": device,
+        "plan": asdict(plan),
+        "versions": {name: version for name in packages if (version := _version(name))},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

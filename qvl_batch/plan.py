@@ -1,0 +1,92 @@
+"""How a job uses the machine: workers, threads, slots, and what each may claim of Ray's CPUs.
+
+The rules, from measurements on two cores: the actors' CPUs must sum to at most all but one, or
+the tasks that feed them never start; and more processes than cores only share them out thinner.
+Nothing here is needed for right answers, only for full cores.
+"""
+
+import math
+import os
+from dataclasses import dataclass
+
+from qvl_batch.bundle import Manifest
+from qvl_batch.config import CaptionConfig
+from qvl_batch.kv_cache import slot_bytes
+
+#: Part of the cores that the decoder gets; the vision graph does more of the work of a row.
+DECODER_SHARE = 0.4
+#: Threads beyond this make one vision session little faster.
+VISION_THREADS = 4
+#: A decoder's cache takes at most this part of the machine's memory, and by default this many slots.
+CACHE_SHARE, DEFAULT_SLOTS = 0.25, 16
+#: Rows that travel together. Small, so that several batches are in the engine at once.
+ROWS_PER_BLOCK = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Workers, threads each, Ray CPUs each, and slots of a decoder."""
+
+    vision_workers: int
+    vision_threads: int
+    vision_cpus: float
+    decoder_workers: int
+    decoder_threads: int
+    decoder_cpus: float
+    slots: int
+    slot_bytes: int
+
+    @property
+    def calls_per_decoder(self) -> int:
+        """Batches that a decoder works on at a time: enough to fill its slots and have some waiting."""
+        return math.ceil(1.5 * self.slots / ROWS_PER_BLOCK) + 1
+
+    def __str__(self) -> str:
+        return (
+            f"{_count(self.vision_workers, 'vision worker')} of {_count(self.vision_threads, 'thread')}, "
+            f"{_count(self.decoder_workers, 'decoder')} of {_count(self.decoder_threads, 'thread')} and "
+            f"{_count(self.slots, 'slot')} of {self.slot_bytes / 1e6:.1f} MB"
+        )
+
+
+def make_plan(config: CaptionConfig, manifest: Manifest, cpus: int, node_cpus: int) -> Plan:
+    """Plan a job.
+
+    Args:
+        config: where it names workers or slots, they stand.
+        manifest: of the bundle.
+        cpus: CPUs that Ray has, at least 2.
+        node_cpus: CPUs of its largest node.
+    """
+    decoders = config.decoder_workers or 1
+    decoder_threads = max(1, min(round(DECODER_SHARE * cpus / decoders), node_cpus))
+    for_vision = max(1, cpus - decoders * decoder_threads)
+    vision = config.vision_workers or math.ceil(for_vision / VISION_THREADS)
+    vision_threads = max(1, min(for_vision // vision, node_cpus))
+    # All actors together claim all CPUs but one, in proportion to their threads.
+    per_thread = (cpus - 1) / (decoders * decoder_threads + vision * vision_threads)
+    return Plan(
+        vision_workers=vision,
+        vision_threads=vision_threads,
+        vision_cpus=_floor(vision_threads * per_thread),
+        decoder_workers=decoders,
+        decoder_threads=decoder_threads,
+        decoder_cpus=_floor(decoder_threads * per_thread),
+        slots=config.slots or _slots(manifest, decoders),
+        slot_bytes=slot_bytes(manifest),
+    )
+
+
+def _slots(manifest: Manifest, decoders: int) -> int:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    fitting = int(CACHE_SHARE * memory / decoders / slot_bytes(manifest))
+    return max(1, min(DEFAULT_SLOTS, fitting))
+
+
+def _floor(cpus: float) -> float:
+    """To hundredths, downwards, so that the sum stays within what there is; Ray counts in 1/10,000."""
+    return max(0.01, math.floor(cpus * 100) / 100)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -1,0 +1,102 @@
+"""What a person sees of a job: a line while it runs, a summary at its end, and `_run.json`."""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from qvl_batch.sink import Tally
+
+#: Without a terminal, progress is a line every so many seconds.
+SECONDS_PER_LINE = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """A finished job. `seconds` runs from the first row read to the last one written, start-up
+    (`startup_seconds`: Ray, sessions, tokenizers) left out.
+    """
+
+    output: Path
+    tally: Tally
+    seconds: float
+    startup_seconds: float
+    settings: dict[str, Any]
+
+    @property
+    def images_per_second(self) -> float:
+        """Rows, answered or failed, over `seconds`."""
+        return self.tally.rows / self.seconds if self.seconds else 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens of answers over `seconds`."""
+        return self.tally.answer_tokens / self.seconds if self.seconds else 0.0
+
+    def record(self) -> dict[str, Any]:
+        """Contents of `_run.json`."""
+        tally = self.tally
+        return {
+            "rows": tally.rows,
+            "finish_reasons": dict(tally.finish_reasons),
+            "errors": dict(tally.errors),
+            "prompt_tokens": tally.prompt_tokens,
+            "answer_tokens": tally.answer_tokens,
+            "seconds": round(self.seconds, 3),
+            "startup_seconds": round(self.startup_seconds, 3),
+            "images_per_second": round(self.images_per_second, 3),
+            "tokens_per_second": round(self.tokens_per_second, 3),
+            "output": str(self.output),
+            **self.settings,
+        }
+
+    def __str__(self) -> str:
+        tally = self.tally
+        failed = tally.finish_reasons["error"]
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(tally.finish_reasons.items()))
+        lines = [
+            f"rows      {tally.rows:,}" + (f" ({reasons})" if reasons else ""),
+            f"errors    {failed:,}",
+            *(f"          {count:,} {kind}" for kind, count in tally.errors.most_common()),
+            f"speed     {self.images_per_second:.2f} images/s, {self.tokens_per_second:.1f} tokens/s"
+            f" over {self.seconds:.1f} s, after {self.startup_seconds:.1f} s to start",
+            f"answers   {self.output}",
+        ]
+        return "\n".join(lines)
+
+
+class ProgressLine:
+    """Rows done, failed and to do, on a terminal's last line or as a line now and then."""
+
+    def __init__(self, rows: int, bar: Progress | None) -> None:
+        self._rows, self._bar = rows, bar
+        self._task: TaskID | None = bar.add_task("", total=rows, note="starting") if bar else None
+        self._next_line = time.monotonic()
+
+    def show(self, tally: Tally, seconds: float) -> None:
+        """Show the counts of now; `seconds` since the first row."""
+        failed = tally.finish_reasons["error"]
+        note = f"{tally.rows / max(seconds, 1e-9):.1f} images/s" + (f", {failed:,} errors" if failed else "")
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=tally.rows, note=note)
+        elif time.monotonic() >= self._next_line:
+            print(f"{tally.rows:,} of {self._rows:,} rows, {note}", file=sys.stderr, flush=True)
+            self._next_line = time.monotonic() + SECONDS_PER_LINE
+
+
+@contextmanager
+def progress_line(rows: int) -> Iterator[ProgressLine]:
+    """Progress of `rows` rows on standard error."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield ProgressLine(rows, None)
+        return
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn())
+    with Progress(*columns, console=console) as bar:
+        yield ProgressLine(rows, bar)

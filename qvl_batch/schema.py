@@ -1,0 +1,158 @@
+"""The rows of the input and the output, as Arrow has them.
+
+What enters: the schema of the input's files. What leaves: which of its columns are read and as
+what, the schema of the answers, and the records that become their rows.
+
+Output columns: `id`, kept columns, then `ANSWER_FIELDS`. A row that failed has
+`finish_reason = error`, its stage, type and message, and a null answer.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import pyarrow as pa
+
+from qvl_batch.config import CaptionConfig
+from qvl_batch.errors import ConfigError, InputError, RowError, stable_message
+
+FinishReason = Literal["stop", "length", "error"]
+
+ANSWER_FIELDS = (
+    pa.field("answer", pa.string()),
+    pa.field("finish_reason", pa.string()),
+    pa.field("prompt_tokens", pa.int32()),
+    pa.field("answer_tokens", pa.int32()),
+    pa.field("error_stage", pa.string()),
+    pa.field("error_type", pa.string()),
+    pa.field("error_message", pa.string()),
+)
+ID = "id"
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why a row has no answer."""
+
+    stage: str
+    type: str
+    message: str
+
+    @classmethod
+    def of(cls, error: RowError) -> "Failure":
+        """The failure that an error of a row stands for."""
+        return cls(error.stage, type(error).__name__, stable_message(error))
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a row was answered, or its failure. `str()` gives the answer's text.
+
+    `prompt_tokens` counts the whole row up to the answer, image included; `answer_tokens`
+    leaves out the token that ends it. Both are None where the row failed before they were known.
+    """
+
+    answer: str | None
+    finish_reason: FinishReason
+    prompt_tokens: int | None = None
+    answer_tokens: int | None = None
+    failure: Failure | None = None
+
+    @classmethod
+    def failed(cls, failure: Failure) -> "Answer":
+        """The answer of a row that failed."""
+        return cls(None, "error", failure=failure)
+
+    def __str__(self) -> str:
+        return self.answer if self.answer is not None else ""
+
+    def record(self) -> dict[str, str | int | None]:
+        """Values of `ANSWER_FIELDS`, by name."""
+        failure = self.failure
+        return {
+            "answer": self.answer,
+            "finish_reason": self.finish_reason,
+            "prompt_tokens": self.prompt_tokens,
+            "answer_tokens": self.answer_tokens,
+            "error_stage": failure.stage if failure else None,
+            "error_type": failure.type if failure else None,
+            "error_message": failure.message if failure else None,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class InputColumns:
+    """Columns that the job reads: name and type of the id and of each kept column."""
+
+    id: pa.Field
+    kept: tuple[pa.Field, ...]
+    image: str
+    prompt: str | None
+
+    @property
+    def names(self) -> list[str]:
+        """Every column to read, each once."""
+        prompt = [self.prompt] if self.prompt else []
+        return list(dict.fromkeys([self.id.name, self.image, *prompt, *(field.name for field in self.kept)]))
+
+    def output_schema(self) -> pa.Schema:
+        """Schema of the answers."""
+        return pa.schema([pa.field(ID, self.id.type), *self.kept, *ANSWER_FIELDS])
+
+
+def input_columns(schema: pa.Schema, file: str, config: CaptionConfig) -> InputColumns:
+    """Choose and check the columns of one input file.
+
+    Raises:
+        InputError: a column is missing or of a type that cannot be used; the message names
+            file and column and says what is there.
+        ConfigError: a kept column has the name of an output column.
+    """
+    reserved = {ID, *(field.name for field in ANSWER_FIELDS)}
+    clash = [name for name in config.keep_columns if name in reserved]
+    if clash:
+        raise ConfigError(f"--keep-columns {clash[0]}: the output has a column of its own of that name")
+    prompt = None if config.prompt is not None else config.prompt_column
+    id_type = _id_type(_field(schema, config.id_column, file, "--id-column"), file)
+    if prompt:
+        _check_text(_field(schema, prompt, file, "--prompt-column"), file, "--prompt-column", "strings")
+    _check_image(_field(schema, config.image_column, file, "--image-column"), file)
+    kept = tuple(_field(schema, name, file, "--keep-columns") for name in config.keep_columns)
+    plain = tuple(pa.field(field.name, field.type) for field in kept)
+    return InputColumns(pa.field(config.id_column, id_type), plain, config.image_column, prompt)
+
+
+def _field(schema: pa.Schema, name: str, file: str, option: str) -> pa.Field:
+    if schema.names.count(name) != 1:
+        raise InputError(f"{file} has no single column {name!r} ({option}); it has {', '.join(schema.names) or 'none'}")
+    return schema.field(name)
+
+
+def _id_type(field: pa.Field, file: str) -> pa.DataType:
+    """All strings become one type, and all integers that fit 64 signed bits, so that files may differ."""
+    kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
+    if _is_text(kind):
+        return pa.string()
+    if pa.types.is_integer(kind):
+        return pa.uint64() if kind == pa.uint64() else pa.int64()
+    raise InputError(f"{file}: column {field.name!r} (--id-column) is {field.type}; it must be strings or integers")
+
+
+def _check_text(field: pa.Field, file: str, option: str, wanted: str) -> None:
+    kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
+    if not (_is_text(kind) or pa.types.is_null(kind)):
+        raise InputError(f"{file}: column {field.name!r} ({option}) is {field.type}; it must be {wanted}")
+
+
+def _check_image(field: pa.Field, file: str) -> None:
+    kind = field.type
+    if pa.types.is_struct(kind):
+        parts = {part.name for part in kind}
+        if parts & {"bytes", "path"}:
+            return
+    elif pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+        return
+    _check_text(field, file, "--image-column", "a struct of bytes and path, bytes, or paths")
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))

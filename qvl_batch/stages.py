@@ -1,0 +1,93 @@
+"""The stages that rows pass on their way, as functions of Arrow tables.
+
+Tables have one row for each row of the input and the columns named in `source`; pixels and
+features are binary columns, read in place. A row that failed in one stage carries its failure
+through the others. Ray calls these; nothing here knows of Ray.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from qvl_batch.bundle import Bundle
+from qvl_batch.captioner import answer_rows, encode_images
+from qvl_batch.decoder import Decoder
+from qvl_batch.engine import Engine
+from qvl_batch.errors import ImageError
+from qvl_batch.images import Fit, decode_image, fit_image
+from qvl_batch.layout import RowLayout
+from qvl_batch.schema import ANSWER_FIELDS, Failure
+from qvl_batch.source import FAILURE, IMAGE, OWN, PROMPT, failure_columns, failures_of
+from qvl_batch.vision import Features, VisionEncoder
+
+PIXELS, FEATURES = f"{OWN}pixels", f"{OWN}features"
+
+
+def prepare(table: pa.Table, image_size: int, fit: Fit) -> pa.Table:
+    """Decode and fit images: the column `IMAGE` becomes `PIXELS`, uint8 (size, size, 3) as bytes."""
+    failures = failures_of(table)
+    pixels: list[bytes | None] = []
+    for index, image in enumerate(table[IMAGE]):
+        pixels.append(None)
+        if failures[index] is None:
+            try:
+                pixels[-1] = fit_image(decode_image(image.as_py()), image_size, fit).tobytes()
+            except ImageError as error:
+                failures[index] = Failure.of(error)
+    table = table.drop_columns([IMAGE, *FAILURE])
+    return _with(table, {PIXELS: pa.array(pixels, pa.large_binary()), **failure_columns(failures)})
+
+
+class VisionStage:
+    """Runs the vision graph: the column `PIXELS` becomes `FEATURES`, float32 (T_img, D) as bytes."""
+
+    def __init__(self, bundle: Path, threads: int) -> None:
+        self._vision = VisionEncoder(Bundle.load(bundle, verify=False), threads)
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """Encode the images of a table."""
+        size = self._vision.layout.image_size
+        failures = failures_of(table)
+        images: list[NDArray[np.uint8] | Failure] = [
+            failure or np.frombuffer(value.as_buffer(), np.uint8).reshape(size, size, 3)
+            for value, failure in zip(table[PIXELS], failures, strict=True)
+        ]
+        encoded = encode_images(self._vision, images)
+        features = [None if isinstance(row, Failure) else row.tobytes() for row in encoded]
+        failed = [row if isinstance(row, Failure) else None for row in encoded]
+        table = table.drop_columns([PIXELS, *FAILURE])
+        return _with(table, {FEATURES: pa.array(features, pa.large_binary()), **failure_columns(failed)})
+
+
+class DecodeStage:
+    """Answers prompts: `FEATURES` and `PROMPT` become the columns of `ANSWER_FIELDS`.
+
+    Called by several threads at once, it keeps all their rows in one engine.
+    """
+
+    def __init__(self, bundle: Path, slots: int, threads: int, max_new_tokens: int) -> None:
+        loaded = Bundle.load(bundle, verify=False)
+        self._layout = RowLayout(loaded)
+        self._max_new_tokens = max_new_tokens
+        self._shape = (loaded.manifest.layout.image_tokens, loaded.manifest.decoder.hidden_size)
+        decoder = Decoder(loaded, slots, threads)
+        self._engine = Engine(decoder, loaded.manifest.generation.eos_token_ids)
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """Answer the rows of a table."""
+        features: list[Features | Failure] = [
+            failure or np.frombuffer(value.as_buffer(), np.float32).reshape(self._shape)
+            for value, failure in zip(table[FEATURES], failures_of(table), strict=True)
+        ]
+        rows = list(zip(features, table[PROMPT].to_pylist(), strict=True))
+        answers = [a.record() for a in answer_rows(self._engine, self._layout, rows, self._max_new_tokens)]
+        columns = {f.name: pa.array([answer[f.name] for answer in answers], f.type) for f in ANSWER_FIELDS}
+        return _with(table.drop_columns([FEATURES, PROMPT, *FAILURE]), columns)
+
+
+def _with(table: pa.Table, columns: dict[str, pa.Array]) -> pa.Table:
+    for name, column in columns.items():
+        table = table.append_column(name, column)
+    return table

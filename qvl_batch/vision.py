@@ -1,0 +1,56 @@
+"""Images to features: the vision graph of a bundle, a few images at a time.
+
+What enters: uint8 pixels (H, W, 3), as `images.fit_image` makes them. What leaves: float32
+features (T_img, D) for each, or a `NumericError` in place of features that mean nothing.
+
+This module knows nothing of prompts or of where images come from.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qvl_batch.bundle import VISION, Bundle
+from qvl_batch.errors import BundleError, NumericError
+from qvl_batch.runtime import Session
+
+Features = NDArray[np.float32]
+#: More images at a time take more memory and, on a CPU, no less time each.
+IMAGES_PER_RUN = 2
+
+
+class VisionEncoder:
+    """The vision graph of a bundle.
+
+    Args:
+        bundle: where the graph is.
+        threads: threads that one operator may use.
+    """
+
+    def __init__(self, bundle: Bundle, threads: int) -> None:
+        self.layout = bundle.manifest.layout
+        self._session = Session(bundle.file(VISION), threads)
+        expected = [self.layout.image_tokens, bundle.manifest.decoder.hidden_size]
+        found = self._session.outputs["image_features"][1:]
+        if found != expected:
+            raise BundleError(f"{bundle.path / VISION} gives features of shape {found}, the contract says {expected}")
+
+    def encode(self, images: Sequence[NDArray[np.uint8]]) -> list[Features | NumericError]:
+        """Features of each image, or what is wrong with them, in order."""
+        results: list[Features | NumericError] = []
+        for start in range(0, len(images), IMAGES_PER_RUN):
+            pixels = np.stack(images[start : start + IMAGES_PER_RUN])
+            features: NDArray[Any] = self._session.run(["image_features"], {"pixels": pixels})[0]
+            results.extend(_checked(row) for row in features)
+        return results
+
+
+def _checked(features: Features) -> Features | NumericError:
+    """Non-finite features overflowed; all-equal ones come of a norm that lost everything."""
+    if not np.isfinite(features).all():
+        return NumericError("the image features are not finite", stage="vision")
+    if features.min() == features.max():
+        return NumericError("the image features are all the same", stage="vision")
+    return features
