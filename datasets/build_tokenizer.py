@@ -54,18 +54,17 @@ def build_tokenizer(output: Path) -> None:
     """Write tokenizer.json, tokenizer_config.json, vocab.json and merges.txt to `output`."""
     tokenizer = Tokenizer(BPE())
     tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(PRETOKENIZE), behavior="isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PRETOKENIZE), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = BpeTrainer(vocab_size=MERGED_VOCAB, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(_corpus(), trainer)
-    added = [
-        AddedToken(text, special=i < FIRST_ORDINARY, normalized=False)
-        for i, text in enumerate(ADDED_TOKENS)
-    ]
+    added = [AddedToken(text, special=i < FIRST_ORDINARY, normalized=False) for i, text in enumerate(ADDED_TOKENS)]
     tokenizer.add_tokens(added)
 
     output.mkdir(parents=True, exist_ok=True)

@@ -196,6 +196,5 @@ def _ring(x: float, y: float, radii: tuple[float, ...], points: int) -> list[tup
     """Corners at equal angles from the top, their distances alternating through `radii`."""
     angles = [2 * math.pi * i / points - math.pi / 2 for i in range(points)]
     return [
-        (x + radii[i % len(radii)] * math.cos(a), y + radii[i % len(radii)] * math.sin(a))
-        for i, a in enumerate(angles)
+        (x + radii[i % len(radii)] * math.cos(a), y + radii[i % len(radii)] * math.sin(a)) for i, a in enumerate(angles)
     ]

@@ -75,6 +75,7 @@ class Batches:
         self.after_image = self.tokenizer(vision_end).input_ids
 
     def __call__(self, step: int, stage: Stage) -> dict[str, Tensor]:
+        """Patches, what they show, and rows of ids, labels, positions and masks."""
         rng = np.random.default_rng((SEED, step))
         pixels, rows, shown = [], [], []
         for index in range(stage.batch_size):
@@ -160,7 +161,8 @@ def what_patches_show(scene: Scene, merged: int) -> np.ndarray:
 
 def patchify(pixels: np.ndarray) -> Tensor:
     """uint8 (B, H, W, 3) to normalised patches (B * H/14 * W/14, 3 * 2 * 14 * 14), in the order
-    of `Qwen2VLImageProcessor`: 2 x 2 merge groups, both temporal frames the same."""
+    of `Qwen2VLImageProcessor`: 2 x 2 merge groups, both temporal frames the same.
+    """
     mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]) * 255
     std = torch.tensor([0.26862954, 0.26130258, 0.27577711]) * 255
     x = (torch.from_numpy(pixels).float() - mean) / std
@@ -228,7 +230,7 @@ def train(model: nn.Module, batches: Batches, plan: list[Stage], work_dir: Path)
         start = stage.last
 
 
-def batched_vision_attention(self, hidden_states, cu_seqlens, position_embeddings, **_):  # noqa: ANN001, ANN201
+def batched_vision_attention(self, hidden_states, cu_seqlens, position_embeddings, **_):
     """`Qwen2_5_VLVisionAttention.forward` for windows of equal length, all in one call.
 
     transformers loops over windows in Python; at 224 x 224 that is most of a training step.
@@ -245,7 +247,8 @@ def batched_vision_attention(self, hidden_states, cu_seqlens, position_embedding
 
 def _prefix_positions(start: int, merged: int, after: int) -> Tensor:
     """M-RoPE positions (3, 1, start + merged**2 + after) of the text before, the image and
-    what follows it: Qwen2-VL, arXiv 2409.12191, section 2.1."""
+    what follows it: Qwen2-VL, arXiv 2409.12191, section 2.1.
+    """
     before = torch.arange(start).expand(3, -1)
     row = torch.arange(merged).repeat_interleave(merged)
     column = torch.arange(merged).repeat(merged)
@@ -254,9 +257,7 @@ def _prefix_positions(start: int, merged: int, after: int) -> Tensor:
     return torch.cat([before, image, text], dim=1)[:, None]
 
 
-def _pick(
-    rng: np.random.Generator, by_kind: dict[str, list[tuple[str, str]]], count: int
-) -> list[tuple[str, str]]:
+def _pick(rng: np.random.Generator, by_kind: dict[str, list[tuple[str, str]]], count: int) -> list[tuple[str, str]]:
     """The description, and `count - 1` others, each kind of question as likely as the next."""
     others = [pairs for kind, pairs in by_kind.items() if kind != "describe" and pairs]
     chosen = [others[i] for i in rng.integers(len(others), size=count - 1)]

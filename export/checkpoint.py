@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, GenerationConfig, Qwen2_5_VLConfig
 from transformers import Qwen2_5_VLForConditionalGeneration as Model
-from transformers.utils import logging as transformers_logging
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.utils import logging as transformers_logging
 
 from qvl_batch.bundle import Generation, Source, combined_sha256, file_sha256
 from qvl_batch.errors import ExportError

@@ -15,7 +15,7 @@ This module knows nothing of tokenizers or of files.
 """
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,10 +36,15 @@ class DecoderWeights(nn.Module):
         super().__init__()
         text = model.model.language_model
         self.embed = text.embed_tokens.weight
-        self.layers = nn.ModuleList(Layer(layer) for layer in text.layers)
+        self.stack = nn.ModuleList(Layer(layer) for layer in text.layers)
         self.norm = text.norm.weight
         # A tied head stays tied: one initializer, read by the Gather and by the last product.
         self.head = model.lm_head.weight
+
+    @property
+    def layers(self) -> "list[Layer]":
+        """The decoder's layers, in order."""
+        return cast("list[Layer]", self.stack)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(N, D) to (N, V), a Gemm that takes the weight as it lies, (V, D)."""
@@ -61,6 +66,9 @@ class Layer(nn.Module):
 class _Decoder(nn.Module):
     """What the two graphs have in common: embedding, sizes, rotary tables."""
 
+    inv_freq: Tensor
+    axis: Tensor
+
     def __init__(self, weights: DecoderWeights, model: Any) -> None:
         super().__init__()
         config, rotary = model.config.text_config, model.model.language_model.rotary_emb
@@ -76,6 +84,10 @@ class _Decoder(nn.Module):
     def _embed(self, input_ids: Tensor, image_embeds: Tensor) -> Tensor:
         is_image = (input_ids == self.image_token_id)[..., None]
         return torch.where(is_image, image_embeds, F.embedding(input_ids, self.weights.embed))
+
+    def _split(self, qkv: Tensor) -> tuple[Tensor, ...]:
+        """(B, S, (heads + 2 kv_heads) * head_dim) to queries, keys and values."""
+        return torch.split_with_sizes(qkv, self.splits, dim=-1)
 
     def _rotary_tables(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """M-RoPE (3, B, S) to cosines and sines, each (B, S, head_dim / 2).
@@ -120,7 +132,7 @@ class CachedDecoder(_Decoder):
         present: list[Tensor] = []
         normed = rms_norm(hidden, layers[0].norm1, self.eps)
         for index, layer in enumerate(layers):
-            q, k, v = layer.qkv(normed).split(self.splits, dim=-1)
+            q, k, v = self._split(layer.qkv(normed))
             q = rotary_embedding(q, rows, cos, sin, self.heads)
             k = rotary_embedding(k, rows, cos, sin, self.kv_heads)
             cache = (past[2 * index], past[2 * index + 1])
@@ -149,7 +161,7 @@ class FullDecoder(_Decoder):
         visible = torch.ones(length, length, dtype=torch.bool).tril() & attention_mask.bool()[:, None, None]
         hidden = self._embed(input_ids, image_embeds)
         for layer in self.weights.layers:
-            qkv = layer.qkv(rms_norm(hidden, layer.norm1, self.eps)).split(self.splits, dim=-1)
+            qkv = self._split(layer.qkv(rms_norm(hidden, layer.norm1, self.eps)))
             q, k, v = (t.reshape(batch, length, -1, self.head_dim).transpose(1, 2) for t in qkv)
             update = self._attend(_rotate(q, cos, sin), _rotate(k, cos, sin), v, visible)
             hidden = hidden + layer.out(update.transpose(1, 2).reshape(batch, length, -1))

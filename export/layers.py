@@ -5,6 +5,7 @@ multiply the same input stand side by side, so that it multiplies once. What ent
 transformers' model; what leaves computes the same.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,10 +16,13 @@ from torch.nn import functional as F  # noqa: N812
 class Linear(nn.Module):
     """`nn.Linear` with its weight stored (in, out), so that the graph multiplies without transposing."""
 
+    __call__: Callable[..., Tensor]
+
     def __init__(self, *linears: nn.Linear) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.cat([linear.weight for linear in linears]).t().contiguous())
-        biases = [linear.bias for linear in linears if linear.bias is not None]
+        weights: list[Tensor] = [linear.weight for linear in linears]
+        biases: list[Tensor] = [linear.bias for linear in linears if linear.bias is not None]
+        self.weight = nn.Parameter(torch.cat(weights).t().contiguous())
         self.bias = nn.Parameter(torch.cat(biases)) if biases else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -29,6 +33,8 @@ class Linear(nn.Module):
 
 class GatedMlp(nn.Module):
     """`down(silu(gate(x)) * up(x))`, gate and up in one product."""
+
+    __call__: Callable[..., Tensor]
 
     def __init__(self, mlp: Any) -> None:
         super().__init__()

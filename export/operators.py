@@ -6,7 +6,7 @@ none computes anything in PyTorch. The plain contract graph uses none of them.
 Definitions: onnxruntime/docs/ContribOperators.md.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -44,7 +44,7 @@ def rotary_embedding(x: Tensor, rows: Tensor, cos: Tensor, sin: Tensor, heads: i
     return _symbolic("RotaryEmbedding", [x, rows, cos, sin], attrs, x)
 
 
-def multi_head_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+def multi_head_attention(q: Tensor, k: Tensor, v: Tensor, *, heads: int) -> Tensor:
     """Unmasked attention; all of (B, S, heads * head_dim)."""
     return _symbolic("MultiHeadAttention", [q, k, v], {"num_heads": heads}, q)
 
@@ -61,7 +61,9 @@ def group_query_attention(
     """Causal attention over the cache and the new tokens, which it appends to the cache.
 
     Args:
-        query: (B, S, heads * head_dim), already rotated; `key` and `value` (B, S, kv_heads * head_dim).
+        query: (B, S, heads * head_dim), already rotated.
+        key: (B, S, kv_heads * head_dim), already rotated.
+        value: (B, S, kv_heads * head_dim).
         cache: past keys and values, each (B, kv_heads, L_max, head_dim).
         seqlens_k: int32 (B,), tokens of the row that are valid after this call, less one.
         total_sequence_length: int32 scalar, the largest of those lengths (not less one).
@@ -82,7 +84,7 @@ def group_query_attention(
     return outputs[0], (outputs[1], outputs[2])
 
 
-def _symbolic(operator: str, inputs: Sequence[Tensor], attrs: dict[str, int], like: Tensor) -> Tensor:
+def _symbolic(operator: str, inputs: Sequence[Tensor], attrs: Mapping[str, int], like: Tensor) -> Tensor:
     return torch.onnx.ops.symbolic(
-        f"{DOMAIN}::{operator}", inputs, attrs, dtype=like.dtype, shape=like.shape, version=1
+        f"{DOMAIN}::{operator}", inputs, dict(attrs), dtype=like.dtype, shape=like.shape, version=1
     )

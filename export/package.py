@@ -203,5 +203,7 @@ def main() -> int:
         print(f"export: {error}", file=sys.stderr)
         return 1
     size = sum(file.size for file in manifest.files.values())
-    print(f"{config.output}: {size / 1e6:,.1f} MB, P = {manifest.layout.image_start}, S = {manifest.layout.max_seq_len}")
+    print(
+        f"{config.output}: {size / 1e6:,.1f} MB, P = {manifest.layout.image_start}, S = {manifest.layout.max_seq_len}"
+    )
     return 0

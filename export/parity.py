@@ -91,20 +91,20 @@ def _ordinary_tokens(tokenizer: Any) -> int:
 def _check_features(checkpoint: Checkpoint, rows: list[Row], directory: Path) -> tuple[Array, float]:
     session = ort.InferenceSession(directory / VISION)
     found = session.run(None, {"pixels": np.stack([row.pixels for row in rows])})[0]
-    expected = torch.stack([
-        checkpoint.model.model.get_image_features(
-            row.torch_inputs["pixel_values"], row.torch_inputs["image_grid_thw"]
-        ).pooler_output[0]
-        for row in rows
-    ]).numpy()
+    expected = torch.stack(
+        [
+            checkpoint.model.model.get_image_features(
+                row.torch_inputs["pixel_values"], row.torch_inputs["image_grid_thw"]
+            ).pooler_output[0]
+            for row in rows
+        ]
+    ).numpy()
     if found.shape != expected.shape:
         raise ExportError(f"parity gate: vision features have shape {found.shape}, not {expected.shape}")
     return found, _relative_error(found, expected)
 
 
-def _check_logits(
-    checkpoint: Checkpoint, layout: Layout, rows: list[Row], features: Array, directory: Path
-) -> float:
+def _check_logits(checkpoint: Checkpoint, layout: Layout, rows: list[Row], features: Array, directory: Path) -> float:
     session = ort.InferenceSession(directory / DECODER_FULL)
     ids, embeds, lengths = _padded(layout, rows, features)
     mask = (np.arange(ids.shape[1]) < lengths[:, None]).astype(np.int64)
@@ -140,7 +140,7 @@ def _graph_tokens(layout: Layout, rows: list[Row], features: Array, directory: P
         if value.name.startswith("past_")
     }
     tokens: list[Array] = []
-    for step in range(steps):
+    for _ in range(steps):
         inputs = {
             "input_ids": ids,
             "position_ids": positions,

@@ -12,7 +12,8 @@ weights added; and windows of equal length are one batched attention.
 This module knows nothing of tokens or of files.
 """
 
-from typing import Any
+from itertools import pairwise
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,13 @@ class VisionTower(nn.Module):
         image_size: pixels a side, a multiple of patch size x merge size.
         mean, std: normalisation of the checkpoint's image processor, for values in 0 to 1.
     """
+
+    mean: Tensor
+    std: Tensor
+    order: Tensor
+    inverse: Tensor
+    cos: Tensor
+    sin: Tensor
 
     def __init__(self, visual: Any, image_size: int, mean: list[float], std: list[float]) -> None:
         super().__init__()
@@ -64,13 +72,14 @@ class VisionTower(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         """(B, H, W, 3) uint8 to (B, T_img, D)."""
         hidden = self._patches(pixels) @ self.patch_embed
-        normed = rms_norm(hidden, self.blocks[0].norm1, NORM_EPS)
-        for index, block in enumerate(self.blocks):
+        blocks = cast("list[Block]", self.blocks)
+        normed = rms_norm(hidden, blocks[0].norm1, NORM_EPS)
+        for index, block in enumerate(blocks):
             windows = None if index in self.full_blocks else self.windows
             update = block.attention(normed, self.cos, self.sin, windows)
             normed, hidden = skip_rms_norm(update, hidden, block.norm2, NORM_EPS)
             update = block.mlp(normed)
-            following = self.blocks[index + 1].norm1 if index + 1 < len(self.blocks) else self.merger_norm
+            following = blocks[index + 1].norm1 if index + 1 < len(blocks) else self.merger_norm
             normed, hidden = skip_rms_norm(update, hidden, following, NORM_EPS)
         groups = normed.reshape(-1, self.merged_side**2, self.merge**2 * self.hidden)
         return self.merger_out(F.gelu(self.merger_in(groups))).index_select(1, self.inverse)
@@ -100,25 +109,22 @@ class Block(nn.Module):
         self.qkv, self.proj = Linear(block.attn.qkv), Linear(block.attn.proj)
         self.mlp = GatedMlp(block.mlp)
 
-    def attention(
-        self, x: Tensor, cos: Tensor, sin: Tensor, windows: list[tuple[int, int]] | None
-    ) -> Tensor:
+    def attention(self, x: Tensor, cos: Tensor, sin: Tensor, windows: list[tuple[int, int]] | None) -> Tensor:
         """(B, N, D) to (B, N, D); `windows` are `(count, length)` in order, or None for one of N."""
         q, k, v = self.qkv(x).chunk(3, dim=-1)
         first = torch.zeros(1, dtype=torch.int64)
         q = rotary_embedding(q, first, cos, sin, self.heads)
         k = rotary_embedding(k, first, cos, sin, self.heads)
         if windows is None:
-            return self.proj(multi_head_attention(q, k, v, self.heads))
-        parts, start = [], 0
+            return self.proj(multi_head_attention(q, k, v, heads=self.heads))
+        parts: list[Tensor] = []
+        start = 0
         for count, length in windows:
-            stop = start + count * length
-            whole = len(windows) == 1
-            rows = [t if whole else t[:, start:stop] for t in (q, k, v)]
-            rows = [t.reshape(-1, length, t.shape[-1]) for t in rows]
-            part = multi_head_attention(*rows, self.heads)
+            span = slice(start, start + count * length)
+            rows = (t[:, span].reshape(-1, length, t.shape[-1]) for t in (q, k, v))
+            part = multi_head_attention(*rows, heads=self.heads)
             parts.append(part.reshape(-1, count * length, part.shape[-1]))
-            start = stop
+            start = span.stop
         return self.proj(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))
 
 
@@ -135,12 +141,10 @@ def window_order(grid: Tensor, config: Any) -> tuple[Tensor, list[tuple[int, int
     Returns:
         int64 (T_img,) of merge groups, and `(count, length in patches)` of the windows.
     """
-    index, bounds = get_vision_window_index(
-        grid, config.spatial_merge_size, config.window_size, config.patch_size
-    )
+    index, bounds = get_vision_window_index(grid, config.spatial_merge_size, config.window_size, config.patch_size)
     unit = config.spatial_merge_size**2
     edges = (bounds // unit).tolist()
-    windows = [index[start:stop] for start, stop in zip(edges, edges[1:], strict=False)]
+    windows = [index[start:stop] for start, stop in pairwise(edges)]
     lengths = sorted({len(window) for window in windows}, reverse=True)
     by_length = [[w for w in windows if len(w) == length] for length in lengths]
     order = torch.cat([window for group in by_length for window in group])

@@ -33,7 +33,7 @@ Dtype = Literal["fp32"]
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where everything stands in a row of token ids:
+    """Where everything stands in a row of token ids.
 
         head_ids | image_token_id x image_tokens | bridge_ids | prompt | tail_ids | answer
                  ^ image_start (P)                                     row <= max_seq_len (S)
@@ -275,8 +275,6 @@ def _check_file(bundle: Path, name: str, file: File, *, verify: bool) -> None:
     if not path.is_file():
         raise BundleError(f"{bundle} lacks {name}: copy the bundle again")
     if path.stat().st_size != file.size:
-        raise BundleError(
-            f"{path} has {path.stat().st_size} bytes, not {file.size}: copy the bundle again"
-        )
+        raise BundleError(f"{path} has {path.stat().st_size} bytes, not {file.size}: copy the bundle again")
     if verify and file_sha256(path) != file.sha256:
         raise BundleError(f"{path} is damaged (its SHA-256 differs): copy the bundle again")

@@ -114,9 +114,7 @@ class Captioner:
             return Failure.of(error)
 
 
-def encode_images(
-    vision: VisionEncoder, images: Sequence[NDArray[np.uint8] | Failure]
-) -> list[Features | Failure]:
+def encode_images(vision: VisionEncoder, images: Sequence[NDArray[np.uint8] | Failure]) -> list[Features | Failure]:
     """Features (T_img, D) of each image, in order; failures stay where they are."""
     encoded = iter(vision.encode([image for image in images if not isinstance(image, Failure)]))
     results: list[Features | Failure] = []

@@ -47,9 +47,7 @@ class Decoder:
         self._cache = KvCache(manifest, slots)
         self._positions = mrope_positions(manifest.layout)
         self._hidden_size, self._vocab_size = manifest.decoder.hidden_size, manifest.decoder.vocab_size
-        self._penalty = RepetitionPenalty.of(
-            manifest.generation.repetition_penalty, slots, manifest.decoder.vocab_size
-        )
+        self._penalty = RepetitionPenalty.of(manifest.generation.repetition_penalty, slots, manifest.decoder.vocab_size)
         self._lengths = np.zeros(slots, np.int32)
 
     @property
@@ -174,7 +172,8 @@ class RepetitionPenalty:
         """Most likely tokens int64 (B,) for logits (B, V) of slots `first`, `first + 1`, ..."""
         seen = self._seen[first : first + len(logits)]
         penalised = np.where(logits < 0, logits * np.float32(self.penalty), logits / np.float32(self.penalty))
-        return np.where(seen, penalised, logits).argmax(-1)
+        chosen: Tokens = np.where(seen, penalised, logits).argmax(-1)
+        return chosen
 
 
 @dataclass(frozen=True, slots=True)

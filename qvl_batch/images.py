@@ -12,7 +12,7 @@ from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from qvl_batch.errors import ImageError, stable_message
 
@@ -40,7 +40,7 @@ def decode_image(data: bytes) -> Image.Image:
             image = Image.open(io.BytesIO(data))
             image.load()
             return _to_rgb(ImageOps.exif_transpose(image))
-    except Image.UnidentifiedImageError as error:
+    except UnidentifiedImageError as error:
         raise ImageError(f"the bytes are no image this Pillow reads (first 8: {data[:8]!r})") from error
     except Exception as error:  # Pillow's plugins raise whatever their parsing met
         raise ImageError(f"{type(error).__name__}: {stable_message(error)}") from error

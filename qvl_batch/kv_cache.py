@@ -23,9 +23,7 @@ class KvCache:
         self.slots = slots
         size = (slots, shape.kv_heads, manifest.layout.max_seq_len, shape.head_dim)
         self._arrays: dict[str, NDArray[Any]] = {
-            f"{kind}.{layer}": empty(size, np.float32)
-            for layer in range(shape.layers)
-            for kind in ("key", "value")
+            f"{kind}.{layer}": empty(size, np.float32) for layer in range(shape.layers) for kind in ("key", "value")
         }
 
     def past(self, first: int, count: int) -> dict[str, NDArray[Any]]:

@@ -38,6 +38,15 @@ from qvl_batch.stages import DecodeStage, VisionStage, prepare
 
 #: Ray CPUs that a reading or image-decoding task claims.
 TASK_CPUS = 0.25
+#: With fewer, the actors would leave no CPU to the tasks that feed them.
+LEAST_CPUS = 2
+#: Ray's own progress is replaced by rows done, and that it makes tokens of its own is no news.
+QUIET = {
+    "ray": logging.WARNING,
+    "ray.data": logging.WARNING,
+    "ray.data._internal.progress": logging.ERROR,
+    "ray._private.authentication.authentication_token_setup": logging.ERROR,
+}
 
 
 def run(config: CaptionConfig, say: Callable[[str], None] = lambda _: None) -> Report:
@@ -134,22 +143,21 @@ def _ray() -> Iterator[tuple[int, int]]:
     Raises:
         ConfigError: the cluster has fewer than 2 CPUs.
     """
-    for name in ("ray", "ray.data"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    for name, level in QUIET.items():
+        logging.getLogger(name).setLevel(level)
     joined = ray.is_initialized()
     if not joined and "RAY_ADDRESS" in os.environ:
         ray.init(logging_level=logging.WARNING)
     elif not joined:
-        # At least 2, or actors would leave no CPU to the tasks that feed them.
-        cpus = max(2, usable_cpus())
+        cpus = max(LEAST_CPUS, usable_cpus())
         ray.init(address="local", num_cpus=cpus, include_dashboard=False, logging_level=logging.WARNING)
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     try:
         nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
-        if sum(nodes) < 2:
-            raise ConfigError(f"the Ray cluster has {sum(nodes)} CPUs; this job needs at least 2")
+        if sum(nodes) < LEAST_CPUS:
+            raise ConfigError(f"the Ray cluster has {sum(nodes)} CPUs; this job needs at least {LEAST_CPUS}")
         yield sum(nodes), max(nodes)
     finally:
         if not joined:

@@ -19,8 +19,10 @@ SECONDS_PER_LINE = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """A finished job. `seconds` runs from the first row read to the last one written, start-up
-    (`startup_seconds`: Ray, sessions, tokenizers) left out.
+    """A finished job.
+
+    `seconds` is the time from the start of the pipeline, its workers' start included, to the last
+    answer written; `startup_seconds` what went before it, most of it the start of Ray.
     """
 
     output: Path
@@ -64,8 +66,8 @@ class Report:
             f"rows      {tally.rows:,}" + (f" ({reasons})" if reasons else ""),
             f"errors    {failed:,}",
             *(f"          {count:,} {kind}" for kind, count in tally.errors.most_common()),
-            f"speed     {self.images_per_second:.2f} images/s, {self.tokens_per_second:.1f} tokens/s"
-            f" over {self.seconds:.1f} s, after {self.startup_seconds:.1f} s to start",
+            f"speed     {self.images_per_second:.2f} images/s, {self.tokens_per_second:.1f} tokens/s",
+            f"time      {self.seconds:.1f} s, and {self.startup_seconds:.1f} s before it to start Ray",
             f"answers   {self.output}",
         ]
         return "\n".join(lines)

@@ -191,7 +191,7 @@ def _find_files(inputs: tuple[str, ...]) -> list[str]:
         elif path.is_file():
             found = [item]
         else:
-            found = sorted(p for p in glob.glob(item, recursive=True) if Path(p).is_file())
+            found = sorted(p for p in glob.glob(item, recursive=True) if Path(p).is_file())  # noqa: PTH207  (absolute too)
         if not found:
             raise InputError(f"--input {item}: no parquet file is there")
         files.update((str(Path(p).resolve()), None) for p in found)

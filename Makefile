@@ -1,0 +1,49 @@
+# demo   export the tiny model and answer the demo questions through Ray Data
+# test   run the tests
+# lint   ruff and mypy
+# bench  measure stages, and the engine against transformers' generate
+# train  train the tiny model anew (an hour or two)
+# Each installs what it needs into .venv first, once.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+TINY := datasets/tiny-qwen2.5-vl
+BUNDLE := build/tiny-bundle
+QUESTIONS := datasets/demo/questions.parquet
+ANSWERS := build/demo-answers
+
+.PHONY: demo test lint bench train clean
+.DELETE_ON_ERROR:
+
+demo: $(BUNDLE)/bundle.json
+	$(BIN)/python jobs/caption.py --bundle $(BUNDLE) --input $(QUESTIONS) --output $(ANSWERS) \
+		--keep-columns prompt expected --overwrite
+	$(BIN)/python jobs/show.py $(ANSWERS)
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(BUNDLE)/bundle.json
+	$(BIN)/python jobs/bench.py --bundle $(BUNDLE) --checkpoint $(TINY) --input $(QUESTIONS)
+
+train: $(READY)
+	$(BIN)/python datasets/train.py --work-dir build/train --output $(TINY)
+
+$(BUNDLE)/bundle.json: $(READY) $(wildcard $(TINY)/*) $(wildcard export/*.py) qvl_batch/bundle.py
+	$(BIN)/python -m export $(TINY) --output $(BUNDLE) --overwrite
+
+$(READY): pyproject.toml requirements.lock
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; v in ((3, 11), (3, 12)) or sys.exit(f"Python 3.11 or 3.12 is needed, this is {v[0]}.{v[1]}: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable '.[export,dev]'
+	@touch $@
+
+clean:
+	rm -rf build $(VENV)
