@@ -56,8 +56,8 @@ class Stage:
 
 def stages(steps_224: int, steps_672: int) -> list[Stage]:
     return [
-        Stage(steps_224, 224, 32, 7, 2e-3, 5e-4, 300),
-        Stage(steps_224 + steps_672, 672, 8, 12, 1e-3, 1e-5, 50),
+        Stage(steps_224, 224, 32, 16, 2e-3, 5e-4, 300),
+        Stage(steps_224 + steps_672, 672, 8, 16, 1e-3, 1e-5, 50),
     ]
 
 
@@ -100,6 +100,7 @@ class Batches:
         ids = torch.full((len(rows), length), self.config.text_config.bos_token_id)
         labels = torch.full((len(rows), length), IGNORE)
         segment = torch.full((len(rows), length), -1)
+        weight = torch.zeros((len(rows), length))
         position = torch.zeros((3, len(rows), length), dtype=torch.long)
         ids[:, : len(prefix)] = torch.tensor(prefix)
         segment[:, : len(prefix)] = 0
@@ -110,13 +111,14 @@ class Batches:
                 stop = at + len(turn)
                 ids[r, at:stop] = torch.tensor(turn)
                 labels[r, stop - answer_length - 1 : stop - 1] = ids[r, stop - answer_length : stop]
+                weight[r, stop - answer_length - 1 : stop - 1] = 1 / answer_length
                 segment[r, at:stop] = s
                 position[:, r, at:stop] = torch.arange(resume, resume + len(turn))
                 at = stop
         causal = torch.ones(length, length, dtype=torch.bool).tril()
         same = (segment[:, None, :] == 0) | (segment[:, None, :] == segment[:, :, None])
         mask = (causal & same)[:, None]
-        return {"ids": ids, "labels": labels, "position": position, "mask": mask}
+        return {"ids": ids, "labels": labels, "weight": weight, "position": position, "mask": mask}
 
     def _turn(self, prompt: str, answer: str) -> tuple[list[int], int]:
         question = self.tokenizer(prompt + self.closing).input_ids
@@ -175,7 +177,11 @@ def patchify(pixels: np.ndarray) -> Tensor:
 def loss_of(
     model: Qwen2_5_VLForConditionalGeneration, probes: Probes, batch: dict[str, Tensor], side: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Cross-entropy over answer tokens, that of the probes, and the share of tokens predicted right."""
+    """Cross-entropy of answers, that of the probes, and the share of tokens predicted right.
+
+    Every answer counts alike, or the one long description would drown the short answers, whose
+    first token says everything.
+    """
     ids = batch["ids"]
     grid = torch.tensor([[1, side // 14, side // 14]] * len(ids))
     features = model.model.visual(batch["patches"], grid).pooler_output
@@ -192,7 +198,9 @@ def loss_of(
     logits = model.lm_head(hidden[answered]).float()
     labels = batch["labels"][answered]
     right = (logits.argmax(-1) == labels).float().mean()
-    return F.cross_entropy(logits, labels), probes(features, batch["shown"]), right
+    weight = batch["weight"][answered]
+    loss = (F.cross_entropy(logits, labels, reduction="none") * weight).sum() / weight.sum()
+    return loss, probes(features, batch["shown"]), right
 
 
 def train(model: nn.Module, batches: Batches, plan: list[Stage], work_dir: Path) -> None:

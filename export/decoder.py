@@ -8,8 +8,8 @@ standard operators alone, M-RoPE positions derived inside. Quantization tools ca
 parity is argued from it.
 
 B rows, S tokens, D hidden size, V vocabulary, L_max tokens a row's cache holds. In both,
-`image_embeds` (B, S, D) takes the place of a token's embedding wherever `input_ids` is the image
-token, and is ignored elsewhere.
+`image_embeds` (B, S, D) takes the place of a token's embedding at the image's tokens, and is
+ignored elsewhere.
 
 This module knows nothing of tokenizers or of files.
 """
@@ -81,9 +81,8 @@ class _Decoder(nn.Module):
         self.register_buffer("inv_freq", rotary.inv_freq)
         self.register_buffer("axis", _axis_of_frequency(rotary.mrope_section))
 
-    def _embed(self, input_ids: Tensor, image_embeds: Tensor) -> Tensor:
-        is_image = (input_ids == self.image_token_id)[..., None]
-        return torch.where(is_image, image_embeds, F.embedding(input_ids, self.weights.embed))
+    def _embed(self, input_ids: Tensor, is_image: Tensor, image_embeds: Tensor) -> Tensor:
+        return torch.where(is_image[..., None], image_embeds, F.embedding(input_ids, self.weights.embed))
 
     def _split(self, qkv: Tensor) -> tuple[Tensor, ...]:
         """(B, S, (heads + 2 kv_heads) * head_dim) to queries, keys and values."""
@@ -125,7 +124,9 @@ class CachedDecoder(_Decoder):
             `next_token` int64 (B,), the argmax at each row's last valid token; `logits` (B, V)
             there; then the present keys and values in the order of `past`.
         """
-        hidden = self._embed(input_ids, image_embeds)
+        # An image token that the model itself answers with is a token like any other.
+        is_prefill = torch.tensor(input_ids.shape[1]) > 1
+        hidden = self._embed(input_ids, (input_ids == self.image_token_id) & is_prefill, image_embeds)
         cos, sin = (t.reshape(-1, self.head_dim // 2) for t in self._rotary_tables(position_ids))
         rows = torch.arange(input_ids.numel()).reshape(input_ids.shape)
         layers = self.weights.layers
@@ -156,10 +157,11 @@ class FullDecoder(_Decoder):
     def forward(self, input_ids: Tensor, attention_mask: Tensor, image_embeds: Tensor) -> Tensor:
         """int64 (B, S), int64 (B, S) of ones and zeros, (B, S, D) to logits (B, S, V)."""
         batch, length = input_ids.shape
-        cos, sin = self._rotary_tables(self._positions(input_ids, attention_mask))
+        is_image, positions = self._image_and_positions(input_ids, attention_mask)
+        cos, sin = self._rotary_tables(positions)
         cos, sin = cos[:, None], sin[:, None]
         visible = torch.ones(length, length, dtype=torch.bool).tril() & attention_mask.bool()[:, None, None]
-        hidden = self._embed(input_ids, image_embeds)
+        hidden = self._embed(input_ids, is_image, image_embeds)
         for layer in self.weights.layers:
             qkv = self._split(layer.qkv(rms_norm(hidden, layer.norm1, self.eps)))
             q, k, v = (t.reshape(batch, length, -1, self.head_dim).transpose(1, 2) for t in qkv)
@@ -169,21 +171,23 @@ class FullDecoder(_Decoder):
         normed = rms_norm(hidden, self.weights.norm, self.eps)
         return self.weights.logits(normed.reshape(batch * length, -1)).reshape(batch, length, -1)
 
-    def _positions(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """M-RoPE positions (3, B, S) of rows with at most one image, which need not be padded right.
+    def _image_and_positions(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Where the image is (B, S), and M-RoPE positions (3, B, S), of rows with at most one.
 
-        Text counts on by one; the k-th merged patch of an image that starts at p stands at
+        Rows may be padded on either side. Image tokens beyond the first side**2 are text. Text
+        counts on by one; the k-th merged patch of an image that starts at p stands at
         (p, p + k / side, p + k % side); text after the image goes on at p + side.
         """
         side = self.merged_side
         is_image = input_ids == self.image_token_id
-        seen = is_image.long().cumsum(-1)
+        seen = is_image.long().cumsum(-1).clamp(max=side * side + 1)
+        is_image = is_image & (seen <= side * side)
         index = attention_mask.cumsum(-1) - 1
         patch = torch.clamp(seen - 1, min=0)
         start = index - patch
         text = index - torch.where(seen > 0, side * side - side, 0)
         image = torch.stack([start, start + patch // side, start + patch % side])
-        return torch.where(is_image, image, text)
+        return is_image, torch.where(is_image, image, text)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
         """Grouped-query attention on (B, heads, S, head_dim), softmax in fp32."""

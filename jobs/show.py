@@ -1,6 +1,6 @@
 """Print answers, and, where the input's `expected` column was kept, how many match it.
 
-    python jobs/show.py ANSWERS [--rows 20]
+python jobs/show.py ANSWERS [--rows 20]
 """
 
 import sys

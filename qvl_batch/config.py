@@ -25,7 +25,7 @@ class CaptionConfig:
     input: tuple[str, ...]
     """Parquet files, folders of them, or globs."""
     output: Path
-    """Folder for the answers. Every node must see it at this path."""
+    """Folder for the answers, on the machine that runs this script."""
     prompt: str | None = None
     """Ask this of every image; the prompt column is then not read."""
     id_column: str = "id"
@@ -41,7 +41,7 @@ class CaptionConfig:
     fit: Fit = "letterbox"
     """How an image that is not square becomes square."""
     device: Device = "auto"
-    """Where the decoder runs. `auto` takes a GPU where there is one that can be used."""
+    """Where the decoder runs. This version has the CPU only: `auto` takes it, and `cuda` is refused."""
     vision_workers: int | None = None
     """Processes that run the vision graph. Without it, as many as the machine has work for."""
     decoder_workers: int | None = None

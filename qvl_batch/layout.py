@@ -12,8 +12,14 @@ What enters: prompts. What leaves: token ids of whole rows, and back again, answ
 This module knows nothing of images or of graphs.
 """
 
+import os
+
 import numpy as np
 from numpy.typing import NDArray
+
+# Read when transformers is imported: that a worker has no torch is no news.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
 from transformers import AutoTokenizer
 
 from qvl_batch.bundle import Bundle, Layout, chat_turn

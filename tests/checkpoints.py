@@ -1,0 +1,35 @@
+"""Checkpoints with random weights in any shape of Qwen2.5-VL, around the tiny one's tokenizer."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from conftest import TINY
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+
+def make_checkpoint(
+    path: Path, *, text: dict[str, Any], vision: dict[str, Any], generation: dict[str, Any] | None = None
+) -> Path:
+    """Write a checkpoint whose config is the tiny one's with some fields changed."""
+    shutil.copytree(TINY, path, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = json.loads((path / "config.json").read_text())
+    config |= text
+    config["vision_config"] |= vision
+    config["vision_config"]["out_hidden_size"] = config["hidden_size"]
+    (path / "config.json").write_text(json.dumps(config))
+    if generation:
+        settings = json.loads((path / "generation_config.json").read_text())
+        (path / "generation_config.json").write_text(json.dumps(settings | generation))
+    torch.manual_seed(len(str(text)) + len(str(vision)))
+    model = Qwen2_5_VLForConditionalGeneration._from_config(Qwen2_5_VLConfig.from_pretrained(path), dtype=torch.float32)
+    for name, parameter in model.named_parameters():
+        # Norms and biases too: left at one and zero, they would hide a graph that drops them.
+        spread = 0.3 if parameter.ndim == 1 else 1.5 * parameter[0].numel() ** -0.5
+        torch.nn.init.normal_(parameter, 1.0 if "norm" in name or "ln_q" in name else 0.0, spread)
+    model.save_pretrained(path / "saved")
+    (path / "saved" / "model.safetensors").rename(path / "model.safetensors")
+    shutil.rmtree(path / "saved")
+    return path

@@ -1,0 +1,106 @@
+"""Without Ray: answers in order, a failure only in its own row, and no torch anywhere."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from conftest import QUESTIONS, ROOT
+from PIL import Image
+
+from qvl_batch import Captioner, JobError
+from qvl_batch.captioner import _file_bytes
+from qvl_batch.errors import ConfigError, DeviceError
+from qvl_batch.images import decode_image
+
+ROWS = pq.read_table(QUESTIONS).slice(0, 8).to_pylist()
+
+
+@pytest.fixture(scope="module")
+def captioner(tiny_bundle):
+    with Captioner(tiny_bundle.path) as captioner:
+        yield captioner
+
+
+def test_rows_that_fail_leave_the_others_alone(captioner):
+    images = [row["image"]["bytes"] for row in ROWS]
+    prompts = [row["prompt"] for row in ROWS]
+    whole = captioner.caption(images, prompts)
+    assert [answer.finish_reason for answer in whole] == ["stop"] * 8
+    broken = captioner.caption([*images[:3], b"no image", *images[4:]], [*prompts[:6], None, prompts[7]])
+    for index, (found, expected) in enumerate(zip(broken, whole, strict=True)):
+        if index not in {3, 6}:
+            assert found == expected
+    assert [(broken[i].failure.stage, broken[i].failure.type) for i in (3, 6)] == [
+        ("image", "ImageError"),
+        ("layout", "PromptError"),
+    ]
+    assert (broken[3].answer, str(broken[3])) == (None, "")
+
+
+def test_images_may_come_as_files_bytes_pixels_or_pillow(captioner, tmp_path):
+    data = ROWS[0]["image"]["bytes"]
+    (tmp_path / "image").write_bytes(data)
+    picture = decode_image(data)
+    images = [data, tmp_path / "image", str(tmp_path / "image"), np.asarray(picture), picture]
+    answers = captioner.caption(images, ROWS[0]["prompt"])
+    assert len({answer.answer for answer in answers}) == 1
+    assert answers[0].finish_reason == "stop"
+
+
+def test_a_file_that_is_not_there_fails_its_row(captioner):
+    (answer,) = captioner.caption(["/nowhere.png"], ["What?"])
+    assert answer.failure.message == "/nowhere.png: No such file or directory"
+
+
+def test_what_is_no_image_at_all_fails_its_row(captioner):
+    (answer,) = captioner.caption([np.zeros((2, 2, 7), np.uint8)], ["What?"])
+    assert answer.failure.type == "ImageError"
+
+
+def test_prompts_must_be_as_many_as_images(captioner):
+    with pytest.raises(ConfigError, match="2 images and 1 prompts"):
+        captioner.caption([b"", b""], ["one"])
+
+
+def test_no_images_no_answers(captioner):
+    assert captioner.caption([], []) == []
+
+
+def test_the_limit_ends_an_answer(captioner):
+    (answer,) = captioner.caption([ROWS[0]["image"]["bytes"]], ["Describe the image."], max_new_tokens=2)
+    assert (answer.finish_reason, answer.answer_tokens) == ("length", 2)
+
+
+def test_cuda_where_there_is_none_is_an_error(tiny_bundle):
+    if Path("/dev/nvidia0").exists():
+        pytest.skip("there is a GPU")
+    with pytest.raises(DeviceError, match="--device cuda: there is no NVIDIA driver"):
+        Captioner(tiny_bundle.path, device="cuda")
+
+
+def test_no_bundle_is_one_line(tmp_path):
+    with pytest.raises(JobError) as refused:
+        Captioner(tmp_path)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_worker_needs_no_torch(tiny_bundle):
+    script = f"""
+import sys
+sys.modules["torch"] = None  # importing it fails, as if it were not installed
+from PIL import Image
+from qvl_batch import Captioner
+(answer,) = Captioner({str(tiny_bundle.path)!r}).caption([Image.new("RGB", (9, 9))], ["How many shapes are there?"])
+assert answer.finish_reason == "stop", answer
+assert "onnx" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, capture_output=True)
+
+
+def test_pixels_pass_through_pillow_unchanged():
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    assert np.array_equal(decode_image(_file_bytes(pixels)), pixels)
+    assert np.array_equal(decode_image(_file_bytes(Image.fromarray(pixels))), pixels)

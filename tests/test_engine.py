@@ -1,0 +1,127 @@
+"""However rows meet in the engine, each gets the answer it would get alone."""
+
+import dataclasses
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import QUESTIONS, TINY
+from reference import Reference, letterboxed
+
+from qvl_batch.bundle import Bundle
+from qvl_batch.decoder import Decoder
+from qvl_batch.engine import Engine, Request
+from qvl_batch.layout import RowLayout
+from qvl_batch.vision import VisionEncoder
+
+ROWS = 24
+
+
+@pytest.fixture(scope="module")
+def questions():
+    return pq.read_table(QUESTIONS).slice(0, ROWS).to_pylist()
+
+
+@pytest.fixture(scope="module")
+def requests(tiny_bundle, questions):
+    vision, layout = VisionEncoder(tiny_bundle, threads=2), RowLayout(tiny_bundle)
+    features = vision.encode([letterboxed(row["image"]["bytes"]) for row in questions])
+    return [Request(layout.row_ids(q["prompt"]), f, 64) for q, f in zip(questions, features, strict=True)]
+
+
+def _run(bundle, requests, slots):
+    decoder = Decoder(bundle, slots, threads=2)
+    with Engine(decoder, bundle.manifest.generation.eos_token_ids) as engine:
+        futures = [engine.submit(request) for request in requests]
+        return [future.result(timeout=120) for future in futures]
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_bundle, requests):
+    return _run(tiny_bundle, requests, slots=1)
+
+
+@pytest.mark.parametrize("slots", [2, 3, 5, 8, 16])
+def test_answers_do_not_depend_on_how_many_share_the_decoder(slots, tiny_bundle, requests, alone):
+    assert _run(tiny_bundle, requests, slots) == alone
+
+
+def test_answers_do_not_depend_on_the_order_of_rows(tiny_bundle, requests, alone):
+    order = list(range(ROWS))
+    np.random.default_rng(3).shuffle(order)
+    shuffled = _run(tiny_bundle, [requests[i] for i in order], slots=4)
+    assert [shuffled[order.index(i)] for i in range(ROWS)] == alone
+
+
+def test_rows_of_different_limits_and_threads_mix(tiny_bundle, requests, alone):
+    limits = [1 + i % 7 for i in range(ROWS)]
+    short = [dataclasses.replace(r, max_new_tokens=n) for r, n in zip(requests, limits, strict=True)]
+    decoder = Decoder(tiny_bundle, 4, threads=1)
+    with Engine(decoder, tiny_bundle.manifest.generation.eos_token_ids) as engine, ThreadPoolExecutor(6) as pool:
+        results = list(pool.map(lambda request: engine.submit(request).result(timeout=120), short))
+    for result, whole, limit in zip(results, alone, limits, strict=True):
+        assert result.token_ids == whole.token_ids[:limit]
+        assert result.finish_reason == ("length" if len(whole.token_ids) >= limit else "stop")
+
+
+def test_a_row_may_fill_the_contract_to_its_last_token(tiny_bundle, requests):
+    contract = tiny_bundle.manifest.layout
+    prompt = RowLayout(tiny_bundle).row_ids(" the" * (contract.room - 3))
+    never_stops = Decoder(tiny_bundle, 2, threads=1)
+    with Engine(never_stops, eos_token_ids=()) as engine:
+        result = engine.submit(Request(prompt, requests[0].features, 1000)).result(timeout=60)
+    assert (len(result.token_ids), result.finish_reason) == (3, "length")
+    assert len(prompt) + 3 == contract.max_seq_len
+
+
+@pytest.mark.parametrize("penalty", [1.05, 1.7])
+def test_the_repetition_penalty_is_that_of_transformers(penalty, tiny_bundle, requests, questions):
+    generation = dataclasses.replace(tiny_bundle.manifest.generation, repetition_penalty=penalty)
+    bundle = Bundle(tiny_bundle.path, dataclasses.replace(tiny_bundle.manifest, generation=generation))
+    rows = list(zip(questions, requests, strict=True))[:6]
+    found = _run(bundle, [dataclasses.replace(request, max_new_tokens=12) for _, request in rows], slots=4)
+    reference = Reference(TINY)
+    reference.model.generation_config.repetition_penalty = penalty
+    expected = [reference.answer(letterboxed(row["image"]["bytes"]), row["prompt"], 12) for row, _ in rows]
+    layout = RowLayout(tiny_bundle)
+    assert [layout.text(result.token_ids) for result in found] == expected
+
+
+def test_a_penalty_changes_answers(tiny_bundle, requests, alone):
+    generation = dataclasses.replace(tiny_bundle.manifest.generation, repetition_penalty=1.7)
+    bundle = Bundle(tiny_bundle.path, dataclasses.replace(tiny_bundle.manifest, generation=generation))
+    assert _run(bundle, requests, slots=4) != alone
+
+
+def test_features_are_those_of_transformers(questions, requests):
+    reference = Reference(TINY)
+    for row, request in list(zip(questions, requests, strict=True))[:4]:
+        inputs = reference.inputs(letterboxed(row["image"]["bytes"]), row["prompt"])
+        with torch.inference_mode():
+            visual = reference.model.model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"])
+        expected = visual.pooler_output[0].numpy()
+        assert np.abs(request.features - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
+def test_a_decoder_that_fails_fails_all_that_wait(tiny_bundle, requests, monkeypatch):
+    decoder = Decoder(tiny_bundle, 2, threads=1)
+    monkeypatch.setattr(decoder, "step", lambda _: (_ for _ in ()).throw(MemoryError("no memory left")))
+    engine = Engine(decoder, tiny_bundle.manifest.generation.eos_token_ids)
+    futures = [engine.submit(dataclasses.replace(request, max_new_tokens=9)) for request in requests[:6]]
+    for future in futures:
+        if error := future.exception(timeout=60):
+            assert "no memory left" in str(error)
+    assert any(future.exception() for future in futures)
+    with pytest.raises(RuntimeError, match="no longer runs"):
+        engine.submit(requests[0])
+
+
+def test_closing_finishes_what_was_submitted(tiny_bundle, requests, alone):
+    engine = Engine(Decoder(tiny_bundle, 4, threads=1), tiny_bundle.manifest.generation.eos_token_ids)
+    futures = [engine.submit(request) for request in requests[:6]]
+    engine.close()
+    assert [future.result(timeout=0) for future in futures] == alone[:6]
+    with pytest.raises(RuntimeError):
+        engine.submit(requests[0])

@@ -1,0 +1,196 @@
+"""A bundle answers like its checkpoint, whatever its shape, or there is no bundle."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from checkpoints import make_checkpoint
+from conftest import ROOT, TINY
+
+import export.decoder
+import export.vision
+from export.checkpoint import load_checkpoint
+from export.decoder import DecoderWeights, FullDecoder
+from export.package import ExportConfig, export_bundle
+from qvl_batch.bundle import DECODER, DECODER_FULL, VISION, Bundle
+from qvl_batch.errors import ExportError
+
+SHAPES = {
+    # untied head, heads of 16, one key-value head for four, all blocks but one windowed
+    "untied": (
+        {"tie_word_embeddings": False, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 1,
+         "num_hidden_layers": 2, "intermediate_size": 96, "rope_theta": 1e6,
+         "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}},
+        {"depth": 3, "hidden_size": 64, "num_heads": 4, "intermediate_size": 80, "fullatt_block_indexes": [1]},
+        224,
+    ),
+    # no grouping of heads, heads of 40, no full block at all, one vision head, windows cut at the edge
+    "no full block": (
+        {"hidden_size": 80, "num_attention_heads": 2, "num_key_value_heads": 2, "num_hidden_layers": 3,
+         "intermediate_size": 112, "rms_norm_eps": 1e-5,
+         "rope_scaling": {"type": "mrope", "mrope_section": [6, 7, 7]}},
+        {"depth": 2, "hidden_size": 32, "num_heads": 1, "intermediate_size": 48, "fullatt_block_indexes": []},
+        252,
+    ),
+    # every block full, windows of another size, twelve heads over four
+    "all full": (
+        {"hidden_size": 192, "num_attention_heads": 12, "num_key_value_heads": 4, "num_hidden_layers": 1,
+         "intermediate_size": 64, "rope_scaling": {"type": "mrope", "mrope_section": [2, 2, 4]}},
+        {"depth": 2, "hidden_size": 48, "num_heads": 3, "intermediate_size": 64, "fullatt_block_indexes": [0, 1],
+         "window_size": 56},
+        140,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_any_shape_passes_the_parity_gate(name, tmp_path):
+    text, vision, size = SHAPES[name]
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", text=text, vision=vision)
+    config = ExportConfig(checkpoint=checkpoint, output=tmp_path / "bundle", image_size=size, max_seq_len=256)
+    manifest = export_bundle(config)
+    assert manifest.parity is not None
+    assert manifest.parity.tokens_equal == manifest.parity.tokens == 3 * 32
+    assert max(manifest.parity.features, manifest.parity.logits) < 1e-4
+    assert manifest.layout.image_tokens == (size // 28) ** 2
+    assert Bundle.load(tmp_path / "bundle").manifest == manifest
+
+
+def test_weights_of_both_decoders_are_on_disk_once(tiny_bundle):
+    files = {path.name for path in tiny_bundle.path.glob("*.onnx*")}
+    assert files == {VISION, f"{VISION}.data", DECODER, f"{DECODER}.data", DECODER_FULL}
+    assert (tiny_bundle.path / DECODER_FULL).stat().st_size < 200_000
+
+
+def test_the_plain_contract_graph_has_no_contrib_operators(tiny_bundle):
+    graph = onnx.load(tiny_bundle.path / DECODER_FULL, load_external_data=False)
+    assert {node.domain for node in graph.graph.node} == {""}
+    assert [value.name for value in graph.graph.input] == ["input_ids", "attention_mask", "image_embeds"]
+
+
+def test_graphs_hold_no_paths_of_the_machine_they_were_made_on(tiny_bundle):
+    for path in tiny_bundle.path.glob("*.onnx"):
+        assert b"site-packages" not in path.read_bytes()
+        assert str(ROOT).encode() not in path.read_bytes()
+
+
+def test_a_bundle_can_be_moved(tiny_bundle, tmp_path):
+    moved = shutil.copytree(tiny_bundle.path, tmp_path / "elsewhere")
+    assert str(tiny_bundle.path) not in (moved / "bundle.json").read_text()
+    assert Bundle.load(moved).sha256 == tiny_bundle.sha256
+
+
+def test_positions_in_the_graph_are_those_of_transformers():
+    model = load_checkpoint(TINY).model
+    full = FullDecoder(DecoderWeights(model), model, merged_side=4)
+    image = [model.config.image_token_id] * 16
+    rows = [[5, 6, 7, *image, 8, 9], [5, *image, 6, 7], [5, 6, 7, 8]]
+    assert len(image) == full.merged_side**2
+    ids = torch.zeros((3, 24), dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for index, row in enumerate(rows):
+        side = slice(0, len(row)) if index else slice(24 - len(row), 24)  # the first is padded on the left
+        ids[index, side], mask[index, side] = torch.tensor(row), 1
+    is_image = (ids == model.config.image_token_id).int()
+    grid = torch.tensor([[1, 8, 8]] * 2)
+    expected, _ = model.model.get_rope_index(ids, is_image, image_grid_thw=grid, attention_mask=mask)
+    valid = mask.bool()
+    is_image, positions = full._image_and_positions(ids, mask)
+    assert torch.equal(positions[:, valid], expected[:, valid])
+    assert torch.equal(is_image, ids == model.config.image_token_id)
+
+
+def _one_dimensional(mrope_section):
+    return torch.zeros(sum(mrope_section), dtype=torch.int64)
+
+
+def _raster_order(grid, config):
+    del config
+    tokens = int(grid[0, 1] * grid[0, 2])
+    return torch.arange(tokens // 4), [(tokens // 64, 64)]
+
+
+@pytest.mark.parametrize(
+    ("module", "function", "wrong", "message"),
+    [
+        (export.decoder, "_axis_of_frequency", _one_dimensional, "logits are off by"),
+        (export.vision, "window_order", _raster_order, "vision features are off by"),
+    ],
+    ids=["positions of one dimension", "windows in raster order"],
+)
+def test_the_gate_refuses_wrong_graphs_and_leaves_nothing(module, function, wrong, message, monkeypatch, tmp_path):
+    monkeypatch.setattr(module, function, wrong)
+    with pytest.raises(ExportError, match=message):
+        export_bundle(ExportConfig(checkpoint=TINY, output=tmp_path / "bundle", image_size=224))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_skipped_gate_is_recorded(tmp_path):
+    config = ExportConfig(checkpoint=TINY, output=tmp_path / "bundle", image_size=224, skip_parity=True)
+    assert export_bundle(config).parity is None
+    assert json.loads((tmp_path / "bundle" / "bundle.json").read_text())["parity"] is None
+
+
+def _nothing(checkpoint: Path) -> None:
+    del checkpoint
+
+
+def _edit(path: Path, **changes) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("damage", "options", "message"),
+    [
+        (shutil.rmtree, {}, "is no directory"),
+        (lambda path: (path / "config.json").unlink(), {}, "is no checkpoint"),
+        (lambda path: (path / "config.json").write_text("{"), {}, "is no checkpoint"),
+        (lambda path: _edit(path / "config.json", model_type="qwen2_vl"), {}, "is a qwen2_vl checkpoint"),
+        (lambda path: _edit(path / "config.json", hidden_act="gelu"), {}, "hidden_act is gelu"),
+        (lambda path: (path / "model.safetensors").unlink(), {}, "has no .*safetensors"),
+        (lambda path: (path / "preprocessor_config.json").unlink(), {}, "image processor cannot be loaded"),
+        (lambda path: _edit(path / "tokenizer_config.json", chat_template=None), {}, "has no chat template"),
+        (lambda path: _edit(path / "tokenizer_config.json", chat_template="{{ messages }}"), {}, "chat template must"),
+        (_nothing, {"image_size": 650}, "--image-size 650 is not a multiple of 28"),
+        (_nothing, {"image_size": 0}, "--image-size 0 is not a multiple"),
+        (_nothing, {"image_size": 28}, "image processor would resize it"),
+        (_nothing, {"max_seq_len": 600}, "--max-seq-len 600 leaves"),
+        (_nothing, {"max_seq_len": 5000}, "is more than the 4096 positions"),
+        (_nothing, {"system_prompt": "word " * 500}, "--max-seq-len 1024 leaves"),
+        (_nothing, {"system_prompt": "<|image_pad|>"}, "chat template must give one"),
+    ],
+)
+def test_wrong_input_is_refused_in_one_line_and_leaves_nothing(damage, options, message, tmp_path):
+    checkpoint = Path(shutil.copytree(TINY, tmp_path / "checkpoint"))
+    damage(checkpoint)
+    with pytest.raises(ExportError, match=message) as refused:
+        export_bundle(ExportConfig(checkpoint=checkpoint, output=tmp_path / "out" / "bundle", **options))
+    assert "\n" not in str(refused.value)
+    assert not list(tmp_path.glob("out/*"))
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path):
+    checkpoint = Path(shutil.copytree(TINY, tmp_path / "checkpoint"))
+    _edit(checkpoint / "config.json", num_hidden_layers=5, max_window_layers=5)
+    with pytest.raises(ExportError, match=r"lacks 12 weights, the first of them model\.language_model\.layers\.4"):
+        export_bundle(ExportConfig(checkpoint=checkpoint, output=tmp_path / "bundle"))
+
+
+def test_an_existing_bundle_is_kept_unless_told_otherwise(copied_bundle):
+    before = (copied_bundle / "bundle.json").read_text()
+    with pytest.raises(ExportError, match="exists: give another --output, or --overwrite"):
+        export_bundle(ExportConfig(checkpoint=TINY, output=copied_bundle))
+    assert (copied_bundle / "bundle.json").read_text() == before
+
+
+def test_the_command_prints_one_line_for_an_expected_error(tmp_path):
+    command = [sys.executable, "-m", "export", str(tmp_path / "nothing"), "--output", str(tmp_path / "bundle")]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert result.stderr.strip().splitlines()[-1].startswith("export: ")
+    assert "Traceback" not in result.stderr

@@ -1,0 +1,134 @@
+"""Any image file becomes the pixels that a viewer would show, or an error that says why not."""
+
+import io
+
+import numpy as np
+import pytest
+from conftest import TINY
+from PIL import Image, ImageOps
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from qvl_batch.errors import ImageError
+from qvl_batch.images import LETTERBOX_RGB, decode_image, fit_image
+
+
+def _file(image, file_format="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, file_format, **options)
+    return buffer.getvalue()
+
+
+def _gradient(width=40, height=30):
+    x, y = np.meshgrid(np.arange(width), np.arange(height))
+    return Image.fromarray(np.stack([x * 6, y * 8, x + y], axis=-1).astype(np.uint8))
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "BMP", "TIFF", "WEBP"])
+def test_lossless_formats_give_their_pixels(file_format):
+    options = {"lossless": True} if file_format == "WEBP" else {}
+    decoded = decode_image(_file(_gradient(), file_format, **options))
+    assert np.array_equal(decoded, _gradient())
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_honoured(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = _file(_gradient(), exif=exif)
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    decoded = decode_image(data)
+    assert np.array_equal(decoded, expected.convert("RGB"))
+    assert (decoded.size != (40, 30)) == (orientation >= 5)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_what_is_transparent_shows_white(mode):
+    image = Image.new(mode, (4, 4), 0)
+    image.putpixel((0, 0), (255, 0, 0, 255) if mode == "RGBA" else (90, 255))
+    image.putpixel((1, 0), (0, 0, 0, 128) if mode == "RGBA" else (0, 128))
+    decoded = decode_image(_file(image))
+    assert decoded.getpixel((0, 0)) == ((255, 0, 0) if mode == "RGBA" else (90, 90, 90))
+    assert decoded.getpixel((1, 0)) == (127, 127, 127)
+    assert decoded.getpixel((3, 3)) == (255, 255, 255)
+
+
+def test_a_transparent_palette_colour_shows_white():
+    image = Image.new("P", (2, 1), 0)
+    image.putpalette([200, 0, 0, 0, 0, 200])
+    image.putpixel((1, 0), 1)
+    decoded = decode_image(_file(image, "GIF", transparency=0))
+    assert [decoded.getpixel((x, 0)) for x in (0, 1)] == [(255, 255, 255), (0, 0, 200)]
+
+
+def test_sixteen_bits_are_scaled_not_clipped():
+    samples = np.array([[0, 256 * 100, 65535]], np.uint16)
+    decoded = decode_image(_file(Image.fromarray(samples)))
+    assert [decoded.getpixel((x, 0))[0] for x in range(3)] == [0, 100, 255]
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "CMYK", "YCbCr"])
+def test_every_mode_becomes_rgb(mode):
+    file_format = "JPEG" if mode in {"CMYK", "YCbCr"} else "PNG"
+    decoded = decode_image(_file(_gradient().convert(mode), file_format))
+    assert (decoded.mode, decoded.size) == ("RGB", (40, 30))
+
+
+def test_of_an_animation_the_first_frame_is_taken():
+    frames = [Image.new("RGB", (4, 4), color) for color in ("red", "blue")]
+    decoded = decode_image(_file(frames[0], "GIF", save_all=True, append_images=frames[1:]))
+    assert decoded.getpixel((0, 0)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "has no bytes"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "no image this Pillow reads"),
+        (_file(_gradient(400, 300))[:200], "OSError|SyntaxError"),
+        (_file(_gradient(400, 300), "JPEG")[:2000], "truncated"),
+    ],
+)
+def test_what_is_no_image_says_so(data, message):
+    with pytest.raises(ImageError, match=message):
+        decode_image(data)
+
+
+def test_a_decompression_bomb_is_refused(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(ImageError, match="DecompressionBomb"):
+        decode_image(_file(_gradient()))
+
+
+def test_a_letterbox_keeps_everything_in_proportion():
+    fitted = fit_image(Image.new("RGB", (200, 100), "red"), 56, "letterbox")
+    assert fitted.shape == (56, 56, 3)
+    assert (fitted[:14] == LETTERBOX_RGB).all()
+    assert (fitted[42:] == LETTERBOX_RGB).all()
+    assert (fitted[14:42] == (255, 0, 0)).all()
+
+
+def test_a_stretch_keeps_everything_and_fills():
+    fitted = fit_image(Image.new("RGB", (200, 100), "red"), 56, "stretch")
+    assert (fitted == (255, 0, 0)).all()
+
+
+def test_a_crop_cuts_the_longer_side_evenly():
+    image = Image.new("RGB", (300, 100), "red")
+    image.paste("blue", (100, 0, 200, 100))
+    fitted = fit_image(image, 56, "crop")
+    assert (fitted[:, 2:-2] == (0, 0, 255)).all()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 500), (500, 1), (3000, 7)])
+@pytest.mark.parametrize("fit", ["letterbox", "stretch", "crop"])
+def test_any_size_fits(size, fit):
+    assert fit_image(Image.new("RGB", size), 56, fit).shape == (56, 56, 3)
+
+
+def test_transformers_processor_leaves_a_fitted_image_as_it_is(tiny_bundle):
+    size = tiny_bundle.manifest.layout.image_size
+    fitted = fit_image(_gradient(500, 300), size)
+    processor = Qwen2VLImageProcessorPil.from_pretrained(TINY)
+    patches = processor([Image.fromarray(fitted)], return_tensors="np")
+    assert patches["image_grid_thw"].tolist() == [[1, 48, 48]]
+    assert np.isclose(patches["pixel_values"].min(), (fitted / 255 - [0.481, 0.458, 0.408]).min() / 0.27, atol=0.05)

@@ -1,0 +1,196 @@
+"""The job as a user runs it: a process of its own, Ray and all."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import QUESTIONS, ROOT, TINY
+from reference import Reference
+
+CAPTION = [sys.executable, "jobs/caption.py"]
+ANSWER_COLUMNS = [
+    "answer", "finish_reason", "prompt_tokens", "answer_tokens", "error_stage", "error_type", "error_message",
+]  # fmt: skip
+
+
+def _caption(env, *options, check=True):
+    command = [*CAPTION, *map(str, options)]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=check, timeout=240)
+
+
+def _answers(folder):
+    table = pa.concat_tables([pq.read_table(path) for path in sorted(folder.glob("part-*.parquet"))])
+    return sorted(table.to_pylist(), key=lambda row: str(row["id"]))
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return pq.read_table(QUESTIONS).to_pylist()
+
+
+def test_the_demo_is_answered_right_and_as_pytorch_answers_it(tiny_bundle, demo, ray_env, tmp_path):
+    output = tmp_path / "answers"
+    result = _caption(
+        ray_env, "--bundle", tiny_bundle.path, "--input", QUESTIONS, "--output", output, "--keep-columns", "expected"
+    )
+    rows = _answers(output)
+    assert list(rows[0]) == ["id", "expected", *ANSWER_COLUMNS]
+    assert [row["id"] for row in rows] == [row["id"] for row in demo]
+    assert [row["answer"] for row in rows] == Reference(TINY).answers(demo)
+    right = sum(row["answer"] == row["expected"] for row in rows)
+    assert right >= 0.95 * len(rows)
+    assert {row["finish_reason"] for row in rows} == {"stop"}
+
+    run = json.loads((output / "_run.json").read_text())
+    assert (run["rows"], run["finish_reasons"], run["errors"]) == (64, {"stop": 64}, {})
+    assert run["answer_tokens"] == sum(row["answer_tokens"] for row in rows)
+    assert run["bundle"]["sha256"] == tiny_bundle.sha256
+    assert run["decoding"]["repetition_penalty"] == 1.0
+    for line in ("rows      64 (64 stop)", "errors    0", f"answers   {output}"):
+        assert line in result.stdout
+    assert "images/s" in result.stderr
+
+
+def test_rows_that_fail_say_why_and_the_others_are_answered(tiny_bundle, demo, ray_env, tmp_path):
+    images = [row["image"]["bytes"] for row in demo[:12]]
+    prompts = [row["prompt"] for row in demo[:12]]
+    images[1], images[2], images[3] = b"<html>not found</html>", None, images[3][: len(images[3]) // 2]
+    prompts[4], prompts[5], prompts[6] = None, "word " * 2000, "<|im_end|><|image_pad|>"
+    folder = tmp_path / "input"
+    folder.mkdir()
+    table = pa.table({"key": [7] * 2 + list(range(10)), "picture": images, "ask": prompts, "extra": range(12)})
+    pq.write_table(table.slice(0, 5), folder / "a.parquet")
+    pq.write_table(table.slice(5), folder / "b.parquet", row_group_size=3)
+    pq.write_table(table.slice(0, 0), folder / "c.parquet")
+    result = _caption(
+        ray_env, "--bundle", tiny_bundle.path, "--input", folder, "--output", tmp_path / "out",
+        "--id-column", "key", "--image-column", "picture", "--prompt-column", "ask", "--keep-columns", "extra",
+        "--slots", 3, "--vision-workers", 2, "--decoder-workers", 2, "--max-new-tokens", 6,
+    )  # fmt: skip
+    rows = sorted(_answers(tmp_path / "out"), key=lambda row: row["extra"])
+    assert [(row["id"], row["extra"]) for row in rows] == list(zip(table["key"].to_pylist(), range(12), strict=True))
+    failed = {row["extra"]: (row["error_stage"], row["error_type"]) for row in rows if row["finish_reason"] == "error"}
+    image, prompt = ("image", "ImageError"), ("layout", "PromptError")
+    assert failed == {1: image, 2: image, 3: image, 4: prompt, 5: prompt}
+    for row in rows:
+        assert (row["answer"] is None) == (row["extra"] in failed) == (row["error_message"] is not None)
+    assert rows[6]["prompt_tokens"] > 600
+    assert "errors    5\n          3 image: ImageError\n          2 layout: PromptError" in result.stdout
+
+
+def test_an_empty_input_gives_an_empty_answer(tiny_bundle, demo, ray_env, tmp_path):
+    pq.write_table(pa.Table.from_pylist(demo[:1]).slice(0, 0), tmp_path / "empty.parquet")
+    _caption(ray_env, "--bundle", tiny_bundle.path, "--input", tmp_path / "empty.parquet", "--output", tmp_path / "out")
+    (part,) = (tmp_path / "out").glob("part-*.parquet")
+    assert pq.read_schema(part).names == ["id", *ANSWER_COLUMNS]
+    assert json.loads((tmp_path / "out" / "_run.json").read_text())["rows"] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"--bundle": "nowhere"}, "is no bundle"),
+        ({"--input": "nowhere"}, "--input nowhere: no parquet file is there"),
+        ({"--image-column": "picture"}, "no single column 'picture' (--image-column); it has id, image"),
+        ({"--slots": "0"}, "--slots must be at least 1, not 0"),
+        ({"--output": "README.md"}, "README.md cannot be written"),
+    ],
+)
+def test_a_job_that_cannot_be_done_says_so_in_one_line(options, message, tiny_bundle, ray_env, tmp_path):
+    chosen = {"--bundle": str(tiny_bundle.path), "--input": str(QUESTIONS), "--output": str(tmp_path / "out")} | options
+    result = _caption(ray_env, *(word for pair in chosen.items() for word in pair), check=False)
+    assert result.returncode == 1
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("caption: ")
+    assert message in last
+    assert "Traceback" not in result.stderr
+
+
+def test_answers_are_not_overwritten_unasked(tiny_bundle, ray_env, tmp_path):
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "part-000000-000000000000.parquet").write_bytes(b"precious")
+    options = ["--bundle", tiny_bundle.path, "--input", QUESTIONS, "--output", output, "--limit", 1]
+    result = _caption(ray_env, *options, check=False)
+    assert (result.returncode, "--overwrite to delete them" in result.stderr) == (1, True)
+    assert [path.read_bytes() for path in output.iterdir()] == [b"precious"]
+    _caption(ray_env, *options, "--overwrite")
+    assert len(_answers(output)) == 1
+
+
+def test_a_file_damaged_inside_stops_the_job_and_is_named(tiny_bundle, demo, ray_env, tmp_path):
+    path = tmp_path / "damaged.parquet"
+    pq.write_table(pa.Table.from_pylist(demo), path, compression="zstd")
+    data = bytearray(path.read_bytes())
+    data[1000:60_000] = bytes(59_000)
+    path.write_bytes(data)
+    options = ["--bundle", tiny_bundle.path, "--input", path, "--output", tmp_path / "out"]
+    result = _caption(ray_env, *options, check=False)
+    assert result.returncode == 1
+    assert "damaged.parquet: row group 0 cannot be read" in result.stderr.strip().splitlines()[-1]
+
+
+def test_ctrl_c_keeps_the_answers_so_far(tiny_bundle, demo, ray_env, tmp_path):
+    big = tmp_path / "big.parquet"
+    pq.write_table(pa.Table.from_pylist(demo * 20), big)
+    command = [*CAPTION, "--bundle", tiny_bundle.path, "--input", big, "--output", tmp_path / "out"]
+    with subprocess.Popen(
+        [*map(str, command)], cwd=ROOT, env=ray_env, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as job:
+        for line in job.stderr:
+            if " of 1,280 rows" in line:
+                break
+        time.sleep(1)
+        os.kill(job.pid, signal.SIGINT)
+        rest = job.stderr.read()
+        assert job.wait(timeout=60) == 130
+    assert "caption: stopped" in rest.strip().splitlines()[-1]
+    assert 0 < len(_answers(tmp_path / "out")) < 1280
+
+
+def _free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_the_job_can_be_submitted_to_a_cluster(tiny_bundle, ray_env, tmp_path):
+    env = ray_env | {"RAY_AUTH_MODE": "token", "HOME": str(tmp_path)}
+    ray = str(Path(sys.executable).parent / "ray")
+    subprocess.run([ray, "get-auth-token", "--generate"], env=env, check=True, capture_output=True)
+    port, dashboard = _free_port(), _free_port()
+    head = subprocess.Popen(
+        [ray, "start", "--head", "--block", "--num-cpus=2", f"--port={port}", "--dashboard-host=127.0.0.1",
+         f"--dashboard-port={dashboard}", "--disable-usage-stats"],
+        env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    try:
+        address = f"http://127.0.0.1:{dashboard}"
+        for _ in range(60):
+            ready = subprocess.run(
+                [ray, "job", "list", "--address", address], env=env, check=False, capture_output=True
+            )
+            if ready.returncode == 0:
+                break
+            time.sleep(1)
+        submit = [
+            ray, "job", "submit", "--address", address, "--working-dir", ".", "--", "python", "jobs/caption.py",
+            "--bundle", str(tiny_bundle.path), "--input", str(QUESTIONS), "--output", str(tmp_path / "out"),
+            "--limit", "16",
+        ]  # fmt: skip
+        env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
+        result = subprocess.run(submit, cwd=ROOT, env=env, check=False, capture_output=True, text=True, timeout=240)
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert "rows      16" in result.stdout
+        assert len(_answers(tmp_path / "out")) == 16
+    finally:
+        os.killpg(head.pid, signal.SIGTERM)
+        head.wait(timeout=60)

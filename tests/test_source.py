@@ -1,0 +1,176 @@
+"""Every row of the input is found and read as what it is, or the job says what it cannot read."""
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from qvl_batch.config import CaptionConfig
+from qvl_batch.errors import ConfigError, InputError
+from qvl_batch.source import FAILURE, FILE, IMAGE, PROMPT, ROW, open_source, read_unit
+
+IMAGES = pa.array([b"a", b"b", b"c"])
+TABLE = pa.table({"id": [1, 2, 3], "image": IMAGES, "prompt": ["x", "y", None]})
+
+
+def _config(tmp_path, *inputs, **options):
+    chosen = inputs or (str(tmp_path),)
+    return CaptionConfig(bundle=tmp_path, input=tuple(map(str, chosen)), output=tmp_path / "out", **options)
+
+
+def _read(config, rows_per_table=2):
+    source = open_source(config)
+    tables = [t for unit in source.units for t in read_unit(unit, source.columns, config.prompt, rows_per_table)]
+    assert all(table.num_rows <= rows_per_table for table in tables)
+    return pa.concat_tables(tables)
+
+
+def test_files_folders_and_globs_are_found_once_in_order(tmp_path):
+    for name in ("b/2.parquet", "b/1.parquet", "a.parquet", "b/_hidden.parquet", "b/.cache/3.parquet", "b/note.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(TABLE, tmp_path / name)
+    source = open_source(_config(tmp_path, tmp_path / "b", tmp_path / "*.parquet", tmp_path / "b" / "1.parquet"))
+    assert [file.removeprefix(str(tmp_path)) for file in source.files] == ["/b/1.parquet", "/b/2.parquet", "/a.parquet"]
+    assert source.rows == 9
+
+
+def test_row_groups_are_read_whole_and_in_place(tmp_path):
+    table = pa.table({"id": range(10), "image": [b""] * 10, "prompt": [str(i) for i in range(10)]})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=4)
+    rows = _read(_config(tmp_path), rows_per_table=3)
+    assert rows["id"].to_pylist() == rows[ROW].to_pylist() == list(range(10))
+    assert set(rows[FILE].to_pylist()) == {0}
+
+
+@pytest.mark.parametrize("limit", [1, 3, 4, 5, 12, 100])
+def test_a_limit_takes_the_first_rows(limit, tmp_path):
+    for number in range(2):
+        ids = range(6 * number, 6 * number + 6)
+        table = pa.table({"id": ids, "image": [b""] * 6, "prompt": ["x"] * 6})
+        pq.write_table(table, tmp_path / f"{number}.parquet", row_group_size=4)
+    rows = _read(_config(tmp_path, limit=limit))
+    assert rows["id"].to_pylist() == list(range(min(limit, 12)))
+
+
+def test_images_may_be_structs_bytes_or_paths(tmp_path):
+    (tmp_path / "image").write_bytes(b"from a file")
+    struct = pa.array(
+        [
+            {"bytes": b"inside", "path": "ignored"},
+            {"bytes": None, "path": "image"},
+            {"bytes": None, "path": str(tmp_path / "image")},
+            {"bytes": None, "path": f"file://{tmp_path}/image"},
+            {"bytes": None, "path": None},
+            None,
+            {"bytes": None, "path": "missing"},
+        ]
+    )
+    count = len(struct)
+    pq.write_table(pa.table({"id": range(count), "image": struct}), tmp_path / "a.parquet")
+    rows = _read(_config(tmp_path, prompt="What?"))
+    file = b"from a file"
+    assert rows[IMAGE].to_pylist() == [b"inside", file, file, file, None, None, None]
+    assert rows[PROMPT].to_pylist() == ["What?"] * count
+    messages = rows[FAILURE[2]].to_pylist()
+    assert messages[4:6] == ["the image is null"] * 2
+    assert messages[6].startswith("missing cannot be read: FileNotFoundError")
+    assert rows[FAILURE[0]].to_pylist() == [None] * 4 + ["image"] * 3
+
+
+def test_a_path_column_of_strings_is_read(tmp_path):
+    (tmp_path / "image").write_bytes(b"data")
+    pq.write_table(pa.table({"id": ["a"], "image": ["image"], "prompt": ["x"]}), tmp_path / "a.parquet")
+    assert _read(_config(tmp_path))[IMAGE].to_pylist() == [b"data"]
+
+
+def test_kept_columns_keep_their_types(tmp_path):
+    nested = pa.array([{"a": [1, None]}, None, {"a": []}])
+    table = TABLE.append_column("nested", nested).append_column("count", pa.array([1, None, 3], pa.int8()))
+    pq.write_table(table, tmp_path / "a.parquet")
+    rows = _read(_config(tmp_path, keep_columns=("nested", "count", "prompt")))
+    assert rows.select(["nested", "count", "prompt"]).combine_chunks() == table.select(["nested", "count", "prompt"])
+
+
+@pytest.mark.parametrize(
+    ("ids", "kind"),
+    [
+        (pa.array(["a", "b", "c"]), pa.string()),
+        (pa.array(["a", "b", "c"], pa.large_string()), pa.string()),
+        (pa.array(["a", "b", "a"]).dictionary_encode(), pa.string()),
+        (pa.array([1, 2, 3], pa.int8()), pa.int64()),
+        (pa.array([1, 2, 2**64 - 1], pa.uint64()), pa.uint64()),
+    ],
+)
+def test_ids_may_be_strings_or_integers(ids, kind, tmp_path):
+    pq.write_table(TABLE.set_column(0, "id", ids), tmp_path / "a.parquet")
+    rows = _read(_config(tmp_path))
+    assert rows["id"].type == kind
+    assert rows["id"].to_pylist() == ids.to_pylist()
+
+
+@pytest.mark.parametrize(
+    ("table", "options", "message"),
+    [
+        (TABLE.drop_columns(["image"]), {}, r"no single column 'image' \(--image-column\); it has id, prompt"),
+        (TABLE, {"id_column": "key"}, r"no single column 'key' \(--id-column\); it has id, image, prompt"),
+        (TABLE.drop_columns(["prompt"]), {}, r"no single column 'prompt' \(--prompt-column\)"),
+        (TABLE, {"keep_columns": ("more",)}, r"no single column 'more' \(--keep-columns\)"),
+        (TABLE, {"id_column": "image"}, r"'image' \(--id-column\) is binary; it must be strings or integers"),
+        (TABLE, {"image_column": "id"}, r"'id' \(--image-column\) is int64; it must be a struct of bytes and path"),
+        (TABLE, {"prompt_column": "id"}, r"'id' \(--prompt-column\) is int64; it must be strings"),
+    ],
+)
+def test_columns_that_cannot_be_used_are_named_with_what_is_there(table, options, message, tmp_path):
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(InputError, match=message):
+        open_source(_config(tmp_path, **options))
+
+
+def test_files_that_differ_in_what_is_kept_are_refused(tmp_path):
+    pq.write_table(TABLE, tmp_path / "a.parquet")
+    pq.write_table(TABLE.set_column(0, "id", pa.array(["x", "y", "z"])), tmp_path / "b.parquet")
+    with pytest.raises(InputError, match=r"b.parquet and .*a.parquet differ in the type of the id"):
+        open_source(_config(tmp_path))
+
+
+def test_input_that_is_not_there_is_named(tmp_path):
+    for missing in (tmp_path / "no.parquet", tmp_path / "*.parquet", tmp_path):
+        with pytest.raises(InputError, match="no parquet file is there"):
+            open_source(_config(tmp_path, missing))
+
+
+def test_a_file_that_is_no_parquet_is_named(tmp_path):
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 but not for long")
+    with pytest.raises(InputError, match=r"a.parquet is no readable parquet file"):
+        open_source(_config(tmp_path))
+
+
+def test_a_file_replaced_under_the_job_is_named(tmp_path):
+    pq.write_table(TABLE, tmp_path / "a.parquet")
+    source = open_source(_config(tmp_path))
+    pq.write_table(TABLE.slice(0, 1), tmp_path / "a.parquet")
+    with pytest.raises(InputError, match="has 1 rows, not 3: was it replaced"):
+        list(read_unit(source.units[0], source.columns, None, 8))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"slots": 0}, "--slots must be at least 1, not 0"),
+        ({"max_new_tokens": -1}, "--max-new-tokens must be at least 1"),
+        ({"limit": 0}, "--limit must be at least 1"),
+        ({"prompt": " "}, "--prompt must not be empty"),
+        ({"keep_columns": ("a", "a")}, "--keep-columns names a more than once"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(options, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        _config(tmp_path, **options)
+
+
+@pytest.mark.parametrize("name", ["answer", "id", "error_type"])
+def test_a_kept_column_may_not_hide_an_output_column(name, tmp_path):
+    table = TABLE.append_column("key", TABLE["id"])
+    table = table if name in table.column_names else table.append_column(name, TABLE["prompt"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(ConfigError, match=f"--keep-columns {name}"):
+        open_source(_config(tmp_path, id_column="key", keep_columns=(name,)))
