@@ -11,16 +11,17 @@ the questions from seeing each other, and each starts at the same position, so t
 as if they were separate conversations while the image is paid for once.
 
 The answers alone teach a vision tower this small very slowly what a star is (2,000 steps were
-not enough), so linear probes on its features, thrown away afterwards, also learn which kind,
-colour and size of shape each merged patch shows. What is left of what, and how many there are,
-is left to the language model, which has nothing but M-RoPE to tell it.
+not enough), so probes on its features also learn which kind, colour and size of shape each
+merged patch shows. What is left of what, and how many there are, is left to the answers.
 """
 
 import argparse
 import shutil
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -127,22 +128,35 @@ class Batches:
 
 
 class Probes(nn.Module):
-    """Linear classifiers of what a merged patch shows; class 0 is the ground."""
+    """Classifiers of what a merged patch shows, by its likeness to words; class 0 is the ground.
 
-    def __init__(self, hidden_size: int) -> None:
+    The weights of a class are the embedding of its word, so that what a patch shows and what a
+    question asks for lie in the same direction, and a word finds its patches by likeness.
+    """
+
+    def __init__(self, tokenizer: Any, hidden_size: int) -> None:
         super().__init__()
-        self.heads = nn.ModuleList(nn.Linear(hidden_size, len(names) + 1) for names in PROBED)
+        ids = [[tokenizer.encode(f" {name}") for name in names] for names in PROBED]
+        assert all(len(word) == 1 for words in ids for word in words)
+        self.words = [torch.tensor(words)[:, 0] for words in ids]
+        self.ground = nn.Parameter(torch.zeros(len(PROBED), hidden_size))
+        self.scale = nn.Parameter(torch.ones(len(PROBED)))
 
-    def forward(self, features: Tensor, shown: Tensor) -> Tensor:
+    def forward(self, features: Tensor, embedding: Tensor, shown: Tensor) -> Tensor:
         """Cross-entropy of features (B * T_img, D) against classes (B, T_img, probes)."""
+        features = features.float()
         shown = shown.view(-1, len(PROBED))
         # Most patches are ground: weigh them down so that together they count as much as shapes.
         weight = torch.where(shown[:, 0] > 0, 1.0, 0.05)
         losses = [
-            (F.cross_entropy(head(features).float(), shown[:, i], reduction="none") * weight).sum()
-            for i, head in enumerate(self.heads)
+            (F.cross_entropy(logits, shown[:, i], reduction="none") * weight).sum()
+            for i, logits in enumerate(self._logits(features, embedding))
         ]
         return sum(losses) / weight.sum()
+
+    def _logits(self, features: Tensor, embedding: Tensor) -> Iterator[Tensor]:
+        for words, ground, scale in zip(self.words, self.ground, self.scale, strict=True):
+            yield features @ torch.cat([ground[None], embedding[words]]).t() * scale
 
 
 def what_patches_show(scene: Scene, merged: int) -> np.ndarray:
@@ -200,11 +214,11 @@ def loss_of(
     right = (logits.argmax(-1) == labels).float().mean()
     weight = batch["weight"][answered]
     loss = (F.cross_entropy(logits, labels, reduction="none") * weight).sum() / weight.sum()
-    return loss, probes(features, batch["shown"]), right
+    return loss, probes(features, model.get_input_embeddings().weight, batch["shown"]), right
 
 
 def train(model: nn.Module, batches: Batches, plan: list[Stage], work_dir: Path) -> None:
-    probes = Probes(model.config.text_config.hidden_size)
+    probes = Probes(batches.tokenizer, model.config.text_config.hidden_size)
     trained = nn.ModuleList([model, probes])
     optimizer = torch.optim.AdamW(_parameter_groups(trained), betas=(0.9, 0.98), fused=True)
     state = work_dir / "state.pt"
