@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from qvl_batch.bundle import Bundle
-from qvl_batch.config import DEFAULT_MAX_NEW_TOKENS, Device
+from qvl_batch.config import DEFAULT_MAX_NEW_TOKENS, Device, Fit
 from qvl_batch.decoder import Decoder
 from qvl_batch.engine import Completion, Engine, Request
 from qvl_batch.errors import ConfigError, ImageError, NumericError, RowError
-from qvl_batch.images import Fit, decode_image, fit_image
+from qvl_batch.images import decode_image, fit_image
 from qvl_batch.layout import RowLayout
 from qvl_batch.runtime import resolve_device, usable_cpus
 from qvl_batch.schema import Answer, Failure

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Literal
 
 from qvl_batch.errors import ConfigError
-from qvl_batch.images import Fit
 
+Fit = Literal["letterbox", "stretch", "crop"]
 Device = Literal["auto", "cpu", "cuda"]
 
 DEFAULT_MAX_NEW_TOKENS = 128

@@ -8,16 +8,13 @@ This module knows nothing of where the bytes come from, nor of tokens.
 
 import io
 import warnings
-from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from qvl_batch.config import Fit
 from qvl_batch.errors import ImageError, stable_message
-
-Fit = Literal["letterbox", "stretch", "crop"]
-FITS: tuple[Fit, ...] = get_args(Fit)
 
 #: Ground of a letterbox: the mean colour of CLIP's training images, so that the bars are close
 #: to zero once the graph has normalised them.

@@ -40,11 +40,14 @@ from qvl_batch.stages import DecodeStage, VisionStage, prepare
 TASK_CPUS = 0.25
 #: With fewer, the actors would leave no CPU to the tasks that feed them.
 LEAST_CPUS = 2
-#: Ray's own progress is replaced by rows done, and that it makes tokens of its own is no news.
+#: Ray's own progress is replaced by rows done, an error's traceback by its line (Ray's log folder
+#: has it all), and that Ray makes itself a token is no news.
 QUIET = {
     "ray": logging.WARNING,
     "ray.data": logging.WARNING,
     "ray.data._internal.progress": logging.ERROR,
+    "ray.data._internal.execution.streaming_executor_state": logging.CRITICAL,
+    "ray.data.exceptions": logging.CRITICAL,
     "ray._private.authentication.authentication_token_setup": logging.ERROR,
 }
 
@@ -154,6 +157,7 @@ def _ray() -> Iterator[tuple[int, int]]:
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    context.raise_original_map_exception = True
     try:
         nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
         if sum(nodes) < LEAST_CPUS:
@@ -165,14 +169,12 @@ def _ray() -> Iterator[tuple[int, int]]:
 
 
 def _job_error(error: Exception) -> JobError:
-    """The job's own error inside what Ray wrapped it in, or one that quotes Ray's."""
-    link: Any = error
-    while link is not None:
-        if isinstance(link, JobError):
-            return type(link)(*link.args)
-        link = getattr(link, "cause", None) or link.__cause__
-    last_line = str(error).strip().split("\n")[-1]
-    return JobError(f"a worker failed: {last_line}")
+    """The job's own error inside what Ray wrapped it in, or one that names the stage's."""
+    cause = getattr(error, "cause", None) or error
+    message = str(cause).strip().split("\n")[0]  # behind it, Ray adds advice on its own settings
+    if isinstance(cause, JobError):
+        return type(cause)(message)
+    return JobError(f"a worker failed: {type(cause).__name__}: {message}")
 
 
 def _settings(config: CaptionConfig, source: Source, bundle: Bundle, plan: Plan, device: str) -> dict[str, Any]:

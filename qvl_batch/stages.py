@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 
 from qvl_batch.bundle import Bundle
 from qvl_batch.captioner import answer_rows, encode_images
+from qvl_batch.config import Fit
 from qvl_batch.decoder import Decoder
 from qvl_batch.engine import Engine
 from qvl_batch.errors import ImageError
-from qvl_batch.images import Fit, decode_image, fit_image
+from qvl_batch.images import decode_image, fit_image
 from qvl_batch.layout import RowLayout
 from qvl_batch.schema import ANSWER_FIELDS, Failure
 from qvl_batch.source import FAILURE, IMAGE, OWN, PROMPT, failure_columns, failures_of

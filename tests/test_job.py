@@ -101,7 +101,7 @@ def test_an_empty_input_gives_an_empty_answer(tiny_bundle, demo, ray_env, tmp_pa
         ({"--input": "nowhere"}, "--input nowhere: no parquet file is there"),
         ({"--image-column": "picture"}, "no single column 'picture' (--image-column); it has id, image"),
         ({"--slots": "0"}, "--slots must be at least 1, not 0"),
-        ({"--output": "README.md"}, "README.md cannot be written"),
+        ({"--output": "LICENSE"}, "LICENSE cannot be written"),
     ],
 )
 def test_a_job_that_cannot_be_done_says_so_in_one_line(options, message, tiny_bundle, ray_env, tmp_path):
@@ -163,7 +163,9 @@ def _free_port():
 
 
 def test_the_job_can_be_submitted_to_a_cluster(tiny_bundle, ray_env, tmp_path):
-    env = ray_env | {"RAY_AUTH_MODE": "token", "HOME": str(tmp_path)}
+    # The cluster finds `python` and its packages where the tests do.
+    path = f"{Path(sys.executable).parent}:{ray_env['PATH']}"
+    env = ray_env | {"RAY_AUTH_MODE": "token", "HOME": str(tmp_path), "PATH": path}
     ray = str(Path(sys.executable).parent / "ray")
     subprocess.run([ray, "get-auth-token", "--generate"], env=env, check=True, capture_output=True)
     port, dashboard = _free_port(), _free_port()
@@ -186,7 +188,6 @@ def test_the_job_can_be_submitted_to_a_cluster(tiny_bundle, ray_env, tmp_path):
             "--bundle", str(tiny_bundle.path), "--input", str(QUESTIONS), "--output", str(tmp_path / "out"),
             "--limit", "16",
         ]  # fmt: skip
-        env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
         result = subprocess.run(submit, cwd=ROOT, env=env, check=False, capture_output=True, text=True, timeout=240)
         assert result.returncode == 0, result.stdout + result.stderr
         assert "rows      16" in result.stdout

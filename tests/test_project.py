@@ -1,0 +1,129 @@
+"""What the project says of itself is true."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+from PIL import Image
+
+import qvl_batch
+from qvl_batch import errors
+
+README = (ROOT / "README.md").read_text()
+TREE = re.search(r"^qvl_batch/ .*?^tests/", README, re.DOTALL | re.MULTILINE)[0]
+#: Modules of the worker in the README's order, each above those that may import it.
+ORDER = re.findall(r"── (\w+)\.py", TREE.split("export/")[0])
+
+
+def _imports(path):
+    """Modules that a file imports, wherever it does so."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+
+
+def _files(package):
+    return {path.stem: path for path in (ROOT / package).glob("*.py") if not path.stem.startswith("__")}
+
+
+def test_the_tree_in_the_readme_is_the_tree():
+    assert set(ORDER) == set(_files("qvl_batch"))
+    assert set(re.findall(r"── (\w+)\.py", TREE.split("export/")[1])) == set(_files("export"))
+    for job in _files("jobs"):
+        assert f"{job}.py" in TREE
+
+
+def test_imports_point_one_way():
+    for place, name in enumerate(ORDER):
+        for module in _imports(_files("qvl_batch")[name]):
+            if module.startswith("qvl_batch."):
+                assert module.split(".")[1] in ORDER[:place], f"{name} imports {module}"
+            assert module.split(".")[0] != "export", name
+
+
+@pytest.mark.parametrize(
+    ("library", "modules"),
+    [
+        ("ray", {"pipeline"}),
+        ("onnxruntime", {"runtime"}),
+        ("torch", set()),
+        ("onnx", set()),
+        ("transformers", {"layout"}),
+    ],
+)
+def test_a_library_is_met_in_one_place(library, modules):
+    files = _files("qvl_batch")
+    found = {name for name, path in files.items() if library in {m.split(".")[0] for m in _imports(path)}}
+    assert found == modules
+
+
+def test_the_exporter_knows_only_the_contract_of_the_worker():
+    for name, path in _files("export").items():
+        used = {module for module in _imports(path) if module.startswith("qvl_batch")}
+        assert used <= {"qvl_batch.bundle", "qvl_batch.errors"}, name
+
+
+@pytest.mark.parametrize("command", [["jobs/caption.py"]])
+def test_the_help_in_the_readme_is_the_help(command):
+    env = os.environ | {"COLUMNS": "100"}
+    arguments = [sys.executable, *command, "--help"]
+    result = subprocess.run(arguments, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() in README
+
+
+@pytest.mark.parametrize("command", [["-m", "export"], ["jobs/show.py"], ["jobs/bench.py"]])
+def test_every_command_has_help(command):
+    arguments = [sys.executable, *command, "--help"]
+    result = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "usage:" in result.stdout
+
+
+def test_the_notebook_example_runs(tiny_bundle, tmp_path, monkeypatch, capsys):
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    (tmp_path / "build").mkdir()
+    (tmp_path / "build" / "tiny-bundle").symlink_to(tiny_bundle.path)
+    Image.new("RGB", (300, 200), "white").save(tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(example, "README.md", "exec"), {})  # noqa: S102
+    assert capsys.readouterr().out.strip()
+
+
+def test_commands_in_the_readme_exist():
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"make (\w+)\b(?!=)", README)) - {"PYTHON"} <= targets
+    for path in re.findall(r"\b(?:jobs|datasets|export)/[\w/.-]+\.\w+", README):
+        assert (ROOT / path).exists(), path
+
+
+def test_options_named_in_texts_exist():
+    options = set(re.findall(r"│ (--[\w-]+)", README)) | {"--output", "--device"}
+    for path in (*(ROOT / "qvl_batch").glob("*.py"), ROOT / "README.md"):
+        named = set(re.findall(r"--[a-z][a-z-]+", path.read_text()))
+        others = {"--max-seq-len", "--working-dir", "--address", "--help"}
+        assert named <= options | others, path.name
+
+
+def test_public_names():
+    names = {"Answer", "Bundle", "Captioner", "Failure", "JobError", "QvlBatchError", "RowError"}
+    assert set(qvl_batch.__all__) == names
+    assert all(hasattr(qvl_batch, name) for name in names)
+
+
+def test_the_tree_of_errors_is_drawn_whole():
+    classes = [value for value in vars(errors).values() if isinstance(value, type)]
+    for error in (value for value in classes if issubclass(value, Exception)):
+        (line,) = [line for line in errors.__doc__.splitlines() if re.search(rf"\b{error.__name__}\b", line)]
+        depth = (len(error.__mro__) - len(errors.QvlBatchError.__mro__)) * 4 + 4
+        assert line.index(error.__name__) == depth
+
+
+def test_datasets_hides_no_library():
+    assert not (ROOT / "datasets" / "__init__.py").exists()
+    for path in ROOT.glob("*/*.py"):
+        assert "datasets" not in {module.split(".")[0] for module in _imports(path)}, path
