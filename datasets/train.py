@@ -312,8 +312,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--work-dir", type=Path, required=True, help="training state is kept here")
     parser.add_argument("--output", type=Path, help="write the checkpoint here when trained")
-    parser.add_argument("--steps-224", type=int, default=9000)
-    parser.add_argument("--steps-672", type=int, default=900)
+    parser.add_argument("--steps-224", type=int, default=3600)
+    parser.add_argument("--steps-672", type=int, default=1400)
     args = parser.parse_args()
     args.work_dir.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(SEED)
@@ -324,7 +324,8 @@ def main() -> None:
     train(model, Batches(config, CHECKPOINT), stages(args.steps_224, args.steps_672), args.work_dir)
     if args.output:
         model.to(torch.bfloat16).save_pretrained(args.work_dir / "checkpoint")
-        shutil.copy(args.work_dir / "checkpoint" / "model.safetensors", args.output)
+        args.output.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(args.work_dir / "checkpoint" / "model.safetensors", args.output / "model.safetensors")
 
 
 if __name__ == "__main__":

@@ -19,11 +19,12 @@ import tyro
 
 from export.checkpoint import Checkpoint, load_checkpoint
 from export.graphs import export_decoders, export_vision, graph_spec
-from export.parity import check_parity
+from export.parity import check_contract, check_parity
 from qvl_batch.bundle import (
     DECODER,
     DECODER_FULL,
     FORMAT_VERSION,
+    MANIFEST,
     VISION,
     DecoderShape,
     Dtype,
@@ -72,8 +73,7 @@ def export_bundle(config: ExportConfig, say: Callable[[str], None] = lambda _: N
         ExportError: the checkpoint or an option cannot be exported, or the parity gate failed.
     """
     output = config.output.resolve()
-    if output.exists() and not config.overwrite:
-        raise ExportError(f"{output} exists: give another --output, or --overwrite to replace it")
+    _check_output(output, overwrite=config.overwrite)
     checkpoint = load_checkpoint(config.checkpoint)
     layout = plan_layout(checkpoint, config)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -129,6 +129,16 @@ def plan_layout(checkpoint: Checkpoint, config: ExportConfig) -> Layout:
     return layout
 
 
+def _check_output(output: Path, *, overwrite: bool) -> None:
+    """Refuse a place where something is, unless it is a bundle that may be replaced."""
+    if not output.exists():
+        return
+    if not overwrite:
+        raise ExportError(f"{output} exists: give another --output, or --overwrite to replace it")
+    if not (output / MANIFEST).is_file():
+        raise ExportError(f"{output} exists and is no bundle, so it is not overwritten: give another --output")
+
+
 def _fill(
     staging: Path, checkpoint: Checkpoint, layout: Layout, config: ExportConfig, say: Callable[[str], None]
 ) -> Manifest:
@@ -146,6 +156,7 @@ def _fill(
     export_decoders(checkpoint.model, layout, staging)
     done(f"{DECODER}, {DECODER_FULL}")
     graphs = {name: graph_spec(staging / name) for name in (VISION, DECODER, DECODER_FULL)}
+    check_contract(layout, checkpoint.model.config.text_config.hidden_size, staging)
     parity = None
     if not config.skip_parity:
         parity = check_parity(checkpoint, layout, staging)

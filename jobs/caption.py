@@ -5,6 +5,7 @@
 Runs on this machine, or, under `ray job submit`, on the cluster.
 """
 
+import signal
 import sys
 
 import tyro
@@ -15,6 +16,8 @@ from qvl_batch.errors import JobError
 
 def main() -> int:
     """Run the job; 0 if every row was answered or has its error, 1 if the job could not be done."""
+    # A cluster ends jobs by SIGTERM: stop as Ctrl-C does, so that no answer is lost.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         config = tyro.cli(CaptionConfig, config=(tyro.conf.FlagCreatePairsOff,))
         from qvl_batch.pipeline import run  # noqa: PLC0415  (ray takes a second to import; --help need not)

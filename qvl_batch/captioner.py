@@ -8,7 +8,7 @@ import io
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Self
+from typing import Self, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,6 +46,7 @@ class Captioner:
 
     Raises:
         BundleError: no bundle, or a damaged one.
+        ConfigError: `slots` is less than 1, or there is no such fit or device.
         DeviceError: the device cannot be used here.
     """
 
@@ -58,6 +59,10 @@ class Captioner:
         fit: Fit = "letterbox",
     ) -> None:
         resolve_device(device)
+        if slots < 1:
+            raise ConfigError(f"slots must be at least 1, not {slots}")
+        if fit not in get_args(Fit):
+            raise ConfigError(f"fit {fit!r} is none of {', '.join(get_args(Fit))}")
         self._bundle = Bundle.load(bundle)
         self._fit: Fit = fit
         threads = usable_cpus()
@@ -83,8 +88,10 @@ class Captioner:
             max_new_tokens: longest answer in tokens.
 
         Raises:
-            ConfigError: there are not as many prompts as images.
+            ConfigError: there are not as many prompts as images, or `max_new_tokens` is less than 1.
         """
+        if max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
         images = list(images)
         texts = [prompts] * len(images) if isinstance(prompts, str) else list(prompts)
         if len(texts) != len(images):

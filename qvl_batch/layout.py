@@ -13,6 +13,7 @@ This module knows nothing of images or of graphs.
 """
 
 import os
+import threading
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +37,8 @@ class RowLayout:
     def __init__(self, bundle: Bundle) -> None:
         manifest = bundle.manifest
         self.layout = manifest.layout
+        # A fast tokenizer takes settings by mutation, and fails when two threads are in it at once.
+        self._lock = threading.Lock()
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(bundle.path, local_files_only=True)
         except Exception as error:  # transformers raises whatever its parsing met
@@ -59,7 +62,8 @@ class RowLayout:
         if prompt is None or not prompt.strip():
             raise PromptError("the prompt is null" if prompt is None else "the prompt is empty")
         try:
-            ids = self._tokenizer(prompt, add_special_tokens=False, split_special_tokens=True).input_ids
+            with self._lock:
+                ids = self._tokenizer(prompt, add_special_tokens=False, split_special_tokens=True).input_ids
         except (TypeError, UnicodeError) as error:
             raise PromptError(f"the prompt is not valid Unicode text: {error}") from error
         if len(ids) >= self.layout.room:
@@ -71,7 +75,8 @@ class RowLayout:
 
     def text(self, token_ids: list[int]) -> str:
         """Text of an answer, special tokens left out."""
-        text: str = self._tokenizer.decode(token_ids, skip_special_tokens=True)
+        with self._lock:
+            text: str = self._tokenizer.decode(token_ids, skip_special_tokens=True)
         return text
 
 

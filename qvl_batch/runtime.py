@@ -8,14 +8,14 @@ import ctypes
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
 from qvl_batch.config import Device
-from qvl_batch.errors import BundleError, DeviceError
+from qvl_batch.errors import BundleError, ConfigError, DeviceError
 
 RealDevice = Literal["cpu"]
 
@@ -32,7 +32,10 @@ def resolve_device(requested: Device) -> RealDevice:
 
     Raises:
         DeviceError: CUDA was asked for and cannot be used; the message says what is missing.
+        ConfigError: there is no such device.
     """
+    if requested not in get_args(Device):
+        raise ConfigError(f"device {requested!r} is none of {', '.join(get_args(Device))}")
     if requested == "cuda":
         raise DeviceError(f"--device cuda: {_why_no_cuda()}; use --device cpu")
     return "cpu"

@@ -65,6 +65,24 @@ def test_prompts_must_be_as_many_as_images(captioner):
         captioner.caption([b"", b""], ["one"])
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"slots": 0}, "slots must be at least 1, not 0"),
+        ({"fit": "squeeze"}, "fit 'squeeze' is none of letterbox, stretch, crop"),
+        ({"device": "tpu"}, "device 'tpu' is none of auto, cpu, cuda"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(options, message, tiny_bundle):
+    with pytest.raises(ConfigError, match=message):
+        Captioner(tiny_bundle.path, **options)
+
+
+def test_an_answer_has_at_least_one_token(captioner):
+    with pytest.raises(ConfigError, match="max_new_tokens must be at least 1"):
+        captioner.caption([], [], max_new_tokens=0)
+
+
 def test_no_images_no_answers(captioner):
     assert captioner.caption([], []) == []
 

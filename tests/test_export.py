@@ -188,6 +188,13 @@ def test_an_existing_bundle_is_kept_unless_told_otherwise(copied_bundle):
     assert (copied_bundle / "bundle.json").read_text() == before
 
 
+def test_a_folder_that_is_no_bundle_is_never_overwritten(tmp_path):
+    (tmp_path / "precious").write_text("mine")
+    with pytest.raises(ExportError, match="is no bundle, so it is not overwritten"):
+        export_bundle(ExportConfig(checkpoint=TINY, output=tmp_path, overwrite=True))
+    assert (tmp_path / "precious").read_text() == "mine"
+
+
 def test_the_command_prints_one_line_for_an_expected_error(tmp_path):
     command = [sys.executable, "-m", "export", str(tmp_path / "nothing"), "--output", str(tmp_path / "bundle")]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

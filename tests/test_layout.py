@@ -1,6 +1,7 @@
 """Rows are what transformers' chat template makes of them, and a prompt cannot break out of its place."""
 
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -96,6 +97,14 @@ def test_the_longest_prompt_that_fits_leaves_room_for_one_token(layout, tokenize
     assert len(layout.row_ids(longest)) == layout.layout.max_seq_len - 1
     with pytest.raises(PromptError):
         layout.row_ids(longest + " the")
+
+
+def test_many_threads_may_share_a_layout(layout):
+    prompts = [f"Is the {shape} number {i} above the square?" for i in range(200) for shape in ("star", "cross")]
+    expected = [layout.row_ids(prompt) for prompt in prompts]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(layout.row_ids, prompts)) == expected
+        assert len(set(pool.map(layout.text, expected))) == len(prompts)
 
 
 def test_positions_are_those_of_transformers(layout):
