@@ -53,7 +53,7 @@ class BenchConfig:
     """Rows to answer; the input is repeated if it has fewer."""
     new_tokens: int = 32
     """Tokens of each answer; none ends sooner."""
-    rounds: int = 3
+    rounds: int = 7
     """Rounds of each, after one to warm up."""
     slots: int = 8
     """Rows that our decoder answers at a time, and the batch of `generate`."""
