@@ -210,9 +210,12 @@ def main() -> int:
     config = tyro.cli(ExportConfig, prog="python -m export", config=(tyro.conf.FlagCreatePairsOff,))
     try:
         manifest = export_bundle(config, say=lambda line: print(line, flush=True))
-    except ExportError as error:
+    except (ExportError, OSError) as error:
         print(f"export: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("export: stopped; no bundle was written", file=sys.stderr)
+        return 130
     size = sum(file.size for file in manifest.files.values())
     print(
         f"{config.output}: {size / 1e6:,.1f} MB, P = {manifest.layout.image_start}, S = {manifest.layout.max_seq_len}"

@@ -6,9 +6,30 @@
 The job over parquet files is `jobs/caption.py`.
 """
 
-from qvl_batch.bundle import Bundle
-from qvl_batch.captioner import Captioner
-from qvl_batch.errors import JobError, QvlBatchError, RowError
-from qvl_batch.schema import Answer, Failure
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qvl_batch.bundle import Bundle
+    from qvl_batch.captioner import Captioner
+    from qvl_batch.errors import JobError, QvlBatchError, RowError
+    from qvl_batch.schema import Answer, Failure
 
 __all__ = ["Answer", "Bundle", "Captioner", "Failure", "JobError", "QvlBatchError", "RowError"]
+
+_HOMES = {
+    "Answer": "schema",
+    "Bundle": "bundle",
+    "Captioner": "captioner",
+    "Failure": "schema",
+    "JobError": "errors",
+    "QvlBatchError": "errors",
+    "RowError": "errors",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first asked for: tasks that only read need no tokenizer."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

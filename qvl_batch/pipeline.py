@@ -3,7 +3,7 @@
     row groups ─ read ─ prepare ─ VisionStage ─ DecodeStage ─ AnswerWriter
                 (tasks)  (tasks)    (actors)      (actors)      (driver)
 
-The stages are in `stages`; here they are strung together and given their share of the machine.
+The stages are in `prepare` and `stages`; here they are strung together and given their share of the machine.
 This is the only module, apart from the jobs, that imports ray.
 """
 
@@ -29,15 +29,14 @@ from ray.data import ActorPoolStrategy, DataContext, Dataset
 from qvl_batch.bundle import Bundle
 from qvl_batch.config import CaptionConfig
 from qvl_batch.errors import ConfigError, JobError
-from qvl_batch.plan import ROWS_PER_BLOCK, Plan, make_plan
+from qvl_batch.plan import ROWS_PER_BLOCK, TASK_CPUS, Plan, make_plan
+from qvl_batch.prepare import prepare
 from qvl_batch.report import Report, progress_line
 from qvl_batch.runtime import resolve_device, usable_cpus
 from qvl_batch.sink import AnswerWriter, prepare_output, write_run
 from qvl_batch.source import Source, Unit, open_source, read_unit
-from qvl_batch.stages import DecodeStage, VisionStage, prepare
+from qvl_batch.stages import DecodeStage, VisionStage
 
-#: Ray CPUs that a reading or image-decoding task claims.
-TASK_CPUS = 0.25
 #: With fewer, the actors would leave no CPU to the tasks that feed them.
 LEAST_CPUS = 2
 #: Ray's own progress is replaced by rows done, an error's traceback by its line (Ray's log folder
@@ -79,8 +78,11 @@ def run(config: CaptionConfig, say: Callable[[str], None] = lambda _: None) -> R
             for table in _answers(config, source, bundle, plan):
                 writer.add(table)
                 progress.show(writer.tally, time.monotonic() - started)
+        seconds = time.monotonic() - started
+    if writer.tally.rows != source.rows:
+        raise JobError(f"{writer.tally.rows:,} of {source.rows:,} rows came back; the answers are not complete")
     settings = _settings(config, source, bundle, plan, device)
-    report = Report(config.output, writer.tally, time.monotonic() - started, started - began, settings)
+    report = Report(config.output, writer.tally, seconds, started - began, settings)
     write_run(config.output, report.record())
     return report
 
@@ -144,16 +146,13 @@ def _ray() -> Iterator[tuple[int, int]]:
         Its CPUs, and those of its largest node.
 
     Raises:
-        ConfigError: the cluster has fewer than 2 CPUs.
+        ConfigError: there is no cluster where `RAY_ADDRESS` says, or it has fewer than 2 CPUs.
     """
     for name, level in QUIET.items():
         logging.getLogger(name).setLevel(level)
     joined = ray.is_initialized()
-    if not joined and "RAY_ADDRESS" in os.environ:
-        ray.init(logging_level=logging.WARNING)
-    elif not joined:
-        cpus = max(LEAST_CPUS, usable_cpus())
-        ray.init(address="local", num_cpus=cpus, include_dashboard=False, logging_level=logging.WARNING)
+    if not joined:
+        _start_ray()
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -166,6 +165,19 @@ def _ray() -> Iterator[tuple[int, int]]:
     finally:
         if not joined:
             ray.shutdown()
+
+
+def _start_ray() -> None:
+    address = os.environ.get("RAY_ADDRESS")
+    if address is None:
+        cpus = max(LEAST_CPUS, usable_cpus())
+        ray.init(address="local", num_cpus=cpus, include_dashboard=False, logging_level=logging.WARNING)
+        return
+    try:
+        ray.init(logging_level=logging.WARNING)
+    except (ConnectionError, ValueError) as error:
+        first_line = str(error).strip().split("\n")[0]
+        raise ConfigError(f"no Ray cluster at RAY_ADDRESS={address} ({first_line}); unset it to run here") from error
 
 
 def _job_error(error: Exception) -> JobError:

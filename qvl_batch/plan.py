@@ -1,8 +1,9 @@
 """How a job uses the machine: workers, threads, slots, and what each may claim of Ray's CPUs.
 
-The rules, from measurements on two cores: the actors' CPUs must sum to at most all but one, or
-the tasks that feed them never start; and more processes than cores only share them out thinner.
-Nothing here is needed for right answers, only for full cores.
+The rules, from measurements on two cores: the actors must leave Ray's tasks `FOR_TASKS` CPUs, or
+those that feed them wait for one another (with one CPU for them, a job of one large row group
+stood still for ten seconds before its first image); and more processes than cores only share
+them out thinner. Nothing here is needed for right answers, only for full cores.
 """
 
 import math
@@ -17,6 +18,10 @@ from qvl_batch.kv_cache import slot_bytes
 DECODER_SHARE = 0.4
 #: Threads beyond this make one vision session little faster.
 VISION_THREADS = 4
+#: CPUs that a reading or image-decoding task claims.
+TASK_CPUS = 0.25
+#: One for the task that cuts blocks, which claims a whole CPU, and one each for reading and decoding.
+FOR_TASKS = 1 + 2 * TASK_CPUS
 #: A decoder's cache takes at most this part of the machine's memory, and by default this many slots.
 CACHE_SHARE, DEFAULT_SLOTS = 0.25, 16
 #: Rows that travel together. Small, so that several batches are in the engine at once.
@@ -63,8 +68,8 @@ def make_plan(config: CaptionConfig, manifest: Manifest, cpus: int, node_cpus: i
     for_vision = max(1, cpus - decoders * decoder_threads)
     vision = config.vision_workers or math.ceil(for_vision / VISION_THREADS)
     vision_threads = max(1, min(for_vision // vision, node_cpus))
-    # All actors together claim all CPUs but one, in proportion to their threads.
-    per_thread = (cpus - 1) / (decoders * decoder_threads + vision * vision_threads)
+    # All actors together claim what is left of the CPUs, in proportion to their threads.
+    per_thread = (cpus - FOR_TASKS) / (decoders * decoder_threads + vision * vision_threads)
     return Plan(
         vision_workers=vision,
         vision_threads=vision_threads,

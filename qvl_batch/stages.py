@@ -1,8 +1,8 @@
-"""The stages that rows pass on their way, as functions of Arrow tables.
+"""The stages that run the graphs, as functions of Arrow tables: each lives in an actor.
 
-Tables have one row for each row of the input and the columns named in `source`; pixels and
-features are binary columns, read in place. A row that failed in one stage carries its failure
-through the others. Ray calls these; nothing here knows of Ray.
+Tables have one row for each row of the input and the columns named in `source` and `prepare`;
+pixels and features are binary columns, read in place. A row that failed in one stage carries its
+failure through the others. Ray calls these; nothing here knows of Ray.
 """
 
 from pathlib import Path
@@ -13,32 +13,15 @@ from numpy.typing import NDArray
 
 from qvl_batch.bundle import Bundle
 from qvl_batch.captioner import answer_rows, encode_images
-from qvl_batch.config import Fit
 from qvl_batch.decoder import Decoder
 from qvl_batch.engine import Engine
-from qvl_batch.errors import ImageError
-from qvl_batch.images import decode_image, fit_image
 from qvl_batch.layout import RowLayout
+from qvl_batch.prepare import PIXELS, with_columns
 from qvl_batch.schema import ANSWER_FIELDS, Failure
-from qvl_batch.source import FAILURE, IMAGE, OWN, PROMPT, failure_columns, failures_of
+from qvl_batch.source import FAILURE, OWN, PROMPT, failure_columns, failures_of
 from qvl_batch.vision import Features, VisionEncoder
 
-PIXELS, FEATURES = f"{OWN}pixels", f"{OWN}features"
-
-
-def prepare(table: pa.Table, image_size: int, fit: Fit) -> pa.Table:
-    """Decode and fit images: the column `IMAGE` becomes `PIXELS`, uint8 (size, size, 3) as bytes."""
-    failures = failures_of(table)
-    pixels: list[bytes | None] = []
-    for index, image in enumerate(table[IMAGE]):
-        pixels.append(None)
-        if failures[index] is None:
-            try:
-                pixels[-1] = fit_image(decode_image(image.as_py()), image_size, fit).tobytes()
-            except ImageError as error:
-                failures[index] = Failure.of(error)
-    table = table.drop_columns([IMAGE, *FAILURE])
-    return _with(table, {PIXELS: pa.array(pixels, pa.large_binary()), **failure_columns(failures)})
+FEATURES = f"{OWN}features"
 
 
 class VisionStage:
@@ -59,7 +42,7 @@ class VisionStage:
         features = [None if isinstance(row, Failure) else row.tobytes() for row in encoded]
         failed = [row if isinstance(row, Failure) else None for row in encoded]
         table = table.drop_columns([PIXELS, *FAILURE])
-        return _with(table, {FEATURES: pa.array(features, pa.large_binary()), **failure_columns(failed)})
+        return with_columns(table, {FEATURES: pa.array(features, pa.large_binary()), **failure_columns(failed)})
 
 
 class DecodeStage:
@@ -85,10 +68,4 @@ class DecodeStage:
         rows = list(zip(features, table[PROMPT].to_pylist(), strict=True))
         answers = [a.record() for a in answer_rows(self._engine, self._layout, rows, self._max_new_tokens)]
         columns = {f.name: pa.array([answer[f.name] for answer in answers], f.type) for f in ANSWER_FIELDS}
-        return _with(table.drop_columns([FEATURES, PROMPT, *FAILURE]), columns)
-
-
-def _with(table: pa.Table, columns: dict[str, pa.Array]) -> pa.Table:
-    for name, column in columns.items():
-        table = table.append_column(name, column)
-    return table
+        return with_columns(table.drop_columns([FEATURES, PROMPT, *FAILURE]), columns)

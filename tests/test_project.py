@@ -109,6 +109,12 @@ def test_options_named_in_texts_exist():
         assert named <= options | others, path.name
 
 
+def test_tasks_that_only_read_and_decode_import_no_heavy_library():
+    script = "import sys, qvl_batch.prepare; print(sorted({'transformers', 'onnxruntime', 'ray'} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
 def test_public_names():
     names = {"Answer", "Bundle", "Captioner", "Failure", "JobError", "QvlBatchError", "RowError"}
     assert set(qvl_batch.__all__) == names

@@ -1,0 +1,36 @@
+"""A plan fits the machine: actors leave room for the tasks that feed them, whatever is asked for."""
+
+import pytest
+from conftest import ROOT
+
+from qvl_batch.config import CaptionConfig
+from qvl_batch.plan import FOR_TASKS, make_plan
+
+
+def _plan(bundle, cpus, **options):
+    config = CaptionConfig(bundle=bundle.path, input=("x",), output=ROOT, **options)
+    return make_plan(config, bundle.manifest, cpus, cpus)
+
+
+@pytest.mark.parametrize("cpus", [2, 3, 4, 8, 16, 61, 192])
+@pytest.mark.parametrize("options", [{}, {"vision_workers": 5, "decoder_workers": 3}, {"decoder_workers": 40}])
+def test_actors_leave_cpus_to_tasks(cpus, options, tiny_bundle):
+    plan = _plan(tiny_bundle, cpus, **options)
+    claimed = plan.vision_workers * plan.vision_cpus + plan.decoder_workers * plan.decoder_cpus
+    assert 0 < claimed <= cpus - FOR_TASKS + 1e-9
+    for name, value in options.items():
+        assert getattr(plan, name) == value
+
+
+@pytest.mark.parametrize("cpus", [2, 3, 4, 8, 16, 61, 192])
+def test_by_default_threads_are_as_many_as_cores(cpus, tiny_bundle):
+    plan = _plan(tiny_bundle, cpus)
+    threads = plan.vision_workers * plan.vision_threads + plan.decoder_workers * plan.decoder_threads
+    assert 0.8 * cpus <= threads <= cpus
+
+
+def test_slots_fit_memory_unless_asked_for(tiny_bundle, monkeypatch):
+    assert _plan(tiny_bundle, 4).slots == 16
+    assert _plan(tiny_bundle, 4, slots=99).slots == 99
+    monkeypatch.setattr("qvl_batch.plan.os.sysconf", lambda _: 8192)  # a machine of 64 MiB
+    assert _plan(tiny_bundle, 4).slots == 8
