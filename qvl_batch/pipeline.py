@@ -10,6 +10,7 @@ This is the only module, apart from the jobs, that imports ray.
 import importlib.metadata
 import logging
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -174,8 +175,12 @@ def _start_ray() -> None:
         ray.init(address="local", num_cpus=cpus, include_dashboard=False, logging_level=logging.WARNING)
         return
     try:
+        host, _, port = address.rpartition(":")
+        if port.isdigit() and "/" not in host:
+            # Ray itself tries for minutes.
+            socket.create_connection((host, int(port)), timeout=5).close()
         ray.init(logging_level=logging.WARNING)
-    except (ConnectionError, ValueError) as error:
+    except (OSError, ValueError) as error:
         first_line = str(error).strip().split("\n")[0]
         raise ConfigError(f"no Ray cluster at RAY_ADDRESS={address} ({first_line}); unset it to run here") from error
 

@@ -114,6 +114,13 @@ def test_a_job_that_cannot_be_done_says_so_in_one_line(options, message, tiny_bu
     assert "Traceback" not in result.stderr
 
 
+def test_a_cluster_that_is_not_there_is_named(tiny_bundle, ray_env, tmp_path):
+    options = ["--bundle", tiny_bundle.path, "--input", QUESTIONS, "--output", tmp_path / "out"]
+    result = _caption(ray_env | {"RAY_ADDRESS": "127.0.0.1:1"}, *options, check=False)
+    assert result.returncode == 1
+    assert "caption: no Ray cluster at RAY_ADDRESS=127.0.0.1:1" in result.stderr.strip().splitlines()[-1]
+
+
 def test_answers_are_not_overwritten_unasked(tiny_bundle, ray_env, tmp_path):
     output = tmp_path / "out"
     output.mkdir()
