@@ -10,7 +10,9 @@ This is the only module, apart from the jobs, that imports ray.
 import importlib.metadata
 import logging
 import os
+import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -153,7 +155,10 @@ def _ray() -> Iterator[tuple[int, int]]:
         logging.getLogger(name).setLevel(level)
     joined = ray.is_initialized()
     if not joined:
+        on_sigterm = signal.getsignal(signal.SIGTERM)
         _start_ray()
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_sigterm)  # Ray puts its own in its place
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False

@@ -145,7 +145,8 @@ def test_a_file_damaged_inside_stops_the_job_and_is_named(tiny_bundle, demo, ray
     assert "damaged.parquet: row group 0 cannot be read" in result.stderr.strip().splitlines()[-1]
 
 
-def test_ctrl_c_keeps_the_answers_so_far(tiny_bundle, demo, ray_env, tmp_path):
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_job_that_is_stopped_keeps_the_answers_so_far(sent, tiny_bundle, demo, ray_env, tmp_path):
     big = tmp_path / "big.parquet"
     pq.write_table(pa.Table.from_pylist(demo * 20), big)
     command = [*CAPTION, "--bundle", tiny_bundle.path, "--input", big, "--output", tmp_path / "out"]
@@ -156,7 +157,7 @@ def test_ctrl_c_keeps_the_answers_so_far(tiny_bundle, demo, ray_env, tmp_path):
             if " of 1,280 rows" in line:
                 break
         time.sleep(1)
-        os.kill(job.pid, signal.SIGINT)
+        os.kill(job.pid, sent)
         rest = job.stderr.read()
         assert job.wait(timeout=60) == 130
     assert "caption: stopped" in rest.strip().splitlines()[-1]
