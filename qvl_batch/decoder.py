@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from qvl_batch.bundle import DECODER, Bundle
 from qvl_batch.kv_cache import KvCache
 from qvl_batch.layout import mrope_positions
-from qvl_batch.runtime import Binding, Session, empty
+from qvl_batch.runtime import Binding, Session
 from qvl_batch.vision import Features
 
 Tokens = NDArray[np.int64]
@@ -50,11 +50,6 @@ class Decoder:
         self._penalty = RepetitionPenalty.of(manifest.generation.repetition_penalty, slots, manifest.decoder.vocab_size)
         self._lengths = np.zeros(slots, np.int32)
 
-    @property
-    def repetition_penalty(self) -> float:
-        """The penalty in force; 1.0 is none."""
-        return self._penalty.penalty if self._penalty else 1.0
-
     def prefill(self, first: int, rows: Sequence[PrefillRow]) -> Tokens:
         """Fill slots `first`, `first + 1`, ... with `rows`; returns int64 (B,) of first tokens."""
         lengths = np.array([len(row.input_ids) for row in rows], np.int32)
@@ -83,8 +78,6 @@ class Decoder:
 
     def move(self, source: int, target: int) -> None:
         """Let the row in slot `source` go on in slot `target`."""
-        if source == target:
-            return
         self._cache.move(source, target, int(self._lengths[source]))
         self._lengths[target] = self._lengths[source]
         if self._penalty:
@@ -96,11 +89,11 @@ class Decoder:
 
     def _step_buffers(self, rows: int) -> "_StepBuffers":
         inputs: dict[str, NDArray[Any]] = {
-            "input_ids": empty((rows, 1), np.int64),
-            "position_ids": empty((3, rows, 1), np.int64),
-            "image_embeds": empty((rows, 1, self._hidden_size), np.float32),
-            "seqlens_k": empty((rows,), np.int32),
-            "total_sequence_length": empty((), np.int32),
+            "input_ids": np.zeros((rows, 1), np.int64),
+            "position_ids": np.zeros((3, rows, 1), np.int64),
+            "image_embeds": np.zeros((rows, 1, self._hidden_size), np.float32),
+            "seqlens_k": np.zeros((rows,), np.int32),
+            "total_sequence_length": np.zeros((), np.int32),
         }
         output = self._output(rows)
         return _StepBuffers(inputs, output, self._bind(0, inputs, output))
@@ -125,7 +118,7 @@ class Decoder:
 
     def _output(self, rows: int) -> NDArray[Any]:
         """Where a run leaves next tokens int64 (B,), or logits (B, V) for the penalty."""
-        return empty((rows, self._vocab_size), np.float32) if self._penalty else empty((rows,), np.int64)
+        return np.zeros((rows, self._vocab_size), np.float32) if self._penalty else np.zeros((rows,), np.int64)
 
     def _bind(self, first: int, inputs: dict[str, NDArray[Any]], output: NDArray[Any]) -> Binding:
         rows = len(output)

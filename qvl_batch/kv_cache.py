@@ -12,7 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qvl_batch.bundle import Manifest
-from qvl_batch.runtime import empty
 
 
 class KvCache:
@@ -22,8 +21,9 @@ class KvCache:
         shape = manifest.decoder
         self.slots = slots
         size = (slots, shape.kv_heads, manifest.layout.max_seq_len, shape.head_dim)
+        # Zeros take memory only once their pages are written.
         self._arrays: dict[str, NDArray[Any]] = {
-            f"{kind}.{layer}": empty(size, np.float32) for layer in range(shape.layers) for kind in ("key", "value")
+            f"{kind}.{layer}": np.zeros(size, np.float32) for layer in range(shape.layers) for kind in ("key", "value")
         }
 
     def past(self, first: int, count: int) -> dict[str, NDArray[Any]]:

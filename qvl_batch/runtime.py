@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
@@ -71,11 +70,6 @@ class Session:
             raise BundleError(f"{path} cannot be loaded: {error}") from error
 
     @property
-    def inputs(self) -> dict[str, list[int | str]]:
-        """Shapes of the inputs, by name."""
-        return {value.name: value.shape for value in self._session.get_inputs()}
-
-    @property
     def outputs(self) -> dict[str, list[int | str]]:
         """Shapes of the outputs, by name."""
         return {value.name: value.shape for value in self._session.get_outputs()}
@@ -110,8 +104,3 @@ class Binding:
     def run(self) -> None:
         """Read the inputs as they are now, write the outputs in place."""
         self._session.run_with_iobinding(self._binding)
-
-
-def empty(shape: tuple[int, ...], dtype: type[np.generic]) -> NDArray[Any]:
-    """An array of zeros whose pages take memory only once they are written."""
-    return np.zeros(shape, dtype)
