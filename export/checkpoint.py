@@ -39,14 +39,13 @@ class Checkpoint:
 
     @property
     def source(self) -> Source:
-        """The directory's name, and a hash over weights and settings."""
-        files = sorted([*self.path.glob("*.safetensors"), *self.carried])
-        return Source(self.path.name, combined_sha256((f.name, file_sha256(f)) for f in files))
+        """What identifies it."""
+        return checkpoint_source(self.path)
 
     @property
     def carried(self) -> list[Path]:
         """Files that a worker needs as they are."""
-        return [self.path / name for name in CARRIED if (self.path / name).is_file()]
+        return _carried(self.path)
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -75,6 +74,23 @@ def load_checkpoint(path: Path) -> Checkpoint:
     if missing:
         raise ExportError(f"{path} lacks {len(missing)} weights, the first of them {missing[0]}")
     return Checkpoint(path, model.eval(), tokenizer, processor, _generation(model, tokenizer))
+
+
+def checkpoint_source(path: Path) -> Source:
+    """The directory's name, and a hash over weights and settings.
+
+    Raises:
+        ExportError: there is no checkpoint.
+    """
+    path = path.resolve()
+    weights = list(path.glob("*.safetensors"))
+    if not weights:
+        raise ExportError(f"{path} has no *.safetensors: it is no checkpoint, or not all of it")
+    return Source(path.name, combined_sha256((f.name, file_sha256(f)) for f in [*weights, *_carried(path)]))
+
+
+def _carried(path: Path) -> list[Path]:
+    return [path / name for name in CARRIED if (path / name).is_file()]
 
 
 def _read_config(path: Path) -> Any:

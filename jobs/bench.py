@@ -31,7 +31,7 @@ from qvl_batch.bundle import Bundle
 from qvl_batch.config import CaptionConfig
 from qvl_batch.decoder import Decoder, PrefillRow
 from qvl_batch.engine import PREFILL_ROWS, Engine, Request
-from qvl_batch.errors import JobError
+from qvl_batch.errors import JobError, NumericError
 from qvl_batch.images import decode_image, fit_image
 from qvl_batch.layout import RowLayout
 from qvl_batch.runtime import usable_cpus
@@ -80,7 +80,7 @@ class Ours:
 
     def answer(self, rows: Rows) -> list[list[int]]:
         """Answer all rows; tokens of each."""
-        features = self.vision.encode(self.fit(rows))
+        features = [row for row in self.vision.encode(self.fit(rows)) if not isinstance(row, NumericError)]
         with Engine(self.decoder, eos_token_ids=()) as engine:
             futures = [
                 engine.submit(Request(self.layout.row_ids(prompt), row, self.config.new_tokens))
@@ -152,7 +152,8 @@ class Theirs:
                 mm_token_type_ids=(padded == settings.image_token_id).int() * mask,
                 generation_config=forced,
             )
-        return output[:, longest:].tolist()
+        tokens: list[list[int]] = output[:, longest:].tolist()
+        return tokens
 
 
 def bench(config: BenchConfig) -> dict[str, Any]:

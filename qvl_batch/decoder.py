@@ -38,23 +38,25 @@ class Decoder:
         bundle: where the graph is.
         slots: rows that can be alive at a time.
         threads: threads that one operator may use.
+        keep_logits: leave each call's logits in `logits`, float32 (B, V), until the next call.
     """
 
-    def __init__(self, bundle: Bundle, slots: int, threads: int) -> None:
+    def __init__(self, bundle: Bundle, slots: int, threads: int, *, keep_logits: bool = False) -> None:
         manifest = bundle.manifest
+        self.logits = np.zeros((0, manifest.decoder.vocab_size), np.float32)
         self.layout, self.slots = manifest.layout, slots
         self._session = Session(bundle.file(DECODER), threads)
         self._cache = KvCache(manifest, slots)
         self._positions = mrope_positions(manifest.layout)
         self._hidden_size, self._vocab_size = manifest.decoder.hidden_size, manifest.decoder.vocab_size
         self._penalty = RepetitionPenalty.of(manifest.generation.repetition_penalty, slots, manifest.decoder.vocab_size)
+        self._reads_logits = keep_logits or self._penalty is not None
         self._lengths = np.zeros(slots, np.int32)
 
     def prefill(self, first: int, rows: Sequence[PrefillRow]) -> Tokens:
         """Fill slots `first`, `first + 1`, ... with `rows`; returns int64 (B,) of first tokens."""
-        lengths = np.array([len(row.input_ids) for row in rows], np.int32)
-        inputs = self._prefill_inputs(rows, lengths)
-        self._lengths[first : first + len(rows)] = lengths
+        inputs = self.prefill_inputs(rows)
+        self._lengths[first : first + len(rows)] = [len(row.input_ids) for row in rows]
         if self._penalty:
             self._penalty.reset(first, [row.input_ids for row in rows])
         output = self._output(len(rows))
@@ -98,8 +100,9 @@ class Decoder:
         output = self._output(rows)
         return _StepBuffers(inputs, output, self._bind(0, inputs, output))
 
-    def _prefill_inputs(self, rows: Sequence[PrefillRow], lengths: NDArray[np.int32]) -> dict[str, NDArray[Any]]:
-        """Right-padded to the longest row."""
+    def prefill_inputs(self, rows: Sequence[PrefillRow]) -> dict[str, NDArray[Any]]:
+        """What the graph takes for `rows`, the cache aside, right-padded to the longest row."""
+        lengths = np.array([len(row.input_ids) for row in rows], np.int32)
         shape = (len(rows), int(lengths.max()))
         start, stop = self.layout.image_start, self.layout.image_start + self.layout.image_tokens
         ids = np.zeros(shape, np.int64)
@@ -117,18 +120,22 @@ class Decoder:
         }
 
     def _output(self, rows: int) -> NDArray[Any]:
-        """Where a run leaves next tokens int64 (B,), or logits (B, V) for the penalty."""
-        return np.zeros((rows, self._vocab_size), np.float32) if self._penalty else np.zeros((rows,), np.int64)
+        """Where a run leaves next tokens int64 (B,), or logits (B, V) where something reads them."""
+        return np.zeros((rows, self._vocab_size), np.float32) if self._reads_logits else np.zeros((rows,), np.int64)
 
     def _bind(self, first: int, inputs: dict[str, NDArray[Any]], output: NDArray[Any]) -> Binding:
         rows = len(output)
-        name = "logits" if self._penalty else "next_token"
+        name = "logits" if self._reads_logits else "next_token"
         return self._session.bind(
             inputs | self._cache.past(first, rows), {name: output} | self._cache.present(first, rows)
         )
 
     def _pick(self, first: int, output: NDArray[Any]) -> Tokens:
-        return self._penalty.argmax(first, output) if self._penalty else output.copy()
+        if not self._reads_logits:
+            return output.copy()
+        self.logits = output
+        chosen: Tokens = (self._penalty.scores(first, output) if self._penalty else output).argmax(-1)
+        return chosen
 
 
 class RepetitionPenalty:
@@ -161,12 +168,11 @@ class RepetitionPenalty:
         """Copy one slot's tokens to another."""
         self._seen[target] = self._seen[source]
 
-    def argmax(self, first: int, logits: NDArray[np.float32]) -> Tokens:
-        """Most likely tokens int64 (B,) for logits (B, V) of slots `first`, `first + 1`, ..."""
+    def scores(self, first: int, logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Penalised logits (B, V) of slots `first`, `first + 1`, ..."""
         seen = self._seen[first : first + len(logits)]
         penalised = np.where(logits < 0, logits * np.float32(self.penalty), logits / np.float32(self.penalty))
-        chosen: Tokens = np.where(seen, penalised, logits).argmax(-1)
-        return chosen
+        return np.where(seen, penalised, logits)
 
 
 @dataclass(frozen=True, slots=True)

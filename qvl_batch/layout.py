@@ -79,6 +79,14 @@ class RowLayout:
             text: str = self._tokenizer.decode(token_ids, skip_special_tokens=True)
         return text
 
+    def token_text(self, token_id: int | None) -> str | None:
+        """One token as the vocabulary spells it, special tokens too."""
+        if token_id is None:
+            return None
+        with self._lock:
+            text: str = self._tokenizer.decode([token_id])
+        return text
+
 
 def mrope_positions(layout: Layout) -> NDArray[np.int64]:
     """M-RoPE positions int64 (3, S) of any row, since the image stands at P in all of them.

@@ -80,7 +80,8 @@ def run(config: CaptionConfig, say: Callable[[str], None] = lambda _: None) -> R
             started = time.monotonic()
             for table in _answers(config, source, bundle, plan):
                 writer.add(table)
-                progress.show(writer.tally, time.monotonic() - started)
+                tally = writer.tally
+                progress.show(tally.rows, tally.finish_reasons["error"], time.monotonic() - started)
         seconds = time.monotonic() - started
     if writer.tally.rows != source.rows:
         raise JobError(f"{writer.tally.rows:,} of {source.rows:,} rows came back; the answers are not complete")

@@ -81,14 +81,13 @@ class ProgressLine:
         self._task: TaskID | None = bar.add_task("", total=rows, note="starting") if bar else None
         self._next_line = time.monotonic()
 
-    def show(self, tally: Tally, seconds: float) -> None:
+    def show(self, done: int, failed: int, seconds: float) -> None:
         """Show the counts of now; `seconds` since the first row."""
-        failed = tally.finish_reasons["error"]
-        note = f"{tally.rows / max(seconds, 1e-9):.1f} images/s" + (f", {failed:,} errors" if failed else "")
+        note = f"{done / max(seconds, 1e-9):.1f} images/s" + (f", {failed:,} errors" if failed else "")
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=tally.rows, note=note)
+            self._bar.update(self._task, completed=done, note=note)
         elif time.monotonic() >= self._next_line:
-            print(f"{tally.rows:,} of {self._rows:,} rows, {note}", file=sys.stderr, flush=True)
+            print(f"{done:,} of {self._rows:,} rows, {note}", file=sys.stderr, flush=True)
             self._next_line = time.monotonic() + SECONDS_PER_LINE
 
 

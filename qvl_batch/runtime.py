@@ -56,16 +56,19 @@ class Session:
     Args:
         path: the ONNX file.
         threads: threads that one operator may use.
+        model: contents to load in place of the file's; its weights are still those beside `path`.
     """
 
-    def __init__(self, path: Path, threads: int) -> None:
+    def __init__(self, path: Path, threads: int, model: bytes | None = None) -> None:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = _ERRORS_ONLY
         # Several sessions share the cores: a waiting thread must not spin on one.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        if model is not None:
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
         try:
-            self._session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+            self._session = ort.InferenceSession(model or path, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime's own classes, which differ between its builds
             raise BundleError(f"{path} cannot be loaded: {error}") from error
 

@@ -1,0 +1,133 @@
+"""A bundle's side of a comparison: the worker's own vision encoder, layout and engine.
+
+Answers go through the engine with several rows in its slots, as in a job; only the decoder is
+one that also remembers the logits each token was chosen from.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from comparison.layers import LayerProbe
+from comparison.questions import Question
+from comparison.traces import Array, States, Trace
+from qvl_batch.bundle import Bundle
+from qvl_batch.decoder import Decoder, PrefillRow, Tokens
+from qvl_batch.engine import Engine, Request
+from qvl_batch.errors import NumericError, RowError
+from qvl_batch.layout import RowLayout
+from qvl_batch.runtime import usable_cpus
+from qvl_batch.schema import Failure
+from qvl_batch.vision import VisionEncoder
+
+SLOTS = 8
+
+
+@dataclass(slots=True)
+class _Record:
+    tokens: list[int] = field(default_factory=list)
+    logits: list[Array] = field(default_factory=list)
+
+
+class RecordingDecoder(Decoder):
+    """A decoder that keeps, for each row, its tokens and their logits.
+
+    `records` are in the order of prefill, which is the order in which rows were submitted to an
+    engine that does not run anything else.
+    """
+
+    def __init__(self, bundle: Bundle, slots: int, threads: int) -> None:
+        super().__init__(bundle, slots, threads, keep_logits=True)
+        self.records: list[_Record] = []
+        self._in_slot = [_Record() for _ in range(slots)]
+
+    def prefill(self, first: int, rows: Sequence[PrefillRow]) -> Tokens:
+        """As `Decoder.prefill`."""
+        tokens = super().prefill(first, rows)
+        opened = [_Record() for _ in rows]
+        self.records += opened
+        self._in_slot[first : first + len(rows)] = opened
+        self._record(first, tokens)
+        return tokens
+
+    def step(self, tokens: Tokens) -> Tokens:
+        """As `Decoder.step`."""
+        following = super().step(tokens)
+        self._record(0, following)
+        return following
+
+    def move(self, source: int, target: int) -> None:
+        """As `Decoder.move`."""
+        super().move(source, target)
+        self._in_slot[target] = self._in_slot[source]
+
+    def _record(self, first: int, tokens: Tokens) -> None:
+        for slot, (token, logits) in enumerate(zip(tokens.tolist(), self.logits, strict=True), start=first):
+            self._in_slot[slot].tokens.append(token)
+            self._in_slot[slot].logits.append(logits.copy())
+
+
+class BundleSide:
+    """A bundle that answers.
+
+    Args:
+        bundle: the bundle.
+        max_new_tokens: longest answer in tokens.
+        max_seq_len: longest row in tokens, at most the contract's.
+        layers: also load what `states` and `probe` need.
+    """
+
+    def __init__(self, bundle: Bundle, max_new_tokens: int, max_seq_len: int, *, layers: bool) -> None:
+        threads = usable_cpus()
+        self.layout = RowLayout(bundle)
+        self._eos = bundle.manifest.generation.eos_token_ids
+        self._max_new_tokens, self._max_seq_len = max_new_tokens, max_seq_len
+        self._vision = VisionEncoder(bundle, threads)
+        self._decoder = RecordingDecoder(bundle, SLOTS, threads)
+        self._probe = LayerProbe(bundle, self._decoder, threads) if layers else None
+
+    @property
+    def probe(self) -> LayerProbe:
+        """What looks into this bundle's layers."""
+        assert self._probe is not None
+        return self._probe
+
+    def answer(self, questions: Sequence[Question]) -> list[Trace | Failure]:
+        """Answer questions that have pixels, in order."""
+        encoded = self._vision.encode([q.pixels for q in questions if q.pixels is not None])
+        requests: list[Request | Failure] = []
+        for question, features in zip(questions, encoded, strict=True):
+            try:
+                ids = self.layout.row_ids(question.prompt)
+            except RowError as error:
+                requests.append(Failure.of(error))
+                continue
+            room = self._max_seq_len - len(ids)
+            if isinstance(features, NumericError):
+                requests.append(Failure.of(features))
+            else:
+                requests.append(Request(ids, features, min(self._max_new_tokens, room)))
+        traces = iter(self._run([request for request in requests if isinstance(request, Request)]))
+        return [request if isinstance(request, Failure) else next(traces) for request in requests]
+
+    def states(self, question: Question) -> States:
+        """Hidden states of a question that this side can answer."""
+        assert question.pixels is not None
+        return self.probe.states(question.pixels, self.layout.row_ids(question.prompt))
+
+    def _run(self, requests: Sequence[Request]) -> list[Trace]:
+        self._decoder.records = []
+        with Engine(self._decoder, self._eos) as engine:
+            futures = [engine.submit(request) for request in requests]
+            completions = [future.result() for future in futures]
+        return [
+            Trace(
+                text=self.layout.text(completion.token_ids),
+                token_ids=record.tokens[: len(completion.token_ids) + 1],
+                input_ids=list(request.input_ids),
+                features=np.asarray(request.features),
+                logits=np.stack(record.logits[: len(completion.token_ids) + 1]),
+            )
+            for completion, record, request in zip(completions, self._decoder.records, requests, strict=True)
+        ]

@@ -1,0 +1,87 @@
+"""Settings of a comparison: one frozen dataclass that is also the command line."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from qvl_batch.config import CaptionConfig, Device, Fit
+from qvl_batch.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompareConfig:
+    """Answer the same questions with a bundle and with PyTorch (or another bundle), and report the differences."""
+
+    bundle: Path
+    """Folder of the bundle in question."""
+    checkpoint: Path | None = None
+    """Folder of the checkpoint it was exported from, which answers in PyTorch, fp32."""
+    against_bundle: Path | None = None
+    """Another bundle to compare with, in place of a checkpoint."""
+    input: tuple[str, ...]
+    """Parquet files, folders of them, or globs."""
+    output: Path
+    """Folder for `comparison.parquet`, `summary.json` and `report.html`."""
+    prompt: str | None = None
+    """Ask this of every image; the prompt column is then not read."""
+    id_column: str = "id"
+    """Column that identifies a row, of strings or integers."""
+    image_column: str = "image"
+    """Column of images: struct of bytes and path, bytes, or paths and URIs."""
+    prompt_column: str = "prompt"
+    """Column of prompts."""
+    expected_column: str | None = None
+    """Column of right answers. Without it, `expected` where the input has such a column."""
+    limit: int | None = None
+    """Compare only the first so many rows."""
+    max_new_tokens: int = 64
+    """Longest answer in tokens."""
+    fit: tuple[Fit, ...] = ("letterbox",)
+    """How an image that is not square becomes square; given several, each row is asked once with each."""
+    layers: bool = False
+    """Also compare the hidden state after every vision block and decoder layer. Loads the bundle twice."""
+    min_agreement: float = 1.0
+    """Share of answers that must be equal, token for token."""
+    max_drift: float = 1e-3
+    """Largest error of features and logits, over their largest magnitude, that rounding explains."""
+    tie_margin: float = 1e-3
+    """Two tokens are tied if neither side's logits set them further apart than this."""
+    device: Device = "auto"
+    """Where PyTorch runs: `auto` takes a GPU if there is one. Bundles run on the CPU."""
+    gallery: int = 200
+    """Rows to show on the page: those that differ or failed first, then others at random."""
+    overwrite: bool = False
+    """Delete what the output folder holds of another comparison."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot work on any machine.
+
+        Raises:
+            ConfigError: names the option, what it was, and what it may be.
+        """
+        if (self.checkpoint is None) == (self.against_bundle is None):
+            raise ConfigError("give one of --checkpoint and --against-bundle: what --bundle is compared with")
+        if not 0 <= self.min_agreement <= 1:
+            raise ConfigError(f"--min-agreement must be from 0 to 1, not {self.min_agreement}")
+        for option, value in (("--max-drift", self.max_drift), ("--tie-margin", self.tie_margin)):
+            if not value >= 0:
+                raise ConfigError(f"{option} must be at least 0, not {value}")
+        if self.gallery < 0:
+            raise ConfigError(f"--gallery must be at least 0, not {self.gallery}")
+        if not self.fit or len(set(self.fit)) < len(self.fit):
+            raise ConfigError("--fit needs at least one way to fit an image, each once")
+        self.captions(())
+
+    def captions(self, keep_columns: tuple[str, ...]) -> CaptionConfig:
+        """The same input as settings of a captioning job, which checks the values they share."""
+        return CaptionConfig(
+            bundle=self.bundle,
+            input=self.input,
+            output=self.output,
+            prompt=self.prompt,
+            id_column=self.id_column,
+            image_column=self.image_column,
+            prompt_column=self.prompt_column,
+            keep_columns=keep_columns,
+            max_new_tokens=self.max_new_tokens,
+            limit=self.limit,
+        )

@@ -1,0 +1,184 @@
+"""Layer by layer: hidden states out of a bundle's graphs, and into them.
+
+The residual stream runs through the `SkipSimplifiedLayerNormalization` nodes that both graphs
+have two of in every layer. On a copy of a graph in memory (its weights stay where they are) each
+state between two layers becomes an output, and gets an input that can take its place:
+
+    state k ──┬─────────────► output `state.k`
+              └─ Where(use_given, given.k, state k) ─► layer k + 1
+
+So one run gives the states as they come, errors added up; and another, with the reference's
+states given to every layer, the error that each layer makes by itself.
+
+What enters: pixels and token ids. What leaves: `States`, and drift at each depth.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from comparison.traces import Array, States
+from qvl_batch.bundle import DECODER, VISION, Bundle
+from qvl_batch.decoder import Decoder, PrefillRow
+from qvl_batch.errors import BundleError
+from qvl_batch.runtime import Session
+
+NORM = "SkipSimplifiedLayerNormalization"
+USE_GIVEN = "use_given"
+#: Outputs of a norm node: the normed sum, and the sum itself.
+NORMED, TOTAL = 0, 3
+
+
+@dataclass(frozen=True, slots=True)
+class Drift:
+    """Error at each depth of both towers, from the input of the first layer to the last tower's output.
+
+    Args:
+        total: of the states as they come, all errors before them included.
+        own: that each step makes by itself, from the reference's own state before it.
+    """
+
+    total: list[float]
+    own: list[float]
+
+
+class LayerProbe:
+    """Looks into the graphs of a bundle.
+
+    Args:
+        bundle: whose graphs.
+        decoder: of the same bundle; lays out a row as the worker does.
+        threads: threads that one operator may use.
+    """
+
+    def __init__(self, bundle: Bundle, decoder: Decoder, threads: int) -> None:
+        self._decoder = decoder
+        shape, layout = bundle.manifest.decoder, bundle.manifest.layout
+        self._cache = (1, shape.kv_heads, layout.max_seq_len, shape.head_dim)
+        self._vision = _Tower(bundle.file(VISION), threads)
+        self._language = _Tower(bundle.file(DECODER), threads)
+
+    def states(self, pixels: NDArray[np.uint8], input_ids: list[int]) -> States:
+        """States as they come, of one row."""
+        *vision, features = self._vision.run({"pixels": pixels[None]}, "image_features", given=None)
+        *decoder, logits = self._language.run(self._row(input_ids, features), "logits", given=None)
+        return States(vision, features, decoder, logits)
+
+    def drift(self, pixels: NDArray[np.uint8], input_ids: list[int], reference: States) -> Drift:
+        """Drift of one row from the reference's states."""
+        found = self.states(pixels, input_ids)
+        vision = self._vision.run({"pixels": pixels[None]}, "image_features", given=reference.vision)
+        # The decoder's own error is that with the right features.
+        row = self._row(input_ids, reference.features)
+        decoder = self._language.run(row, "logits", given=reference.decoder)
+        expected = [*reference.vision, reference.features, *reference.decoder, reference.logits]
+        come = [*found.vision, found.features, *found.decoder, found.logits]
+        own = [*vision, *decoder]
+        return Drift(
+            total=[state_error(a, b) for a, b in zip(come, expected, strict=True)],
+            own=[state_error(a, b) for a, b in zip(own, expected, strict=True)],
+        )
+
+    def _row(self, input_ids: list[int], features: Array) -> dict[str, Array]:
+        inputs = self._decoder.prefill_inputs([PrefillRow(input_ids, features)])
+        past = {name: np.zeros(self._cache, np.float32) for name in self._language.inputs if name.startswith("past_")}
+        return inputs | past
+
+
+class _Tower:
+    """One instrumented graph."""
+
+    def __init__(self, path: Path, threads: int) -> None:
+        model = onnx.load(path, load_external_data=False)
+        self.inputs = [value.name for value in model.graph.input]
+        self._states = instrument(model, path)
+        self._session = Session(path, threads, model.SerializeToString())
+
+    def run(self, inputs: dict[str, Array], output: str, given: list[Array] | None) -> list[Array]:
+        """States of the single row in `inputs`, and `output` last; `given` states take their places."""
+        states = given or [np.zeros((1,), np.float32)] * len(self._states)
+        feeds: dict[str, Any] = {f"given.{k}": np.expand_dims(state, 0) for k, state in enumerate(states)}
+        feeds[USE_GIVEN] = np.array(given is not None)
+        return [value[0] for value in self._session.run([*self._states, output], inputs | feeds)]
+
+
+def depth_names(depths: int, decoder: int) -> list[str]:
+    """Names of so many depths of a `Drift`, for a decoder of so many layers."""
+    vision = depths - decoder - 4  # both towers have a depth before their first layer and one after their last
+    return [
+        "patch embedding", *(f"vision block {k}" for k in range(vision)), "merger",
+        "embedding", *(f"decoder layer {k}" for k in range(decoder)), "head",
+    ]  # fmt: skip
+
+
+def state_error(found: Array, expected: Array) -> float:
+    """Mean over tokens of |found - expected| / |expected|, Euclidean norms.
+
+    Per token, since a few tokens of a language model are orders of magnitude longer than the
+    others and would hide them (Sun et al. 2024, arXiv 2402.17762).
+    """
+    if found.shape != expected.shape:
+        return float("inf")
+    lengths = np.linalg.norm(expected, axis=-1)
+    return float(np.mean(np.linalg.norm(found - expected, axis=-1) / np.maximum(lengths, np.finfo(np.float32).tiny)))
+
+
+def instrument(model: onnx.ModelProto, path: Path) -> list[str]:
+    """Add the outputs and inputs to a graph; returns the outputs' names, by depth.
+
+    Raises:
+        BundleError: the graph has no such residual stream.
+    """
+    graph = model.graph
+    norms = [node for node in graph.node if node.op_type == NORM]
+    if not norms or len(norms) % 2:
+        raise BundleError(
+            f"{path}: --layers follows two {NORM} nodes in every layer, and this graph has {len(norms)}: "
+            "export the checkpoint again, or leave out --layers"
+        )
+    graph.input.append(onnx.helper.make_tensor_value_info(USE_GIVEN, onnx.TensorProto.BOOL, []))
+    first = norms[0].input[1]
+    _divert(model, 0, first, after=_producer(graph, first), normed=None)
+    names = [first]
+    for depth, norm in enumerate(norms[1::2], start=1):
+        norm.output.extend([""] * (TOTAL + 1 - len(norm.output)))
+        norm.output[TOTAL] = norm.output[TOTAL] or f"total.{depth}"
+        _divert(model, depth, norm.output[TOTAL], after=norm, normed=norm)
+        names.append(norm.output[TOTAL])
+    graph.output.extend(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in names)
+    return names
+
+
+def _divert(
+    model: onnx.ModelProto, depth: int, state: str, after: onnx.NodeProto, normed: onnx.NodeProto | None
+) -> None:
+    """Let a given state take the place of `state` in all that reads it, and in its norm `normed`."""
+    graph, given, chosen = model.graph, f"given.{depth}", f"chosen.{depth}"
+    _redirect(graph, state, chosen)
+    graph.input.append(onnx.helper.make_tensor_value_info(given, onnx.TensorProto.FLOAT, None))
+    added = [onnx.helper.make_node("Where", [USE_GIVEN, given, state], [chosen])]
+    if normed is not None:
+        _redirect(graph, normed.output[NORMED], f"normed.{depth}")
+        zero = f"zero.{depth}"
+        added.append(onnx.helper.make_node("Sub", [chosen, chosen], [zero]))
+        again = onnx.helper.make_node(NORM, [zero, chosen, normed.input[2]], [f"normed.{depth}"], domain=normed.domain)
+        again.attribute.extend(normed.attribute)
+        added.append(again)
+    place = list(graph.node).index(after) + 1
+    for offset, node in enumerate(added):
+        graph.node.insert(place + offset, node)
+
+
+def _redirect(graph: onnx.GraphProto, name: str, to: str) -> None:
+    for node in graph.node:
+        for index, value in enumerate(node.input):
+            if value == name:
+                node.input[index] = to
+
+
+def _producer(graph: onnx.GraphProto, name: str) -> onnx.NodeProto:
+    return next(node for node in graph.node if name in node.output)

@@ -1,0 +1,109 @@
+"""What is measured of a question: one side's trace against the other's.
+
+`reference` is PyTorch or the bundle that is compared against, `candidate` the bundle in
+question. As long as their tokens are equal, both choose the next one from the same row, so that
+their logits can be compared up to and with the first token that differs, and no further.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from rapidfuzz.distance import Levenshtein
+from scipy.special import log_softmax
+
+from comparison.traces import Array, Trace, first_difference
+from qvl_batch.decoder import RepetitionPenalty
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measures:
+    """Differences between two traces; errors are largest difference over largest magnitude.
+
+    `first_difference` and what goes with it is None where all tokens are equal. A margin is how
+    much more a side's own token scored than the other side's, the repetition penalty applied; it
+    is None where that side had ended by its limit.
+    """
+
+    equal: bool
+    input_equal: bool
+    first_difference: int | None
+    reference_token: int | None
+    answer_token: int | None
+    reference_margin: float | None
+    answer_margin: float | None
+    logits_error: float | None
+    token_agreement: float
+    edit_similarity: float
+    first_token_kl: float
+    vision_cosine: float
+    vision_error: float
+    prefill_error: float
+    decode_error: float | None
+
+    @classmethod
+    def of(cls, reference: Trace, candidate: Trace, penalty: float) -> "Measures":
+        """Measure `candidate` against `reference`; `penalty` is the repetition penalty of both."""
+        first = first_difference(reference.token_ids, candidate.token_ids)
+        common = min(len(reference.token_ids), len(candidate.token_ids)) if first is None else first
+        comparable = min(common + 1, len(reference.token_ids), len(candidate.token_ids))
+        errors = [
+            relative_error(found, expected)
+            for found, expected in zip(candidate.logits[:comparable], reference.logits[:comparable], strict=True)
+        ]
+        longer = max(len(reference.token_ids), len(candidate.token_ids))
+        tokens = [_at(trace.token_ids, first) for trace in (reference, candidate)]
+        return cls(
+            equal=first is None,
+            input_equal=reference.input_ids == candidate.input_ids,
+            first_difference=first,
+            reference_token=tokens[0],
+            answer_token=tokens[1],
+            reference_margin=_margin(reference, first, tokens[1], penalty),
+            answer_margin=_margin(candidate, first, tokens[0], penalty),
+            logits_error=errors[first] if first is not None and first < comparable else None,
+            token_agreement=common / longer,
+            edit_similarity=Levenshtein.normalized_similarity(reference.text, candidate.text),
+            first_token_kl=divergence(reference.logits[0], candidate.logits[0]),
+            vision_cosine=cosine(reference.features, candidate.features),
+            vision_error=relative_error(candidate.features, reference.features),
+            prefill_error=errors[0],
+            decode_error=float(np.max(errors[1:])) if len(errors) > 1 else None,
+        )
+
+
+def relative_error(found: Array, expected: Array) -> float:
+    """Largest absolute difference over the largest magnitude; NaN anywhere gives NaN."""
+    return float(np.abs(found - expected).max() / np.abs(expected).max())
+
+
+def divergence(reference: Array, candidate: Array) -> float:
+    """Kullback-Leibler divergence of two rows of logits (V,), reference first, in nats."""
+    p, q = (log_softmax(logits.astype(np.float64)) for logits in (reference, candidate))
+    return max(0.0, float(np.sum(np.exp(p) * (p - q))))
+
+
+def cosine(a: Array, b: Array) -> float:
+    """Mean over rows of the cosine of the angle between rows of two matrices."""
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    return float(np.mean((a * b).sum(-1) / (np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1))))
+
+
+def _margin(trace: Trace, index: int | None, other: int | None, penalty: float) -> float | None:
+    """How much more the token at `index` scored than `other`."""
+    if index is None or other is None or index >= len(trace.token_ids):
+        return None
+    scores = trace.logits[index][None]
+    if rule := RepetitionPenalty.of(penalty, 1, scores.shape[1]):
+        rule.reset(0, [[*trace.input_ids, *trace.token_ids[:index]]])
+        scores = rule.scores(0, scores)
+    return float(scores[0, trace.token_ids[index]] - scores[0, other])
+
+
+def _at(tokens: list[int], index: int | None) -> int | None:
+    return tokens[index] if index is not None and index < len(tokens) else None
+
+
+def measured(measures: Measures | None) -> dict[str, Any]:
+    """Values by name, all None for a row that was not measured."""
+    return {name: getattr(measures, name, None) for name in Measures.__slots__}

@@ -1,0 +1,216 @@
+"""What a comparison has found so far, on disk: a part for each chunk of questions.
+
+    DIR/_parts/settings.json        what the parts depend on
+    DIR/_parts/part-000000.parquet  rows of chunk 0, whole or not there
+
+A comparison that was stopped goes on after the last part. Parts of another comparison are not
+mixed with: whatever changes a row of them stands in `settings.json`.
+"""
+
+import json
+import shutil
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from comparison.layers import Drift
+from comparison.measures import Measures, measured
+from comparison.questions import Question
+from comparison.traces import INPUT_STAGES, Trace
+from qvl_batch.errors import OutputError
+from qvl_batch.schema import Failure
+from qvl_batch.sink import write_whole
+
+COMPARISON, SUMMARY, PAGE = "comparison.parquet", "summary.json", "report.html"
+PARTS, SETTINGS = "_parts", "settings.json"
+
+#: Columns of `comparison.parquet` after `id`; parts have `thumbnail` besides.
+FIELDS = (
+    pa.field("file", pa.int32()),
+    pa.field("row", pa.int64()),
+    pa.field("prompt", pa.string()),
+    pa.field("fit", pa.string()),
+    pa.field("image_width", pa.int32()),
+    pa.field("image_height", pa.int32()),
+    pa.field("expected", pa.string()),
+    pa.field("reference", pa.string()),
+    pa.field("answer", pa.string()),
+    pa.field("reference_tokens", pa.int32()),
+    pa.field("answer_tokens", pa.int32()),
+    pa.field("error_side", pa.string()),
+    pa.field("error_stage", pa.string()),
+    pa.field("error_type", pa.string()),
+    pa.field("error_message", pa.string()),
+    pa.field("equal", pa.bool_()),
+    pa.field("input_equal", pa.bool_()),
+    pa.field("first_difference", pa.int32()),
+    pa.field("reference_token", pa.int64()),
+    pa.field("answer_token", pa.int64()),
+    pa.field("reference_token_text", pa.string()),
+    pa.field("answer_token_text", pa.string()),
+    pa.field("reference_margin", pa.float64()),
+    pa.field("answer_margin", pa.float64()),
+    pa.field("logits_error", pa.float64()),
+    pa.field("token_agreement", pa.float64()),
+    pa.field("edit_similarity", pa.float64()),
+    pa.field("first_token_kl", pa.float64()),
+    pa.field("vision_cosine", pa.float64()),
+    pa.field("vision_error", pa.float64()),
+    pa.field("prefill_error", pa.float64()),
+    pa.field("decode_error", pa.float64()),
+    pa.field("layer_error", pa.list_(pa.float64())),
+    pa.field("layer_own_error", pa.list_(pa.float64())),
+)
+THUMBNAIL = pa.field("thumbnail", pa.binary())
+
+
+def record(
+    question: Question,
+    reference: Trace | Failure | None,
+    candidate: Trace | Failure | None,
+    measures: Measures | None,
+    drift: Drift | None,
+    texts: tuple[str | None, str | None],
+) -> dict[str, Any]:
+    """A row of `comparison.parquet`.
+
+    Args:
+        question: what was asked.
+        reference: what the other side made of it; None where it was not asked.
+        candidate: what the bundle made of it; None where the input had failed.
+        measures: of the two traces, if there are two.
+        drift: by layer, if it was measured.
+        texts: of the first tokens that differ, reference first.
+    """
+    side, failure = _failure(question, reference, candidate)
+    width, height = question.size or (None, None)
+    return {
+        "id": question.id,
+        "file": question.file,
+        "row": question.row,
+        "prompt": question.prompt,
+        "fit": question.fit,
+        "image_width": width,
+        "image_height": height,
+        "expected": question.expected,
+        "reference": reference.text if isinstance(reference, Trace) else None,
+        "answer": candidate.text if isinstance(candidate, Trace) else None,
+        "reference_tokens": len(reference.token_ids) if isinstance(reference, Trace) else None,
+        "answer_tokens": len(candidate.token_ids) if isinstance(candidate, Trace) else None,
+        "error_side": side,
+        "error_stage": failure.stage if failure else None,
+        "error_type": failure.type if failure else None,
+        "error_message": failure.message if failure else None,
+        **measured(measures),
+        "equal": measures.equal if measures else None if side == "input" else False,
+        "reference_token_text": texts[0],
+        "answer_token_text": texts[1],
+        "layer_error": drift.total if drift else None,
+        "layer_own_error": drift.own if drift else None,
+        THUMBNAIL.name: question.thumbnail(),
+    }
+
+
+def _failure(
+    question: Question, reference: Trace | Failure | None, candidate: Trace | Failure | None
+) -> tuple[str | None, Failure | None]:
+    """Whose failure a row has, `input` where neither side is to blame, and the failure."""
+    if question.failure:
+        return "input", question.failure
+    if isinstance(candidate, Failure):
+        return "input" if candidate.stage in INPUT_STAGES else "bundle", candidate
+    return ("reference", reference) if isinstance(reference, Failure) else (None, None)
+
+
+@dataclass(frozen=True, slots=True)
+class Records:
+    """The parts of one comparison.
+
+    Args:
+        output: the folder.
+        schema: of the parts.
+        chunks: how many parts are there already.
+    """
+
+    output: Path
+    schema: pa.Schema
+    chunks: int
+
+    @classmethod
+    def open(cls, output: Path, id_type: pa.DataType, settings: dict[str, Any], *, overwrite: bool) -> "Records":
+        """Find the parts of a comparison with these settings, or begin one.
+
+        Raises:
+            OutputError: the folder holds a comparison with other settings, or cannot be written.
+        """
+        parts = output / PARTS
+        # As it will be read back: tuples are lists in JSON.
+        settings = json.loads(json.dumps(settings))
+        try:
+            if overwrite:
+                _clear(output)
+            if (parts / SETTINGS).is_file():
+                _check_settings(output, json.loads((parts / SETTINGS).read_text()), settings)
+            elif any((output / name).exists() for name in (COMPARISON, SUMMARY, PAGE)):
+                raise OutputError(f"{output} holds a report already: give another --output, or --overwrite")
+            parts.mkdir(parents=True, exist_ok=True)
+            write_whole(parts / SETTINGS, json.dumps(settings, indent=1).encode())
+            chunks = 0
+            while _part(parts, chunks).is_file():
+                chunks += 1
+        except (OSError, ValueError) as error:
+            raise OutputError(f"{output} cannot be used: {error}; give another --output") from error
+        return cls(output, pa.schema([pa.field("id", id_type), *FIELDS, THUMBNAIL]), chunks)
+
+    def write(self, chunk: int, rows: list[dict[str, Any]]) -> None:
+        """Write the rows of a chunk."""
+        self._write(_part(self.output / PARTS, chunk), pa.Table.from_pylist(rows, self.schema))
+
+    def read(self) -> list[dict[str, Any]]:
+        """All rows, in the order of the input."""
+        rows: list[dict[str, Any]] = []
+        for path in sorted((self.output / PARTS).glob("part-*.parquet")):
+            rows += pq.read_table(path).to_pylist()
+        return rows
+
+    def publish(self, rows: list[dict[str, Any]], summary: dict[str, Any], page: str) -> None:
+        """Write the three files that a comparison is for."""
+        schema = self.schema.remove(self.schema.get_field_index(THUMBNAIL.name)).append(
+            pa.field("difference", pa.string())
+        )
+        self._write(self.output / COMPARISON, pa.Table.from_pylist(rows, schema))
+        write_whole(self.output / SUMMARY, json.dumps(summary, indent=1, allow_nan=False).encode() + b"\n")
+        write_whole(self.output / PAGE, page.encode())
+
+    def _write(self, path: Path, table: pa.Table) -> None:
+        buffer = pa.BufferOutputStream()
+        pq.write_table(table, buffer, compression="zstd")
+        write_whole(path, buffer.getvalue())
+
+
+def _part(parts: Path, chunk: int) -> Path:
+    return parts / f"part-{chunk:06d}.parquet"
+
+
+def _clear(output: Path) -> None:
+    for name in (COMPARISON, SUMMARY, PAGE):
+        (output / name).unlink(missing_ok=True)
+    if (output / PARTS / SETTINGS).is_file():
+        shutil.rmtree(output / PARTS)
+
+
+def _check_settings(output: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    for name in sorted(found.keys() | wanted.keys()):
+        if found.get(name) != wanted.get(name):
+            raise OutputError(
+                f"{output} holds a comparison with another {name} ({_short(found.get(name))} there, "
+                f"{_short(wanted.get(name))} now): give another --output, or --overwrite to delete it"
+            )
+
+
+def _short(value: object) -> str:
+    return textwrap.shorten(json.dumps(value), 80)

@@ -1,0 +1,210 @@
+"""The checkpoint's side of a comparison: transformers, in PyTorch, fp32.
+
+Template, tokenizer, image processor, M-RoPE positions and greedy decoding are all transformers'
+own; nothing of the worker is used but the fitted square of pixels, which both sides start from.
+
+Rows are batched where they have the same number of tokens, so that there is no padding and a
+row is computed as it is alone (a test compares them).
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import GenerationConfig
+from transformers.vision_utils import get_vision_window_index
+
+from comparison.questions import Question
+from comparison.traces import Array, States, Trace
+from export.checkpoint import Checkpoint
+from export.vision import window_order
+from qvl_batch.bundle import chat_turn
+from qvl_batch.config import Device
+from qvl_batch.errors import DeviceError, PromptError
+from qvl_batch.schema import Failure
+
+#: Rows in one call of `generate`.
+BATCH = 8
+
+
+class PyTorch:
+    """A checkpoint that answers.
+
+    Args:
+        checkpoint: what `export.checkpoint.load_checkpoint` gives.
+        image_tokens: merged patches of an image.
+        system_prompt: text of a system turn, None for the template's own default.
+        max_new_tokens: longest answer in tokens.
+        max_seq_len: longest row in tokens, the bundle's.
+        device: where to run.
+
+    Raises:
+        DeviceError: CUDA was asked for and PyTorch has none.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        image_tokens: int,
+        *,
+        system_prompt: str | None = None,
+        max_new_tokens: int = 64,
+        max_seq_len: int = 1024,
+        device: Device = "auto",
+    ) -> None:
+        self.device = _torch_device(device)
+        self.model = checkpoint.model.to(self.device)
+        self.config = self.model.config
+        self.tokenizer, self.processor = checkpoint.tokenizer, checkpoint.image_processor
+        self.generation = checkpoint.generation
+        self.image_tokens = image_tokens
+        self._image_token = self.tokenizer.convert_ids_to_tokens(self.config.image_token_id)
+        self._added_tokens = [token.content for token in self.tokenizer.added_tokens_decoder.values()]
+        self._system_prompt = system_prompt
+        self._max_new_tokens, self._max_seq_len = max_new_tokens, max_seq_len
+
+    def answer(self, questions: Sequence[Question]) -> list[Trace | Failure]:
+        """Answer questions that have pixels, in order."""
+        rows = [self.input_ids(question.prompt or "") for question in questions]
+        results: dict[int, Trace | Failure] = {}
+        by_length: defaultdict[int, list[int]] = defaultdict(list)
+        for index, ids in enumerate(rows):
+            by_length[len(ids)].append(index)
+            if len(ids) >= self._max_seq_len:
+                message = f"the row has {len(ids)} tokens; the bundle leaves room for {self._max_seq_len}"
+                results[index] = Failure.of(PromptError(message))
+        for indices in by_length.values():
+            for start in range(0, len(indices), BATCH):
+                batch = [index for index in indices[start : start + BATCH] if index not in results]
+                traces = self._generate([questions[i] for i in batch], [rows[i] for i in batch])
+                results.update(zip(batch, traces, strict=True))
+        return [results[index] for index in range(len(questions))]
+
+    def states(self, question: Question) -> States:
+        """Hidden states of a question, vision patches in the order of the graph."""
+        inputs = self.inputs([question], [self.input_ids(question.prompt or "")])
+        visual, text = self.model.model.visual, self.model.model.language_model
+        with (
+            torch.inference_mode(),
+            _layer_states(visual.blocks) as vision,
+            _layer_states(text.layers) as decoder,
+            _features(visual) as features,
+        ):
+            logits = self.model(**inputs, logits_to_keep=1).logits[0, -1]
+        return States(
+            vision=[_array(self._in_graph_order(state, inputs["image_grid_thw"])) for state in vision],
+            features=_array(features[0]),
+            decoder=[_array(state[0]) for state in decoder],
+            logits=_array(logits),
+        )
+
+    def input_ids(self, prompt: str) -> list[int]:
+        """Token ids of a row up to its answer, the image's token repeated for each merged patch."""
+        pad, image_token_id = self._image_token, self.config.image_token_id
+        if any(token in prompt for token in self._added_tokens):
+            # Tokenized as a whole, a special token spelled in the prompt would be one; it is text.
+            head, bridge, tail = chat_turn(self.tokenizer, image_token_id, self._system_prompt)
+            spelled = self.tokenizer(prompt, add_special_tokens=False, split_special_tokens=True).input_ids
+            return [*head, *[image_token_id] * self.image_tokens, *bridge, *spelled, *tail]
+        content = [{"type": "image"}, {"type": "text", "text": prompt}]
+        messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
+        if self._system_prompt is not None:
+            messages.insert(0, {"role": "system", "content": self._system_prompt})
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        ids: list[int] = self.tokenizer(text.replace(pad, pad * self.image_tokens)).input_ids
+        return ids
+
+    def inputs(self, questions: Sequence[Question], rows: Sequence[list[int]]) -> dict[str, Tensor]:
+        """Inputs of the model for rows of one length."""
+        pictures = [Image.fromarray(question.pixels) for question in questions if question.pixels is not None]
+        images = self.processor(pictures, return_tensors="pt")
+        ids = torch.tensor(rows)
+        inputs = {
+            **images,
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "mm_token_type_ids": (ids == self.config.image_token_id).int(),
+        }
+        return {name: tensor.to(self.device) for name, tensor in inputs.items()}
+
+    def _generate(self, questions: Sequence[Question], rows: Sequence[list[int]]) -> list[Trace]:
+        if not questions:
+            return []
+        length = len(rows[0])
+        settings = GenerationConfig(
+            max_new_tokens=min(self._max_new_tokens, self._max_seq_len - length),
+            do_sample=False,
+            eos_token_id=list(self.generation.eos_token_ids),
+            pad_token_id=self.generation.pad_token_id,
+            repetition_penalty=self.generation.repetition_penalty,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        with torch.inference_mode(), _features(self.model.model.visual) as features:
+            output = self.model.generate(**self.inputs(questions, rows), generation_config=settings)
+        tokens = output.sequences[:, length:].tolist()
+        logits = _array(torch.stack(output.logits, dim=1))
+        by_row = _array(features[0]).reshape(len(rows), self.image_tokens, -1)
+        return [self._trace(*row) for row in zip(rows, tokens, logits, by_row, strict=True)]
+
+    def _trace(self, input_ids: list[int], tokens: list[int], logits: Array, features: Array) -> Trace:
+        ends = [index for index, token in enumerate(tokens) if token in self.generation.eos_token_ids]
+        tokens = tokens[: ends[0] + 1] if ends else tokens
+        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        return Trace(text, tokens, input_ids, features, logits[: len(tokens)])
+
+    def _in_graph_order(self, state: Tensor, grid: Tensor) -> Tensor:
+        """Patches (N, D) as transformers' windows order them to the order of the exported graph."""
+        vision = self.config.vision_config
+        index, _ = get_vision_window_index(grid, vision.spatial_merge_size, vision.window_size, vision.patch_size)
+        order, _ = window_order(grid, vision)
+        groups = state.reshape(len(index), -1, state.shape[-1])
+        return groups[torch.argsort(index)][order].reshape(state.shape)
+
+
+@contextmanager
+def _layer_states(layers: Any) -> Iterator[list[Tensor]]:
+    """Hidden states before the first of `layers` and after each, of the next forward pass."""
+    states: list[Tensor] = []
+
+    def before(_module: Any, inputs: tuple[Tensor, ...]) -> None:
+        states.append(inputs[0])
+
+    def after(_module: Any, _inputs: Any, output: Tensor) -> None:
+        states.append(output)
+
+    hooks = [layers[0].register_forward_pre_hook(before), *(layer.register_forward_hook(after) for layer in layers)]
+    try:
+        yield states
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def _features(visual: Any) -> Iterator[list[Tensor]]:
+    """Features (rows * T_img, D) of each forward pass of the vision tower."""
+    features: list[Tensor] = []
+    hook = visual.register_forward_hook(lambda _module, _inputs, output: features.append(output.pooler_output))
+    try:
+        yield features
+    finally:
+        hook.remove()
+
+
+def _array(tensor: Tensor) -> Array:
+    return tensor.float().cpu().numpy()
+
+
+def _torch_device(device: Device) -> torch.device:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise DeviceError("--device cuda: PyTorch finds no usable GPU here; use --device cpu")
+    if device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    # fp32 is to be fp32: TF32 keeps ten bits of the mantissa.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    return torch.device("cuda")

@@ -1,0 +1,275 @@
+"""The comparison from its settings to its report."""
+
+import importlib.metadata
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from comparison.bundle_side import BundleSide
+from comparison.config import CompareConfig
+from comparison.layers import Drift, depth_names
+from comparison.measures import Measures
+from comparison.page import render
+from comparison.questions import Question, Questions, open_questions
+from comparison.records import PAGE, Records, record
+from comparison.summary import STAGES, Bounds, difference, summarize
+from comparison.traces import INPUT_STAGES, Side, Trace
+from qvl_batch.bundle import Bundle, Source
+from qvl_batch.errors import ConfigError, JobError
+from qvl_batch.report import progress_line
+from qvl_batch.schema import Failure
+
+#: Questions in one chunk, and the memory that its logits may take on both sides together.
+CHUNK, LOGITS_BYTES = 32, 1 << 30
+PACKAGES = ("qvl-batch", "onnxruntime-gpu", "onnxruntime", "torch", "transformers")
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """A finished comparison: its summary, and where its page is."""
+
+    summary: dict[str, Any]
+    page: Path
+
+    @property
+    def passed(self) -> bool:
+        """Whether everything was within its bounds."""
+        return bool(self.summary["verdict"]["passed"])
+
+    def __str__(self) -> str:
+        summary, agreement = self.summary, self.summary["agreement"]
+        low, high = agreement["interval"]
+        lines = {
+            "rows": f"{summary['rows']:,}, {summary['compared']:,} compared",
+            "equal": f"{agreement['count']:,} of {agreement['of']:,} answers, token for token "
+            f"({agreement['share']:.1%}, 95 %: {low:.1%} to {high:.1%})",
+            "differ": f"{agreement['ties']:,} tied within noise, {agreement['real_differences']:,} really, "
+            f"{agreement['failed']:,} failed",
+            "drift": ", ".join(f"{stage} {_figure(summary['drift'][stage]['max'])}" for stage in STAGES),
+        }
+        if expected := summary["expected"]:
+            shares = (expected[side]["share"] for side in ("reference", "bundle"))
+            lines["expected"] = "given in {:.1%} of rows by the reference, in {:.1%} by the bundle".format(*shares)
+        if layers := summary["layers"]:
+            lines["layers"] = (
+                f"drift begins at {layers['begins_at'] or 'no layer'}, "
+                f"largest error of its own: {layers['largest_own_error'] or 'none'}"
+            )
+        lines["report"] = str(self.page)
+        return "\n".join(f"{name:<10}{text}" for name, text in lines.items())
+
+
+def compare(config: CompareConfig, say: Callable[[str], None] = lambda _: None) -> Outcome:
+    """Compare, from the beginning or from where it was stopped, and write the report.
+
+    Args:
+        config: what to compare.
+        say: receives a line about what was found at the start.
+
+    Raises:
+        JobError: input, output, bundle, checkpoint or settings make the comparison impossible.
+    """
+    sides = _Sides(config, Bundle.load(config.bundle))
+    questions = open_questions(config, sides.bundle.manifest.layout.image_size)
+    rows_per_chunk = _rows_per_chunk(config, sides.bundle)
+    settings = _settings(config, sides, questions, rows_per_chunk)
+    id_type = questions.source.columns.id.type
+    records = Records.open(config.output, id_type, settings, overwrite=config.overwrite)
+    _say_what(say, config, sides, questions, records.chunks * rows_per_chunk * len(config.fit))
+    _answer(questions, sides, records, rows_per_chunk)
+    return _report(config, sides, records, settings)
+
+
+def _answer(questions: Questions, sides: "_Sides", records: Records, rows_per_chunk: int) -> None:
+    """Answer what is not answered yet, a chunk at a time."""
+    done = min(len(questions), records.chunks * rows_per_chunk * len(questions.fits))
+    failed, started = 0, time.monotonic()
+    with progress_line(len(questions) - done) as progress:
+        shown = 0
+        for number, chunk in enumerate(questions.chunks(rows_per_chunk, records.chunks), start=records.chunks):
+            rows = _rows(chunk, sides)
+            records.write(number, rows)
+            shown += len(rows)
+            failed += sum(row["error_side"] is not None for row in rows)
+            progress.show(shown, failed, time.monotonic() - started)
+
+
+def _rows(chunk: Sequence[Question], sides: "_Sides") -> list[dict[str, Any]]:
+    """Answer a chunk on both sides and measure."""
+    candidates = _answers(sides.candidate, chunk, [question.failure is None for question in chunk])
+    asked = [
+        isinstance(answer, Trace) or (isinstance(answer, Failure) and answer.stage not in INPUT_STAGES)
+        for answer in candidates
+    ]
+    references = _answers(sides.reference, chunk, asked)
+    return [_row(*row, sides) for row in zip(chunk, references, candidates, strict=True)]
+
+
+def _answers(side: Side, chunk: Sequence[Question], asked: Sequence[bool]) -> list[Trace | Failure | None]:
+    """Answers of one side, None where it is not asked."""
+    answers = iter(side.answer([question for question, ask in zip(chunk, asked, strict=True) if ask]))
+    return [next(answers) if ask else None for ask in asked]
+
+
+def _row(
+    question: Question, reference: Trace | Failure | None, candidate: Trace | Failure | None, sides: "_Sides"
+) -> dict[str, Any]:
+    measures: Measures | None = None
+    drift: Drift | None = None
+    texts: tuple[str | None, str | None] = (None, None)
+    if isinstance(reference, Trace) and isinstance(candidate, Trace):
+        penalty = sides.bundle.manifest.generation.repetition_penalty
+        measures = Measures.of(reference, candidate, penalty)
+        token_text = sides.candidate.layout.token_text
+        tokens = (measures.reference_token, measures.answer_token)
+        texts = (token_text(tokens[0]), token_text(tokens[1]))
+        if sides.config.layers and question.pixels is not None:
+            states = sides.reference.states(question)
+            drift = sides.candidate.probe.drift(question.pixels, candidate.input_ids, states)
+    return record(question, reference, candidate, measures, drift, texts)
+
+
+class _Sides:
+    """The two sides; each is loaded when it is first asked."""
+
+    def __init__(self, config: CompareConfig, bundle: Bundle) -> None:
+        self.config, self.bundle = config, bundle
+        self.other = Bundle.load(config.against_bundle) if config.against_bundle else None
+        if self.other:
+            _check_comparable(bundle, self.other)
+
+    @cached_property
+    def candidate(self) -> BundleSide:
+        """The bundle in question."""
+        return BundleSide(self.bundle, self.config.max_new_tokens, self.max_seq_len, layers=self.config.layers)
+
+    @cached_property
+    def reference(self) -> Side:
+        """PyTorch, or the other bundle."""
+        config = self.config
+        if self.other:
+            return BundleSide(self.other, config.max_new_tokens, self.max_seq_len, layers=config.layers)
+        assert config.checkpoint is not None
+        from comparison.reference import PyTorch  # noqa: PLC0415  (bundles are compared without torch)
+        from export.checkpoint import load_checkpoint  # noqa: PLC0415
+
+        return PyTorch(
+            load_checkpoint(config.checkpoint),
+            self.bundle.manifest.layout.image_tokens,
+            system_prompt=self.bundle.manifest.system_prompt,
+            max_new_tokens=config.max_new_tokens,
+            max_seq_len=self.max_seq_len,
+            device=config.device,
+        )
+
+    @cached_property
+    def reference_source(self) -> Source:
+        """Name and hash of what the bundle is compared with."""
+        if self.other:
+            return Source(self.other.path.name, self.other.sha256)
+        assert self.config.checkpoint is not None
+        from export.checkpoint import checkpoint_source  # noqa: PLC0415
+
+        return checkpoint_source(self.config.checkpoint)
+
+    @property
+    def max_seq_len(self) -> int:
+        """Longest row that both sides may have."""
+        lengths = [bundle.manifest.layout.max_seq_len for bundle in (self.bundle, self.other) if bundle]
+        return min(lengths)
+
+
+def _check_comparable(bundle: Bundle, other: Bundle) -> None:
+    """Refuse bundles whose numbers do not stand for the same things."""
+    a, b = bundle.manifest, other.manifest
+    for what, ours, theirs in (
+        ("image size", a.layout.image_size, b.layout.image_size),
+        ("image tokens", a.layout.image_tokens, b.layout.image_tokens),
+        ("decoder shape", a.decoder, b.decoder),
+        ("generation settings", a.generation, b.generation),
+    ):
+        if ours != theirs:
+            raise ConfigError(f"{bundle.path} and {other.path} differ in {what} ({ours}, {theirs}): not comparable")
+
+
+def _report(config: CompareConfig, sides: _Sides, records: Records, settings: dict[str, Any]) -> Outcome:
+    bounds = Bounds(config.min_agreement, config.max_drift, config.tie_margin)
+    rows = records.read()
+    for row in rows:
+        row["difference"] = difference(row, bounds.tie_margin)
+    if all(row["difference"] == "not compared" for row in rows):
+        raise JobError(f"none of {len(rows):,} rows could be compared: {_first_error(rows)}")
+    summary = {
+        "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "bundle": {"path": str(sides.bundle.path), **asdict(sides.bundle.manifest.source)},
+        "reference": {
+            "kind": "bundle" if sides.other else "checkpoint",
+            "path": str((config.against_bundle or config.checkpoint or Path()).resolve()),
+            **asdict(sides.reference_source),
+        },
+        "bounds": asdict(bounds),
+        "settings": settings,
+        **summarize(rows, _depths(rows, sides.bundle), bounds),
+    }
+    records.publish(rows, summary, render(rows, summary, config.gallery))
+    return Outcome(summary, config.output / PAGE)
+
+
+def _depths(rows: Sequence[dict[str, Any]], bundle: Bundle) -> list[str]:
+    count = next((len(row["layer_error"]) for row in rows if row["layer_error"]), 0)
+    return depth_names(count, bundle.manifest.decoder.layers) if count else []
+
+
+def _first_error(rows: Sequence[dict[str, Any]]) -> str:
+    return f"{rows[0]['id']}: {rows[0]['error_type']}: {rows[0]['error_message']}" if rows else "the input is empty"
+
+
+def _settings(config: CompareConfig, sides: _Sides, questions: Questions, rows_per_chunk: int) -> dict[str, Any]:
+    """What the rows of the comparison depend on, and what else must be as it was to go on."""
+    files = questions.source.files
+    return {
+        "bundle": sides.bundle.sha256,
+        "reference": sides.reference_source.sha256,
+        "input files": [[file, Path(file).stat().st_size] for file in files],
+        "limit": config.limit,
+        "prompt": config.prompt,
+        "columns": [config.id_column, config.image_column, config.prompt_column, questions.expected],
+        "fit": list(config.fit),
+        "max_new_tokens": config.max_new_tokens,
+        "layers": config.layers,
+        "rows a part": rows_per_chunk,
+        "versions": {name: found for name in PACKAGES if (found := _version(name))},
+    }
+
+
+def _rows_per_chunk(config: CompareConfig, bundle: Bundle) -> int:
+    logits = 2 * config.max_new_tokens * bundle.manifest.decoder.vocab_size * 4
+    return max(1, min(CHUNK, LOGITS_BYTES // logits) // len(config.fit))
+
+
+def _say_what(
+    say: Callable[[str], None], config: CompareConfig, sides: _Sides, questions: Questions, done: int
+) -> None:
+    manifest, other = sides.bundle.manifest, sides.reference_source
+    say(f"bundle    {sides.bundle.path}, {manifest.source.name}, {manifest.dtype}")
+    say(f"against   {config.against_bundle or config.checkpoint}, {'a bundle' if sides.other else 'PyTorch, fp32'}")
+    if not sides.other and other.sha256 != manifest.source.sha256:
+        say("note      the bundle's manifest says it was exported from another checkpoint")
+    say(f"questions {len(questions):,} from {len(questions.source.files):,} files")
+    if done:
+        say(f"resuming  {min(done, len(questions)):,} are compared already")
+
+
+def _figure(value: float | str | None) -> str:
+    return f"{value:.1e}" if isinstance(value, float) else value or "none"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
