@@ -1,8 +1,9 @@
-# demo   export the tiny model and answer the demo questions through Ray Data
-# test   run the tests
-# lint   ruff and mypy
-# bench  measure stages, and the engine against transformers' generate
-# train  train the tiny model anew (an hour or two)
+# demo     export the tiny model and answer the demo questions through Ray Data
+# test     run the tests
+# compare  compare the tiny bundle with its checkpoint in PyTorch, layer by layer
+# lint     ruff and mypy
+# bench    measure stages, and the engine against transformers' generate
+# train    train the tiny model anew (an hour or two)
 # Each installs what it needs into .venv first, once.
 
 PYTHON ?= python3
@@ -13,8 +14,9 @@ TINY := datasets/tiny-qwen2.5-vl
 BUNDLE := build/tiny-bundle
 QUESTIONS := datasets/demo/questions.parquet
 ANSWERS := build/demo-answers
+COMPARISON := build/comparison
 
-.PHONY: demo test lint bench train clean
+.PHONY: demo test compare lint bench train clean browser
 .DELETE_ON_ERROR:
 
 demo: $(BUNDLE)/bundle.json
@@ -22,8 +24,12 @@ demo: $(BUNDLE)/bundle.json
 		--keep-columns prompt expected --overwrite
 	$(BIN)/python jobs/show.py $(ANSWERS)
 
-test: $(READY)
+test: $(READY) browser
 	$(BIN)/python -m pytest
+
+compare: $(BUNDLE)/bundle.json
+	$(BIN)/python jobs/compare.py --bundle $(BUNDLE) --checkpoint $(TINY) --input $(QUESTIONS) \
+		--output $(COMPARISON) --layers --overwrite
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -44,6 +50,13 @@ $(READY): pyproject.toml requirements.lock
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable '.[export,compare,dev]'
 	@touch $@
+
+# The tests of the comparison's page need Chromium; where it can't be installed they are skipped.
+browser:
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || { \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
+		apt-get install -qq --no-install-recommends chromium chromium-driver fonts-dejavu-core; \
+	} >/dev/null 2>&1 || echo "Chromium can't be installed here (Debian, as root): tests of the page will be skipped"
 
 clean:
 	rm -rf build $(VENV)

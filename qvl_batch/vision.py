@@ -33,7 +33,7 @@ class VisionEncoder:
         self.layout = bundle.manifest.layout
         self._session = Session(bundle.file(VISION), threads)
         expected = [self.layout.image_tokens, bundle.manifest.decoder.hidden_size]
-        found = self._session.outputs["image_features"][1:]
+        found = self._session.outputs.get("image_features", [])[1:]
         if found != expected:
             raise BundleError(f"{bundle.path / VISION} gives features of shape {found}, the contract says {expected}")
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from export.checkpoint import Checkpoint, load_checkpoint
 from export.package import ExportConfig, export_bundle
 from qvl_batch.bundle import Bundle
 
@@ -15,8 +16,8 @@ ROOT = Path(__file__).parent.parent
 TINY = ROOT / "datasets" / "tiny-qwen2.5-vl"
 QUESTIONS = ROOT / "datasets" / "demo" / "questions.parquet"
 
-# The scripts in `datasets/` are no package, so that nobody imports them by that name.
-sys.path.insert(0, str(ROOT / "datasets"))
+# The scripts there are run by their path, as no package.
+sys.path[:0] = [str(ROOT / "datasets"), str(ROOT / "jobs")]
 
 
 @pytest.fixture(scope="session")
@@ -25,6 +26,12 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     output = tmp_path_factory.mktemp("bundles") / "tiny"
     export_bundle(ExportConfig(checkpoint=TINY, output=output))
     return Bundle.load(output)
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint() -> Checkpoint:
+    """The tiny checkpoint in PyTorch."""
+    return load_checkpoint(TINY)
 
 
 @pytest.fixture

@@ -6,10 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import torch
-from conftest import QUESTIONS, TINY
-from reference import Reference, letterboxed
+from conftest import QUESTIONS
+from reference import letterboxed, question
 
+from comparison.reference import PyTorch
 from qvl_batch.bundle import Bundle
 from qvl_batch.decoder import Decoder
 from qvl_batch.engine import Engine, Request
@@ -77,14 +77,13 @@ def test_a_row_may_fill_the_contract_to_its_last_token(tiny_bundle, requests):
 
 
 @pytest.mark.parametrize("penalty", [1.05, 1.7])
-def test_the_repetition_penalty_is_that_of_transformers(penalty, tiny_bundle, requests, questions):
+def test_the_repetition_penalty_is_that_of_transformers(penalty, tiny_bundle, tiny_checkpoint, requests, questions):
     generation = dataclasses.replace(tiny_bundle.manifest.generation, repetition_penalty=penalty)
     bundle = Bundle(tiny_bundle.path, dataclasses.replace(tiny_bundle.manifest, generation=generation))
     rows = list(zip(questions, requests, strict=True))[:6]
     found = _run(bundle, [dataclasses.replace(request, max_new_tokens=12) for _, request in rows], slots=4)
-    reference = Reference(TINY)
-    reference.model.generation_config.repetition_penalty = penalty
-    expected = [reference.answer(letterboxed(row["image"]["bytes"]), row["prompt"], 12) for row, _ in rows]
+    pytorch = PyTorch(dataclasses.replace(tiny_checkpoint, generation=generation), 576, max_new_tokens=12)
+    expected = [trace.text for trace in pytorch.answer([question(row) for row, _ in rows])]
     layout = RowLayout(tiny_bundle)
     assert [layout.text(result.token_ids) for result in found] == expected
 
@@ -95,13 +94,10 @@ def test_a_penalty_changes_answers(tiny_bundle, requests, alone):
     assert _run(bundle, requests, slots=4) != alone
 
 
-def test_features_are_those_of_transformers(questions, requests):
-    reference = Reference(TINY)
+def test_features_are_those_of_transformers(tiny_checkpoint, questions, requests):
+    pytorch = PyTorch(tiny_checkpoint, 576)
     for row, request in list(zip(questions, requests, strict=True))[:4]:
-        inputs = reference.inputs(letterboxed(row["image"]["bytes"]), row["prompt"])
-        with torch.inference_mode():
-            visual = reference.model.model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"])
-        expected = visual.pooler_output[0].numpy()
+        expected = pytorch.states(question(row)).features
         assert np.abs(request.features - expected).max() <= 1e-4 * np.abs(expected).max()
 
 

@@ -13,7 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import QUESTIONS, ROOT, TINY
-from reference import Reference
+from reference import question
+
+from comparison.reference import PyTorch
 
 CAPTION = [sys.executable, "jobs/caption.py"]
 ANSWER_COLUMNS = [
@@ -36,7 +38,7 @@ def demo():
     return pq.read_table(QUESTIONS).to_pylist()
 
 
-def test_the_demo_is_answered_right_and_as_pytorch_answers_it(tiny_bundle, demo, ray_env, tmp_path):
+def test_the_demo_is_answered_right_and_as_pytorch_answers_it(tiny_bundle, tiny_checkpoint, demo, ray_env, tmp_path):
     output = tmp_path / "answers"
     result = _caption(
         ray_env, "--bundle", tiny_bundle.path, "--input", QUESTIONS, "--output", output, "--keep-columns", "expected"
@@ -44,7 +46,8 @@ def test_the_demo_is_answered_right_and_as_pytorch_answers_it(tiny_bundle, demo,
     rows = _answers(output)
     assert list(rows[0]) == ["id", "expected", *ANSWER_COLUMNS]
     assert [row["id"] for row in rows] == [row["id"] for row in demo]
-    assert [row["answer"] for row in rows] == Reference(TINY).answers(demo)
+    expected = PyTorch(tiny_checkpoint, 576).answer([question(row) for row in demo])
+    assert [row["answer"] for row in rows] == [trace.text for trace in expected]
     right = sum(row["answer"] == row["expected"] for row in rows)
     assert right >= 0.95 * len(rows)
     assert {row["finish_reason"] for row in rows} == {"stop"}
@@ -170,7 +173,7 @@ def _free_port():
         return probe.getsockname()[1]
 
 
-def test_the_job_can_be_submitted_to_a_cluster(tiny_bundle, ray_env, tmp_path):
+def test_jobs_can_be_submitted_to_a_cluster(tiny_bundle, ray_env, tmp_path):
     # The cluster finds `python` and its packages where the tests do.
     path = f"{Path(sys.executable).parent}:{ray_env['PATH']}"
     env = ray_env | {"RAY_AUTH_MODE": "token", "HOME": str(tmp_path), "PATH": path}
@@ -200,6 +203,14 @@ def test_the_job_can_be_submitted_to_a_cluster(tiny_bundle, ray_env, tmp_path):
         assert result.returncode == 0, result.stdout + result.stderr
         assert "rows      16" in result.stdout
         assert len(_answers(tmp_path / "out")) == 16
+        submit[submit.index("jobs/caption.py") :] = [
+            "jobs/compare.py", "--bundle", str(tiny_bundle.path), "--checkpoint", str(TINY),
+            "--input", str(QUESTIONS), "--output", str(tmp_path / "comparison"), "--limit", "3",
+        ]  # fmt: skip
+        result = subprocess.run(submit, cwd=ROOT, env=env, check=False, capture_output=True, text=True, timeout=240)
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert "equal     3 of 3 answers" in result.stdout
+        assert (tmp_path / "comparison" / "report.html").is_file()
     finally:
         os.killpg(head.pid, signal.SIGTERM)
         head.wait(timeout=60)

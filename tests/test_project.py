@@ -1,6 +1,7 @@
 """What the project says of itself is true."""
 
 import ast
+import dataclasses
 import os
 import re
 import subprocess
@@ -11,12 +12,14 @@ from conftest import ROOT
 from PIL import Image
 
 import qvl_batch
+from comparison.config import CompareConfig
 from qvl_batch import errors
 
 README = (ROOT / "README.md").read_text()
 TREE = re.search(r"^qvl_batch/ .*?^tests/", README, re.DOTALL | re.MULTILINE)[0]
 #: Modules of the worker in the README's order, each above those that may import it.
 ORDER = re.findall(r"── (\w+)\.py", TREE.split("export/")[0])
+COMPARISON = re.findall(r"── (\w+)\.py", TREE.split("comparison/")[1])
 
 
 def _imports(path):
@@ -34,9 +37,12 @@ def _files(package):
 
 def test_the_tree_in_the_readme_is_the_tree():
     assert set(ORDER) == set(_files("qvl_batch"))
-    assert set(re.findall(r"── (\w+)\.py", TREE.split("export/")[1])) == set(_files("export"))
-    for job in _files("jobs"):
-        assert f"{job}.py" in TREE
+    export, jobs = TREE.split("export/")[1].split("jobs/", 1)
+    assert set(re.findall(r"── (\w+)\.py", export)) == set(_files("export"))
+    scripts, comparison = jobs.split("comparison/", 1)
+    assert set(re.findall(r"── (\w+)\.py", scripts)) == set(_files("jobs"))
+    assert re.findall(r"── (\w+)\.py", comparison) == COMPARISON
+    assert set(COMPARISON) == set(_files("jobs/comparison"))
 
 
 def test_imports_point_one_way():
@@ -44,7 +50,21 @@ def test_imports_point_one_way():
         for module in _imports(_files("qvl_batch")[name]):
             if module.startswith("qvl_batch."):
                 assert module.split(".")[1] in ORDER[:place], f"{name} imports {module}"
-            assert module.split(".")[0] != "export", name
+            assert module.split(".")[0] not in ("export", "comparison"), name
+    for place, name in enumerate(COMPARISON):
+        for module in _imports(_files("jobs/comparison")[name]):
+            if module.startswith("comparison."):
+                assert module.split(".")[1] in COMPARISON[:place], f"{name} imports {module}"
+
+
+def test_two_bundles_are_compared_without_torch():
+    with_torch = {name for name, path in _files("jobs/comparison").items() if "torch" in set(_imports(path))}
+    assert with_torch == {"reference"}
+    script = (
+        "import sys; sys.path.insert(0, 'jobs'); import comparison.run; print('comparison.reference' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "False"
 
 
 @pytest.mark.parametrize(
@@ -77,7 +97,7 @@ def test_the_help_in_the_readme_is_the_help(command):
     assert result.stdout.strip() in README
 
 
-@pytest.mark.parametrize("command", [["-m", "export"], ["jobs/show.py"], ["jobs/bench.py"]])
+@pytest.mark.parametrize("command", [["-m", "export"], ["jobs/show.py"], ["jobs/bench.py"], ["jobs/compare.py"]])
 def test_every_command_has_help(command):
     arguments = [sys.executable, *command, "--help"]
     result = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=True)
@@ -102,10 +122,12 @@ def test_commands_in_the_readme_exist():
 
 
 def test_options_named_in_texts_exist():
-    options = set(re.findall(r"│ (--[\w-]+)", README)) | {"--output", "--device"}
-    for path in (*(ROOT / "qvl_batch").glob("*.py"), ROOT / "README.md"):
+    compare = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(CompareConfig)}
+    options = set(re.findall(r"│ (--[\w-]+)", README)) | {"--output", "--device"} | compare
+    texts = [*(ROOT / "qvl_batch").glob("*.py"), *(ROOT / "jobs").rglob("*.py"), ROOT / "README.md"]
+    for path in (path for path in texts if path.stem != "bench"):
         named = set(re.findall(r"--[a-z][a-z-]+", path.read_text()))
-        others = {"--max-seq-len", "--working-dir", "--address", "--help"}
+        others = {"--max-seq-len", "--working-dir", "--address", "--help", "--entrypoint-num-gpus", "--rows"}
         assert named <= options | others, path.name
 
 

@@ -7,7 +7,5 @@ A side turns questions into traces: token ids of the row, image features, tokens
 and their logits. Everything that is measured is measured between two traces, or, with
 `--layers`, between two lists of hidden states.
 
-Modules import from those above: config, questions, traces, bundle_side, reference, layers,
-measures, records, summary, page, run. Only `reference` imports torch, and only when a
-checkpoint is compared.
+Only `reference` imports torch, and only when a checkpoint is compared.
 """

@@ -80,7 +80,7 @@ def relative_error(found: Array, expected: Array) -> float:
 def divergence(reference: Array, candidate: Array) -> float:
     """Kullback-Leibler divergence of two rows of logits (V,), reference first, in nats."""
     p, q = (log_softmax(logits.astype(np.float64)) for logits in (reference, candidate))
-    return max(0.0, float(np.sum(np.exp(p) * (p - q))))
+    return float(np.maximum(0.0, np.sum(np.exp(p) * (p - q))))
 
 
 def cosine(a: Array, b: Array) -> float:

@@ -86,7 +86,8 @@ def _stages(rows: Sequence[Row], max_drift: float) -> dict[str, Any]:
     chance = random.Random(0)  # noqa: S311  (which dots are drawn, and how they are spread)
     lanes = []
     for name, lane in values.items():
-        drawn = [max(lane, key=_badness), *chance.sample(lane, min(MOST_DOTS, len(lane)))] if lane else []
+        # The worst is among those that are drawn.
+        drawn = lane if len(lane) <= MOST_DOTS else [max(lane, key=_badness), *chance.sample(lane, MOST_DOTS)]
         dots = [(axis.place(v), round(chance.uniform(15, 85)), not v <= max_drift) for v in drawn]
         lanes.append({"name": name, "dots": dots, "rows": len(lane)})
     return {"lanes": lanes, "ticks": axis.ticks, "bound": axis.place(max_drift)}
@@ -137,9 +138,13 @@ def marked(a: str, b: str) -> tuple[Markup, Markup]:
     sides: tuple[list[Markup], list[Markup]] = ([], [])
     for kind, *bounds in matcher.get_opcodes():
         for side, start, stop in ((0, *bounds[:2]), (1, *bounds[2:])):
-            text = escape("".join(words[side][start:stop]))
-            if text:
-                sides[side].append(text if kind == "equal" else Markup("<mark>{}</mark>").format(text))
+            text = "".join(words[side][start:stop])
+            core = text.strip()
+            if kind == "equal" or not core:
+                sides[side].append(escape(text))
+            else:
+                before, _, after = text.partition(core)
+                sides[side].append(Markup("{}<mark>{}</mark>{}").format(before, core, after))
     return Markup("").join(sides[0]), Markup("").join(sides[1])
 
 

@@ -205,10 +205,10 @@ def _report(config: CompareConfig, sides: _Sides, records: Records, settings: di
         raise JobError(f"none of {len(rows):,} rows could be compared: {_first_error(rows)}")
     summary = {
         "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "bundle": {"path": str(sides.bundle.path), **asdict(sides.bundle.manifest.source)},
+        "bundle": {"path": str(config.bundle), **asdict(sides.bundle.manifest.source)},
         "reference": {
             "kind": "bundle" if sides.other else "checkpoint",
-            "path": str((config.against_bundle or config.checkpoint or Path()).resolve()),
+            "path": str(config.against_bundle or config.checkpoint),
             **asdict(sides.reference_source),
         },
         "bounds": asdict(bounds),
@@ -255,7 +255,7 @@ def _say_what(
     say: Callable[[str], None], config: CompareConfig, sides: _Sides, questions: Questions, done: int
 ) -> None:
     manifest, other = sides.bundle.manifest, sides.reference_source
-    say(f"bundle    {sides.bundle.path}, {manifest.source.name}, {manifest.dtype}")
+    say(f"bundle    {config.bundle}, {manifest.source.name}, {manifest.dtype}")
     say(f"against   {config.against_bundle or config.checkpoint}, {'a bundle' if sides.other else 'PyTorch, fp32'}")
     if not sides.other and other.sha256 != manifest.source.sha256:
         say("note      the bundle's manifest says it was exported from another checkpoint")

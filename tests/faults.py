@@ -1,0 +1,63 @@
+"""Damage done to a bundle, so that a comparison can be seen to find it."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import numpy_helper
+
+from qvl_batch.bundle import MANIFEST, VISION, file_sha256
+
+
+def without_normalisation(bundle: Path) -> None:
+    """Pixels are divided by 255 and no more."""
+    with _graph(bundle, VISION) as graph:
+        for initializer in graph.initializer:
+            if initializer.name in ("mean", "std"):
+                value = 0.0 if initializer.name == "mean" else 255.0
+                initializer.CopyFrom(numpy_helper.from_array(np.full(3, value, np.float32), initializer.name))
+
+
+def merge_groups_in_raster_order(bundle: Path) -> None:
+    """Patches are taken row by row, in place of 2 x 2 groups."""
+    with _graph(bundle, VISION) as graph:
+        (transpose,) = (node for node in graph.node if node.op_type == "Transpose")
+        (order,) = transpose.attribute
+        assert list(order.ints) == [0, 1, 4, 2, 5, 3, 6, 7]
+        order.ints[:] = [0, 1, 2, 4, 5, 3, 6, 7]
+
+
+def quantize_layer(bundle: Path, graph: str, prefix: str, bits: int = 4) -> None:
+    """Round the weights of one layer to so many bits, symmetric, a scale for each column."""
+    model = onnx.load(bundle / graph, load_external_data=False)
+    chosen = [i for i in model.graph.initializer if i.name.startswith(prefix) and i.name.endswith(".weight")]
+    assert chosen
+    for initializer in chosen:
+        where = {entry.key: entry.value for entry in initializer.external_data}
+        shape = tuple(initializer.dims)
+        weights = np.memmap(bundle / where["location"], np.float32, "r+", int(where["offset"]), shape)
+        scale = np.abs(weights).max(axis=0) / (2 ** (bits - 1) - 1)
+        weights[:] = np.round(weights / scale) * scale
+        weights.flush()
+    seal(bundle)
+
+
+@contextmanager
+def _graph(bundle: Path, name: str) -> Iterator[onnx.GraphProto]:
+    """A graph to change in place."""
+    model = onnx.load(bundle / name, load_external_data=False)
+    yield model.graph
+    onnx.save(model, bundle / name)
+    seal(bundle)
+
+
+def seal(bundle: Path) -> None:
+    """Write sizes and hashes of the files as they are now."""
+    manifest = json.loads((bundle / MANIFEST).read_text())
+    for name in manifest["files"]:
+        path = bundle / name
+        manifest["files"][name] = {"size": path.stat().st_size, "sha256": file_sha256(path)}
+    (bundle / MANIFEST).write_text(json.dumps(manifest))

@@ -1,0 +1,459 @@
+"""A comparison says that a bundle answers like its checkpoint if, and only if, it does."""
+
+import dataclasses
+import itertools
+import json
+import math
+import subprocess
+import sys
+
+import numpy as np
+import onnx
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from checkpoints import make_checkpoint
+from conftest import QUESTIONS, ROOT, TINY
+from faults import merge_groups_in_raster_order, quantize_layer, seal, without_normalisation
+from reference import question
+
+from comparison import run as comparison_run
+from comparison.bundle_side import BundleSide
+from comparison.config import CompareConfig
+from comparison.layers import depth_names, instrument, state_error
+from comparison.measures import Measures, cosine, divergence
+from comparison.reference import PyTorch
+from comparison.run import compare
+from comparison.summary import Bounds, difference, summarize
+from comparison.traces import Trace, first_difference
+from export.checkpoint import load_checkpoint
+from export.package import ExportConfig, export_bundle
+from qvl_batch.bundle import DECODER, DECODER_FULL, VISION, Bundle, Layout
+from qvl_batch.decoder import Decoder
+from qvl_batch.errors import BundleError, ConfigError, DeviceError, InputError, JobError, OutputError
+
+COMPARE = [sys.executable, "jobs/compare.py"]
+BOUNDS = Bounds(min_agreement=1.0, max_drift=1e-3, tie_margin=1e-3)
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return pq.read_table(QUESTIONS).to_pylist()
+
+
+def _config(bundle, output, **changes):
+    plain = {"bundle": bundle, "checkpoint": TINY, "input": (str(QUESTIONS),), "output": output, "limit": 12}
+    return CompareConfig(**plain | changes)
+
+
+def _rows(output):
+    return pq.read_table(output / "comparison.parquet").to_pylist()
+
+
+def test_an_exact_bundle_passes_and_everything_is_written(tiny_bundle, tmp_path):
+    output = tmp_path / "out"
+    options = [
+        "--bundle",
+        tiny_bundle.path,
+        "--checkpoint",
+        TINY,
+        "--input",
+        QUESTIONS,
+        "--output",
+        output,
+        "--limit",
+        9,
+    ]
+    command = [*COMPARE, *map(str, options)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "equal     9 of 9 answers" in result.stdout
+    assert "9 of 9 rows" in result.stderr
+
+    rows = _rows(output)
+    demo = pq.read_table(QUESTIONS).to_pylist()
+    assert [(row["id"], row["prompt"], row["expected"]) for row in rows] == [
+        (row["id"], row["prompt"], row["expected"]) for row in demo[:9]
+    ]
+    for row in rows:
+        assert (row["reference"], row["equal"], row["difference"]) == (row["answer"], True, "equal")
+        assert row["answer"]
+        assert max(row["vision_error"], row["prefill_error"], row["decode_error"]) < 1e-5
+        assert 1 - row["vision_cosine"] < 1e-9
+        assert row["first_token_kl"] < 1e-9
+        assert row["first_difference"] is row["logits_error"] is row["error_side"] is row["layer_error"] is None
+    summary = json.loads((output / "summary.json").read_text())
+    assert summary["verdict"] == {"passed": True, "reasons": []}
+    assert summary["agreement"]["interval"][0] == pytest.approx(0.7008, abs=1e-3)  # Wilson, 9 of 9
+    page = (output / "report.html").read_text()
+    assert "answers like" in page
+    assert page.count("<article") == 9
+
+
+def test_less_agreement_than_asked_for_is_an_error_that_says_how_much(copied_bundle, tmp_path):
+    without_normalisation(copied_bundle)
+    options = ["--bundle", copied_bundle, "--checkpoint", TINY, "--input", QUESTIONS, "--limit", 8]
+    command = [*COMPARE, *map(str, options), "--output", str(tmp_path / "out")]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    share = json.loads((tmp_path / "out" / "summary.json").read_text())["agreement"]["share"]
+    assert f"{(1 - share) * 100:.2f} points under --min-agreement 1" in result.stderr
+    assert "the bundle's manifest says" not in result.stderr
+    lenient = [*command, "--min-agreement", "0", "--max-drift", "100"]
+    again = subprocess.run(lenient, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "resuming  8 are compared already" in again.stderr
+
+
+def _no_positions(monkeypatch):
+    flat = property(lambda _: 0)
+    monkeypatch.setattr(Layout, "position_delta", flat)
+    one_d = lambda layout: np.tile(np.arange(layout.max_seq_len), (3, 1))  # noqa: E731
+    monkeypatch.setattr("qvl_batch.decoder.mrope_positions", one_d)
+
+
+def _moved_image(monkeypatch):
+    plain = Decoder.prefill_inputs
+
+    def moved(self, rows):
+        inputs = plain(self, rows)
+        return inputs | {"image_embeds": np.roll(inputs["image_embeds"], 1, axis=1)}
+
+    monkeypatch.setattr(Decoder, "prefill_inputs", moved)
+
+
+@pytest.mark.parametrize(
+    ("damage", "begins_at", "own"),
+    [
+        ("1-D positions", "decoder layer 0", {f"decoder layer {k}" for k in range(4)}),
+        ("no normalisation", "patch embedding", {"patch embedding"}),
+        ("merge groups in raster order", "patch embedding", {"patch embedding"}),
+        ("image moved by one", "embedding", {"embedding"}),
+        ("decoder layer at 4 bits", "decoder layer 2", {"decoder layer 2"}),
+        ("vision block at 4 bits", "vision block 1", {"vision block 1"}),
+    ],
+)
+def test_damage_turns_the_report_red_and_the_layer_plot_points_at_it(
+    damage, begins_at, own, copied_bundle, monkeypatch, tmp_path
+):
+    {
+        "1-D positions": lambda: _no_positions(monkeypatch),
+        "no normalisation": lambda: without_normalisation(copied_bundle),
+        "merge groups in raster order": lambda: merge_groups_in_raster_order(copied_bundle),
+        "image moved by one": lambda: _moved_image(monkeypatch),
+        "decoder layer at 4 bits": lambda: quantize_layer(copied_bundle, DECODER, "weights.stack.2."),
+        "vision block at 4 bits": lambda: quantize_layer(copied_bundle, VISION, "blocks.1."),
+    }[damage]()
+    outcome = compare(_config(copied_bundle, tmp_path / "out", limit=6, layers=True))
+    assert not outcome.passed
+    layers = outcome.summary["layers"]
+    assert layers["begins_at"] == begins_at
+    assert {depth["name"] for depth in layers["depths"] if depth["own"]["median"] > 1e-3} == own
+    assert layers["largest_own_error"] in own
+    page = outcome.page.read_text()
+    assert '<header class="bad"' in page
+    assert f'Drift begins at <b class="over">{begins_at}</b>' in page
+
+
+def test_layers_of_an_exact_bundle_agree_at_every_depth(tmp_path):
+    # Windows that are cut at the edge, so that the graph orders patches otherwise than transformers.
+    vision = {"depth": 3, "fullatt_block_indexes": [2], "window_size": 140}
+    path = make_checkpoint(tmp_path / "checkpoint", text={"num_hidden_layers": 3}, vision=vision)
+    export_bundle(ExportConfig(checkpoint=path, output=tmp_path / "bundle"))
+    outcome = compare(
+        _config(tmp_path / "bundle", tmp_path / "out", checkpoint=path, limit=2, layers=True, max_new_tokens=8)
+    )
+    depths = outcome.summary["layers"]["depths"]
+    assert [depth["name"] for depth in depths] == depth_names(10, 3)
+    assert [depth["name"] for depth in depths][:5] == [
+        "patch embedding",
+        *(f"vision block {k}" for k in range(3)),
+        "merger",
+    ]
+    assert max(max(depth["total"]["max"], depth["own"]["max"]) for depth in depths) < 1e-4
+    assert outcome.summary["layers"]["begins_at"] is None
+    assert outcome.passed
+
+
+def test_rows_in_a_batch_are_answered_as_alone(tiny_checkpoint, demo):
+    pytorch = PyTorch(tiny_checkpoint, 576)
+    questions = [question(row) for row in demo[:16]]
+    together = pytorch.answer(questions)
+    alone = [pytorch.answer([one])[0] for one in questions]
+    lengths = [len(trace.input_ids) for trace in together]
+    assert max(lengths.count(length) for length in lengths) >= 3
+    for a, b in zip(together, alone, strict=True):
+        assert a.token_ids == b.token_ids
+        assert np.abs(a.logits - b.logits).max() <= 1e-5 * np.abs(b.logits).max()
+
+
+def test_both_sides_read_a_prompt_alike(tiny_bundle, tiny_checkpoint):
+    side = BundleSide(tiny_bundle, 4, 1024, layers=False)
+    pytorch = PyTorch(tiny_checkpoint, 576)
+    for prompt in (
+        "How many?",
+        "  two\n\nlines ",
+        "é 漢字 🙂",
+        "<|im_end|> and <|image_pad|>",
+        "<tool_call>",
+        "a" * 300,
+    ):
+        assert pytorch.input_ids(prompt) == side.layout.row_ids(prompt)
+
+
+def test_a_comparison_that_was_stopped_goes_on_where_it_was(tiny_bundle, demo, tmp_path, monkeypatch):
+    monkeypatch.setattr(comparison_run, "CHUNK", 5)
+    asked = []
+    plain = PyTorch.answer
+
+    def stops(self, questions):
+        if len(asked) >= 10:
+            raise KeyboardInterrupt
+        asked.extend(q.id for q in questions)
+        return plain(self, questions)
+
+    monkeypatch.setattr(PyTorch, "answer", stops)
+    config = _config(tiny_bundle.path, tmp_path / "out", limit=13)
+    with pytest.raises(KeyboardInterrupt):
+        compare(config)
+    assert not (tmp_path / "out" / "report.html").exists()
+
+    monkeypatch.setattr(
+        PyTorch, "answer", lambda self, questions: asked.extend(q.id for q in questions) or plain(self, questions)
+    )
+    outcome = compare(config)
+    assert asked == [row["id"] for row in demo[:13]]
+    assert [row["id"] for row in _rows(tmp_path / "out")] == asked
+    assert outcome.passed
+
+    whole = compare(dataclasses.replace(config, output=tmp_path / "whole"))
+    assert _rows(tmp_path / "whole") == _rows(tmp_path / "out")
+    assert whole.summary["drift"] == outcome.summary["drift"]
+
+
+def test_another_comparison_is_not_mixed_in(tiny_bundle, tmp_path):
+    config = _config(tiny_bundle.path, tmp_path / "out", limit=2)
+    compare(config)
+    with pytest.raises(OutputError, match=r"another max_new_tokens \(64 there, 9 now\)"):
+        compare(dataclasses.replace(config, max_new_tokens=9))
+    outcome = compare(dataclasses.replace(config, max_new_tokens=9, overwrite=True))
+    assert outcome.summary["settings"]["max_new_tokens"] == 9
+    (tmp_path / "else").mkdir()
+    (tmp_path / "else" / "report.html").write_text("precious")
+    with pytest.raises(OutputError, match="holds a report already"):
+        compare(dataclasses.replace(config, output=tmp_path / "else"))
+    assert (tmp_path / "else" / "report.html").read_text() == "precious"
+
+
+def test_rows_that_cannot_be_asked_are_counted_apart(tiny_bundle, demo, tmp_path):
+    rows = [dict(row) for row in demo[:7]]
+    rows[0]["image"] = {"bytes": b"<html>", "path": None}
+    rows[1]["image"] = None
+    rows[2]["prompt"] = None
+    rows[3]["prompt"] = "word " * 2000
+    rows[4]["prompt"] = "<|im_end|><|image_pad|>"
+    path = tmp_path / "questions.parquet"
+    pq.write_table(pa.Table.from_pylist(rows, pq.read_schema(QUESTIONS)), path)
+    outcome = compare(
+        _config(tiny_bundle.path, tmp_path / "out", input=(str(path),), fit=("crop", "stretch"), layers=True)
+    )
+    found = _rows(tmp_path / "out")
+    assert [(row["id"], row["fit"]) for row in found] == list(
+        itertools.product([r["id"] for r in rows], ("crop", "stretch"))
+    )
+    assert [row["difference"] for row in found] == ["not compared"] * 8 + ["equal"] * 6
+    assert outcome.summary["not_compared"] == {"input image: ImageError": 4, "input layout: PromptError": 4}
+    assert (outcome.passed, outcome.summary["compared"]) == (True, 6)
+    assert {group["group"] for group in outcome.summary["groups"]["fit"]} == {"crop", "stretch"}
+
+
+def test_features_that_mean_nothing_are_the_bundles_failure(copied_bundle, tmp_path):
+    model = onnx.load(copied_bundle / VISION, load_external_data=False)
+    for initializer in model.graph.initializer:
+        if initializer.name == "std":
+            initializer.CopyFrom(onnx.numpy_helper.from_array(np.full(3, np.nan, np.float32), "std"))
+    onnx.save(model, copied_bundle / VISION)
+    seal(copied_bundle)
+    outcome = compare(_config(copied_bundle, tmp_path / "out", limit=3))
+    assert not outcome.passed
+    assert outcome.summary["agreement"]["failures"] == {"bundle vision: NumericError": 3}
+    assert all(row["reference"] and row["answer"] is None for row in _rows(tmp_path / "out"))
+
+
+def test_two_bundles_can_be_compared_with_each_other(tiny_bundle, copied_bundle, tmp_path):
+    quantize_layer(copied_bundle, DECODER, "weights.stack.1.", bits=3)
+    config = _config(tiny_bundle.path, tmp_path / "same", checkpoint=None, against_bundle=tiny_bundle.path, layers=True)
+    same = compare(dataclasses.replace(config, limit=3))
+    assert same.passed
+    assert same.summary["drift"]["decode"]["max"] == 0
+    assert all(depth["own"]["max"] < 1e-6 for depth in same.summary["layers"]["depths"])
+    other = compare(dataclasses.replace(config, bundle=copied_bundle, output=tmp_path / "other"))
+    assert not other.passed
+    assert "drift begins at decoder layer 1, largest error of its own: decoder layer 1" in str(other)
+    assert "differs from the other bundle" in other.page.read_text()
+
+
+def test_bundles_of_other_numbers_are_refused(tiny_bundle, copied_bundle, tmp_path):
+    manifest = json.loads((copied_bundle / "bundle.json").read_text())
+    manifest["generation"]["repetition_penalty"] = 1.5
+    (copied_bundle / "bundle.json").write_text(json.dumps(manifest))
+    with pytest.raises(ConfigError, match="differ in generation settings"):
+        compare(_config(tiny_bundle.path, tmp_path / "out", checkpoint=None, against_bundle=copied_bundle))
+
+
+def test_a_graph_without_such_layers_is_named(tiny_bundle):
+    plain = onnx.load(tiny_bundle.file(DECODER_FULL), load_external_data=False)
+    with pytest.raises(BundleError, match=r"and this graph has 0: .* leave out --layers"):
+        instrument(plain, tiny_bundle.file(DECODER_FULL))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"checkpoint": None}, ConfigError, "one of --checkpoint and --against-bundle"),
+        ({"against_bundle": TINY}, ConfigError, "one of --checkpoint and --against-bundle"),
+        ({"min_agreement": 1.5}, ConfigError, "--min-agreement must be from 0 to 1, not 1.5"),
+        ({"max_drift": -1.0}, ConfigError, "--max-drift must be at least 0"),
+        ({"tie_margin": math.nan}, ConfigError, "--tie-margin must be at least 0"),
+        ({"gallery": -1}, ConfigError, "--gallery must be at least 0"),
+        ({"fit": ()}, ConfigError, "--fit needs"),
+        ({"max_new_tokens": 0}, ConfigError, "--max-new-tokens must be at least 1"),
+        ({"expected_column": "right"}, InputError, r"no single column 'right' \(--expected-column\)"),
+        ({"expected_column": "image"}, InputError, "it must be strings"),
+        ({"checkpoint": ROOT / "tests"}, JobError, "no checkpoint"),
+        ({"device": "cuda"}, DeviceError, "--device cuda: PyTorch finds no usable GPU"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(changes, error, message, tiny_bundle, tmp_path):
+    if "device" in changes and torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    with pytest.raises(error, match=message):
+        compare(
+            _config(tiny_bundle.path, tmp_path / "out", limit=1, **{k: v for k, v in changes.items() if k != "limit"})
+        )
+
+
+def test_an_input_without_rows_is_an_error(tiny_bundle, tmp_path):
+    pq.write_table(pq.read_table(QUESTIONS).slice(0, 0), tmp_path / "empty.parquet")
+    with pytest.raises(JobError, match="the input is empty"):
+        compare(_config(tiny_bundle.path, tmp_path / "out", input=(str(tmp_path / "empty.parquet"),)))
+
+
+def _trace(tokens, logits=None, text="some words"):
+    logits = np.eye(8, dtype=np.float32)[tokens] if logits is None else np.array(logits, np.float32)
+    return Trace(text, tokens, [1, 2], np.ones((4, 3), np.float32), logits)
+
+
+def test_a_difference_is_a_tie_only_if_neither_side_is_sure():
+    sure, torn = [[0, 5, 0]], [[0, 5, 4.9995]]
+    for reference, candidate, kind in ((torn, torn, "tie"), (sure, torn, "real"), (torn, sure, "real")):
+        flipped = [row[:1] + row[:0:-1] for row in candidate]
+        measures = Measures.of(_trace([1], reference), _trace([2], flipped), 1.0)
+        row = {"error_side": None, **dataclasses.asdict(measures)}
+        assert (measures.first_difference, difference(row, 1e-3)) == (0, kind)
+    assert measures.reference_margin == pytest.approx(5e-4, abs=1e-5)
+    assert measures.answer_margin == 5
+
+
+def test_margins_are_those_after_the_penalty():
+    # Token 1 is in the row: its logit 6 counts as 4.
+    measures = Measures.of(_trace([3], [[0, 6, 0, 5]]), _trace([1], [[0, 9, 0, 5]]), 1.5)
+    assert (measures.reference_margin, measures.answer_margin) == (1, 1)
+
+
+def test_measures_follow_the_definitions():
+    a, b = _trace([3, 4, 5, 7]), _trace([3, 4, 6, 6, 7], text="some word")
+    measures = Measures.of(a, b, 1.0)
+    assert (measures.equal, measures.first_difference) == (False, 2)
+    assert (measures.reference_token, measures.answer_token) == (5, 6)
+    assert measures.token_agreement == 2 / 5
+    assert measures.edit_similarity == 0.9
+    assert measures.logits_error == measures.decode_error == 1
+    assert measures.prefill_error == measures.first_token_kl == measures.vision_error == 0
+    assert first_difference([1, 2], [1, 2]) is None
+    assert first_difference([1, 2], [1, 2, 3]) == 2
+    p, q = np.log([0.5, 0.25, 0.25]), np.log([0.25, 0.5, 0.25])
+    assert divergence(p, q) == pytest.approx(0.25 * math.log(2))
+    assert math.isnan(divergence(p, q * np.nan))
+    assert cosine(np.array([[1.0, 0]]), np.array([[1.0, 1]])) == pytest.approx(2**-0.5)
+    assert state_error(np.array([[1.0, 0], [0, 4]]), np.array([[1.0, 0], [0, 2]])) == 0.5
+    assert state_error(np.zeros((2, 2)), np.zeros((3, 2))) == math.inf
+
+
+def _row(**changes):
+    plain = {
+        "difference": "equal", "error_side": None, "error_stage": None, "error_type": None, "input_equal": True,
+        "token_agreement": 1.0, "edit_similarity": 1.0, "reference_tokens": 4, "answer_tokens": 4, "prompt": "What?",
+        "image_width": 600, "image_height": 400, "fit": "letterbox", "expected": "yes", "reference": "yes",
+        "answer": "yes", "vision_error": 1e-7, "prefill_error": 1e-7, "decode_error": None, "first_token_kl": 0.0,
+        "vision_cosine": 1.0, "layer_error": None, "layer_own_error": None,
+    }  # fmt: skip
+    return plain | changes
+
+
+def test_expected_answers_are_judged_on_both_sides_with_mcnemars_test():
+    rows = [_row() for _ in range(20)] + [_row(answer="no", difference="real") for _ in range(6)]
+    rows += [_row(reference="no", difference="real"), _row(expected=None)]
+    expected = summarize(rows, (), BOUNDS)["expected"]
+    assert (expected["reference"]["count"], expected["bundle"]["count"], expected["bundle"]["of"]) == (26, 21, 27)
+    assert (expected["only_reference_right"], expected["only_bundle_right"]) == (6, 1)
+    assert expected["mcnemar_p"] == pytest.approx(2 * 8 / 2**7)
+    assert expected["bundle"]["interval"] == pytest.approx([0.592, 0.894], abs=2e-3)
+    assert summarize([_row(expected=None)], (), BOUNDS)["expected"] is None
+
+
+def test_systematic_differences_are_found_by_their_group():
+    rows = [_row(prompt=f"prompt {i % 3}", image_width=400 + i) for i in range(90)]
+    rows += [_row(prompt="odd one", difference="real") for _ in range(10)]
+    summary = summarize(rows, (), BOUNDS)
+    assert [group["group"] for group in summary["groups"]["prompt"] if group["systematic"]] == ["odd one"]
+    assert summary["groups"]["prompt"][0]["share"] == 1
+    assert summary["groups"]["fit"] == [
+        {"group": "letterbox", "rows": 100, "different": 10, "share": 0.1, "p": 1.0, "systematic": False}
+    ]
+    assert {group["group"] for group in summary["groups"]["image_size"]} == {
+        "square, 257 to 512 px",
+        "wide, 257 to 512 px",
+        "wide, 513 to 1024 px",
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        (
+            {"difference": "real"},
+            "1 of 2 answers are equal (50.00%), 50.00 points under --min-agreement 1; 1 really differ",
+        ),
+        ({"difference": "tie"}, "1 tied within noise"),
+        ({"difference": "failed", "error_side": "bundle", "error_stage": "vision", "error_type": "E"}, "1 failed"),
+        ({"vision_error": 2e-3}, "vision drifts by 2.0e-03, over --max-drift 0.001"),
+        ({"prefill_error": math.nan}, "prefill drifts by nan"),
+        ({"decode_error": math.inf}, "decode drifts by inf"),
+        ({"input_equal": False}, "1 rows have other token ids"),
+    ],
+)
+def test_every_way_to_fail_is_a_reason(changes, reason):
+    verdict = summarize([_row(), _row(**changes)], (), BOUNDS)["verdict"]
+    assert not verdict["passed"]
+    assert reason in verdict["reasons"][0]
+    assert summarize([_row(), _row()], (), BOUNDS)["verdict"]["passed"]
+
+
+def test_a_layer_that_gives_no_numbers_is_the_worst():
+    rows = [_row(layer_error=[0.0, math.nan, 2.0], layer_own_error=[0.0, math.nan, 1e-9])]
+    layers = summarize(rows, ("a", "b", "c"), BOUNDS)["layers"]
+    assert (layers["begins_at"], layers["largest_own_error"]) == ("b", "b")
+    json.dumps(layers, allow_nan=False)
+
+
+def test_the_checkpoint_may_be_another_than_the_bundles(tiny_bundle, tmp_path):
+    other = make_checkpoint(tmp_path / "other", text={}, vision={})
+    said = []
+    outcome = compare(_config(tiny_bundle.path, tmp_path / "out", checkpoint=other, limit=2), say=said.append)
+    assert not outcome.passed
+    assert any("exported from another checkpoint" in line for line in said)
+    assert (
+        load_checkpoint(other).source.sha256
+        == outcome.summary["reference"]["sha256"]
+        != Bundle.load(tiny_bundle.path).manifest.source.sha256
+    )

@@ -1,0 +1,243 @@
+"""The report of a comparison in a real browser."""
+
+import os
+import shutil
+from urllib.request import pathname2url
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import QUESTIONS, TINY
+from faults import without_normalisation
+from selenium import webdriver
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import Select
+
+from comparison.config import CompareConfig
+from comparison.page import LogAxis, marked, render
+from comparison.run import compare
+
+ROWS, BROKEN = 24, 2
+HOSTILE = '<script>window.ran = true</script><img src=x onerror="window.ran = true"> "What" & \'why\'?'
+
+
+@pytest.fixture(scope="module")
+def outcome(tiny_bundle, tmp_path_factory):
+    """A comparison of a damaged bundle: rows that are equal, that differ, and that failed."""
+    folder = tmp_path_factory.mktemp("page")
+    rows = pq.read_table(QUESTIONS).to_pylist()[:ROWS]
+    rows[1]["image"], rows[2]["prompt"], rows[3]["prompt"] = None, "", HOSTILE
+    pq.write_table(pa.Table.from_pylist(rows, pq.read_schema(QUESTIONS)), folder / "questions.parquet")
+    bundle = shutil.copytree(tiny_bundle.path, folder / "bundle")
+    without_normalisation(bundle)
+    config = CompareConfig(
+        bundle=bundle,
+        checkpoint=TINY,
+        input=(str(folder / "questions.parquet"),),
+        output=folder / "out",
+        layers=True,
+    )
+    return compare(config)
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory):
+    programs = [shutil.which(name) for name in ("chromium", "chromedriver")]
+    if None in programs:
+        pytest.skip("chromium and chromedriver are not installed (Debian: apt-get install chromium chromium-driver)")
+    options = webdriver.ChromeOptions()
+    options.binary_location = programs[0]
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
+        options.add_argument(argument)
+    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('chromium')}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options, webdriver.ChromeService(programs[1], env={**os.environ, "LC_ALL": "C.UTF-8"}))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture
+def page(chromium, outcome):
+    """The report, just opened, on a screen of 1200 x 900, without a network."""
+    chromium.execute_cdp_cmd("Network.enable", {})
+    offline = {"offline": True, "latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
+    chromium.execute_cdp_cmd("Network.emulateNetworkConditions", offline)
+    _screen(chromium, 1200, 900)
+    _scheme(chromium, "light")
+    chromium.get("file://" + pathname2url(str(outcome.page.resolve())))
+    yield chromium
+    assert [entry for entry in chromium.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")] == []
+
+
+def _screen(driver, width, height):
+    metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
+    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+
+
+def _scheme(driver, scheme):
+    media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+
+
+def _visible(driver):
+    return [card for card in driver.find_elements(By.CLASS_NAME, "card") if card.is_displayed()]
+
+
+def _button(driver, name):
+    return driver.find_element(By.CSS_SELECTOR, f"button[data-filter={name}]")
+
+
+def test_the_verdict_comes_first(page, outcome):
+    heading = page.find_element(By.TAG_NAME, "h1")
+    assert heading.text == "✗ The bundle differs from its checkpoint"
+    assert heading.location["y"] < 100
+    reasons = [item.text for item in page.find_elements(By.CSS_SELECTOR, "#verdict li")]
+    assert reasons == outcome.summary["verdict"]["reasons"]
+    assert "differs" in page.title
+
+
+def test_filters_show_what_they_say(page, outcome):
+    agreement = outcome.summary["agreement"]
+    differing = agreement["ties"] + agreement["real_differences"]
+    assert 0 < differing < ROWS - BROKEN
+    for name, count in (("differing", differing), ("errors", BROKEN), ("all", ROWS)):
+        button = _button(page, name)
+        button.click()
+        shown = _visible(page)
+        assert len(shown) == count
+        assert button.text.split()[-1] == str(count)
+        assert button.get_attribute("aria-pressed") == "true"
+        if name != "all":
+            assert {card.get_attribute("data-kind") for card in shown} == {name}
+    Select(page.find_element(By.TAG_NAME, "select")).select_by_visible_text("Describe the image.")
+    assert 0 < len(_visible(page)) < ROWS
+    assert {card.find_element(By.CLASS_NAME, "prompt").text for card in _visible(page)} == {"Describe the image."}
+    _button(page, "errors").click()
+    assert page.find_element(By.ID, "shown").text == "no such row"
+
+
+def test_differing_words_are_marked(page):
+    _button(page, "differing").click()
+    for card in _visible(page):
+        assert card.find_elements(By.CSS_SELECTOR, ".reference mark, .answer mark")
+        assert "Token" in card.text
+
+
+def test_keys_step_through_rows_and_choose_filters(page):
+    def press(key):
+        page.switch_to.active_element.send_keys(key)
+        return page.switch_to.active_element
+
+    body = page.find_element(By.TAG_NAME, "body")
+    body.send_keys("d")
+    shown = _visible(page)
+    assert _button(page, "differing").get_attribute("aria-pressed") == "true"
+    body.send_keys("j")
+    assert page.switch_to.active_element == shown[0]
+    assert press("j") == shown[1]
+    assert page.execute_script("return arguments[0].getBoundingClientRect().top", shown[1]) < 300
+    assert press("k") == shown[0]
+    assert press("k") == shown[0]
+    press("e")
+    assert len(_visible(page)) == BROKEN
+    press("a")
+    assert len(_visible(page)) == ROWS
+    # Keys of the browser's own are left alone.
+    body.send_keys(Keys.CONTROL, "d")
+    assert len(_visible(page)) == ROWS
+
+
+def test_images_and_text_are_in_the_page_itself(page, outcome):
+    source = outcome.page.read_text()
+    assert not [
+        part for part in ("http://", "https://", '<link rel="stylesheet', "<script src", "@import") if part in source
+    ]
+    foreign = "return [...document.images].filter((image) => !image.src.startsWith('data:')).length"
+    assert page.execute_script(foreign) == 0
+    page.set_script_timeout(20)
+    loaded = """const done = arguments[0];
+        for (const image of document.images) image.loading = "eager";
+        Promise.all([...document.images].map((image) => image.decode())).then(() => done(true), done);"""
+    assert page.execute_async_script(loaded) is True
+    assert len(page.find_elements(By.TAG_NAME, "img")) == ROWS - 1
+
+
+def test_what_a_row_says_is_text(page):
+    assert page.execute_script("return window.ran") is None
+    assert HOSTILE in [card.find_element(By.CLASS_NAME, "prompt").text for card in _visible(page)]
+    options = [option.get_attribute("textContent") for option in page.find_elements(By.TAG_NAME, "option")]
+    assert HOSTILE in options
+
+
+def test_the_page_fits_a_phone_and_the_dark(page, tmp_path):
+    def luminance(selector, name):
+        script = (
+            "return getComputedStyle(document.querySelector(arguments[0]))[arguments[1]].match(/[\\d.]+/g).map(Number)"
+        )
+        return sum(page.execute_script(script, selector, name)[:3])
+
+    assert luminance("body", "backgroundColor") > luminance("body", "color")
+    _scheme(page, "dark")
+    _screen(page, 390, 844)
+    for selector in ("body", ".card", ".badge"):
+        background = "body" if selector == "body" else selector
+        assert luminance(selector, "color") - luminance(background, "backgroundColor") > 250, selector
+    assert page.execute_script("return document.documentElement.scrollWidth") <= 390
+    picture = tmp_path / "phone.png"
+    assert page.save_screenshot(str(picture))
+    assert picture.stat().st_size > 10_000
+
+
+def test_the_plots_show_every_row_and_where_drift_begins(page, outcome):
+    lines = page.find_elements(By.CSS_SELECTOR, "#layers .lane")
+    assert len(lines) == 12
+    red = [line.text for line in lines if line.find_elements(By.CSS_SELECTOR, ".own.over")]
+    assert red == ["patch embedding"]
+    widths = [line.find_element(By.CLASS_NAME, "own").size["width"] for line in lines]
+    assert max(widths) == widths[0] > 1.3 * sorted(widths)[-2]
+    dots = page.find_elements(By.CSS_SELECTOR, "#stages .dot")
+    assert len(dots) == sum(outcome.summary["drift"][stage]["rows"] for stage in ("vision", "prefill", "decode"))
+
+
+def test_a_small_gallery_takes_what_differs_first(outcome):
+    rows = [
+        {"difference": kind, "prompt": str(i), "thumbnail": None, "reference": "a", "answer": "b", "id": i}
+        | dict.fromkeys(
+            (
+                "expected",
+                "error_side",
+                "first_difference",
+                "vision_cosine",
+                "vision_error",
+                "prefill_error",
+                "decode_error",
+            )
+        )
+        for i, kind in enumerate(["equal"] * 50 + ["real", "tie"])
+    ]
+    page = render(rows, outcome.summary, gallery=5)
+    assert page.count("<article") == 5
+    assert (page.count('class="badge real"'), page.count('class="badge tie"')) == (1, 1)
+    assert "5 of 52" in page
+    assert "<article" not in render(rows, outcome.summary, gallery=0)
+
+
+def test_marks_escape_and_cover_whole_words():
+    assert marked("a <b> cat", "a <b> dog") == (
+        "a &lt;b&gt; <mark>cat</mark>",
+        "a &lt;b&gt; <mark>dog</mark>",
+    )
+    assert marked("one two", "one 2 3") == ("one <mark>two</mark>", "one <mark>2 3</mark>")
+    assert marked("", "yes") == ("", "<mark>yes</mark>")
+    assert marked("same", "same") == ("same", "same")
+
+
+def test_the_axis_has_a_place_for_every_value():
+    axis = LogAxis.of([1e-8, 1e-3])
+    assert [axis.place(value) for value in (0.0, 1e-9, 1e-8, 1e-3, 5.0, float("nan"), float("inf"))] == [
+        0, 0, 0, 100, 100, 100, 100
+    ]  # fmt: skip
+    assert axis.place(10**-5.5) == 50
+    assert [label for _, label in axis.ticks] == ["1e-8", "1e-7", "1e-6", "1e-5", "1e-4", "1e-3"]
+    assert LogAxis.of([]).ticks
