@@ -186,6 +186,16 @@ def test_rows_in_a_batch_are_answered_as_alone(tiny_checkpoint, demo):
         assert np.abs(a.logits - b.logits).max() <= 1e-5 * np.abs(b.logits).max()
 
 
+@pytest.mark.gpu
+def test_pytorch_answers_on_a_gpu_as_on_the_cpu(tiny_checkpoint, demo):
+    if not torch.cuda.is_available():
+        pytest.skip("PyTorch finds no GPU here")
+    questions = [question(row) for row in demo[:16]]
+    expected = PyTorch(tiny_checkpoint, 576, device="cpu").answer(questions)
+    found = PyTorch(load_checkpoint(TINY), 576, device="cuda").answer(questions)
+    assert [trace.token_ids for trace in found] == [trace.token_ids for trace in expected]
+
+
 def test_both_sides_read_a_prompt_alike(tiny_bundle, tiny_checkpoint):
     side = BundleSide(tiny_bundle, 4, 1024, layers=False)
     pytorch = PyTorch(tiny_checkpoint, 576)
