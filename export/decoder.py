@@ -58,8 +58,8 @@ class Layer(nn.Module):
         super().__init__()
         attention = layer.self_attn
         self.norm1, self.norm2 = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
-        self.qkv = Linear(attention.q_proj, attention.k_proj, attention.v_proj)
-        self.out = Linear(attention.o_proj)
+        self.qkv = nn.ModuleList(map(Linear.of, (attention.q_proj, attention.k_proj, attention.v_proj)))
+        self.out = Linear.of(attention.o_proj)
         self.mlp = GatedMlp(layer.mlp)
 
 
@@ -77,16 +77,11 @@ class _Decoder(nn.Module):
         self.head_dim = config.hidden_size // self.heads
         self.eps = config.rms_norm_eps
         self.image_token_id = model.config.image_token_id
-        self.splits = [self.heads * self.head_dim, *[self.kv_heads * self.head_dim] * 2]
         self.register_buffer("inv_freq", rotary.inv_freq)
         self.register_buffer("axis", _axis_of_frequency(rotary.mrope_section))
 
     def _embed(self, input_ids: Tensor, is_image: Tensor, image_embeds: Tensor) -> Tensor:
         return torch.where(is_image[..., None], image_embeds, F.embedding(input_ids, self.weights.embed))
-
-    def _split(self, qkv: Tensor) -> tuple[Tensor, ...]:
-        """(B, S, (heads + 2 kv_heads) * head_dim) to queries, keys and values."""
-        return torch.split_with_sizes(qkv, self.splits, dim=-1)
 
     def _rotary_tables(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """M-RoPE (3, B, S) to cosines and sines, each (B, S, head_dim / 2).
@@ -133,7 +128,7 @@ class CachedDecoder(_Decoder):
         present: list[Tensor] = []
         normed = rms_norm(hidden, layers[0].norm1, self.eps)
         for index, layer in enumerate(layers):
-            q, k, v = self._split(layer.qkv(normed))
+            q, k, v = (linear(normed) for linear in layer.qkv)
             q = rotary_embedding(q, rows, cos, sin, self.heads)
             k = rotary_embedding(k, rows, cos, sin, self.kv_heads)
             cache = (past[2 * index], past[2 * index + 1])
@@ -163,7 +158,8 @@ class FullDecoder(_Decoder):
         visible = torch.ones(length, length, dtype=torch.bool).tril() & attention_mask.bool()[:, None, None]
         hidden = self._embed(input_ids, is_image, image_embeds)
         for layer in self.weights.layers:
-            qkv = self._split(layer.qkv(rms_norm(hidden, layer.norm1, self.eps)))
+            normed = rms_norm(hidden, layer.norm1, self.eps)
+            qkv = (linear(normed) for linear in layer.qkv)
             q, k, v = (t.reshape(batch, length, -1, self.head_dim).transpose(1, 2) for t in qkv)
             update = self._attend(_rotate(q, cos, sin), _rotate(k, cos, sin), v, visible)
             hidden = hidden + layer.out(update.transpose(1, 2).reshape(batch, length, -1))

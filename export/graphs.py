@@ -1,13 +1,15 @@
 """From a model in memory to three ONNX files and two weight files.
 
 What enters: the model and the layout contract. What leaves, in one directory: `vision.onnx`,
-`decoder.onnx` and `decoder_full.onnx`, of which the last two read one weight file.
+`decoder.onnx` and, in fp32, `decoder_full.onnx`, of which the last two read one weight file.
 """
 
 import contextlib
 import logging
+import re
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from export.decoder import CachedDecoder, DecoderWeights, FullDecoder
+from export.quantize import quantize
 from export.vision import VisionTower
-from qvl_batch.bundle import DECODER, DECODER_FULL, VISION, GraphSpec, Layout, TensorSpec
+from qvl_batch.bundle import DECODER, DECODER_FULL, VISION, Dtype, GraphSpec, Layout, TensorSpec
 from qvl_batch.errors import ExportError
 
 OPSET = 21
@@ -27,24 +30,58 @@ EXTERNAL_BYTES = 1024
 #: Sizes of the example that the decoders are traced with: no two equal, none 0 or 1, which a
 #: trace would take for constants.
 TRACE_ROWS, TRACE_TOKENS, TRACE_CACHE = 3, 7, 11
+_LAYERS = {
+    r"patch_embed": "patch embedding",
+    r"blocks\.(\d+)\.": "vision block {}",
+    r"merger": "merger",
+    r"weights\.stack\.(\d+)\.": "decoder layer {}",
+    r"weights\.head": "head",
+}
 
 
-def export_vision(model: Any, layout: Layout, mean: list[float], std: list[float], out: Path) -> None:
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """Element types of the products of each tower, and layers (see `layer_names`) that stay in fp32."""
+
+    decoder: Dtype = "fp32"
+    vision: Dtype = "fp32"
+    fp32_layers: tuple[str, ...] = ()
+
+
+def layer_names(config: Any) -> list[str]:
+    """Names of the parts that hold products, as a comparison's layer plot has them."""
+    vision = [f"vision block {k}" for k in range(config.vision_config.depth)]
+    decoder = [f"decoder layer {k}" for k in range(config.text_config.num_hidden_layers)]
+    return ["patch embedding", *vision, "merger", *decoder, "head"]
+
+
+def export_vision(
+    model: Any, layout: Layout, mean: list[float], std: list[float], precision: Precision, out: Path
+) -> None:
     """Write `vision.onnx` and its weights."""
     tower = VisionTower(model.model.visual, layout.image_size, mean, std)
     pixels = torch.zeros((2, layout.image_size, layout.image_size, 3), dtype=torch.uint8)
     graph = _trace(tower, (pixels,), ["pixels"], ["image_features"], ({0: "B"},))
+    quantize(graph, precision.vision, _layer_of, precision.fp32_layers)
     _write({VISION: graph}, out)
 
 
-def export_decoders(model: Any, layout: Layout, out: Path) -> None:
-    """Write `decoder.onnx` and `decoder_full.onnx`, and the weights of both once."""
+def export_decoders(model: Any, layout: Layout, precision: Precision, out: Path) -> None:
+    """Write `decoder.onnx`, and `decoder_full.onnx` in fp32, and the weights of both once."""
     weights = DecoderWeights(model)
-    graphs = {
-        DECODER: _trace_cached(CachedDecoder(weights, model), model),
-        DECODER_FULL: _trace_full(FullDecoder(weights, model, layout.side), model),
-    }
+    graphs = {DECODER: _trace_cached(CachedDecoder(weights, model), model)}
+    quantize(graphs[DECODER], precision.decoder, _layer_of, precision.fp32_layers)
+    if precision.decoder == "fp32":
+        graphs[DECODER_FULL] = _trace_full(FullDecoder(weights, model, layout.side), model)
     _write(graphs, out)
+
+
+def _layer_of(weight: str) -> str:
+    """Name of the layer that a weight belongs to."""
+    for pattern, layer in _LAYERS.items():
+        if match := re.match(pattern, weight):
+            return layer.format(*match.groups())
+    raise AssertionError(weight)
 
 
 def graph_spec(path: Path) -> GraphSpec:

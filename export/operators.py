@@ -21,7 +21,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def skip_rms_norm(update: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """`total = update + residual`; returns `(rms_norm(total), total)`, both shaped as `residual`."""
+    """`total = update + residual`; returns `(rms_norm(total), total)`, both shaped as `residual`.
+
+    The operator takes a bias too, but its CPU kernel with one is slower than an Add before it.
+    """
     statistics = [*residual.shape[:-1], 1]
     outputs = torch.onnx.ops.symbolic_multi_out(
         f"{DOMAIN}::SkipSimplifiedLayerNormalization",

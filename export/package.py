@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import tyro
 
 from export.checkpoint import Checkpoint, load_checkpoint
-from export.graphs import export_decoders, export_vision, graph_spec
+from export.graphs import Precision, export_decoders, export_vision, graph_spec, layer_names
 from export.parity import check_contract, check_parity
 from qvl_batch.bundle import (
     DECODER,
@@ -49,7 +49,11 @@ class ExportConfig:
     output: Path
     """Folder of the bundle to write. It must not exist yet."""
     dtype: Dtype = "fp32"
-    """Element type of weights and computation."""
+    """Decoder: fp32; int8 weights and activations; int8 or int4 weights only (wo)."""
+    vision_dtype: Dtype | None = None
+    """Vision tower; without it, as --dtype."""
+    fp32_layers: tuple[str, ...] = ()
+    """Layers to leave in fp32, by their names in a comparison's layer plot, such as "decoder layer 3"."""
     max_seq_len: int = 1024
     """Longest row in tokens: system text, image, prompt and answer together."""
     image_size: int = 672
@@ -76,9 +80,10 @@ def export_bundle(config: ExportConfig, say: Callable[[str], None] = lambda _: N
     _check_output(output, overwrite=config.overwrite)
     checkpoint = load_checkpoint(config.checkpoint)
     layout = plan_layout(checkpoint, config)
+    precision = _precision(checkpoint, config)
     output.parent.mkdir(parents=True, exist_ok=True)
     with _staging(output) as staging:
-        manifest = _fill(staging, checkpoint, layout, config, say)
+        manifest = _fill(staging, checkpoint, layout, precision, config, say)
         if output.exists():
             shutil.rmtree(output)
         staging.rename(output)
@@ -129,6 +134,14 @@ def plan_layout(checkpoint: Checkpoint, config: ExportConfig) -> Layout:
     return layout
 
 
+def _precision(checkpoint: Checkpoint, config: ExportConfig) -> Precision:
+    known = layer_names(checkpoint.model.config)
+    for name in config.fp32_layers:
+        if name not in known:
+            raise ExportError(f"--fp32-layers {name!r}: there is no such layer; there are {', '.join(known)}")
+    return Precision(config.dtype, config.vision_dtype or config.dtype, config.fp32_layers)
+
+
 def _check_output(output: Path, *, overwrite: bool) -> None:
     """Refuse a place where something is, unless it is a bundle that may be replaced."""
     if not output.exists():
@@ -140,7 +153,12 @@ def _check_output(output: Path, *, overwrite: bool) -> None:
 
 
 def _fill(
-    staging: Path, checkpoint: Checkpoint, layout: Layout, config: ExportConfig, say: Callable[[str], None]
+    staging: Path,
+    checkpoint: Checkpoint,
+    layout: Layout,
+    precision: Precision,
+    config: ExportConfig,
+    say: Callable[[str], None],
 ) -> Manifest:
     """Write everything into `staging`, the manifest last."""
     started = time.perf_counter()
@@ -151,15 +169,16 @@ def _fill(
         started = time.perf_counter()
 
     processor = checkpoint.image_processor
-    export_vision(checkpoint.model, layout, processor.image_mean, processor.image_std, staging)
+    export_vision(checkpoint.model, layout, processor.image_mean, processor.image_std, precision, staging)
     done(VISION)
-    export_decoders(checkpoint.model, layout, staging)
-    done(f"{DECODER}, {DECODER_FULL}")
-    graphs = {name: graph_spec(staging / name) for name in (VISION, DECODER, DECODER_FULL)}
+    export_decoders(checkpoint.model, layout, precision, staging)
+    names = [name for name in (VISION, DECODER, DECODER_FULL) if (staging / name).is_file()]
+    done(", ".join(names[1:]))
+    graphs = {name: graph_spec(staging / name) for name in names}
     check_contract(layout, checkpoint.model.config.text_config.hidden_size, staging)
     parity = None
     if not config.skip_parity:
-        parity = check_parity(checkpoint, layout, staging)
+        parity = check_parity(checkpoint, layout, precision, staging)
         done(
             f"parity: features {parity.features:.1e}, logits {parity.logits:.1e}, "
             f"tokens {parity.tokens_equal}/{parity.tokens}"
@@ -169,7 +188,9 @@ def _fill(
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         source=checkpoint.source,
-        dtype=config.dtype,
+        dtype=precision.decoder,
+        vision_dtype=precision.vision,
+        fp32_layers=precision.fp32_layers,
         system_prompt=config.system_prompt,
         layout=layout,
         decoder=_decoder_shape(checkpoint.model.config.text_config),

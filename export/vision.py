@@ -5,9 +5,10 @@ What enters: uint8 `pixels` (B, H, W, 3), H = W = image size. What leaves: `imag
 rescaling, CLIP normalisation, patches in 2 x 2 merge groups, the window permutation, rotary
 tables, blocks, merger, and the permutation's inverse.
 
-Two things are cheaper here than in the checkpoint's own model, and exact: both temporal frames
+Three things are cheaper here than in the checkpoint's own model, and exact: both temporal frames
 of a still image are the same, so the patch embedding is one product with the two frames'
-weights added; and windows of equal length are one batched attention.
+weights added; rescaling and normalisation are part of its weights and bias; and windows of
+equal length are one batched attention.
 
 This module knows nothing of tokens or of files.
 """
@@ -36,8 +37,6 @@ class VisionTower(nn.Module):
         mean, std: normalisation of the checkpoint's image processor, for values in 0 to 1.
     """
 
-    mean: Tensor
-    std: Tensor
     order: Tensor
     inverse: Tensor
     cos: Tensor
@@ -50,28 +49,26 @@ class VisionTower(nn.Module):
         self.merged_side = image_size // (self.patch * self.merge)
         self.heads, self.hidden = config.num_heads, config.hidden_size
         self.full_blocks = set(config.fullatt_block_indexes)
-        self.register_buffer("mean", torch.tensor(mean) * 255)
-        self.register_buffer("std", torch.tensor(std) * 255)
-
         grid = torch.tensor([[1, image_size // self.patch, image_size // self.patch]])
         order, self.windows = window_order(grid, config)
         self.register_buffer("order", order)
         self.register_buffer("inverse", torch.argsort(order))
-        cos, sin = visual.rotary_pos_emb(self.mean, get_vision_position_ids(grid, self.merge))
+        cos, sin = visual.rotary_pos_emb(torch.zeros(1), get_vision_position_ids(grid, self.merge))
         self.register_buffer("cos", self._ordered_half(cos))
         self.register_buffer("sin", self._ordered_half(sin))
 
         # (D, C, frames, h, w) -> (h * w * C, D), the frames added: pixels stay in (h, w, C) order
-        weight = visual.patch_embed.proj.weight.sum(dim=2)
-        self.patch_embed = nn.Parameter(weight.permute(2, 3, 1, 0).reshape(-1, self.hidden))
+        weight = visual.patch_embed.proj.weight.sum(dim=2).permute(2, 3, 1, 0).double()
+        weight = weight / (255 * torch.tensor(std, dtype=torch.float64))[:, None]
+        self.patch_bias = nn.Parameter(-(weight * 255 * torch.tensor(mean)[:, None]).sum((0, 1, 2)).float())
+        self.patch_embed = nn.Parameter(weight.reshape(-1, self.hidden).float())
         self.blocks = nn.ModuleList(Block(block, self.heads) for block in visual.blocks)
         self.merger_norm = visual.merger.ln_q.weight
-        self.merger_in = Linear(visual.merger.mlp[0])
-        self.merger_out = Linear(visual.merger.mlp[2])
+        self.merger_in, self.merger_out = Linear.of(visual.merger.mlp[0]), Linear.of(visual.merger.mlp[2])
 
     def forward(self, pixels: Tensor) -> Tensor:
         """(B, H, W, 3) uint8 to (B, T_img, D)."""
-        hidden = self._patches(pixels) @ self.patch_embed
+        hidden = self._patches(pixels).float() @ self.patch_embed + self.patch_bias
         blocks = cast("list[Block]", self.blocks)
         normed = rms_norm(hidden, blocks[0].norm1, NORM_EPS)
         for index, block in enumerate(blocks):
@@ -85,13 +82,11 @@ class VisionTower(nn.Module):
         return self.merger_out(F.gelu(self.merger_in(groups))).index_select(1, self.inverse)
 
     def _patches(self, pixels: Tensor) -> Tensor:
-        """(B, H, W, 3) uint8 to normalised (B, N, patch * patch * 3), in window order."""
+        """(B, H, W, 3) uint8 to uint8 (B, N, patch * patch * 3), in window order."""
         side, merge, patch = self.merged_side, self.merge, self.patch
         x = pixels.reshape(-1, side, merge, patch, side, merge, patch, 3)
         x = x.permute(0, 1, 4, 2, 5, 3, 6, 7).reshape(-1, side**2, merge**2 * patch**2 * 3)
-        x = x.index_select(1, self.order).reshape(-1, side**2 * merge**2, patch**2, 3)
-        x = (x.float() - self.mean) / self.std
-        return x.reshape(-1, side**2 * merge**2, patch**2 * 3)
+        return x.index_select(1, self.order).reshape(-1, side**2 * merge**2, patch**2 * 3)
 
     def _ordered_half(self, table: Tensor) -> Tensor:
         """One half (the other is its copy) of a rotary table, in window order: (N, head_dim / 2)."""
@@ -106,12 +101,12 @@ class Block(nn.Module):
         super().__init__()
         self.heads = heads
         self.norm1, self.norm2 = block.norm1.weight, block.norm2.weight
-        self.qkv, self.proj = Linear(block.attn.qkv), Linear(block.attn.proj)
+        self.qkv, self.proj = Linear.parts(block.attn.qkv, 3), Linear.of(block.attn.proj)
         self.mlp = GatedMlp(block.mlp)
 
     def attention(self, x: Tensor, cos: Tensor, sin: Tensor, windows: list[tuple[int, int]] | None) -> Tensor:
         """(B, N, D) to (B, N, D); `windows` are `(count, length)` in order, or None for one of N."""
-        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        q, k, v = (linear(x) for linear in self.qkv)
         first = torch.zeros(1, dtype=torch.int64)
         q = rotary_embedding(q, first, cos, sin, self.heads)
         k = rotary_embedding(k, first, cos, sin, self.heads)

@@ -20,7 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from qvl_batch.errors import BundleError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "bundle.json"
 VISION = "vision.onnx"
 DECODER = "decoder.onnx"
@@ -28,7 +28,8 @@ DECODER_FULL = "decoder_full.onnx"
 #: Stands for the prompt while a chat template is taken apart.
 _PROMPT_MARK = "qvl-batch-prompt-mark"
 
-Dtype = Literal["fp32"]
+#: Of weights and products: fp32; int8 weights and activations; int8 or int4 weights only.
+Dtype = Literal["fp32", "int8", "int8wo", "int4wo"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,11 +137,13 @@ class Parity:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """Contents of `bundle.json`."""
+    """Contents of `bundle.json`; `dtype` is the decoder's, but for `fp32_layers` of either tower."""
 
     format_version: int
     source: Source
     dtype: Dtype
+    vision_dtype: Dtype
+    fp32_layers: tuple[str, ...]
     system_prompt: str | None
     layout: Layout
     decoder: DecoderShape
