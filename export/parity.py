@@ -158,11 +158,10 @@ def _torch_tokens(checkpoint: Checkpoint, row: Row, steps: int) -> Array:
     return np.asarray(output[0, len(row.ids) :])
 
 
-def _graph_tokens(
-    layout: Layout, rows: list[Row], features: Array, directory: Path, steps: int
-) -> tuple[Array, Array]:
+def _graph_tokens(layout: Layout, rows: list[Row], features: Array, directory: Path, steps: int) -> tuple[Array, Array]:
     """Greedy tokens (rows, steps) of the cached graph, one ragged prefill, then steps of one; and
-    logits (rows, V) of the first."""
+    logits (rows, V) of the first.
+    """
     session = ort.InferenceSession(directory / DECODER)
     ids, embeds, lengths = _padded(layout, rows, features)
     positions = np.stack([_positions(layout, ids.shape[1])] * len(rows), axis=1)

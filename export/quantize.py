@@ -15,7 +15,6 @@ stream, norms, rotary tables, softmax, embedding) stays fp32.
    (Sun et al. 2024, arXiv 2402.17762) cost the others no precision.
 3. Activations are unsigned with a constant zero point of 128 and weights signed: the pair that
    ONNX Runtime's x86 kernels run at full speed (signed pairs run sixteen times slower).
-4. Pixels are unsigned bytes already, and enter the first product as they are.
 
 `int8wo`, `int4wo` (weights only): `MatMulNBits` in blocks along the input, activations in fp32
 for the caller; the kernel rounds them to 8 bits in the same blocks (`accuracy_level` 4).
@@ -65,9 +64,7 @@ def quantize(model: ir.Model, dtype: Dtype, layers: Callable[[str], str], keep: 
         product = replace(tape, node.inputs[0], np.ascontiguousarray(matrix, np.float32), bits)
         product.shape, product.type = node.outputs[0].shape, node.outputs[0].type
         name = node.outputs[0].name
-        ir.convenience.replace_nodes_and_values(
-            model.graph, node, [node], tape.nodes, node.outputs, [product]
-        )
+        ir.convenience.replace_nodes_and_values(model.graph, node, [node], tape.nodes, node.outputs, [product])
         product.name = name
     for name, value in list(model.graph.initializers.items()):
         if not value.uses() and not value.is_graph_output():
@@ -108,24 +105,11 @@ def _w8a8(tape: _Tape, x: ir.Value, matrix: Array, _bits: int) -> ir.Value:
     middle = tape.constant("zero_point", np.array(ZERO_POINT, np.uint8), shared=True)
     scales = tape.constant("scale", scale.astype(np.float32))
     zeros = tape.constant("zero_points", np.zeros(len(scale), np.int8))
-    if (pixels := _bytes_behind(x)) is not None:
-        # From the middle of their range, or the error of a weight would count 128 times over.
-        one = tape.constant("one", np.array(1, np.float32), shared=True)
-        offset = tape.constant("offset", (ZERO_POINT * matrix.sum(axis=0, dtype=np.float64)).astype(np.float32))
-        return tape.apply("MatMulIntegerToFloat", pixels, weights, one, scales, middle, zeros, offset, domain=DOMAIN)
     # Products of one input repeat these nodes; ONNX Runtime merges them when it loads the graph.
     largest = tape.apply("Max", tape.apply("ReduceMax", tape.apply("Abs", x), last, keepdims=1), tiny)
     rounded = tape.apply("QuantizeLinear", tape.apply("Div", x, largest), step, middle)
     product = tape.apply("MatMulIntegerToFloat", rounded, weights, step, scales, middle, zeros, domain=DOMAIN)
     return tape.apply("Mul", product, largest)
-
-
-def _bytes_behind(x: ir.Value) -> ir.Value | None:
-    """The uint8 value that `x` is a cast of, if it is one."""
-    node = x.producer()
-    if node is None or node.op_type != "Cast" or node.inputs[0] is None:
-        return None
-    return node.inputs[0] if node.inputs[0].dtype == ir.DataType.UINT8 else None
 
 
 def _weight_only(tape: _Tape, x: ir.Value, matrix: Array, bits: int) -> ir.Value:

@@ -7,8 +7,9 @@ tables, blocks, merger, and the permutation's inverse.
 
 Three things are cheaper here than in the checkpoint's own model, and exact: both temporal frames
 of a still image are the same, so the patch embedding is one product with the two frames'
-weights added; rescaling and normalisation are part of its weights and bias; and windows of
-equal length are one batched attention.
+weights added; the divisors of rescaling and normalisation are part of its weights; and windows
+of equal length are one batched attention. The mean is subtracted from the pixels themselves: as
+a bias it would leave bars of that colour to cancellation.
 
 This module knows nothing of tokens or of files.
 """
@@ -37,6 +38,7 @@ class VisionTower(nn.Module):
         mean, std: normalisation of the checkpoint's image processor, for values in 0 to 1.
     """
 
+    mean: Tensor
     order: Tensor
     inverse: Tensor
     cos: Tensor
@@ -58,17 +60,16 @@ class VisionTower(nn.Module):
         self.register_buffer("sin", self._ordered_half(sin))
 
         # (D, C, frames, h, w) -> (h * w * C, D), the frames added: pixels stay in (h, w, C) order
-        weight = visual.patch_embed.proj.weight.sum(dim=2).permute(2, 3, 1, 0).double()
-        weight = weight / (255 * torch.tensor(std, dtype=torch.float64))[:, None]
-        self.patch_bias = nn.Parameter(-(weight * 255 * torch.tensor(mean)[:, None]).sum((0, 1, 2)).float())
-        self.patch_embed = nn.Parameter(weight.reshape(-1, self.hidden).float())
+        weight = visual.patch_embed.proj.weight.sum(dim=2).permute(2, 3, 1, 0)
+        self.register_buffer("mean", 255 * torch.tensor(mean))
+        self.patch_embed = nn.Parameter((weight / (255 * torch.tensor(std))[:, None]).reshape(-1, self.hidden))
         self.blocks = nn.ModuleList(Block(block, self.heads) for block in visual.blocks)
         self.merger_norm = visual.merger.ln_q.weight
         self.merger_in, self.merger_out = Linear.of(visual.merger.mlp[0]), Linear.of(visual.merger.mlp[2])
 
     def forward(self, pixels: Tensor) -> Tensor:
         """(B, H, W, 3) uint8 to (B, T_img, D)."""
-        hidden = self._patches(pixels).float() @ self.patch_embed + self.patch_bias
+        hidden = self._patches(pixels) @ self.patch_embed
         blocks = cast("list[Block]", self.blocks)
         normed = rms_norm(hidden, blocks[0].norm1, NORM_EPS)
         for index, block in enumerate(blocks):
@@ -82,11 +83,12 @@ class VisionTower(nn.Module):
         return self.merger_out(F.gelu(self.merger_in(groups))).index_select(1, self.inverse)
 
     def _patches(self, pixels: Tensor) -> Tensor:
-        """(B, H, W, 3) uint8 to uint8 (B, N, patch * patch * 3), in window order."""
+        """(B, H, W, 3) uint8 to (B, N, patch * patch * 3) about the mean, in window order."""
         side, merge, patch = self.merged_side, self.merge, self.patch
         x = pixels.reshape(-1, side, merge, patch, side, merge, patch, 3)
         x = x.permute(0, 1, 4, 2, 5, 3, 6, 7).reshape(-1, side**2, merge**2 * patch**2 * 3)
-        return x.index_select(1, self.order).reshape(-1, side**2 * merge**2, patch**2 * 3)
+        x = x.index_select(1, self.order).reshape(-1, side**2 * merge**2, patch**2, 3)
+        return (x.float() - self.mean).reshape(-1, side**2 * merge**2, patch**2 * 3)
 
     def _ordered_half(self, table: Tensor) -> Tensor:
         """One half (the other is its copy) of a rotary table, in window order: (N, head_dim / 2)."""

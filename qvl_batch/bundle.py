@@ -153,6 +153,12 @@ class Manifest:
     versions: dict[str, str]
     files: dict[str, File]
 
+    @property
+    def vision_sha256(self) -> str:
+        """Identifies the vision graph and its weights."""
+        files = {name: file for name, file in self.files.items() if name.startswith(VISION)}
+        return combined_sha256((name, file.sha256) for name, file in files.items())
+
     def write(self, directory: Path) -> None:
         """Write `bundle.json`."""
         text = json.dumps(asdict(self), indent=1)

@@ -19,14 +19,16 @@ from qvl_batch.config import DEFAULT_MAX_NEW_TOKENS, Device, Fit
 from qvl_batch.decoder import Decoder
 from qvl_batch.engine import Completion, Engine, Request
 from qvl_batch.errors import ConfigError, ImageError, NumericError, RowError
-from qvl_batch.images import decode_image, fit_image
+from qvl_batch.images import decode_image, fit_image, image_key
 from qvl_batch.layout import RowLayout
 from qvl_batch.runtime import resolve_device, usable_cpus
 from qvl_batch.schema import Answer, Failure
 from qvl_batch.vision import Features, VisionEncoder
+from qvl_batch.vision_cache import RecentFeatures
 
 #: An image as a file's path, as a file's bytes, as pixels uint8 (H, W, 3), or as Pillow has it.
 ImageLike = str | Path | bytes | NDArray[np.uint8] | Image.Image
+Pixels = NDArray[np.uint8]
 #: Images in memory at a time, as pixels.
 WINDOW = 32
 
@@ -66,7 +68,7 @@ class Captioner:
         self._bundle = Bundle.load(bundle)
         self._fit: Fit = fit
         threads = usable_cpus()
-        self._vision = VisionEncoder(self._bundle, threads)
+        self._vision, self._recent = VisionEncoder(self._bundle, threads), RecentFeatures()
         self._layout = RowLayout(self._bundle)
         decoder = Decoder(self._bundle, slots, threads)
         self._engine = Engine(decoder, self._bundle.manifest.generation.eos_token_ids)
@@ -99,8 +101,11 @@ class Captioner:
         answers: list[Answer] = []
         for start in range(0, len(images), WINDOW):
             window = slice(start, start + WINDOW)
-            features = encode_images(self._vision, [self._pixels(image) for image in images[window]])
-            rows = list(zip(features, texts[window], strict=True))
+            files = [self._file(image) for image in images[window]]
+            keys = [None if isinstance(file, Failure) else image_key(file, self._fit) for file in files]
+            pixels = [file if isinstance(file, Failure) else self._pixels(file) for file in files]
+            features = encode_images(self._vision, pixels, keys, self._recent)
+            rows = list(zip(features, texts[window], keys, strict=True))
             answers.extend(answer_rows(self._engine, self._layout, rows, max_new_tokens))
         return answers
 
@@ -114,32 +119,60 @@ class Captioner:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _pixels(self, image: ImageLike) -> NDArray[np.uint8] | Failure:
+    def _file(self, image: ImageLike) -> bytes | Failure:
         try:
-            return fit_image(decode_image(_file_bytes(image)), self._bundle.manifest.layout.image_size, self._fit)
+            return _file_bytes(image)
+        except ImageError as error:
+            return Failure.of(error)
+
+    def _pixels(self, file: bytes) -> Pixels | Failure:
+        try:
+            return fit_image(decode_image(file), self._bundle.manifest.layout.image_size, self._fit)
         except ImageError as error:
             return Failure.of(error)
 
 
-def encode_images(vision: VisionEncoder, images: Sequence[NDArray[np.uint8] | Failure]) -> list[Features | Failure]:
-    """Features (T_img, D) of each image, in order; failures stay where they are."""
-    encoded = iter(vision.encode([image for image in images if not isinstance(image, Failure)]))
-    results: list[Features | Failure] = []
-    for image in images:
-        features = image if isinstance(image, Failure) else next(encoded)
-        results.append(Failure.of(features) if isinstance(features, NumericError) else features)
-    return results
+def encode_images(
+    vision: VisionEncoder,
+    images: Sequence[Pixels | Failure],
+    keys: Sequence[bytes | None],
+    cache: RecentFeatures,
+) -> list[Features | Failure]:
+    """Features (T_img, D) of each image, in order; failures stay where they are.
+
+    Args:
+        vision: runs the graph.
+        images: pixels, or why there are none.
+        keys: of images, None for failures.
+        cache: asked before an image is encoded, told after.
+    """
+    return [_encoded(vision, image, key, cache) for image, key in zip(images, keys, strict=True)]
+
+
+def _encoded(
+    vision: VisionEncoder, image: Pixels | Failure, key: bytes | None, cache: RecentFeatures
+) -> Features | Failure:
+    if isinstance(image, Failure):
+        return image
+    assert key is not None
+    if (kept := cache.get(key)) is not None:
+        return kept
+    (features,) = vision.encode([image])
+    if isinstance(features, NumericError):
+        return Failure.of(features)
+    cache.put(key, features)
+    return features
 
 
 def answer_rows(
     engine: Engine,
     layout: RowLayout,
-    rows: Sequence[tuple[Features | Failure, str | None]],
+    rows: Sequence[tuple[Features | Failure, str | None, bytes | None]],
     max_new_tokens: int,
 ) -> list[Answer]:
-    """Answer rows of features and prompt, in order; all of them are in the engine at once."""
+    """Answer rows of features, prompt and image key, in order; all of them are in the engine at once."""
     pending: list[Answer | tuple[int, Future[Completion]]] = []
-    for features, prompt in rows:
+    for features, prompt, key in rows:
         if isinstance(features, Failure):
             pending.append(Answer.failed(features))
             continue
@@ -148,7 +181,7 @@ def answer_rows(
         except RowError as error:
             pending.append(Answer.failed(Failure.of(error)))
             continue
-        pending.append((len(ids), engine.submit(Request(ids, features, max_new_tokens))))
+        pending.append((len(ids), engine.submit(Request(ids, features, max_new_tokens, key))))
     return [row if isinstance(row, Answer) else _answer(layout, *row) for row in pending]
 
 

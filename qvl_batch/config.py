@@ -46,6 +46,10 @@ class CaptionConfig:
     """Processes that run the vision graph. Without it, as many as the machine has work for."""
     decoder_workers: int | None = None
     """Processes that run the decoder. Without it, one."""
+    vision_cache: Path | None = None
+    """Folder to keep image features in, for other prompts over the same images. Every node must see it."""
+    vision_cache_gb: float = 20.0
+    """Largest size of that folder in gigabytes; features that were used longest ago go first."""
     slots: int | None = None
     """Rows that a decoder answers at a time. Without it, as many as memory allows, up to 16."""
     limit: int | None = None
@@ -65,6 +69,8 @@ class CaptionConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{_option(name)} must be at least 1, not {value}")
+        if not self.vision_cache_gb > 0:
+            raise ConfigError(f"--vision-cache-gb must be more than 0, not {self.vision_cache_gb}")
         if self.prompt is not None and not self.prompt.strip():
             raise ConfigError("--prompt must not be empty")
         repeated = sorted({name for name in self.keep_columns if self.keep_columns.count(name) > 1})

@@ -21,6 +21,8 @@ from qvl_batch.runtime import Binding, Session
 from qvl_batch.vision import Features
 
 Tokens = NDArray[np.int64]
+#: Images whose beginnings of rows are kept for other rows of theirs.
+SHELVES = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +48,7 @@ class Decoder:
         self.logits = np.zeros((0, manifest.decoder.vocab_size), np.float32)
         self.layout, self.slots = manifest.layout, slots
         self._session = Session(bundle.file(DECODER), threads)
-        self._cache = KvCache(manifest, slots)
+        self._cache = KvCache(manifest, slots, SHELVES)
         self._positions = mrope_positions(manifest.layout)
         self._hidden_size, self._vocab_size = manifest.decoder.hidden_size, manifest.decoder.vocab_size
         self._penalty = RepetitionPenalty.of(manifest.generation.repetition_penalty, slots, manifest.decoder.vocab_size)
@@ -62,6 +64,31 @@ class Decoder:
         output = self._output(len(rows))
         self._bind(first, inputs, output).run()
         return self._pick(first, output)
+
+    @property
+    def prefix_tokens(self) -> int:
+        """Tokens at the beginning of a row that follow from its image alone."""
+        return self.layout.image_start + self.layout.image_tokens
+
+    def shelve(self, slot: int, shelf: int) -> None:
+        """Keep the prefix of the row in `slot` on a shelf, 0 to `SHELVES` - 1."""
+        self._cache.move(slot, self.slots + shelf, self.prefix_tokens)
+
+    def prefill_rest(self, slot: int, shelf: int, row: PrefillRow) -> Tokens:
+        """Fill a slot with a row whose prefix is on a shelf; returns int64 (1,) of its first token.
+
+        The same tokens go through the same products as in `prefill`, so that the cache is the same.
+        """
+        self._cache.move(self.slots + shelf, slot, self.prefix_tokens)
+        inputs = self.prefill_inputs([row])
+        for name, axis in (("input_ids", 1), ("position_ids", 2), ("image_embeds", 1)):
+            inputs[name] = np.ascontiguousarray(np.split(inputs[name], [self.prefix_tokens], axis)[1])
+        self._lengths[slot] = len(row.input_ids)
+        if self._penalty:
+            self._penalty.reset(slot, [row.input_ids])
+        output = self._output(1)
+        self._bind(slot, inputs, output).run()
+        return self._pick(slot, output)
 
     def step(self, tokens: Tokens) -> Tokens:
         """Append `tokens` int64 (B,) to slots 0 to B - 1; returns the tokens that follow."""

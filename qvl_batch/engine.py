@@ -2,7 +2,7 @@
 
 What enters: requests, from any thread. What leaves: a future for each, with the tokens of its
 answer. Rows join as soon as a slot is free and leave as soon as they end, so a long answer
-holds up nobody.
+holds up nobody. Rows of one image that wait together share what the cache holds of it.
 
 The loop is a thread of its own and not a coroutine, since Ray blocks its actors' event loops
 for seconds under back-pressure.
@@ -13,6 +13,7 @@ This module knows nothing of text, images or Ray.
 import logging
 import queue
 import threading
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from typing import Literal, Self
 
 import numpy as np
 
-from qvl_batch.decoder import Decoder, PrefillRow
+from qvl_batch.decoder import SHELVES, Decoder, PrefillRow
 from qvl_batch.vision import Features
 
 logger = logging.getLogger(__name__)
@@ -30,13 +31,17 @@ logger = logging.getLogger(__name__)
 PREFILL_ROWS = 2
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Request:
-    """Token ids of a row up to its answer, float32 features (T_img, D), and the answer's limit."""
+    """Token ids of a row up to its answer, float32 features (T_img, D), and the answer's limit.
+
+    Requests of one `image` (any key, None for none) have the same features.
+    """
 
     input_ids: Sequence[int]
     features: Features
     max_new_tokens: int
+    image: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +50,9 @@ class Completion:
 
     token_ids: list[int]
     finish_reason: Literal["stop", "length"]
+
+
+_Item = tuple[Request, "Future[Completion]"]
 
 
 @dataclass(slots=True)
@@ -67,7 +75,9 @@ class Engine:
     def __init__(self, decoder: Decoder, eos_token_ids: Sequence[int]) -> None:
         self._decoder = decoder
         self._eos = frozenset(eos_token_ids)
-        self._waiting: queue.SimpleQueue[tuple[Request, Future[Completion]] | None] = queue.SimpleQueue()
+        self._submitted: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
+        self._waiting: deque[_Item] = deque()
+        self._shelves: dict[bytes, int] = {}
         self._live: list[_Live] = []
         self._closing = False
         self._failure: BaseException | None = None
@@ -85,7 +95,7 @@ class Engine:
         with self._lock:
             if self._closing or self._failure:
                 raise RuntimeError("the engine no longer runs") from self._failure
-            self._waiting.put((request, future))
+            self._submitted.put((request, future))
         return future
 
     def close(self) -> None:
@@ -93,7 +103,7 @@ class Engine:
         with self._lock:
             if not self._closing:
                 self._closing = True
-                self._waiting.put(None)
+                self._submitted.put(None)
         self._thread.join()
 
     def __enter__(self) -> Self:
@@ -112,33 +122,77 @@ class Engine:
 
     def _admit(self) -> bool:
         """Prefill waiting rows into free slots; wait for one if none is live. False when all is done."""
-        admitted: list[tuple[Request, Future[Completion]]] = []
+        if not self._receive():
+            return False
         free = min(self._decoder.slots - len(self._live), PREFILL_ROWS)
-        while len(admitted) < free:
-            idle = not self._live and not admitted
-            try:
-                item = self._waiting.get(block=idle)
-            except queue.Empty:
-                break
-            if item is None:
-                # Nothing is queued behind it: `submit` refuses once closing has begun.
-                if idle:
-                    return False
-                self._waiting.put(None)
-                break
-            admitted.append(item)
-        if admitted:
-            self._prefill(admitted)
+        rest = [item for item in self._waiting if item[0].image in self._shelves][:free]
+        for item in rest:
+            self._waiting.remove(item)
+            self._prefill_rest(item)
+        if not rest and (whole := self._whole_rows(free)):
+            self._prefill(whole)
         return True
 
-    def _prefill(self, admitted: "list[tuple[Request, Future[Completion]]]") -> None:
+    def _whole_rows(self, count: int) -> "list[_Item]":
+        """Up to `count` waiting rows, no two of one image: the second can have the first one's beginning."""
+        chosen: list[_Item] = []
+        for item in self._waiting:
+            image = item[0].image
+            if len(chosen) < count and (image is None or all(image != request.image for request, _ in chosen)):
+                chosen.append(item)
+        for item in chosen:
+            self._waiting.remove(item)
+        return chosen
+
+    def _receive(self) -> bool:
+        """Take what was submitted, waiting for it if there is nothing else to do."""
+        while True:
+            idle = not self._live and not self._waiting
+            try:
+                item = self._submitted.get(block=idle)
+            except queue.Empty:
+                return True
+            if item is not None:
+                self._waiting.append(item)
+            elif idle:
+                # Nothing comes after it: `submit` refuses once closing has begun.
+                return False
+            else:
+                self._submitted.put(None)
+                return True
+
+    def _prefill(self, admitted: "list[_Item]") -> None:
+        """Whole rows into the next slots; beginnings that other rows wait for are kept."""
         first = len(self._live)
-        capacity = self._decoder.layout.max_seq_len
-        for request, future in admitted:
-            budget = min(request.max_new_tokens, capacity - len(request.input_ids))
-            self._live.append(_Live(budget, future))
+        self._open(admitted)
         rows = [PrefillRow(request.input_ids, request.features) for request, _ in admitted]
-        self._extend(first, self._decoder.prefill(first, rows).tolist())
+        tokens = self._decoder.prefill(first, rows)
+        wanted = {request.image for request, _ in self._waiting}
+        for slot, (request, _) in enumerate(admitted, start=first):
+            image = request.image
+            if image is not None and image in wanted and image not in self._shelves:
+                self._decoder.shelve(slot, self._shelf_for(image))
+        self._extend(first, tokens.tolist())
+
+    def _prefill_rest(self, item: "_Item") -> None:
+        """One row whose beginning is on a shelf into the next slot."""
+        request, slot = item[0], len(self._live)
+        self._open([item])
+        row = PrefillRow(request.input_ids, request.features)
+        assert request.image is not None
+        tokens = self._decoder.prefill_rest(slot, self._shelves[request.image], row)
+        self._extend(slot, tokens.tolist())
+
+    def _shelf_for(self, image: bytes) -> int:
+        """A free shelf, or that of the image that came first."""
+        shelf = len(self._shelves) if len(self._shelves) < SHELVES else self._shelves.pop(next(iter(self._shelves)))
+        self._shelves[image] = shelf
+        return shelf
+
+    def _open(self, admitted: "list[_Item]") -> None:
+        for request, future in admitted:
+            budget = min(request.max_new_tokens, self._decoder.layout.max_seq_len - len(request.input_ids))
+            self._live.append(_Live(budget, future))
 
     def _step(self) -> None:
         if self._live:
@@ -169,9 +223,9 @@ class Engine:
         """Fail everything that waits, so that nobody waits for ever."""
         with self._lock:
             self._failure = error
-        futures = [row.future for row in self._live]
-        while not self._waiting.empty():
-            item = self._waiting.get()
+        futures = [row.future for row in self._live] + [future for _, future in self._waiting]
+        while not self._submitted.empty():
+            item = self._submitted.get()
             if item is not None:
                 futures.append(item[1])
         for future in futures:

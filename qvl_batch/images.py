@@ -6,6 +6,7 @@ H = W = the bundle's image size. Rescaling and normalisation are inside the grap
 This module knows nothing of where the bytes come from, nor of tokens.
 """
 
+import hashlib
 import io
 import warnings
 
@@ -21,6 +22,11 @@ from qvl_batch.errors import ImageError, stable_message
 LETTERBOX_RGB = (122, 116, 104)
 #: Transparent pixels show this ground, as on a page.
 ALPHA_GROUND = (255, 255, 255, 255)
+
+
+def image_key(data: bytes, fit: Fit) -> bytes:
+    """16 bytes that stand for an image file's contents and how it is fitted."""
+    return hashlib.sha256(fit.encode() + b"\0" + data).digest()[:16]
 
 
 def decode_image(data: bytes) -> Image.Image:

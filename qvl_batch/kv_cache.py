@@ -4,6 +4,8 @@ Keys and values of a layer are arrays (N, kv_heads, L_max, head_dim). One slot i
 a prefill is bound straight onto the slots it fills, and a decode step onto the first B slots.
 Live rows therefore always hold the slots 0 to B - 1: when one ends, the last one moves into
 its place.
+
+Behind the slots are a few shelves of the same size, for the beginnings of rows that others share.
 """
 
 from typing import Any
@@ -15,12 +17,12 @@ from qvl_batch.bundle import Manifest
 
 
 class KvCache:
-    """Arena of `slots` slots for the decoder of `manifest`."""
+    """Arena of `slots` slots, and `shelves` behind them, for the decoder of `manifest`."""
 
-    def __init__(self, manifest: Manifest, slots: int) -> None:
+    def __init__(self, manifest: Manifest, slots: int, shelves: int = 0) -> None:
         shape = manifest.decoder
         self.slots = slots
-        size = (slots, shape.kv_heads, manifest.layout.max_seq_len, shape.head_dim)
+        size = (slots + shelves, shape.kv_heads, manifest.layout.max_seq_len, shape.head_dim)
         # Zeros take memory only once their pages are written.
         self._arrays: dict[str, NDArray[Any]] = {
             f"{kind}.{layer}": np.zeros(size, np.float32) for layer in range(shape.layers) for kind in ("key", "value")

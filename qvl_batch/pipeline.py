@@ -105,6 +105,7 @@ def _answers(config: CaptionConfig, source: Source, bundle: Bundle, plan: Plan) 
 def _dataset(config: CaptionConfig, source: Source, bundle: Bundle, plan: Plan) -> Dataset:
     """The pipeline, in the order of its stages."""
     columns, prompt = source.columns, config.prompt
+    cache = (config.vision_cache.resolve(), config.vision_cache_gb) if config.vision_cache else None
 
     def read(units: pa.Table) -> Iterator[pa.Table]:
         for unit in units.to_pylist():
@@ -123,7 +124,7 @@ def _dataset(config: CaptionConfig, source: Source, bundle: Bundle, plan: Plan) 
         .map_batches(
             VisionStage,
             batch_format="pyarrow",
-            fn_constructor_args=(bundle.path, plan.vision_threads),
+            fn_constructor_args=(bundle.path, plan.vision_threads, cache),
             compute=ActorPoolStrategy(size=plan.vision_workers, max_tasks_in_flight_per_actor=2),
             num_cpus=plan.vision_cpus,
         )

@@ -8,26 +8,40 @@ import pyarrow as pa
 
 from qvl_batch.config import Fit
 from qvl_batch.errors import ImageError
-from qvl_batch.images import decode_image, fit_image
+from qvl_batch.images import decode_image, fit_image, image_key
 from qvl_batch.schema import Failure
 from qvl_batch.source import FAILURE, IMAGE, OWN, failure_columns, failures_of
 
-PIXELS = f"{OWN}pixels"
+PIXELS, IMAGE_KEY = f"{OWN}pixels", f"{OWN}image_key"
 
 
 def prepare(table: pa.Table, image_size: int, fit: Fit) -> pa.Table:
-    """Decode and fit images: the column `IMAGE` becomes `PIXELS`, uint8 (size, size, 3) as bytes."""
+    """Decode and fit images: the column `IMAGE` becomes `PIXELS`, uint8 (size, size, 3) as bytes, and
+    `IMAGE_KEY`. An image that the table has several times is decoded once.
+    """
     failures = failures_of(table)
-    pixels: list[bytes | None] = []
-    for index, image in enumerate(table[IMAGE]):
-        pixels.append(None)
-        if failures[index] is None:
-            try:
-                pixels[-1] = fit_image(decode_image(image.as_py()), image_size, fit).tobytes()
-            except ImageError as error:
-                failures[index] = Failure.of(error)
-    table = table.drop_columns([IMAGE, *FAILURE])
-    return with_columns(table, {PIXELS: pa.array(pixels, pa.large_binary()), **failure_columns(failures)})
+    keys: list[bytes | None] = []
+    fitted: dict[bytes, bytes | Failure] = {}
+    for image, failure in zip(table[IMAGE], failures, strict=True):
+        keys.append(None)
+        if failure is None:
+            data: bytes = image.as_py()
+            keys[-1] = key = image_key(data, fit)
+            fitted[key] = fitted.get(key) or _fitted(data, image_size, fit)
+    results = [failure if key is None else fitted[key] for key, failure in zip(keys, failures, strict=True)]
+    columns = {
+        PIXELS: pa.array([row if isinstance(row, bytes) else None for row in results], pa.large_binary()),
+        IMAGE_KEY: pa.array(keys, pa.binary()),
+        **failure_columns([row if isinstance(row, Failure) else None for row in results]),
+    }
+    return with_columns(table.drop_columns([IMAGE, *FAILURE]), columns)
+
+
+def _fitted(data: bytes, image_size: int, fit: Fit) -> bytes | Failure:
+    try:
+        return fit_image(decode_image(data), image_size, fit).tobytes()
+    except ImageError as error:
+        return Failure.of(error)
 
 
 def with_columns(table: pa.Table, columns: dict[str, pa.Array]) -> pa.Table:

@@ -16,19 +16,34 @@ from qvl_batch.captioner import answer_rows, encode_images
 from qvl_batch.decoder import Decoder
 from qvl_batch.engine import Engine
 from qvl_batch.layout import RowLayout
-from qvl_batch.prepare import PIXELS, with_columns
+from qvl_batch.prepare import IMAGE_KEY, PIXELS, with_columns
 from qvl_batch.schema import ANSWER_FIELDS, Failure
 from qvl_batch.source import FAILURE, OWN, PROMPT, failure_columns, failures_of
 from qvl_batch.vision import Features, VisionEncoder
+from qvl_batch.vision_cache import RecentFeatures, VisionCache
 
 FEATURES = f"{OWN}features"
 
 
 class VisionStage:
-    """Runs the vision graph: the column `PIXELS` becomes `FEATURES`, float32 (T_img, D) as bytes."""
+    """Runs the vision graph: the column `PIXELS` becomes `FEATURES`, float32 (T_img, D) as bytes.
 
-    def __init__(self, bundle: Path, threads: int) -> None:
-        self._vision = VisionEncoder(Bundle.load(bundle, verify=False), threads)
+    Args:
+        bundle: folder of the bundle.
+        threads: threads that one operator may use.
+        cache: folder of kept features, and its largest size in gigabytes; None for none.
+    """
+
+    def __init__(self, bundle: Path, threads: int, cache: tuple[Path, float] | None = None) -> None:
+        loaded = Bundle.load(bundle, verify=False)
+        self._vision = VisionEncoder(loaded, threads)
+        disk = None
+        if cache is not None:
+            folder, gigabytes = cache
+            manifest = loaded.manifest
+            shape = (manifest.layout.image_tokens, manifest.decoder.hidden_size)
+            disk = VisionCache(folder, manifest.vision_sha256, shape, int(gigabytes * 1e9))
+        self._cache = RecentFeatures(disk)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Encode the images of a table."""
@@ -38,7 +53,7 @@ class VisionStage:
             failure or np.frombuffer(value.as_buffer(), np.uint8).reshape(size, size, 3)
             for value, failure in zip(table[PIXELS], failures, strict=True)
         ]
-        encoded = encode_images(self._vision, images)
+        encoded = encode_images(self._vision, images, table[IMAGE_KEY].to_pylist(), self._cache)
         features = [None if isinstance(row, Failure) else row.tobytes() for row in encoded]
         failed = [row if isinstance(row, Failure) else None for row in encoded]
         table = table.drop_columns([PIXELS, *FAILURE])
@@ -65,7 +80,7 @@ class DecodeStage:
             failure or np.frombuffer(value.as_buffer(), np.float32).reshape(self._shape)
             for value, failure in zip(table[FEATURES], failures_of(table), strict=True)
         ]
-        rows = list(zip(features, table[PROMPT].to_pylist(), strict=True))
+        rows = list(zip(features, table[PROMPT].to_pylist(), table[IMAGE_KEY].to_pylist(), strict=True))
         answers = [a.record() for a in answer_rows(self._engine, self._layout, rows, self._max_new_tokens)]
         columns = {f.name: pa.array([answer[f.name] for answer in answers], f.type) for f in ANSWER_FIELDS}
-        return with_columns(table.drop_columns([FEATURES, PROMPT, *FAILURE]), columns)
+        return with_columns(table.drop_columns([FEATURES, PROMPT, IMAGE_KEY, *FAILURE]), columns)

@@ -7,7 +7,6 @@ This module knows nothing of prompts or of where images come from.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,8 +16,6 @@ from qvl_batch.errors import BundleError, NumericError
 from qvl_batch.runtime import Session
 
 Features = NDArray[np.float32]
-#: More images at a time take more memory and, on a CPU, no less time each.
-IMAGES_PER_RUN = 2
 
 
 class VisionEncoder:
@@ -39,12 +36,12 @@ class VisionEncoder:
 
     def encode(self, images: Sequence[NDArray[np.uint8]]) -> list[Features | NumericError]:
         """Features of each image, or what is wrong with them, in order."""
-        results: list[Features | NumericError] = []
-        for start in range(0, len(images), IMAGES_PER_RUN):
-            pixels = np.stack(images[start : start + IMAGES_PER_RUN])
-            features: NDArray[Any] = self._session.run(["image_features"], {"pixels": pixels})[0]
-            results.extend(_checked(row) for row in features)
-        return results
+        return [_checked(self._encode(image)) for image in images]
+
+    def _encode(self, image: NDArray[np.uint8]) -> Features:
+        """One at a time: on a CPU, more take more memory and longer each."""
+        features: Features = self._session.run(["image_features"], {"pixels": image[None]})[0][0]
+        return features
 
 
 def _checked(features: Features) -> Features | NumericError:

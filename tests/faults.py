@@ -13,12 +13,14 @@ from qvl_batch.bundle import MANIFEST, VISION, file_sha256
 
 
 def without_normalisation(bundle: Path) -> None:
-    """Pixels are divided by 255 and no more."""
+    """Pixels are divided by 255 and no more: what is in the patch embedding beyond that is taken out."""
+    std = json.loads((bundle / "preprocessor_config.json").read_text())["image_std"]
     with _graph(bundle, VISION) as graph:
-        for initializer in graph.initializer:
-            if initializer.name in ("mean", "std"):
-                value = 0.0 if initializer.name == "mean" else 255.0
-                initializer.CopyFrom(numpy_helper.from_array(np.full(3, value, np.float32), initializer.name))
+        initializers = {initializer.name: initializer for initializer in graph.initializer}
+        weights = _weights(bundle, initializers["patch_embed"])
+        weights *= np.tile(np.array(std, np.float32), len(weights) // 3)[:, None]
+        weights.flush()
+        initializers["mean"].CopyFrom(numpy_helper.from_array(np.zeros(3, np.float32), "mean"))
 
 
 def merge_groups_in_raster_order(bundle: Path) -> None:
@@ -36,13 +38,17 @@ def quantize_layer(bundle: Path, graph: str, prefix: str, bits: int = 4) -> None
     chosen = [i for i in model.graph.initializer if i.name.startswith(prefix) and i.name.endswith(".weight")]
     assert chosen
     for initializer in chosen:
-        where = {entry.key: entry.value for entry in initializer.external_data}
-        shape = tuple(initializer.dims)
-        weights = np.memmap(bundle / where["location"], np.float32, "r+", int(where["offset"]), shape)
+        weights = _weights(bundle, initializer)
         scale = np.abs(weights).max(axis=0) / (2 ** (bits - 1) - 1)
         weights[:] = np.round(weights / scale) * scale
         weights.flush()
     seal(bundle)
+
+
+def _weights(bundle: Path, initializer: onnx.TensorProto) -> np.memmap:
+    """An initializer's values, where they are on disk."""
+    where = {entry.key: entry.value for entry in initializer.external_data}
+    return np.memmap(bundle / where["location"], np.float32, "r+", int(where["offset"]), tuple(initializer.dims))
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from reference import letterboxed, question
 
 from comparison.reference import PyTorch
 from qvl_batch.bundle import Bundle
-from qvl_batch.decoder import Decoder
+from qvl_batch.decoder import Decoder, PrefillRow
 from qvl_batch.engine import Engine, Request
 from qvl_batch.layout import RowLayout
 from qvl_batch.vision import VisionEncoder
@@ -64,6 +64,48 @@ def test_rows_of_different_limits_and_threads_mix(tiny_bundle, requests, alone):
     for result, whole, limit in zip(results, alone, limits, strict=True):
         assert result.token_ids == whole.token_ids[:limit]
         assert result.finish_reason == ("length" if len(whole.token_ids) >= limit else "stop")
+
+
+@pytest.mark.parametrize("slots", [1, 3, 16])
+@pytest.mark.parametrize("prompts", [2, 5])
+def test_rows_of_one_image_share_its_beginning_and_are_answered_the_same(
+    slots, prompts, tiny_bundle, requests, questions, monkeypatch
+):
+    layout = RowLayout(tiny_bundle)
+    rows = [
+        dataclasses.replace(request, input_ids=layout.row_ids(question["prompt"]), image=bytes([index]))
+        for index, request in enumerate(requests[:6])
+        for question in questions[:prompts]
+    ]
+    order = np.random.default_rng(slots).permutation(len(rows))
+    rows = [rows[i] for i in order]
+    calls = []
+    for name in ("prefill", "prefill_rest"):
+        plain = getattr(Decoder, name)
+        counted = lambda self, *args, name=name, plain=plain: calls.append(name) or plain(self, *args)  # noqa: E731
+        monkeypatch.setattr(Decoder, name, counted)
+    shared = _run(tiny_bundle, rows, slots)
+    rest = calls.count("prefill_rest")
+    calls.clear()
+    assert shared == _run(tiny_bundle, [dataclasses.replace(row, image=None) for row in rows], slots)
+    assert "prefill_rest" not in calls
+    assert rest >= 6 * (prompts - 1) - 6  # what was submitted while the first were prefilled may miss
+
+
+def test_a_shared_beginning_leaves_the_cache_as_a_whole_prefill_does(tiny_bundle, requests, questions):
+    decoder = Decoder(tiny_bundle, 3, threads=2, keep_logits=True)
+    layout = RowLayout(tiny_bundle)
+    rows = [PrefillRow(layout.row_ids(q["prompt"]), requests[0].features) for q in questions[:3]]
+    decoder.prefill(0, rows[:1])
+    decoder.shelve(0, 1)
+    for row in rows:
+        whole = decoder.prefill(1, [row])
+        expected = decoder.logits.copy()
+        assert decoder.prefill_rest(2, 1, row) == whole
+        assert np.abs(decoder.logits - expected).max() <= 1e-6 * np.abs(expected).max()
+        for array in decoder._cache._arrays.values():
+            length = len(row.input_ids)
+            assert np.allclose(array[2, :, :length], array[1, :, :length], rtol=1e-5, atol=1e-5)
 
 
 def test_a_row_may_fill_the_contract_to_its_last_token(tiny_bundle, requests):

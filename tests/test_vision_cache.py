@@ -1,0 +1,135 @@
+"""Features that were kept are those that the graph would give, or are not there."""
+
+import os
+import threading
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from qvl_batch.captioner import encode_images
+from qvl_batch.errors import OutputError
+from qvl_batch.images import image_key
+from qvl_batch.schema import Failure
+from qvl_batch.vision import VisionEncoder
+from qvl_batch.vision_cache import RECENT, RecentFeatures, VisionCache
+
+SHAPE = (4, 3)
+GRAPH = "a" * 64
+
+
+def _features(value):
+    return np.full(SHAPE, value, np.float32)
+
+
+def _files(folder):
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def test_what_is_put_is_got_bit_for_bit_by_another_process_too(tmp_path):
+    features = np.random.default_rng(0).standard_normal(SHAPE).astype(np.float32)
+    VisionCache(tmp_path, GRAPH, SHAPE, 10**6).put(b"key", features)
+    assert (VisionCache(tmp_path, GRAPH, SHAPE, 10**6).get(b"key") == features).all()
+    assert VisionCache(tmp_path, GRAPH, SHAPE, 10**6).get(b"other") is None
+    assert VisionCache(tmp_path, "b" * 64, SHAPE, 10**6).get(b"key") is None
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [lambda data: data[:-9], lambda _: b"", lambda data: data[:8] + b"!" + data[9:], lambda data: data + b"more"],
+    ids=["cut", "empty", "changed", "longer"],
+)
+def test_a_damaged_file_is_taken_for_missing_and_replaced(damage, tmp_path):
+    cache = VisionCache(tmp_path, GRAPH, SHAPE, 10**6)
+    cache.put(b"key", _features(1))
+    (file,) = _files(tmp_path)
+    file.write_bytes(damage(file.read_bytes()))
+    assert cache.get(b"key") is None
+    cache.put(b"key", _features(1))
+    assert (cache.get(b"key") == 1).all()
+
+
+def test_the_folder_keeps_its_bound_and_what_was_used_last(tmp_path):
+    cache = VisionCache(tmp_path, GRAPH, SHAPE, 10**6)
+    for key in range(10):
+        cache.put(bytes([key]), _features(key))
+        os.utime(_files(tmp_path)[-1])
+    for age, key in enumerate((3, 7, 1)):
+        os.utime(cache._path(bytes([key])), (2e9 + age, 2e9 + age))
+    size = _files(tmp_path)[0].stat().st_size
+    VisionCache(tmp_path, GRAPH, SHAPE, 4 * size)
+    assert sum(path.stat().st_size for path in _files(tmp_path)) <= 4 * size
+    assert all(cache.get(bytes([key])) is not None for key in (3, 7, 1))
+
+
+def test_what_a_killed_worker_left_is_swept_up(tmp_path):
+    cache = VisionCache(tmp_path, GRAPH, SHAPE, 10**6)
+    cache.put(b"key", _features(1))
+    left, fresh = (_files(tmp_path)[0].with_suffix(f".partial-{name}") for name in ("left", "fresh"))
+    for path in (left, fresh):
+        path.write_bytes(b"half")
+    os.utime(left, (1, 1))
+    cache.sweep()
+    assert (left.exists(), fresh.exists(), len(_files(tmp_path))) == (False, True, 2)
+
+
+def test_workers_may_share_a_folder(tmp_path):
+    caches = [VisionCache(tmp_path, GRAPH, SHAPE, 3000) for _ in range(4)]
+
+    def work(cache, failures):
+        for key in list(range(60)) * 3:
+            kept = cache.get(bytes([key]))
+            if kept is None:
+                cache.put(bytes([key]), _features(key))
+            elif not (kept == key).all():
+                failures.append(key)
+            if key % 7 == 0:
+                cache.sweep()
+
+    failures = []
+    threads = [threading.Thread(target=work, args=(cache, failures)) for cache in caches]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert not list(tmp_path.rglob("*.partial*"))
+
+
+def test_a_folder_that_cannot_be_used_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match=r"--vision-cache .*file cannot be used"):
+        VisionCache(tmp_path / "file", GRAPH, SHAPE, 10**6)
+
+
+def test_the_latest_are_in_memory(tmp_path):
+    recent = RecentFeatures()
+    for key in range(RECENT + 1):
+        recent.put(bytes([key]), _features(key))
+    assert recent.get(b"\0") is None
+    assert (recent.get(bytes([RECENT])) == RECENT).all()
+    disk = VisionCache(tmp_path, GRAPH, SHAPE, 10**6)
+    RecentFeatures(disk).put(b"key", _features(5))
+    assert (RecentFeatures(disk).get(b"key") == 5).all()
+
+
+def test_an_image_is_encoded_once(tiny_bundle, monkeypatch):
+    vision = VisionEncoder(tiny_bundle, threads=2)
+    encoded = []
+    plain = VisionEncoder.encode
+    monkeypatch.setattr(VisionEncoder, "encode", lambda self, images: encoded.extend(images) or plain(self, images))
+    pixels = [np.asarray(Image.new("RGB", (672, 672), colour)) for colour in ("red", "blue")]
+    keys = [image_key(image.tobytes(), "crop") for image in pixels]
+    failure = Failure("image", "ImageError", "no")
+    order = [0, 1, 0, 0, 1]
+    found = encode_images(
+        vision, [failure, *(pixels[i] for i in order)], [None, *(keys[i] for i in order)], RecentFeatures()
+    )
+    assert len(encoded) == 2
+    assert found[0] is failure
+    assert all((found[place + 1] == plain(vision, [pixels[i]])[0]).all() for place, i in enumerate(order))
+
+
+def test_a_key_stands_for_contents_and_fit():
+    assert image_key(b"a", "crop") == image_key(b"a", "crop")
+    assert len({image_key(b"a", "crop"), image_key(b"a", "stretch"), image_key(b"b", "crop")}) == 3
