@@ -2,7 +2,7 @@
 # test     run the tests
 # compare  compare the tiny bundle with its checkpoint in PyTorch, layer by layer
 # lint     ruff and mypy
-# bench    measure stages, and the engine against transformers' generate
+# bench    measure engine and Ray job against transformers' generate on a made-up model (15 minutes)
 # train    train the tiny model anew (an hour or two)
 # Each installs what it needs into .venv first, once.
 
@@ -15,6 +15,7 @@ BUNDLE := build/tiny-bundle
 QUESTIONS := datasets/demo/questions.parquet
 ANSWERS := build/demo-answers
 COMPARISON := build/comparison
+BENCH := build/bench
 
 .PHONY: demo test compare lint bench train clean browser
 .DELETE_ON_ERROR:
@@ -36,14 +37,22 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(BUNDLE)/bundle.json
-	$(BIN)/python jobs/bench.py --bundle $(BUNDLE) --checkpoint $(TINY) --input $(QUESTIONS)
+bench: $(BENCH)/fp32/bundle.json $(BENCH)/int8/bundle.json
+	$(BIN)/python jobs/bench.py --bundle $(BENCH)/fp32 --reduced-bundle $(BENCH)/int8 --checkpoint $(BENCH)/model \
+		--input $(QUESTIONS) --output $(BENCH)
 
 train: $(READY)
 	$(BIN)/python datasets/train.py --work-dir build/train --output $(TINY)
 
 $(BUNDLE)/bundle.json: $(READY) $(wildcard $(TINY)/*) $(wildcard export/*.py) qvl_batch/bundle.py
 	$(BIN)/python -m export $(TINY) --output $(BUNDLE) --overwrite
+
+$(BENCH)/model/config.json: $(READY) datasets/make_model.py
+	rm -rf $(BENCH)/model
+	$(BIN)/python datasets/make_model.py $(BENCH)/model
+
+$(BENCH)/%/bundle.json: $(BENCH)/model/config.json $(wildcard export/*.py) qvl_batch/bundle.py
+	$(BIN)/python -m export $(BENCH)/model --output $(BENCH)/$* --dtype $* --overwrite
 
 $(READY): pyproject.toml requirements.lock
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; v in ((3, 11), (3, 12)) or sys.exit(f"Python 3.11 or 3.12 is needed, this is {v[0]}.{v[1]}: make PYTHON=python3.12 ...")'

@@ -78,15 +78,17 @@ def run(config: CaptionConfig, say: Callable[[str], None] = lambda _: None) -> R
         schema = source.columns.output_schema()
         with AnswerWriter(config.output, schema) as writer, progress_line(source.rows) as progress:
             started = time.monotonic()
+            first = (0, 0.0)
             for table in _answers(config, source, bundle, plan):
                 writer.add(table)
+                first = first if first[0] else (table.num_rows, time.monotonic() - started)
                 tally = writer.tally
                 progress.show(tally.rows, tally.finish_reasons["error"], time.monotonic() - started)
         seconds = time.monotonic() - started
     if writer.tally.rows != source.rows:
         raise JobError(f"{writer.tally.rows:,} of {source.rows:,} rows came back; the answers are not complete")
     settings = _settings(config, source, bundle, plan, device)
-    report = Report(config.output, writer.tally, seconds, started - began, settings)
+    report = Report(config.output, writer.tally, seconds, started - began, *first, settings)
     write_run(config.output, report.record())
     return report
 

@@ -22,13 +22,16 @@ class Report:
     """A finished job.
 
     `seconds` is the time from the start of the pipeline, its workers' start included, to the last
-    answer written; `startup_seconds` what went before it, most of it the start of Ray.
+    answer written; `startup_seconds` what went before it, most of it the start of Ray. The first
+    answers, `first_rows` of them, came after `first_seconds`, when all workers had started.
     """
 
     output: Path
     tally: Tally
     seconds: float
     startup_seconds: float
+    first_rows: int
+    first_seconds: float
     settings: dict[str, Any]
 
     @property
@@ -41,6 +44,12 @@ class Report:
         """Tokens of answers over `seconds`."""
         return self.tally.answer_tokens / self.seconds if self.seconds else 0.0
 
+    @property
+    def steady_images_per_second(self) -> float:
+        """Rows after the first answers over the time since, so without any start-up."""
+        rows, seconds = self.tally.rows - self.first_rows, self.seconds - self.first_seconds
+        return rows / seconds if rows and seconds > 0 else 0.0
+
     def record(self) -> dict[str, Any]:
         """Contents of `_run.json`."""
         tally = self.tally
@@ -52,7 +61,9 @@ class Report:
             "answer_tokens": tally.answer_tokens,
             "seconds": round(self.seconds, 3),
             "startup_seconds": round(self.startup_seconds, 3),
+            "first_seconds": round(self.first_seconds, 3),
             "images_per_second": round(self.images_per_second, 3),
+            "steady_images_per_second": round(self.steady_images_per_second, 3),
             "tokens_per_second": round(self.tokens_per_second, 3),
             "output": str(self.output),
             **self.settings,
@@ -67,7 +78,8 @@ class Report:
             f"errors    {failed:,}",
             *(f"          {count:,} {kind}" for kind, count in tally.errors.most_common()),
             f"speed     {self.images_per_second:.2f} images/s, {self.tokens_per_second:.1f} tokens/s",
-            f"time      {self.seconds:.1f} s, and {self.startup_seconds:.1f} s before it to start Ray",
+            f"time      {self.seconds:.1f} s, {self.first_seconds:.1f} s of it to the first answers",
+            f"          {self.startup_seconds:.1f} s before it to start Ray",
             f"answers   {self.output}",
         ]
         return "\n".join(lines)

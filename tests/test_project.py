@@ -39,8 +39,10 @@ def test_the_tree_in_the_readme_is_the_tree():
     assert set(ORDER) == set(_files("qvl_batch"))
     export, jobs = TREE.split("export/")[1].split("jobs/", 1)
     assert set(re.findall(r"── (\w+)\.py", export)) == set(_files("export"))
-    scripts, comparison = jobs.split("comparison/", 1)
+    scripts, rest = jobs.split("benchmark/", 1)
+    benchmark, comparison = rest.split("comparison/", 1)
     assert set(re.findall(r"── (\w+)\.py", scripts)) == set(_files("jobs"))
+    assert set(re.findall(r"── (\w+)\.py", benchmark)) == set(_files("jobs/benchmark"))
     assert re.findall(r"── (\w+)\.py", comparison) == COMPARISON
     assert set(COMPARISON) == set(_files("jobs/comparison"))
 
@@ -127,7 +129,7 @@ def test_options_named_in_texts_exist():
     texts = [*(ROOT / "qvl_batch").glob("*.py"), *(ROOT / "jobs").rglob("*.py"), ROOT / "README.md"]
     for path in (path for path in texts if path.stem != "bench"):
         named = set(re.findall(r"--[a-z][a-z-]+", path.read_text()))
-        others = {"--max-seq-len", "--working-dir", "--address", "--help", "--entrypoint-num-gpus", "--rows"}
+        others = {"--max-seq-len", "--working-dir", "--address", "--help", "--entrypoint-num-gpus", "--rows"} | {"--dtype", "--reduced-bundle"}
         assert named <= options | others, path.name
 
 

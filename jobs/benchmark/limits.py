@@ -1,0 +1,107 @@
+"""What the machine can do at most, and how much of it a model needs.
+
+A multiplication and an addition count as two operations. Attention counts in full, without what
+causality would save.
+"""
+
+import statistics
+import time
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from onnx import TensorProto, helper, numpy_helper
+
+from qvl_batch.bundle import DECODER, Bundle, Dtype, Layout
+from qvl_batch.runtime import usable_cpus
+
+#: Rows, inputs and outputs of products to find the peak with: large, but within the cache.
+SHAPES = ((2304, 384, 1152), (2304, 1152, 384), (600, 512, 1408), (1200, 1408, 512))
+REPEATS = 15
+COPIED_BYTES = 1 << 28
+
+
+def gemm_peak(dtype: Dtype) -> float:
+    """Operations a second of ONNX Runtime's matrix product, at the best of `SHAPES`."""
+    return max(_product_speed(dtype, *shape) for shape in SHAPES)
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second, read and written, of one copy that no cache holds."""
+    source = np.ones(COPIED_BYTES, np.uint8)
+    target = np.empty_like(source)
+    return 2 * COPIED_BYTES / _median_seconds(lambda: np.copyto(target, source))
+
+
+def vision_operations(config: Any, layout: Layout) -> float:
+    """Operations of the vision tower for one image."""
+    vision = config.vision_config
+    patches = (layout.image_size // vision.patch_size) ** 2
+    hidden, merged = vision.hidden_size, vision.spatial_merge_size**2 * vision.hidden_size
+    block = 4 * hidden**2 + 3 * hidden * vision.intermediate_size
+    window = (vision.window_size // vision.patch_size) ** 2
+    full = len(vision.fullatt_block_indexes)
+    attention = full * patches + (vision.depth - full) * window
+    products = patches * (3 * vision.patch_size**2 * hidden + vision.depth * block + 2 * attention * hidden)
+    return 2.0 * float(products + layout.image_tokens * merged * (merged + vision.out_hidden_size))
+
+
+def prefill_operations(config: Any, tokens: int) -> float:
+    """Operations of the decoder for a row of so many tokens."""
+    text = config.text_config
+    head_dim = text.hidden_size // text.num_attention_heads
+    projections = 2 * text.hidden_size**2 + 2 * text.hidden_size * text.num_key_value_heads * head_dim
+    layer = projections + 3 * text.hidden_size * text.intermediate_size + 2 * tokens * text.hidden_size
+    return 2.0 * float(tokens * text.num_hidden_layers * layer + text.hidden_size * text.vocab_size)
+
+
+def step_bytes(bundle: Bundle, rows: int, tokens: int) -> float:
+    """Bytes that a decode step must read: the decoder's weights, and the cache of so many rows and tokens.
+
+    Of a tied head in reduced precision the embedding is left out, of which a step reads a few rows.
+    """
+    manifest = bundle.manifest
+    shape = manifest.decoder
+    weights = manifest.files[f"{DECODER}.data"].size
+    if manifest.dtype != "fp32" and "head" not in manifest.fp32_layers:
+        weights -= 4 * shape.vocab_size * shape.hidden_size
+    return weights + rows * 2.0 * shape.layers * shape.kv_heads * tokens * shape.head_dim * 4
+
+
+def _product_speed(dtype: Dtype, rows: int, inputs: int, outputs: int) -> float:
+    rng = np.random.default_rng(0)
+    if dtype == "int8":
+        values = {"w": rng.integers(-127, 128, (inputs, outputs), dtype=np.int8)}
+        values |= {"s": np.ones(outputs, np.float32), "z": np.zeros(outputs, np.int8)}
+        values |= {"a": np.array(1, np.float32), "m": np.array(128, np.uint8)}
+        node = helper.make_node("MatMulIntegerToFloat", ["x", "w", "a", "s", "m", "z"], ["y"], domain="com.microsoft")
+        x = rng.integers(0, 256, (rows, inputs), dtype=np.uint8)
+    else:
+        values = {"w": rng.standard_normal((inputs, outputs)).astype(np.float32)}
+        node = helper.make_node("MatMul", ["x", "w"], ["y"])
+        x = rng.standard_normal((rows, inputs)).astype(np.float32)
+    kind = TensorProto.UINT8 if dtype == "int8" else TensorProto.FLOAT
+    graph = helper.make_graph(
+        [node],
+        "product",
+        [helper.make_tensor_value_info("x", kind, [rows, inputs])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [rows, outputs])],
+        [numpy_helper.from_array(value, name) for name, value in values.items()],
+    )
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    model: onnx.ModelProto = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = usable_cpus()
+    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return 2.0 * rows * inputs * outputs / _median_seconds(lambda: session.run(None, {"x": x}))
+
+
+def _median_seconds(work: Any) -> float:
+    work()
+    seconds = []
+    for _ in range(REPEATS):
+        began = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds)
