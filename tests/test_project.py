@@ -129,7 +129,8 @@ def test_options_named_in_texts_exist():
     texts = [*(ROOT / "qvl_batch").glob("*.py"), *(ROOT / "jobs").rglob("*.py"), ROOT / "README.md"]
     for path in (path for path in texts if path.stem != "bench"):
         named = set(re.findall(r"--[a-z][a-z-]+", path.read_text()))
-        others = {"--max-seq-len", "--working-dir", "--address", "--help", "--entrypoint-num-gpus", "--rows"} | {"--dtype", "--reduced-bundle"}
+        others = {"--max-seq-len", "--working-dir", "--address", "--help", "--entrypoint-num-gpus", "--rows"}
+        others |= {"--dtype", "--reduced-bundle"}
         assert named <= options | others, path.name
 
 
