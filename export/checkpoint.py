@@ -58,8 +58,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     path = path.resolve()
     transformers_logging.disable_progress_bar()
     config = _read_config(path)
-    if not any(path.glob("*.safetensors")):
-        raise ExportError(f"{path} has no *.safetensors: download the whole checkpoint")
+    _weights(path)
     tokenizer = _load(path, "tokenizer", AutoTokenizer.from_pretrained)
     if not tokenizer.chat_template:
         raise ExportError(f"{path} has no chat template: take an instruction-tuned checkpoint")
@@ -83,10 +82,15 @@ def checkpoint_source(path: Path) -> Source:
         ExportError: there is no checkpoint.
     """
     path = path.resolve()
+    files = [*_weights(path), *_carried(path)]
+    return Source(path.name, combined_sha256((f.name, file_sha256(f)) for f in files))
+
+
+def _weights(path: Path) -> list[Path]:
     weights = list(path.glob("*.safetensors"))
     if not weights:
-        raise ExportError(f"{path} has no *.safetensors: it is no checkpoint, or not all of it")
-    return Source(path.name, combined_sha256((f.name, file_sha256(f)) for f in [*weights, *_carried(path)]))
+        raise ExportError(f"{path} has no *.safetensors: it is no checkpoint, or not all of it was downloaded")
+    return weights
 
 
 def _carried(path: Path) -> list[Path]:

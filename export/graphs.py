@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from export.decoder import CachedDecoder, DecoderWeights, FullDecoder
 from export.quantize import quantize
 from export.vision import VisionTower
-from qvl_batch.bundle import DECODER, DECODER_FULL, VISION, Dtype, GraphSpec, Layout, TensorSpec
+from qvl_batch.bundle import DECODER, DECODER_FULL, VISION, Dtype, GraphSpec, Layout, TensorSpec, part_names
 from qvl_batch.errors import ExportError
 
 OPSET = 21
@@ -50,9 +50,8 @@ class Precision:
 
 def layer_names(config: Any) -> list[str]:
     """Names of the parts that hold products, as a comparison's layer plot has them."""
-    vision = [f"vision block {k}" for k in range(config.vision_config.depth)]
-    decoder = [f"decoder layer {k}" for k in range(config.text_config.num_hidden_layers)]
-    return ["patch embedding", *vision, "merger", *decoder, "head"]
+    names = part_names(config.vision_config.depth, config.text_config.num_hidden_layers)
+    return [name for name in names if name != "embedding"]
 
 
 def export_vision(

@@ -171,7 +171,7 @@ def _graph_tokens(layout: Layout, rows: list[Row], features: Array, directory: P
         if value.name.startswith("past_")
     }
     tokens: list[Array] = []
-    logits: list[Array] = []
+    first_logits: Array | None = None
     for _ in range(steps):
         inputs = {
             "input_ids": ids,
@@ -184,11 +184,12 @@ def _graph_tokens(layout: Layout, rows: list[Row], features: Array, directory: P
         following, scores, *present = session.run(names, inputs | past)
         past = dict(zip(past, present, strict=True))
         tokens.append(following)
-        logits.append(scores)
+        first_logits = scores if first_logits is None else first_logits
         ids, embeds = following[:, None], np.zeros_like(embeds[:, :1])
         positions = np.broadcast_to((lengths + layout.position_delta)[None, :, None], (3, len(rows), 1))
         lengths = lengths + 1
-    return np.stack(tokens, axis=1), logits[0]
+    assert first_logits is not None
+    return np.stack(tokens, axis=1), first_logits
 
 
 def _padded(layout: Layout, rows: list[Row], features: Array) -> tuple[Array, Array, Array]:

@@ -21,7 +21,8 @@ for the caller; the kernel rounds them to 8 bits in the same blocks (`accuracy_l
 """
 
 from collections.abc import Callable, Collection
-from typing import Any, Literal
+from functools import partial
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -31,7 +32,6 @@ from export.operators import DOMAIN
 from qvl_batch.bundle import Dtype
 
 Array = NDArray[Any]
-ReducedDtype = Literal["int8", "int8wo", "int4wo"]
 #: Inputs that share a scale in a weight-only product.
 BLOCK = 64
 LEVELS, ZERO_POINT = 127, 128
@@ -51,8 +51,7 @@ def quantize(model: ir.Model, dtype: Dtype, layers: Callable[[str], str], keep: 
     """
     if dtype == "fp32":
         return
-    replace = _w8a8 if dtype == "int8" else _weight_only
-    bits = 4 if dtype == "int4wo" else 8
+    replace = _w8a8 if dtype == "int8" else partial(_weight_only, bits=4 if dtype == "int4wo" else 8)
     for node in list(model.graph):
         weight = node.inputs[1] if node.op_type in ("MatMul", "Gemm") else None
         if weight is None or weight.const_value is None or layers(str(weight.name)) in keep:
@@ -61,7 +60,7 @@ def quantize(model: ir.Model, dtype: Dtype, layers: Callable[[str], str], keep: 
         if node.op_type == "Gemm":
             matrix = matrix.T  # the head, stored (V, D) for the embedding
         tape = _Tape(model, str(weight.name))
-        product = replace(tape, node.inputs[0], np.ascontiguousarray(matrix, np.float32), bits)
+        product = replace(tape, node.inputs[0], np.ascontiguousarray(matrix, np.float32))
         product.shape, product.type = node.outputs[0].shape, node.outputs[0].type
         name = node.outputs[0].name
         ir.convenience.replace_nodes_and_values(model.graph, node, [node], tape.nodes, node.outputs, [product])
@@ -96,7 +95,7 @@ class _Tape:
         return node.outputs[0]
 
 
-def _w8a8(tape: _Tape, x: ir.Value, matrix: Array, _bits: int) -> ir.Value:
+def _w8a8(tape: _Tape, x: ir.Value, matrix: Array) -> ir.Value:
     scale = np.maximum(np.abs(matrix).max(axis=0), TINY) / LEVELS
     weights = tape.constant("int8", np.rint(matrix / scale).astype(np.int8))
     last = tape.constant("last_axis", np.array([-1]), shared=True)
@@ -112,7 +111,7 @@ def _w8a8(tape: _Tape, x: ir.Value, matrix: Array, _bits: int) -> ir.Value:
     return tape.apply("Mul", product, largest)
 
 
-def _weight_only(tape: _Tape, x: ir.Value, matrix: Array, bits: int) -> ir.Value:
+def _weight_only(tape: _Tape, x: ir.Value, matrix: Array, *, bits: int) -> ir.Value:
     inputs, outputs = matrix.shape
     blocks = -(-inputs // BLOCK)
     padded = np.zeros((outputs, blocks * BLOCK), np.float32)

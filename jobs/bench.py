@@ -9,14 +9,12 @@ Writes `bench.json`, whose `ratios` are what the README quotes, and `bench.svg`.
 
 import itertools
 import json
-import os
 import platform
 import resource
 import statistics
 import sys
 import time
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +28,7 @@ from benchmark import limits, situations
 from benchmark.contenders import HuggingFace, Ours, Rows, ray_job
 from qvl_batch.config import CaptionConfig
 from qvl_batch.errors import JobError
+from qvl_batch.report import installed_versions
 from qvl_batch.runtime import usable_cpus
 from qvl_batch.source import IMAGE, PROMPT, open_source, read_unit
 
@@ -88,7 +87,7 @@ def bench(config: BenchConfig, console: Console) -> dict[str, Any]:
             seconds[name].append(time.perf_counter() - began)
         for name, engine in ours.items():
             stages[name].append(engine.stages(rows))
-        console.print(f"round {number + 1} of {config.rounds}: " + ", ".join(_speeds(seconds, len(rows), -1)))
+        console.print(f"round {number + 1} of {config.rounds}: " + ", ".join(_last_speeds(seconds, len(rows))))
     speed = {name: len(rows) / statistics.median(taken) for name, taken in seconds.items()}
     medians = {name: {k: statistics.median(r[k] for r in taken) for k in taken[0]} for name, taken in stages.items()}
     figures: dict[str, Any] = {
@@ -165,13 +164,14 @@ def _circumstances(config: BenchConfig) -> dict[str, Any]:
     packages = ("onnxruntime-gpu", "torch", "transformers", "ray")
     return {
         "machine": f"{platform.machine()}, {usable_cpus()} CPUs, {_processor()}",
-        "versions": {name: version(name) for name in packages},
+        "versions": installed_versions(packages),
         "settings": {name: str(value) for name, value in asdict(config).items()},
     }
 
 
 def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if os.path.exists("/proc/cpuinfo") else []  # noqa: PTH110
+    source = Path("/proc/cpuinfo")
+    lines = source.read_text().splitlines() if source.exists() else []
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
@@ -191,8 +191,8 @@ def _rows(config: BenchConfig) -> Rows:
     return Rows([image for image, _ in chosen], [prompt for _, prompt in chosen])
 
 
-def _speeds(seconds: dict[str, list[float]], rows: int, index: int) -> list[str]:
-    return [f"{name} {rows / taken[index]:.2f}" for name, taken in seconds.items()]
+def _last_speeds(seconds: dict[str, list[float]], rows: int) -> list[str]:
+    return [f"{name} {rows / taken[-1]:.2f}" for name, taken in seconds.items()]
 
 
 def _print(figures: dict[str, Any], console: Console) -> None:

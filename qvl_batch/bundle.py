@@ -154,6 +154,11 @@ class Manifest:
     files: dict[str, File]
 
     @property
+    def feature_shape(self) -> tuple[int, int]:
+        """Of an image's features, (T_img, D)."""
+        return self.layout.image_tokens, self.decoder.hidden_size
+
+    @property
     def vision_sha256(self) -> str:
         """Identifies the vision graph and its weights."""
         files = {name: file for name, file in self.files.items() if name.startswith(VISION)}
@@ -240,6 +245,14 @@ def chat_turn(
     if not mark or not ids[1] or not ids[2] or not {ids[1][-1], ids[2][0]} <= added:
         raise BundleError("the chat template must put special tokens on both sides of the prompt")
     return ids[0], ids[1], ids[2]
+
+
+def part_names(vision: int, decoder: int) -> list[str]:
+    """Names of what the states of a row pass, for towers of so many layers, in order."""
+    return [
+        "patch embedding", *(f"vision block {k}" for k in range(vision)), "merger",
+        "embedding", *(f"decoder layer {k}" for k in range(decoder)), "head",
+    ]  # fmt: skip
 
 
 def file_sha256(path: Path) -> str:

@@ -19,7 +19,7 @@ from qvl_batch.config import DEFAULT_MAX_NEW_TOKENS, Device, Fit
 from qvl_batch.decoder import Decoder
 from qvl_batch.engine import Completion, Engine, Request
 from qvl_batch.errors import ConfigError, ImageError, NumericError, RowError
-from qvl_batch.images import decode_image, fit_image, image_key
+from qvl_batch.images import image_key, pixels_or_failure
 from qvl_batch.layout import RowLayout
 from qvl_batch.runtime import resolve_device, usable_cpus
 from qvl_batch.schema import Answer, Failure
@@ -98,12 +98,13 @@ class Captioner:
         texts = [prompts] * len(images) if isinstance(prompts, str) else list(prompts)
         if len(texts) != len(images):
             raise ConfigError(f"{len(images)} images and {len(texts)} prompts: give one prompt each, or one for all")
+        size = self._bundle.manifest.layout.image_size
         answers: list[Answer] = []
         for start in range(0, len(images), WINDOW):
             window = slice(start, start + WINDOW)
-            files = [self._file(image) for image in images[window]]
+            files = [_file_or_failure(image) for image in images[window]]
             keys = [None if isinstance(file, Failure) else image_key(file, self._fit) for file in files]
-            pixels = [file if isinstance(file, Failure) else self._pixels(file) for file in files]
+            pixels = [file if isinstance(file, Failure) else pixels_or_failure(file, size, self._fit) for file in files]
             features = encode_images(self._vision, pixels, keys, self._recent)
             rows = list(zip(features, texts[window], keys, strict=True))
             answers.extend(answer_rows(self._engine, self._layout, rows, max_new_tokens))
@@ -118,18 +119,6 @@ class Captioner:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _file(self, image: ImageLike) -> bytes | Failure:
-        try:
-            return _file_bytes(image)
-        except ImageError as error:
-            return Failure.of(error)
-
-    def _pixels(self, file: bytes) -> Pixels | Failure:
-        try:
-            return fit_image(decode_image(file), self._bundle.manifest.layout.image_size, self._fit)
-        except ImageError as error:
-            return Failure.of(error)
 
 
 def encode_images(
@@ -189,6 +178,13 @@ def _answer(layout: RowLayout, prompt_tokens: int, future: "Future[Completion]")
     completion = future.result()
     text = layout.text(completion.token_ids)
     return Answer(text, completion.finish_reason, prompt_tokens, len(completion.token_ids))
+
+
+def _file_or_failure(image: ImageLike) -> bytes | Failure:
+    try:
+        return _file_bytes(image)
+    except ImageError as error:
+        return Failure.of(error)
 
 
 def _file_bytes(image: ImageLike) -> bytes:

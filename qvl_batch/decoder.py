@@ -57,13 +57,7 @@ class Decoder:
 
     def prefill(self, first: int, rows: Sequence[PrefillRow]) -> Tokens:
         """Fill slots `first`, `first + 1`, ... with `rows`; returns int64 (B,) of first tokens."""
-        inputs = self.prefill_inputs(rows)
-        self._lengths[first : first + len(rows)] = [len(row.input_ids) for row in rows]
-        if self._penalty:
-            self._penalty.reset(first, [row.input_ids for row in rows])
-        output = self._output(len(rows))
-        self._bind(first, inputs, output).run()
-        return self._pick(first, output)
+        return self._fill(first, rows, self.prefill_inputs(rows))
 
     @property
     def prefix_tokens(self) -> int:
@@ -83,12 +77,7 @@ class Decoder:
         inputs = self.prefill_inputs([row])
         for name, axis in (("input_ids", 1), ("position_ids", 2), ("image_embeds", 1)):
             inputs[name] = np.ascontiguousarray(np.split(inputs[name], [self.prefix_tokens], axis)[1])
-        self._lengths[slot] = len(row.input_ids)
-        if self._penalty:
-            self._penalty.reset(slot, [row.input_ids])
-        output = self._output(1)
-        self._bind(slot, inputs, output).run()
-        return self._pick(slot, output)
+        return self._fill(slot, [row], inputs)
 
     def step(self, tokens: Tokens) -> Tokens:
         """Append `tokens` int64 (B,) to slots 0 to B - 1; returns the tokens that follow."""
@@ -145,6 +134,14 @@ class Decoder:
             "seqlens_k": lengths - 1,
             "total_sequence_length": np.array(shape[1], np.int32),
         }
+
+    def _fill(self, first: int, rows: Sequence[PrefillRow], inputs: dict[str, NDArray[Any]]) -> Tokens:
+        self._lengths[first : first + len(rows)] = [len(row.input_ids) for row in rows]
+        if self._penalty:
+            self._penalty.reset(first, [row.input_ids for row in rows])
+        output = self._output(len(rows))
+        self._bind(first, inputs, output).run()
+        return self._pick(first, output)
 
     def _output(self, rows: int) -> NDArray[Any]:
         """Where a run leaves next tokens int64 (B,), or logits (B, V) where something reads them."""

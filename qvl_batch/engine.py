@@ -125,6 +125,8 @@ class Engine:
         if not self._receive():
             return False
         free = min(self._decoder.slots - len(self._live), PREFILL_ROWS)
+        if not free:
+            return True
         rest = [item for item in self._waiting if item[0].image in self._shelves][:free]
         for item in rest:
             self._waiting.remove(item)

@@ -16,6 +16,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from qvl_batch.config import Fit
 from qvl_batch.errors import ImageError, stable_message
+from qvl_batch.schema import Failure
 
 #: Ground of a letterbox: the mean colour of CLIP's training images, so that the bars are close
 #: to zero once the graph has normalised them.
@@ -27,6 +28,14 @@ ALPHA_GROUND = (255, 255, 255, 255)
 def image_key(data: bytes, fit: Fit) -> bytes:
     """16 bytes that stand for an image file's contents and how it is fitted."""
     return hashlib.sha256(fit.encode() + b"\0" + data).digest()[:16]
+
+
+def pixels_or_failure(data: bytes, size: int, fit: Fit) -> NDArray[np.uint8] | Failure:
+    """Decode and fit an image file; what is wrong with it where that cannot be done."""
+    try:
+        return fit_image(decode_image(data), size, fit)
+    except ImageError as error:
+        return Failure.of(error)
 
 
 def decode_image(data: bytes) -> Image.Image:

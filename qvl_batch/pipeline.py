@@ -7,7 +7,6 @@ The stages are in `prepare` and `stages`; here they are strung together and give
 This is the only module, apart from the jobs, that imports ray.
 """
 
-import importlib.metadata
 import logging
 import os
 import signal
@@ -34,7 +33,7 @@ from qvl_batch.config import CaptionConfig
 from qvl_batch.errors import ConfigError, JobError
 from qvl_batch.plan import ROWS_PER_BLOCK, TASK_CPUS, Plan, make_plan
 from qvl_batch.prepare import prepare
-from qvl_batch.report import Report, progress_line
+from qvl_batch.report import Report, installed_versions, progress_line
 from qvl_batch.runtime import resolve_device, usable_cpus
 from qvl_batch.sink import AnswerWriter, prepare_output, write_run
 from qvl_batch.source import Source, Unit, open_source, read_unit
@@ -227,12 +226,5 @@ def _settings(config: CaptionConfig, source: Source, bundle: Bundle, plan: Plan,
         "limit": config.limit,
         "device": device,
         "plan": asdict(plan),
-        "versions": {name: version for name in packages if (version := _version(name))},
+        "versions": installed_versions(packages),
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

@@ -4,11 +4,12 @@ It runs in short tasks, in many processes, so this module imports neither transf
 ONNX Runtime, which would take each of them two seconds.
 """
 
+import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from qvl_batch.config import Fit
-from qvl_batch.errors import ImageError
-from qvl_batch.images import decode_image, fit_image, image_key
+from qvl_batch.images import image_key, pixels_or_failure
 from qvl_batch.schema import Failure
 from qvl_batch.source import FAILURE, IMAGE, OWN, failure_columns, failures_of
 
@@ -21,27 +22,23 @@ def prepare(table: pa.Table, image_size: int, fit: Fit) -> pa.Table:
     """
     failures = failures_of(table)
     keys: list[bytes | None] = []
-    fitted: dict[bytes, bytes | Failure] = {}
+    fitted: dict[bytes, NDArray[np.uint8] | Failure] = {}
     for image, failure in zip(table[IMAGE], failures, strict=True):
         keys.append(None)
         if failure is None:
             data: bytes = image.as_py()
             keys[-1] = key = image_key(data, fit)
-            fitted[key] = fitted.get(key) or _fitted(data, image_size, fit)
+            if key not in fitted:
+                fitted[key] = pixels_or_failure(data, image_size, fit)
     results = [failure if key is None else fitted[key] for key, failure in zip(keys, failures, strict=True)]
     columns = {
-        PIXELS: pa.array([row if isinstance(row, bytes) else None for row in results], pa.large_binary()),
+        PIXELS: pa.array(
+            [row.tobytes() if isinstance(row, np.ndarray) else None for row in results], pa.large_binary()
+        ),
         IMAGE_KEY: pa.array(keys, pa.binary()),
         **failure_columns([row if isinstance(row, Failure) else None for row in results]),
     }
     return with_columns(table.drop_columns([IMAGE, *FAILURE]), columns)
-
-
-def _fitted(data: bytes, image_size: int, fit: Fit) -> bytes | Failure:
-    try:
-        return fit_image(decode_image(data), image_size, fit).tobytes()
-    except ImageError as error:
-        return Failure.of(error)
 
 
 def with_columns(table: pa.Table, columns: dict[str, pa.Array]) -> pa.Table:

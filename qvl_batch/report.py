@@ -1,9 +1,10 @@
 """What a person sees of a job: a line while it runs, a summary at its end, and `_run.json`."""
 
+import importlib.metadata
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,15 @@ class Report:
             f"answers   {self.output}",
         ]
         return "\n".join(lines)
+
+
+def installed_versions(packages: Iterable[str]) -> dict[str, str]:
+    """Versions of those packages that are installed."""
+    versions: dict[str, str] = {}
+    for package in packages:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return versions
 
 
 class ProgressLine:

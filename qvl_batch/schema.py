@@ -43,6 +43,11 @@ class Failure:
         return cls(error.stage, type(error).__name__, stable_message(error))
 
 
+def failure_record(failure: Failure | None) -> dict[str, str | None]:
+    """Values of the columns that say why a row failed, by name."""
+    return {f"error_{part}": getattr(failure, part, None) for part in ("stage", "type", "message")}
+
+
 @dataclass(frozen=True, slots=True)
 class Answer:
     """What a row was answered, or its failure. `str()` gives the answer's text.
@@ -67,15 +72,12 @@ class Answer:
 
     def record(self) -> dict[str, str | int | None]:
         """Values of `ANSWER_FIELDS`, by name."""
-        failure = self.failure
         return {
             "answer": self.answer,
             "finish_reason": self.finish_reason,
             "prompt_tokens": self.prompt_tokens,
             "answer_tokens": self.answer_tokens,
-            "error_stage": failure.stage if failure else None,
-            "error_type": failure.type if failure else None,
-            "error_message": failure.message if failure else None,
+            **failure_record(self.failure),
         }
 
 

@@ -122,14 +122,19 @@ class AnswerWriter:
             self._write("part-000000-000000000000.parquet", self._schema.empty_table())
 
     def _write(self, name: str, table: pa.Table) -> None:
-        buffer = pa.BufferOutputStream()
-        pq.write_table(table.select(self._schema.names).cast(self._schema), buffer, compression="zstd")
-        write_whole(self._output / name, buffer.getvalue())
+        write_table(self._output / name, table.select(self._schema.names).cast(self._schema))
 
 
 def write_run(output: Path, report: dict[str, Any]) -> None:
     """Write `_run.json`."""
     write_whole(output / RUN, json.dumps(report, indent=1).encode() + b"\n")
+
+
+def write_table(path: Path, table: pa.Table) -> None:
+    """Write a parquet file as `write_whole` does."""
+    buffer = pa.BufferOutputStream()
+    pq.write_table(table, buffer, compression="zstd")
+    write_whole(path, buffer.getvalue())
 
 
 def write_whole(path: Path, data: bytes | pa.Buffer) -> None:

@@ -41,8 +41,7 @@ class VisionStage:
         if cache is not None:
             folder, gigabytes = cache
             manifest = loaded.manifest
-            shape = (manifest.layout.image_tokens, manifest.decoder.hidden_size)
-            disk = VisionCache(folder, manifest.vision_sha256, shape, int(gigabytes * 1e9))
+            disk = VisionCache(folder, manifest.vision_sha256, manifest.feature_shape, int(gigabytes * 1e9))
         self._cache = RecentFeatures(disk)
 
     def __call__(self, table: pa.Table) -> pa.Table:
@@ -70,7 +69,7 @@ class DecodeStage:
         loaded = Bundle.load(bundle, verify=False)
         self._layout = RowLayout(loaded)
         self._max_new_tokens = max_new_tokens
-        self._shape = (loaded.manifest.layout.image_tokens, loaded.manifest.decoder.hidden_size)
+        self._shape = loaded.manifest.feature_shape
         decoder = Decoder(loaded, slots, threads)
         self._engine = Engine(decoder, loaded.manifest.generation.eos_token_ids)
 

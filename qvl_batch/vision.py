@@ -29,7 +29,7 @@ class VisionEncoder:
     def __init__(self, bundle: Bundle, threads: int) -> None:
         self.layout = bundle.manifest.layout
         self._session = Session(bundle.file(VISION), threads)
-        expected = [self.layout.image_tokens, bundle.manifest.decoder.hidden_size]
+        expected = list(bundle.manifest.feature_shape)
         found = self._session.outputs.get("image_features", [])[1:]
         if found != expected:
             raise BundleError(f"{bundle.path / VISION} gives features of shape {found}, the contract says {expected}")

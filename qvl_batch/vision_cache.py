@@ -44,9 +44,10 @@ class RecentFeatures:
 
     def get(self, key: bytes) -> Features | None:
         """Features of an image, None if they are not there."""
-        if key in self._recent:
-            return self._recent[key]
-        return self._disk.get(key) if self._disk else None
+        features = self._recent.get(key)
+        if features is None and self._disk and (features := self._disk.get(key)) is not None:
+            self._remember(key, features)
+        return features
 
     def put(self, key: bytes, features: Features) -> None:
         """Keep features.
@@ -54,11 +55,14 @@ class RecentFeatures:
         Raises:
             OutputError: the folder cannot be written.
         """
+        self._remember(key, features)
+        if self._disk:
+            self._disk.put(key, features)
+
+    def _remember(self, key: bytes, features: Features) -> None:
         if len(self._recent) == RECENT:
             self._recent.pop(next(iter(self._recent)))
         self._recent[key] = features
-        if self._disk:
-            self._disk.put(key, features)
 
 
 class VisionCache:
@@ -105,7 +109,7 @@ class VisionCache:
             OutputError: they cannot be written.
         """
         path = self._path(key)
-        body = features.astype(np.float32, copy=False).tobytes()
+        body = features.tobytes()
         partial = path.with_suffix(f"{PARTIAL}{uuid.uuid4().hex}")
         try:
             path.parent.mkdir(exist_ok=True)

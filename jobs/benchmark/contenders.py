@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from PIL import Image
 from transformers import GenerationConfig
@@ -164,9 +166,6 @@ class HuggingFace:
 
 def ray_job(bundle: Path, inputs: tuple[str, ...], rows: int, new_tokens: int) -> Report:
     """Run the whole job as `jobs/caption.py` does; the input is repeated until it has `rows` rows."""
-    import pyarrow as pa  # noqa: PLC0415
-    import pyarrow.parquet as pq  # noqa: PLC0415
-
     from qvl_batch.pipeline import run  # noqa: PLC0415  (starts what only this contender needs)
 
     with tempfile.TemporaryDirectory() as folder:
@@ -184,8 +183,6 @@ def ray_job(bundle: Path, inputs: tuple[str, ...], rows: int, new_tokens: int) -
 
 def _renamed(table: Any, number: int) -> Any:
     """The same images with a byte behind them that no decoder reads."""
-    import pyarrow as pa  # noqa: PLC0415
-
     images = [{**image, "bytes": image["bytes"] + bytes([number])} for image in table["image"].to_pylist()]
     return table.set_column(
         table.schema.get_field_index("image"), "image", pa.array(images, table.schema.field("image").type)

@@ -47,11 +47,10 @@ def four_prompts(ours: Ours, rows: Rows) -> float:
 def second_prompt(ours: Ours, rows: Rows) -> float:
     """Time of another prompt over the same images, their features kept on disk, over the first run."""
     manifest = ours.bundle.manifest
-    shape = (manifest.layout.image_tokens, manifest.decoder.hidden_size)
     with tempfile.TemporaryDirectory() as folder:
 
         def run(prompt: str) -> None:
-            cache = VisionCache(Path(folder), manifest.vision_sha256, shape, 1 << 40)
+            cache = VisionCache(Path(folder), manifest.vision_sha256, manifest.feature_shape, 1 << 40)
             _answer_shared(ours, rows, (prompt,), RecentFeatures(cache))
 
         first = _seconds(lambda: run(PROMPTS[0]))

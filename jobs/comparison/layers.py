@@ -22,7 +22,7 @@ import onnx
 from numpy.typing import NDArray
 
 from comparison.traces import Array, States
-from qvl_batch.bundle import DECODER, VISION, Bundle
+from qvl_batch.bundle import DECODER, VISION, Bundle, part_names
 from qvl_batch.decoder import Decoder, PrefillRow
 from qvl_batch.errors import BundleError
 from qvl_batch.runtime import Session
@@ -108,11 +108,8 @@ class _Tower:
 
 def depth_names(depths: int, decoder: int) -> list[str]:
     """Names of so many depths of a `Drift`, for a decoder of so many layers."""
-    vision = depths - decoder - 4  # both towers have a depth before their first layer and one after their last
-    return [
-        "patch embedding", *(f"vision block {k}" for k in range(vision)), "merger",
-        "embedding", *(f"decoder layer {k}" for k in range(decoder)), "head",
-    ]  # fmt: skip
+    # Both towers have a depth before their first layer and one after their last.
+    return part_names(depths - decoder - 4, decoder)
 
 
 def state_error(found: Array, expected: Array) -> float:

@@ -108,12 +108,12 @@ def open_questions(config: CompareConfig, image_size: int) -> Questions:
         InputError: nothing is there, a file is no parquet, or its columns cannot be used.
         ConfigError: the expected column has the name of one that the comparison writes.
     """
-    plain = open_source(config.captions(()))
     expected = config.expected_column
-    if expected is None and EXPECTED in pq.read_schema(plain.files[0]).names:
-        expected = EXPECTED
     if expected is None:
-        return Questions(plain, config.fit, config.prompt, None, image_size)
+        plain = open_source(config.captions(()))
+        if EXPECTED not in pq.read_schema(plain.files[0]).names:
+            return Questions(plain, config.fit, config.prompt, None, image_size)
+        expected = EXPECTED
     try:
         source = open_source(config.captions((expected,)))
     except (InputError, ConfigError) as error:

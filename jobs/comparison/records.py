@@ -22,8 +22,8 @@ from comparison.measures import Measures, measured
 from comparison.questions import Question
 from comparison.traces import INPUT_STAGES, Trace
 from qvl_batch.errors import OutputError
-from qvl_batch.schema import Failure
-from qvl_batch.sink import write_whole
+from qvl_batch.schema import Failure, failure_record
+from qvl_batch.sink import write_table, write_whole
 
 COMPARISON, SUMMARY, PAGE = "comparison.parquet", "summary.json", "report.html"
 PARTS, SETTINGS = "_parts", "settings.json"
@@ -102,9 +102,7 @@ def record(
         "reference_tokens": len(reference.token_ids) if isinstance(reference, Trace) else None,
         "answer_tokens": len(candidate.token_ids) if isinstance(candidate, Trace) else None,
         "error_side": side,
-        "error_stage": failure.stage if failure else None,
-        "error_type": failure.type if failure else None,
-        "error_message": failure.message if failure else None,
+        **failure_record(failure),
         **measured(measures),
         "equal": measures.equal if measures else None if side == "input" else False,
         "reference_token_text": texts[0],
@@ -168,7 +166,7 @@ class Records:
 
     def write(self, chunk: int, rows: list[dict[str, Any]]) -> None:
         """Write the rows of a chunk."""
-        self._write(_part(self.output / PARTS, chunk), pa.Table.from_pylist(rows, self.schema))
+        write_table(_part(self.output / PARTS, chunk), pa.Table.from_pylist(rows, self.schema))
 
     def read(self) -> list[dict[str, Any]]:
         """All rows, in the order of the input."""
@@ -182,14 +180,9 @@ class Records:
         schema = self.schema.remove(self.schema.get_field_index(THUMBNAIL.name)).append(
             pa.field("difference", pa.string())
         )
-        self._write(self.output / COMPARISON, pa.Table.from_pylist(rows, schema))
+        write_table(self.output / COMPARISON, pa.Table.from_pylist(rows, schema))
         write_whole(self.output / SUMMARY, json.dumps(summary, indent=1, allow_nan=False).encode() + b"\n")
         write_whole(self.output / PAGE, page.encode())
-
-    def _write(self, path: Path, table: pa.Table) -> None:
-        buffer = pa.BufferOutputStream()
-        pq.write_table(table, buffer, compression="zstd")
-        write_whole(path, buffer.getvalue())
 
 
 def _part(parts: Path, chunk: int) -> Path:

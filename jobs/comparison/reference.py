@@ -73,13 +73,14 @@ class PyTorch:
         results: dict[int, Trace | Failure] = {}
         by_length: defaultdict[int, list[int]] = defaultdict(list)
         for index, ids in enumerate(rows):
-            by_length[len(ids)].append(index)
-            if len(ids) >= self._max_seq_len:
+            if len(ids) < self._max_seq_len:
+                by_length[len(ids)].append(index)
+            else:
                 message = f"the row has {len(ids)} tokens; the bundle leaves room for {self._max_seq_len}"
                 results[index] = Failure.of(PromptError(message))
         for indices in by_length.values():
             for start in range(0, len(indices), BATCH):
-                batch = [index for index in indices[start : start + BATCH] if index not in results]
+                batch = indices[start : start + BATCH]
                 traces = self._generate([questions[i] for i in batch], [rows[i] for i in batch])
                 results.update(zip(batch, traces, strict=True))
         return [results[index] for index in range(len(questions))]
@@ -95,8 +96,10 @@ class PyTorch:
             _features(visual) as features,
         ):
             logits = self.model(**inputs, logits_to_keep=1).logits[0, -1]
+        order = self._graph_order(inputs["image_grid_thw"])
         return States(
-            vision=[_array(self._in_graph_order(state, inputs["image_grid_thw"])) for state in vision],
+            # (N, D_vision) as merge groups, those in order, and as patches again
+            vision=[_array(state.reshape(len(order), -1, state.shape[-1])[order].flatten(0, 1)) for state in vision],
             features=_array(features[0]),
             decoder=[_array(state[0]) for state in decoder],
             logits=_array(logits),
@@ -132,8 +135,6 @@ class PyTorch:
         return {name: tensor.to(self.device) for name, tensor in inputs.items()}
 
     def _generate(self, questions: Sequence[Question], rows: Sequence[list[int]]) -> list[Trace]:
-        if not questions:
-            return []
         length = len(rows[0])
         settings = GenerationConfig(
             max_new_tokens=min(self._max_new_tokens, self._max_seq_len - length),
@@ -157,13 +158,12 @@ class PyTorch:
         text = self.tokenizer.decode(tokens, skip_special_tokens=True)
         return Trace(text, tokens, input_ids, features, logits[: len(tokens)])
 
-    def _in_graph_order(self, state: Tensor, grid: Tensor) -> Tensor:
-        """Patches (N, D) as transformers' windows order them to the order of the exported graph."""
+    def _graph_order(self, grid: Tensor) -> Tensor:
+        """Where transformers' windows have each merge group of the exported graph, int64 (T_img,)."""
         vision = self.config.vision_config
         index, _ = get_vision_window_index(grid, vision.spatial_merge_size, vision.window_size, vision.patch_size)
         order, _ = window_order(grid, vision)
-        groups = state.reshape(len(index), -1, state.shape[-1])
-        return groups[torch.argsort(index)][order].reshape(state.shape)
+        return torch.argsort(index)[order]
 
 
 @contextmanager

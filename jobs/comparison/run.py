@@ -1,6 +1,5 @@
 """The comparison from its settings to its report."""
 
-import importlib.metadata
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -20,7 +19,7 @@ from comparison.summary import STAGES, Bounds, difference, summarize
 from comparison.traces import INPUT_STAGES, Side, Trace
 from qvl_batch.bundle import Bundle, Source
 from qvl_batch.errors import ConfigError, JobError
-from qvl_batch.report import progress_line
+from qvl_batch.report import ProgressLine, installed_versions, progress_line
 from qvl_batch.schema import Failure
 
 #: Questions in one chunk, and the memory that its logits may take on both sides together.
@@ -79,23 +78,24 @@ def compare(config: CompareConfig, say: Callable[[str], None] = lambda _: None) 
     settings = _settings(config, sides, questions, rows_per_chunk)
     id_type = questions.source.columns.id.type
     records = Records.open(config.output, id_type, settings, overwrite=config.overwrite)
-    _say_what(say, config, sides, questions, records.chunks * rows_per_chunk * len(config.fit))
-    _answer(questions, sides, records, rows_per_chunk)
+    done = min(len(questions), records.chunks * rows_per_chunk * len(config.fit))
+    _say_what(say, config, sides, questions, done)
+    with progress_line(len(questions) - done) as progress:
+        _answer(questions, sides, records, rows_per_chunk, progress)
     return _report(config, sides, records, settings)
 
 
-def _answer(questions: Questions, sides: "_Sides", records: Records, rows_per_chunk: int) -> None:
+def _answer(
+    questions: Questions, sides: "_Sides", records: Records, rows_per_chunk: int, progress: ProgressLine
+) -> None:
     """Answer what is not answered yet, a chunk at a time."""
-    done = min(len(questions), records.chunks * rows_per_chunk * len(questions.fits))
-    failed, started = 0, time.monotonic()
-    with progress_line(len(questions) - done) as progress:
-        shown = 0
-        for number, chunk in enumerate(questions.chunks(rows_per_chunk, records.chunks), start=records.chunks):
-            rows = _rows(chunk, sides)
-            records.write(number, rows)
-            shown += len(rows)
-            failed += sum(row["error_side"] is not None for row in rows)
-            progress.show(shown, failed, time.monotonic() - started)
+    done, failed, started = 0, 0, time.monotonic()
+    for number, chunk in enumerate(questions.chunks(rows_per_chunk, records.chunks), start=records.chunks):
+        rows = _rows(chunk, sides)
+        records.write(number, rows)
+        done += len(rows)
+        failed += sum(row["error_side"] is not None for row in rows)
+        progress.show(done, failed, time.monotonic() - started)
 
 
 def _rows(chunk: Sequence[Question], sides: "_Sides") -> list[dict[str, Any]]:
@@ -242,7 +242,7 @@ def _settings(config: CompareConfig, sides: _Sides, questions: Questions, rows_p
         "max_new_tokens": config.max_new_tokens,
         "layers": config.layers,
         "rows a part": rows_per_chunk,
-        "versions": {name: found for name in PACKAGES if (found := _version(name))},
+        "versions": installed_versions(PACKAGES),
     }
 
 
@@ -261,15 +261,8 @@ def _say_what(
         say("note      the bundle's manifest says it was exported from another checkpoint")
     say(f"questions {len(questions):,} from {len(questions.source.files):,} files")
     if done:
-        say(f"resuming  {min(done, len(questions)):,} are compared already")
+        say(f"resuming  {done:,} are compared already")
 
 
 def _figure(value: float | str | None) -> str:
     return f"{value:.1e}" if isinstance(value, float) else value or "none"
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

@@ -137,16 +137,15 @@ def _layers(rows: list[Row], depths: Sequence[str], max_drift: float) -> dict[st
     total = np.array([row["layer_error"] for row in rows], np.float64)
     own = np.array([row["layer_own_error"] for row in rows], np.float64)
     # Not a number is worse than any number.
-    over = ~(np.nanmedian(np.nan_to_num(total, nan=np.inf), axis=0) <= max_drift)
-    worst = np.argmax(np.median(np.nan_to_num(own, nan=np.inf), axis=0))
-    own_over = np.median(np.nan_to_num(own, nan=np.inf), axis=0)[worst] > max_drift
+    medians, own_medians = (np.median(np.nan_to_num(errors, nan=np.inf), axis=0) for errors in (total, own))
+    over, worst = medians > max_drift, int(own_medians.argmax())
     return {
         "depths": [
             {"name": name, "total": _spread(total[:, k].tolist()), "own": _spread(own[:, k].tolist())}
             for k, name in enumerate(depths)
         ],
         "begins_at": depths[int(np.argmax(over))] if over.any() else None,
-        "largest_own_error": depths[int(worst)] if own_over else None,
+        "largest_own_error": depths[worst] if own_medians[worst] > max_drift else None,
     }
 
 
