@@ -154,7 +154,7 @@ def _ray(figures: dict[str, Any], config: BenchConfig) -> None:
         "rows": config.ray_rows,
         "steady_images_per_second": report.steady_images_per_second,
         "seconds": report.seconds,
-        "first_seconds": report.first_seconds,
+        "workers_seconds": report.workers_seconds,
         "startup_seconds": report.startup_seconds,
     }
     figures["ratios"]["ray"] = report.steady_images_per_second / figures["images_per_second"][name]

@@ -8,7 +8,7 @@ import io
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Self, get_args
+from typing import Self, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -130,27 +130,29 @@ def encode_images(
     """Features (T_img, D) of each image, in order; failures stay where they are.
 
     Args:
-        vision: runs the graph.
+        vision: runs the graph, once for each image that is new.
         images: pixels, or why there are none.
         keys: of images, None for failures.
-        cache: asked before an image is encoded, told after.
+        cache: asked before images are encoded, told after.
     """
-    return [_encoded(vision, image, key, cache) for image, key in zip(images, keys, strict=True)]
-
-
-def _encoded(
-    vision: VisionEncoder, image: Pixels | Failure, key: bytes | None, cache: RecentFeatures
-) -> Features | Failure:
-    if isinstance(image, Failure):
-        return image
-    assert key is not None
-    if (kept := cache.get(key)) is not None:
-        return kept
-    (features,) = vision.encode([image])
-    if isinstance(features, NumericError):
-        return Failure.of(features)
-    cache.put(key, features)
-    return features
+    rows = list(zip(images, keys, strict=True))
+    found: dict[bytes, Features | Failure] = {}
+    new: dict[bytes, Pixels] = {}
+    for image, key in rows:
+        if isinstance(image, Failure) or key is None or key in found or key in new:
+            continue
+        kept = cache.get(key)
+        if kept is None:
+            new[key] = image
+        else:
+            found[key] = kept
+    for key, features in zip(new, vision.encode(list(new.values())), strict=True):
+        if isinstance(features, NumericError):
+            found[key] = Failure.of(features)
+        else:
+            cache.put(key, features)
+            found[key] = features
+    return [image if isinstance(image, Failure) else found[cast("bytes", key)] for image, key in rows]
 
 
 def answer_rows(

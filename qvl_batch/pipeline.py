@@ -8,6 +8,7 @@ This is the only module, apart from the jobs, that imports ray.
 """
 
 import logging
+import math
 import os
 import signal
 import socket
@@ -20,13 +21,14 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 # Read when ray is imported.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import ray
 import ray.data
-from ray.data import ActorPoolStrategy, DataContext, Dataset
+from ray.data import ActorPoolStrategy, DataContext, Dataset, TaskPoolStrategy
 
 from qvl_batch.bundle import Bundle
 from qvl_batch.config import CaptionConfig
@@ -37,10 +39,12 @@ from qvl_batch.report import Report, installed_versions, progress_line
 from qvl_batch.runtime import resolve_device, usable_cpus
 from qvl_batch.sink import AnswerWriter, prepare_output, write_run
 from qvl_batch.source import Source, Unit, open_source, read_unit
-from qvl_batch.stages import DecodeStage, VisionStage
+from qvl_batch.stages import STARTED, DecodeStage, VisionStage
 
 #: With fewer, the actors would leave no CPU to the tasks that feed them.
 LEAST_CPUS = 2
+#: The decoder comes first: rows that are alive hold slots, and images can wait.
+VISION_NICENESS = 5
 #: Ray's own progress is replaced by rows done, an error's traceback by its line (Ray's log folder
 #: has it all), and that Ray makes itself a token is no news.
 QUIET = {
@@ -64,7 +68,7 @@ def run(config: CaptionConfig, say: Callable[[str], None] = lambda _: None) -> R
         JobError: input, output, bundle, device or settings make the job impossible. Answers
             that were ready by then are in the output.
     """
-    began = time.monotonic()
+    began = time.time()
     source = open_source(config)
     bundle = Bundle.load(config.bundle)
     device = resolve_device(config.device)
@@ -76,18 +80,18 @@ def run(config: CaptionConfig, say: Callable[[str], None] = lambda _: None) -> R
         say(f"workers   {plan}")
         schema = source.columns.output_schema()
         with AnswerWriter(config.output, schema) as writer, progress_line(source.rows) as progress:
-            started = time.monotonic()
-            first = (0, 0.0)
+            started, first_image = time.time(), math.inf
             for table in _answers(config, source, bundle, plan):
                 writer.add(table)
-                first = first if first[0] else (table.num_rows, time.monotonic() - started)
+                first_image = min(first_image, pc.min(table[STARTED]).as_py())
                 tally = writer.tally
-                progress.show(tally.rows, tally.finish_reasons["error"], time.monotonic() - started)
-        seconds = time.monotonic() - started
+                progress.show(tally.rows, tally.finish_reasons["error"], time.time() - started)
+        seconds = time.time() - started
     if writer.tally.rows != source.rows:
         raise JobError(f"{writer.tally.rows:,} of {source.rows:,} rows came back; the answers are not complete")
     settings = _settings(config, source, bundle, plan, device)
-    report = Report(config.output, writer.tally, seconds, started - began, *first, settings)
+    workers_seconds = min(max(first_image - started, 0), seconds)
+    report = Report(config.output, writer.tally, seconds, started - began, workers_seconds, settings)
     write_run(config.output, report.record())
     return report
 
@@ -106,6 +110,7 @@ def _answers(config: CaptionConfig, source: Source, bundle: Bundle, plan: Plan) 
 def _dataset(config: CaptionConfig, source: Source, bundle: Bundle, plan: Plan) -> Dataset:
     """The pipeline, in the order of its stages."""
     columns, prompt = source.columns, config.prompt
+    tasks = TaskPoolStrategy(size=plan.tasks_at_once)
     cache = (config.vision_cache.resolve(), config.vision_cache_gb) if config.vision_cache else None
 
     def read(units: pa.Table) -> Iterator[pa.Table]:
@@ -114,18 +119,19 @@ def _dataset(config: CaptionConfig, source: Source, bundle: Bundle, plan: Plan) 
 
     return (
         ray.data.from_items([asdict(unit) for unit in source.units], override_num_blocks=len(source.units))
-        .map_batches(read, batch_size=1, batch_format="pyarrow", num_cpus=TASK_CPUS)
+        .map_batches(read, batch_size=1, batch_format="pyarrow", compute=tasks, num_cpus=TASK_CPUS)
         .repartition(target_num_rows_per_block=ROWS_PER_BLOCK)
         .map_batches(
             prepare,
             batch_format="pyarrow",
             fn_args=(bundle.manifest.layout.image_size, config.fit),
+            compute=tasks,
             num_cpus=TASK_CPUS,
         )
         .map_batches(
             VisionStage,
             batch_format="pyarrow",
-            fn_constructor_args=(bundle.path, plan.vision_threads, cache),
+            fn_constructor_args=(bundle.path, plan.vision_threads, cache, VISION_NICENESS),
             compute=ActorPoolStrategy(size=plan.vision_workers, max_tasks_in_flight_per_actor=2),
             num_cpus=plan.vision_cpus,
         )
@@ -166,6 +172,8 @@ def _ray() -> Iterator[tuple[int, int]]:
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.raise_original_map_exception = True
+    # It would advise to reserve for a worker, as of its third second, all memory that its graph takes.
+    context.issue_detectors_config.high_memory_detector_config.detection_time_interval_s = -1
     try:
         nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
         if sum(nodes) < LEAST_CPUS:

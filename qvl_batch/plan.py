@@ -14,24 +14,27 @@ from qvl_batch.bundle import Manifest
 from qvl_batch.config import CaptionConfig
 from qvl_batch.kv_cache import slot_bytes
 
+#: Rows that travel together. Small, so that several batches are in the engine at once.
+ROWS_PER_BLOCK = 8
 #: Part of the cores that the decoder gets; the vision graph does more of the work of a row. Both
 #: parts are rounded up: one thread too many costs less than a core that waits (5 % on two cores).
 DECODER_SHARE = 0.4
-#: Threads beyond this make one vision session little faster.
-VISION_THREADS = 4
+#: Images that a vision worker encodes at a time, one thread each: all of a block.
+VISION_THREADS = ROWS_PER_BLOCK
 #: CPUs that a reading or image-decoding task claims.
 TASK_CPUS = 0.25
 #: One for the task that cuts blocks, which claims a whole CPU, and one each for reading and decoding.
 FOR_TASKS = 1 + 2 * TASK_CPUS
+#: One task of a kind for so many CPUs. Each needs a process, whose start takes a CPU two seconds from
+#: the graphs; without a limit, six of them took a tenth of a job of one minute.
+CPUS_PER_TASK = 4
 #: A decoder's cache takes at most this part of the machine's memory, and by default this many slots.
 CACHE_SHARE, DEFAULT_SLOTS = 0.25, 16
-#: Rows that travel together. Small, so that several batches are in the engine at once.
-ROWS_PER_BLOCK = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Workers, threads each, Ray CPUs each, and slots of a decoder."""
+    """Workers, threads each (of a vision worker: images at a time), Ray CPUs each, and slots of a decoder."""
 
     vision_workers: int
     vision_threads: int
@@ -41,6 +44,7 @@ class Plan:
     decoder_cpus: float
     slots: int
     slot_bytes: int
+    tasks_at_once: int
 
     @property
     def calls_per_decoder(self) -> int:
@@ -80,6 +84,7 @@ def make_plan(config: CaptionConfig, manifest: Manifest, cpus: int, node_cpus: i
         decoder_cpus=_floor(decoder_threads * per_thread),
         slots=config.slots or _slots(manifest, decoders),
         slot_bytes=slot_bytes(manifest),
+        tasks_at_once=math.ceil(cpus / CPUS_PER_TASK),
     )
 
 

@@ -22,17 +22,16 @@ SECONDS_PER_LINE = 10.0
 class Report:
     """A finished job.
 
-    `seconds` is the time from the start of the pipeline, its workers' start included, to the last
-    answer written; `startup_seconds` what went before it, most of it the start of Ray. The first
-    answers, `first_rows` of them, came after `first_seconds`, when all workers had started.
+    `seconds` is the time from the start of the pipeline to the last answer written. The first
+    `workers_seconds` of it went until an image entered the vision graph, most of it on starting
+    workers; `startup_seconds` went before it, most of it on starting Ray.
     """
 
     output: Path
     tally: Tally
     seconds: float
     startup_seconds: float
-    first_rows: int
-    first_seconds: float
+    workers_seconds: float
     settings: dict[str, Any]
 
     @property
@@ -47,9 +46,9 @@ class Report:
 
     @property
     def steady_images_per_second(self) -> float:
-        """Rows after the first answers over the time since, so without any start-up."""
-        rows, seconds = self.tally.rows - self.first_rows, self.seconds - self.first_seconds
-        return rows / seconds if rows and seconds > 0 else 0.0
+        """Rows over the time since an image entered the vision graph, so without any start-up."""
+        seconds = self.seconds - self.workers_seconds
+        return self.tally.rows / seconds if seconds > 0 else 0.0
 
     def record(self) -> dict[str, Any]:
         """Contents of `_run.json`."""
@@ -62,7 +61,7 @@ class Report:
             "answer_tokens": tally.answer_tokens,
             "seconds": round(self.seconds, 3),
             "startup_seconds": round(self.startup_seconds, 3),
-            "first_seconds": round(self.first_seconds, 3),
+            "workers_seconds": round(self.workers_seconds, 3),
             "images_per_second": round(self.images_per_second, 3),
             "steady_images_per_second": round(self.steady_images_per_second, 3),
             "tokens_per_second": round(self.tokens_per_second, 3),
@@ -79,7 +78,7 @@ class Report:
             f"errors    {failed:,}",
             *(f"          {count:,} {kind}" for kind, count in tally.errors.most_common()),
             f"speed     {self.images_per_second:.2f} images/s, {self.tokens_per_second:.1f} tokens/s",
-            f"time      {self.seconds:.1f} s, {self.first_seconds:.1f} s of it to the first answers",
+            f"time      {self.seconds:.1f} s, {self.workers_seconds:.1f} s of it to start workers",
             f"          {self.startup_seconds:.1f} s before it to start Ray",
             f"answers   {self.output}",
         ]

@@ -5,6 +5,8 @@ pixels and features are binary columns, read in place. A row that failed in one 
 failure through the others. Ray calls these; nothing here knows of Ray.
 """
 
+import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -22,21 +24,24 @@ from qvl_batch.source import FAILURE, OWN, PROMPT, failure_columns, failures_of
 from qvl_batch.vision import Features, VisionEncoder
 from qvl_batch.vision_cache import RecentFeatures, VisionCache
 
-FEATURES = f"{OWN}features"
+FEATURES, STARTED = f"{OWN}features", f"{OWN}started"
 
 
 class VisionStage:
-    """Runs the vision graph: the column `PIXELS` becomes `FEATURES`, float32 (T_img, D) as bytes.
+    """Runs the vision graph: the column `PIXELS` becomes `FEATURES`, float32 (T_img, D) as bytes, and
+    `STARTED` is added, when that began in Unix seconds.
 
     Args:
         bundle: folder of the bundle.
-        threads: threads that one operator may use.
+        threads: images that are encoded at a time, each by one thread.
         cache: folder of kept features, and its largest size in gigabytes; None for none.
+        niceness: what this process adds to its own.
     """
 
-    def __init__(self, bundle: Path, threads: int, cache: tuple[Path, float] | None = None) -> None:
+    def __init__(self, bundle: Path, threads: int, cache: tuple[Path, float] | None = None, niceness: int = 0) -> None:
+        os.nice(niceness)
         loaded = Bundle.load(bundle, verify=False)
-        self._vision = VisionEncoder(loaded, threads)
+        self._vision = VisionEncoder(loaded, threads=1, at_once=threads)
         disk = None
         if cache is not None:
             folder, gigabytes = cache
@@ -46,6 +51,7 @@ class VisionStage:
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Encode the images of a table."""
+        started = pa.array([time.time()] * table.num_rows, pa.float64())
         size = self._vision.layout.image_size
         failures = failures_of(table)
         images: list[NDArray[np.uint8] | Failure] = [
@@ -56,7 +62,8 @@ class VisionStage:
         features = [None if isinstance(row, Failure) else row.tobytes() for row in encoded]
         failed = [row if isinstance(row, Failure) else None for row in encoded]
         table = table.drop_columns([PIXELS, *FAILURE])
-        return with_columns(table, {FEATURES: pa.array(features, pa.large_binary()), **failure_columns(failed)})
+        encoded_columns = {FEATURES: pa.array(features, pa.large_binary()), STARTED: started}
+        return with_columns(table, {**encoded_columns, **failure_columns(failed)})
 
 
 class DecodeStage:

@@ -7,6 +7,7 @@ This module knows nothing of prompts or of where images come from.
 """
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,10 +25,12 @@ class VisionEncoder:
     Args:
         bundle: where the graph is.
         threads: threads that one operator may use.
+        at_once: images that are encoded at a time, each with so many threads.
     """
 
-    def __init__(self, bundle: Bundle, threads: int) -> None:
+    def __init__(self, bundle: Bundle, threads: int, at_once: int = 1) -> None:
         self.layout = bundle.manifest.layout
+        self._runs = ThreadPoolExecutor(at_once, "qvl-vision")
         self._session = Session(bundle.file(VISION), threads)
         expected = list(bundle.manifest.feature_shape)
         found = self._session.outputs.get("image_features", [])[1:]
@@ -36,10 +39,10 @@ class VisionEncoder:
 
     def encode(self, images: Sequence[NDArray[np.uint8]]) -> list[Features | NumericError]:
         """Features of each image, or what is wrong with them, in order."""
-        return [_checked(self._encode(image)) for image in images]
+        return [_checked(features) for features in self._runs.map(self._encode, images)]
 
     def _encode(self, image: NDArray[np.uint8]) -> Features:
-        """One at a time: on a CPU, more take more memory and longer each."""
+        """One a run: on a CPU, more in one take more memory and longer each."""
         features: Features = self._session.run(["image_features"], {"pixels": image[None]})[0][0]
         return features
 
