@@ -117,7 +117,8 @@ class CachedDecoder(_Decoder):
 
         Returns:
             `next_token` int64 (B,), the argmax at each row's last valid token; `logits` (B, V)
-            there; then the present keys and values in the order of `past`.
+            there; then the present keys and values in the order of `past`. After the last layer's
+            attention only that token goes on.
         """
         # An image token that the model itself answers with is a token like any other.
         is_prefill = torch.tensor(input_ids.shape[1]) > 1
@@ -135,10 +136,12 @@ class CachedDecoder(_Decoder):
             heads = (self.heads, self.kv_heads)
             update, cache = group_query_attention(q, k, v, cache, seqlens_k, total_sequence_length, heads)
             present += cache
+            if index == len(layers) - 1:
+                update, hidden = _last_valid(update, seqlens_k), _last_valid(hidden, seqlens_k)
             normed, hidden = skip_rms_norm(layer.out(update), hidden, layer.norm2, self.eps)
             following = layers[index + 1].norm1 if index + 1 < len(layers) else self.weights.norm
             normed, hidden = skip_rms_norm(layer.mlp(normed), hidden, following, self.eps)
-        logits = self.weights.logits(_last_valid(normed, seqlens_k))
+        logits = self.weights.logits(normed[:, 0])
         return logits.argmax(-1), logits, *present
 
 
@@ -207,6 +210,6 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _last_valid(hidden: Tensor, seqlens_k: Tensor) -> Tensor:
-    """(B, S, D) to (B, D): token `seqlens_k` of a prefill, the only token of a decode step."""
+    """(B, S, D) to (B, 1, D): token `seqlens_k` of a prefill, the only token of a decode step."""
     last = torch.minimum(seqlens_k.long(), torch.tensor(hidden.shape[1] - 1))
-    return hidden.gather(1, last[:, None, None].expand(-1, 1, hidden.shape[2]))[:, 0]
+    return hidden.gather(1, last[:, None, None].expand(-1, 1, hidden.shape[2]))

@@ -101,7 +101,7 @@ class PyTorch:
             # (N, D_vision) as merge groups, those in order, and as patches again
             vision=[_array(state.reshape(len(order), -1, state.shape[-1])[order].flatten(0, 1)) for state in vision],
             features=_array(features[0]),
-            decoder=[_array(state[0]) for state in decoder],
+            decoder=[*(_array(state[0]) for state in decoder[:-1]), _array(decoder[-1][0, -1:])],
             logits=_array(logits),
         )
 

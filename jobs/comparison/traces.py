@@ -41,7 +41,7 @@ class States:
     Args:
         vision: float32 (N, D_vision) each, patches in the order that the graph has them in.
         features: float32 (T_img, D).
-        decoder: float32 (S, D) each, of the row up to its answer.
+        decoder: float32 (S, D) each, of the row up to its answer; the last (1, D), of its last token alone.
         logits: float32 (V,) of the first token.
     """
 
