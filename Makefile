@@ -2,7 +2,8 @@
 # test     run the tests
 # compare  compare the tiny bundle with its checkpoint in PyTorch, layer by layer
 # lint     ruff and mypy
-# bench    measure engine and Ray job against transformers' generate on a made-up model (15 minutes)
+# bench    measure engine and Ray job against transformers' generate on a made-up model (25 minutes)
+# openvino install OpenVINO GenAI beside, so that `bench` measures it too
 # train    train the tiny model anew (an hour or two)
 # Each installs what it needs into .venv first, once.
 
@@ -16,8 +17,9 @@ QUESTIONS := datasets/demo/questions.parquet
 ANSWERS := build/demo-answers
 COMPARISON := build/comparison
 BENCH := build/bench
+OPENVINO := build/openvino
 
-.PHONY: demo test compare lint bench train clean browser
+.PHONY: demo test compare lint bench openvino train clean browser
 .DELETE_ON_ERROR:
 
 demo: $(BUNDLE)/bundle.json
@@ -39,7 +41,10 @@ lint: $(READY)
 
 bench: $(BENCH)/fp32/bundle.json $(BENCH)/int8/bundle.json
 	$(BIN)/python jobs/bench.py --bundle $(BENCH)/fp32 --reduced-bundle $(BENCH)/int8 --checkpoint $(BENCH)/model \
-		--input $(QUESTIONS) --output $(BENCH)
+		--output $(BENCH) --openvino $(OPENVINO) \
+		--against hf $(if $(wildcard $(OPENVINO)/model/openvino_language_model.xml),openvino)
+
+openvino: $(OPENVINO)/model/openvino_language_model.xml
 
 train: $(READY)
 	$(BIN)/python datasets/train.py --work-dir build/train --output $(TINY)
@@ -53,6 +58,17 @@ $(BENCH)/model/config.json: $(READY) datasets/make_model.py
 
 $(BENCH)/%/bundle.json: $(BENCH)/model/config.json $(wildcard export/*.py) qvl_batch/bundle.py
 	$(BIN)/python -m export $(BENCH)/model --output $(BENCH)/$* --dtype $* --overwrite
+
+$(OPENVINO)/model/openvino_language_model.xml: $(OPENVINO)/venv/.ready $(BENCH)/model/config.json
+	rm -rf $(OPENVINO)/model
+	$(OPENVINO)/venv/bin/optimum-cli export openvino --model $(BENCH)/model --task image-text-to-text \
+		--weight-format fp32 $(OPENVINO)/model
+
+$(OPENVINO)/venv/.ready: jobs/benchmark/openvino-requirements.txt
+	$(PYTHON) -m venv --clear $(OPENVINO)/venv
+	$(OPENVINO)/venv/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(OPENVINO)/venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement $<
+	@touch $@
 
 $(READY): pyproject.toml requirements.lock
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; v in ((3, 11), (3, 12)) or sys.exit(f"Python 3.11 or 3.12 is needed, this is {v[0]}.{v[1]}: make PYTHON=python3.12 ...")'

@@ -51,7 +51,7 @@ class CaptionConfig:
     vision_cache_gb: float = 20.0
     """Largest size of that folder in gigabytes; features that were used longest ago go first."""
     slots: int | None = None
-    """Rows that a decoder answers at a time. Without it, as many as memory allows, up to 16."""
+    """Rows that a decoder answers at a time. Without it, as many as memory allows, up to 32."""
     limit: int | None = None
     """Answer only the first so many rows."""
     overwrite: bool = False

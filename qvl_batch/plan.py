@@ -29,7 +29,7 @@ FOR_TASKS = 1 + 2 * TASK_CPUS
 #: the graphs; without a limit, six of them took a tenth of a job of one minute.
 CPUS_PER_TASK = 4
 #: A decoder's cache takes at most this part of the machine's memory, and by default this many slots.
-CACHE_SHARE, DEFAULT_SLOTS = 0.25, 16
+CACHE_SHARE, DEFAULT_SLOTS = 0.25, 32
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,7 @@ def test_by_default_threads_are_about_as_many_as_cores(cpus, tiny_bundle):
 
 
 def test_slots_fit_memory_unless_asked_for(tiny_bundle, monkeypatch):
-    assert _plan(tiny_bundle, 4).slots == 16
+    assert _plan(tiny_bundle, 4).slots == 32
     assert _plan(tiny_bundle, 4, slots=99).slots == 99
     monkeypatch.setattr("qvl_batch.plan.os.sysconf", lambda _: 8192)  # a machine of 64 MiB
     assert _plan(tiny_bundle, 4).slots == 8

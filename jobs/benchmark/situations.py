@@ -1,47 +1,63 @@
 """Ratios of our engine to itself, where its design should pay: what is shared, kept, refilled."""
 
 import tempfile
-import time
-from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmark.contenders import Ours, Rows
+from benchmark.ours import Ours
+from benchmark.rows import Rows, seconds
 from qvl_batch.captioner import encode_images
+from qvl_batch.decoder import PrefillRow
 from qvl_batch.engine import Request
 from qvl_batch.images import image_key
 from qvl_batch.vision_cache import RecentFeatures, VisionCache
 
 #: Answers' lengths in tokens: mostly short, a few as long as may be.
-MEAN_TOKENS, MOST_TOKENS, SKEW_SLOTS = 16, 128, 8
+MEAN_TOKENS, MOST_TOKENS = 16, 128
+#: Rows of skewed lengths: many to a slot, since the longest alone would otherwise set the time.
+SKEW_ROWS, SKEW_SLOTS = 256, 16
 SEED = 3
 PROMPTS = ("Describe the image.", "How many shapes are there?", "Is there a star?", "What color is the circle?")
 OTHER_PROMPT = "What is in the picture?"
 
 
-def skew(ours: Ours, rows: Rows) -> float:
-    """Prefill and decode of skewed lengths: time of static batches over that of refilled slots, 8 wide."""
-    ours = Ours(ours.bundle.path, SKEW_SLOTS, ours.new_tokens)
-    lengths = _skewed_lengths(len(rows))
-    requests = [
-        replace(request, max_new_tokens=int(length))
-        for request, length in zip(ours.requests(rows, ours.encode(rows)), lengths, strict=True)
-    ]
+def skew(ours: Ours, rows: Rows) -> dict[str, float]:
+    """Answers of skewed lengths: time of static batches over that of refilled slots of the same number.
 
-    def static() -> None:
-        for start in range(0, len(requests), ours.slots):
-            ours.decode(requests[start : start + ours.slots])
+    `skew` is that of the decode steps, `skew_with_prefill` of both, in which what no order of rows
+    can spare weighs as much as this model's prefill.
+    """
+    ours = Ours(ours.bundle.path, SKEW_SLOTS, MOST_TOKENS)
+    features = ours.encode(rows)
+    lengths = _skewed_lengths(SKEW_ROWS)
+    plain = ours.requests(rows, features)
+    requests = [replace(plain[n % len(plain)], max_new_tokens=int(length)) for n, length in enumerate(lengths)]
+    batches = [requests[at : at + SKEW_SLOTS] for at in range(0, SKEW_ROWS, SKEW_SLOTS)]
+    ours.prefill([PrefillRow(request.input_ids, request.features) for request in batches[0]])  # touches all memory
+    prefill = static = 0.0
+    for batch in batches:
+        filled = [PrefillRow(request.input_ids, request.features) for request in batch]
+        prefill += seconds(partial(ours.prefill, filled))
+        static += seconds(partial(_static, ours, batch))
+    refilled = seconds(lambda: ours.decode(requests))
+    return {"skew": static / (refilled - prefill), "skew_with_prefill": (prefill + static) / refilled}
 
-    return _seconds(static) / _seconds(lambda: ours.decode(requests))
+
+def _static(ours: Ours, batch: list[Request]) -> None:
+    """Steps of a batch that was prefilled, all of its rows until the longest ends."""
+    tokens = np.zeros(len(batch), np.int64)
+    for _ in range(max(request.max_new_tokens for request in batch) - 1):
+        tokens = ours.decoder.step(tokens)
 
 
 def four_prompts(ours: Ours, rows: Rows) -> float:
     """Time of four prompts on each image over that of one, vision included."""
-    one = _seconds(lambda: _answer_shared(ours, rows, PROMPTS[:1]))
-    return _seconds(lambda: _answer_shared(ours, rows, PROMPTS)) / one
+    one = seconds(lambda: _answer_shared(ours, rows, PROMPTS[:1]))
+    return seconds(lambda: _answer_shared(ours, rows, PROMPTS)) / one
 
 
 def second_prompt(ours: Ours, rows: Rows) -> float:
@@ -53,8 +69,8 @@ def second_prompt(ours: Ours, rows: Rows) -> float:
             cache = VisionCache(Path(folder), manifest.vision_sha256, manifest.feature_shape, 1 << 40)
             _answer_shared(ours, rows, (prompt,), RecentFeatures(cache))
 
-        first = _seconds(lambda: run(PROMPTS[0]))
-        return _seconds(lambda: run(OTHER_PROMPT)) / first
+        first = seconds(lambda: run(PROMPTS[0]))
+        return seconds(lambda: run(OTHER_PROMPT)) / first
 
 
 def _answer_shared(ours: Ours, rows: Rows, prompts: tuple[str, ...], cache: RecentFeatures | None = None) -> None:
@@ -73,9 +89,3 @@ def _skewed_lengths(count: int) -> Any:
     lengths = np.random.default_rng(SEED).geometric(1 / MEAN_TOKENS, count).clip(1, MOST_TOKENS)
     lengths[len(lengths) // 2] = MOST_TOKENS
     return lengths
-
-
-def _seconds(work: Callable[[], Any]) -> float:
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began

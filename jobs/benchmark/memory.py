@@ -1,0 +1,62 @@
+"""Memory of processes, from Linux's `/proc`."""
+
+import os
+import resource
+import threading
+from pathlib import Path
+from typing import Self
+
+#: Between two looks.
+SECONDS = 0.5
+
+
+def peak_memory() -> int:
+    """Bytes of physical memory that this process has had at most."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class PeakMemory:
+    """Bytes of physical memory, `peak`, that this process and all it started had at most, as a context manager.
+
+    What processes share counts once: it is the sum of their proportional set sizes.
+    """
+
+    def __init__(self) -> None:
+        self.peak = 0
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._done.wait(SECONDS):
+            self.peak = max(self.peak, sum(map(_proportional_set_size, _family(os.getpid()))))
+
+
+def _family(root: int) -> list[int]:
+    parents: dict[int, int] = {}
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                # The name before it may hold spaces and brackets.
+                parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            except OSError:
+                continue  # it has just ended
+    family = [root]
+    for member in family:  # which grows meanwhile
+        family += [process for process, parent in parents.items() if parent == member]
+    return family
+
+
+def _proportional_set_size(process: int) -> int:
+    try:
+        lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0  # it has just ended
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:")), 0)

@@ -1,0 +1,151 @@
+"""Vision encoder and engine in one process, without Ray, and the whole job with it."""
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from benchmark.memory import PeakMemory
+from benchmark.rows import Rows, timed
+from qvl_batch.bundle import Bundle
+from qvl_batch.config import CaptionConfig
+from qvl_batch.decoder import Decoder, PrefillRow
+from qvl_batch.engine import PREFILL_ROWS, Engine, Request
+from qvl_batch.errors import NumericError
+from qvl_batch.images import decode_image, fit_image
+from qvl_batch.layout import RowLayout
+from qvl_batch.runtime import usable_cpus
+from qvl_batch.vision import Features, VisionEncoder
+
+
+class Ours:
+    """Vision encoder and engine in this process, all threads for either.
+
+    Args:
+        bundle: folder of the bundle.
+        slots: rows that the decoder answers at a time.
+        new_tokens: tokens of each answer; none ends sooner.
+    """
+
+    def __init__(self, bundle: Path, slots: int, new_tokens: int) -> None:
+        loaded, threads = Bundle.load(bundle), usable_cpus()
+        self.bundle, self.new_tokens, self.slots = loaded, new_tokens, slots
+        self.vision, self.layout = VisionEncoder(loaded, threads), RowLayout(loaded)
+        self.decoder = Decoder(loaded, slots, threads)
+
+    def answer(self, rows: Rows) -> list[list[int]]:
+        """Answer all rows; tokens of each."""
+        return self.decode(self.requests(rows, self.encode(rows)))
+
+    def prompt_tokens(self, rows: Rows) -> list[int]:
+        """Tokens up to the answer of each row."""
+        return [len(self.layout.row_ids(prompt)) for prompt in rows.prompts]
+
+    def encode(self, rows: Rows) -> list[Features]:
+        """Features of all rows."""
+        return self.encode_pixels(self.fit(rows))
+
+    def encode_pixels(self, pixels: Sequence[Any]) -> list[Features]:
+        """Features of fitted images."""
+        return [features for features in self.vision.encode(pixels) if not isinstance(features, NumericError)]
+
+    def requests(self, rows: Rows, features: Sequence[Features]) -> list[Request]:
+        """What the engine takes, nothing shared between rows."""
+        pairs = zip(rows.prompts, features, strict=True)
+        return [Request(self.layout.row_ids(prompt), row, self.new_tokens) for prompt, row in pairs]
+
+    def decode(self, requests: Sequence[Request]) -> list[list[int]]:
+        """Answer requests; tokens of each."""
+        with Engine(self.decoder, eos_token_ids=()) as engine:
+            futures = [engine.submit(request) for request in requests]
+            return [future.result().token_ids for future in futures]
+
+    def fit(self, rows: Rows) -> list[Any]:
+        """Decode and fit the images."""
+        return [fit_image(decode_image(file), self.layout.layout.image_size) for file in rows.files]
+
+    def prefill(self, batch: Sequence[PrefillRow]) -> Any:
+        """Prefill slots from 0 on as the engine does, a few rows at a time; first tokens int64 (B,)."""
+        groups = range(0, len(batch), PREFILL_ROWS)
+        return np.concatenate([self.decoder.prefill(at, batch[at : at + PREFILL_ROWS]) for at in groups])
+
+    def stages(self, rows: Rows) -> dict[str, float]:
+        """Milliseconds an image of each stage, alone; decode is all of an answer's steps."""
+        count = min(len(rows), self.slots)
+        rows = rows.part(0, count)
+        took: dict[str, float] = {}
+        pixels = timed(took, "decode+fit", count, lambda: self.fit(rows))
+        features = timed(took, "vision", count, lambda: self.encode_pixels(pixels))
+        batch = [PrefillRow(self.layout.row_ids(p), f) for p, f in zip(rows.prompts, features, strict=True)]
+        tokens = timed(took, "prefill", count, lambda: self.prefill(batch))
+
+        def decode() -> None:
+            following = tokens
+            for _ in range(self.new_tokens - 1):
+                following = self.decoder.step(following)
+
+        timed(took, "decode", count, decode)
+        return took
+
+
+class Job:
+    """The whole job on Ray, as `jobs/caption.py` runs it.
+
+    Args:
+        bundle: folder of the bundle.
+        slots: rows that its decoder answers at a time.
+        new_tokens: the longest answer.
+    """
+
+    def __init__(self, bundle: Path, slots: int, new_tokens: int) -> None:
+        self.bundle, self.slots, self.new_tokens = bundle, slots, new_tokens
+
+    def run(self, rows: Rows, count: int) -> dict[str, float]:
+        """Answer the rows again and again until there are `count`: figures of the job."""
+        from qvl_batch.pipeline import run  # noqa: PLC0415  (starts what only the job needs)
+
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "rows.parquet"
+            pq.write_table(_repeated(rows, count), path, row_group_size=16)
+            config = CaptionConfig(
+                bundle=self.bundle,
+                input=(str(path),),
+                output=Path(folder) / "answers",
+                max_new_tokens=self.new_tokens,
+                slots=self.slots,
+            )
+            with PeakMemory() as memory:
+                report = run(config)
+        return {
+            "rows": count,
+            "answer_tokens": report.tally.answer_tokens,
+            "steady_images_per_second": report.steady_images_per_second,
+            "seconds": report.seconds,
+            "workers_seconds": report.workers_seconds,
+            "ray_seconds": report.startup_seconds,
+            "peak_memory": memory.peak,
+        }
+
+
+def _repeated(rows: Rows, count: int) -> pa.Table:
+    """Equal images would share their features: each repetition has bytes behind its own that no decoder reads."""
+    places = [(n % len(rows), n // len(rows)) for n in range(count)]
+    files = [rows.files[place] + number.to_bytes(4, "little") for place, number in places]
+    return pa.table(
+        {
+            "id": [str(n) for n in range(count)],
+            "image": [{"bytes": file, "path": None} for file in files],
+            "prompt": [rows.prompts[place] for place, _ in places],
+        },
+        schema=pa.schema(
+            {
+                "id": pa.string(),
+                "image": pa.struct({"bytes": pa.binary(), "path": pa.string()}),
+                "prompt": pa.string(),
+            }
+        ),
+    )
