@@ -29,10 +29,10 @@ class Linear(nn.Module):
         return cls(linear.weight, linear.bias)
 
     @classmethod
-    def parts(cls, linear: nn.Linear, count: int) -> "nn.ModuleList":
+    def parts(cls, linear: nn.Linear, count: int) -> "list[Linear]":
         """`count` layers whose outputs together are those of `linear`."""
         biases = [None] * count if linear.bias is None else linear.bias.chunk(count)
-        return nn.ModuleList(map(cls, linear.weight.chunk(count), biases))
+        return list(map(cls, linear.weight.chunk(count), biases))
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) to (..., out)."""

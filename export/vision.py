@@ -61,7 +61,8 @@ class VisionTower(nn.Module):
 
         # (D, C, frames, h, w) -> (h * w * C, D), the frames added: pixels stay in (h, w, C) order
         weight = visual.patch_embed.proj.weight.sum(dim=2).permute(2, 3, 1, 0)
-        self.register_buffer("mean", 255 * torch.tensor(mean))
+        # Of a whole patch: subtracting three numbers again and again takes eight times as long.
+        self.register_buffer("mean", (255 * torch.tensor(mean)).repeat(self.patch**2))
         self.patch_embed = nn.Parameter((weight / (255 * torch.tensor(std))[:, None]).reshape(-1, self.hidden))
         self.blocks = nn.ModuleList(Block(block, self.heads) for block in visual.blocks)
         self.merger_norm = visual.merger.ln_q.weight
@@ -87,8 +88,8 @@ class VisionTower(nn.Module):
         side, merge, patch = self.merged_side, self.merge, self.patch
         x = pixels.reshape(-1, side, merge, patch, side, merge, patch, 3)
         x = x.permute(0, 1, 4, 2, 5, 3, 6, 7).reshape(-1, side**2, merge**2 * patch**2 * 3)
-        x = x.index_select(1, self.order).reshape(-1, side**2 * merge**2, patch**2, 3)
-        return (x.float() - self.mean).reshape(-1, side**2 * merge**2, patch**2 * 3)
+        x = x.index_select(1, self.order).reshape(-1, side**2 * merge**2, patch**2 * 3)
+        return x.float() - self.mean
 
     def _ordered_half(self, table: Tensor) -> Tensor:
         """One half (the other is its copy) of a rotary table, in window order: (N, head_dim / 2)."""
@@ -103,7 +104,11 @@ class Block(nn.Module):
         super().__init__()
         self.heads = heads
         self.norm1, self.norm2 = block.norm1.weight, block.norm2.weight
-        self.qkv, self.proj = Linear.parts(block.attn.qkv, 3), Linear.of(block.attn.proj)
+        q, k, v = Linear.parts(block.attn.qkv, 3)
+        out = block.attn.proj
+        self.qkv = nn.ModuleList((q, k, Linear(v.weight.t(), None)))
+        # A bias of all values is one of their means too: it passes through attention as it is.
+        self.proj = Linear(out.weight, out.bias + out.weight @ v.bias)
         self.mlp = GatedMlp(block.mlp)
 
     def attention(self, x: Tensor, cos: Tensor, sin: Tensor, windows: list[tuple[int, int]] | None) -> Tensor:

@@ -20,7 +20,7 @@ def without_normalisation(bundle: Path) -> None:
         weights = _weights(bundle, initializers["patch_embed"])
         weights *= np.tile(np.array(std, np.float32), len(weights) // 3)[:, None]
         weights.flush()
-        initializers["mean"].CopyFrom(numpy_helper.from_array(np.zeros(3, np.float32), "mean"))
+        initializers["mean"].CopyFrom(numpy_helper.from_array(np.zeros(initializers["mean"].dims, np.float32), "mean"))
 
 
 def merge_groups_in_raster_order(bundle: Path) -> None:

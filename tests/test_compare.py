@@ -280,7 +280,7 @@ def test_features_that_mean_nothing_are_the_bundles_failure(copied_bundle, tmp_p
     model = onnx.load(copied_bundle / VISION, load_external_data=False)
     for initializer in model.graph.initializer:
         if initializer.name == "mean":
-            initializer.CopyFrom(onnx.numpy_helper.from_array(np.full(3, np.nan, np.float32), "mean"))
+            initializer.CopyFrom(onnx.numpy_helper.from_array(np.full(initializer.dims, np.nan, np.float32), "mean"))
     onnx.save(model, copied_bundle / VISION)
     seal(copied_bundle)
     outcome = compare(_config(copied_bundle, tmp_path / "out", limit=3))
