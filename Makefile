@@ -1,5 +1,6 @@
 # demo     export the tiny model and answer the demo questions through Ray Data
 # test     run the tests
+# test-long  run those that take minutes each
 # compare  compare the tiny bundle with its checkpoint in PyTorch, layer by layer
 # lint     ruff and mypy
 # bench    measure engine and Ray job against transformers' generate on a made-up model (25 minutes)
@@ -19,7 +20,7 @@ COMPARISON := build/comparison
 BENCH := build/bench
 OPENVINO := build/openvino
 
-.PHONY: demo test compare lint bench openvino train clean browser
+.PHONY: demo test test-long compare lint bench openvino train clean browser
 .DELETE_ON_ERROR:
 
 demo: $(BUNDLE)/bundle.json
@@ -29,6 +30,9 @@ demo: $(BUNDLE)/bundle.json
 
 test: $(READY) browser
 	$(BIN)/python -m pytest
+
+test-long: $(READY)
+	$(BIN)/python -m pytest -m long
 
 compare: $(BUNDLE)/bundle.json
 	$(BIN)/python jobs/compare.py --bundle $(BUNDLE) --checkpoint $(TINY) --input $(QUESTIONS) \

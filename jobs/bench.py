@@ -42,6 +42,8 @@ OV_FP32, OV_OWN = "OpenVINO GenAI fp32", "OpenVINO GenAI"
 DEMO = Path(__file__).parents[1] / "datasets" / "demo" / "questions.parquet"
 #: Rows whose tokens up to the answer are compared: counting them takes a peer as long as answering.
 CHECKED_ROWS = 4
+#: Answers of a peer in fp32 that must be those of the reference; of made-up weights, some are near ties.
+TIES = 0.9
 #: Rows of the shorter of two jobs that differ by a factor of ten.
 TENTH = 64
 
@@ -179,8 +181,8 @@ def _check(hosts: dict[str, Host], rows: Rows) -> dict[str, list[int]]:
     answers = {name: host.call("answer", rows) for name, host in hosts.items()}
     reference = answers.get(HF_FP32, answers[FP32])
     equal = {name: sum(a == b for a, b in zip(found, reference, strict=True)) for name, found in answers.items()}
-    for name in (FP32, OV_FP32):
-        if equal.get(name, len(rows)) != len(rows):
+    for name, least in ((FP32, len(rows)), (OV_FP32, TIES * len(rows))):
+        if equal.get(name, len(rows)) < least:
             raise JobError(f"only {equal[name]} of {len(rows)} answers of {name} are those of the reference in fp32")
     return {name: [count, len(rows)] for name, count in equal.items()}
 

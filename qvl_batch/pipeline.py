@@ -14,6 +14,7 @@ import signal
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -39,7 +40,7 @@ from qvl_batch.report import Report, installed_versions, progress_line
 from qvl_batch.runtime import resolve_device, usable_cpus
 from qvl_batch.sink import AnswerWriter, prepare_output, write_run
 from qvl_batch.source import Source, Unit, open_source, read_unit
-from qvl_batch.stages import STARTED, DecodeStage, VisionStage
+from qvl_batch.stages import STARTED, WORKERS, DecodeStage, VisionStage
 
 #: With fewer, the actors would leave no CPU to the tasks that feed them.
 LEAST_CPUS = 2
@@ -75,21 +76,24 @@ def run(config: CaptionConfig, say: Callable[[str], None] = lambda _: None) -> R
     prepare_output(config.output, overwrite=config.overwrite)
     say(f"input     {source.rows:,} rows in {len(source.files):,} files")
     say(f"bundle    {bundle.manifest.source.name}, {bundle.manifest.dtype}, decoder on {device}")
-    with _ray() as (cpus, node_cpus):
-        plan = make_plan(config, bundle.manifest, cpus, node_cpus)
+    with _ray() as nodes:
+        plan = make_plan(config, bundle.manifest, nodes)
         say(f"workers   {plan}")
         schema = source.columns.output_schema()
         with AnswerWriter(config.output, schema) as writer, progress_line(source.rows) as progress:
             started, first_image = time.time(), math.inf
+            workers: dict[str, Counter[str]] = {stage: Counter() for stage in WORKERS}
             for table in _answers(config, source, bundle, plan):
                 writer.add(table)
                 first_image = min(first_image, pc.min(table[STARTED]).as_py())
+                for stage, column in WORKERS.items():
+                    workers[stage].update(table[column].to_pylist())
                 tally = writer.tally
                 progress.show(tally.rows, tally.finish_reasons["error"], time.time() - started)
         seconds = time.time() - started
     if writer.tally.rows != source.rows:
         raise JobError(f"{writer.tally.rows:,} of {source.rows:,} rows came back; the answers are not complete")
-    settings = _settings(config, source, bundle, plan, device)
+    settings = _settings(config, source, bundle, plan, device) | {"rows_of_workers": workers}
     workers_seconds = min(max(first_image - started, 0), seconds)
     report = Report(config.output, writer.tally, seconds, started - began, workers_seconds, settings)
     write_run(config.output, report.record())
@@ -131,14 +135,14 @@ def _dataset(config: CaptionConfig, source: Source, bundle: Bundle, plan: Plan) 
         .map_batches(
             VisionStage,
             batch_format="pyarrow",
-            fn_constructor_args=(bundle.path, plan.vision_threads, cache, VISION_NICENESS),
+            fn_constructor_args=(bundle.path, plan.vision_threads, _worker_name, cache, VISION_NICENESS),
             compute=ActorPoolStrategy(size=plan.vision_workers, max_tasks_in_flight_per_actor=2),
             num_cpus=plan.vision_cpus,
         )
         .map_batches(
             DecodeStage,
             batch_format="pyarrow",
-            fn_constructor_args=(bundle.path, plan.slots, plan.decoder_threads, config.max_new_tokens),
+            fn_constructor_args=(bundle.path, plan.slots, plan.decoder_threads, config.max_new_tokens, _worker_name),
             compute=ActorPoolStrategy(
                 size=plan.decoder_workers,
                 max_tasks_in_flight_per_actor=plan.calls_per_decoder,
@@ -150,15 +154,20 @@ def _dataset(config: CaptionConfig, source: Source, bundle: Bundle, plan: Plan) 
     )
 
 
+def _worker_name() -> str:
+    """Machine, node of the cluster and process of an actor."""
+    return f"{socket.gethostname()}/{ray.get_runtime_context().get_node_id()[:8]}/{os.getpid()}"
+
+
 @contextmanager
-def _ray() -> Iterator[tuple[int, int]]:
+def _ray() -> Iterator[list[int]]:
     """A cluster: the one this job was submitted to, else a private one that ends with the job.
 
     Yields:
-        Its CPUs, and those of its largest node.
+        CPUs of each of its nodes.
 
     Raises:
-        ConfigError: there is no cluster where `RAY_ADDRESS` says, or it has fewer than 2 CPUs.
+        ConfigError: there is no cluster where `RAY_ADDRESS` says, or no node has 2 CPUs.
     """
     for name, level in QUIET.items():
         logging.getLogger(name).setLevel(level)
@@ -176,9 +185,9 @@ def _ray() -> Iterator[tuple[int, int]]:
     context.issue_detectors_config.high_memory_detector_config.detection_time_interval_s = -1
     try:
         nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
-        if sum(nodes) < LEAST_CPUS:
-            raise ConfigError(f"the Ray cluster has {sum(nodes)} CPUs; this job needs at least {LEAST_CPUS}")
-        yield sum(nodes), max(nodes)
+        if max(nodes, default=0) < LEAST_CPUS:
+            raise ConfigError(f"no node of the Ray cluster has {LEAST_CPUS} CPUs, which this job needs: {nodes}")
+        yield nodes
     finally:
         if not joined:
             ray.shutdown()

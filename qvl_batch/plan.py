@@ -3,11 +3,13 @@
 The rules, from measurements on two cores: the actors must leave Ray's tasks `FOR_TASKS` CPUs, or
 those that feed them wait for one another (with one CPU for them, a job of one large row group
 stood still for ten seconds before its first image); and more processes than cores only share
-them out thinner. Nothing here is needed for right answers, only for full cores.
+them out thinner. A task that claims a whole CPU needs it on one node: so many are left for each
+node, and then, wherever Ray puts the actors, some node has them.
 """
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qvl_batch.bundle import Manifest
@@ -28,7 +30,8 @@ FOR_TASKS = 1 + 2 * TASK_CPUS
 #: One task of a kind for so many CPUs. Each needs a process, whose start takes a CPU two seconds from
 #: the graphs; without a limit, six of them took a tenth of a job of one minute.
 CPUS_PER_TASK = 4
-#: A decoder's cache takes at most this part of the machine's memory, and by default this many slots.
+#: A decoder's cache takes at most this part of the machine's memory, and by default this many slots:
+#: a step reads all weights for any number of rows, but beyond these the rows' own caches take longer.
 CACHE_SHARE, DEFAULT_SLOTS = 0.25, 32
 
 
@@ -44,6 +47,7 @@ class Plan:
     decoder_cpus: float
     slots: int
     slot_bytes: int
+    slots_in_memory: int
     tasks_at_once: int
 
     @property
@@ -55,26 +59,29 @@ class Plan:
         return (
             f"{_count(self.vision_workers, 'vision worker')} of {_count(self.vision_threads, 'thread')}, "
             f"{_count(self.decoder_workers, 'decoder')} of {_count(self.decoder_threads, 'thread')} and "
-            f"{_count(self.slots, 'slot')} of {self.slot_bytes / 1e6:.1f} MB"
+            f"{_count(self.slots, 'slot')} of {self.slot_bytes / 1e6:.1f} MB "
+            f"({CACHE_SHARE:.0%} of memory holds {self.slots_in_memory:,}; by default at most {DEFAULT_SLOTS})"
         )
 
 
-def make_plan(config: CaptionConfig, manifest: Manifest, cpus: int, node_cpus: int) -> Plan:
+def make_plan(config: CaptionConfig, manifest: Manifest, nodes: Sequence[int]) -> Plan:
     """Plan a job.
 
     Args:
         config: where it names workers or slots, they stand.
         manifest: of the bundle.
-        cpus: CPUs that Ray has, at least 2.
-        node_cpus: CPUs of its largest node.
+        nodes: CPUs of each node, at least 2 of one.
     """
+    cpus, node_cpus = sum(nodes), max(nodes)
     decoders = config.decoder_workers or 1
     decoder_threads = max(1, min(round(DECODER_SHARE * cpus / decoders), node_cpus))
     for_vision = math.ceil((1 - DECODER_SHARE) * cpus)
     vision = config.vision_workers or math.ceil(for_vision / VISION_THREADS)
     vision_threads = max(1, min(for_vision // vision, node_cpus))
+    in_memory = _slots_in_memory(manifest, decoders)
     # All actors together claim what is left of the CPUs, in proportion to their threads.
-    per_thread = (cpus - FOR_TASKS) / (decoders * decoder_threads + vision * vision_threads)
+    left = sum(max(each - FOR_TASKS, 0) for each in nodes)
+    per_thread = left / (decoders * decoder_threads + vision * vision_threads)
     return Plan(
         vision_workers=vision,
         vision_threads=vision_threads,
@@ -82,16 +89,17 @@ def make_plan(config: CaptionConfig, manifest: Manifest, cpus: int, node_cpus: i
         decoder_workers=decoders,
         decoder_threads=decoder_threads,
         decoder_cpus=_floor(decoder_threads * per_thread),
-        slots=config.slots or _slots(manifest, decoders),
+        slots=config.slots or max(1, min(DEFAULT_SLOTS, in_memory)),
         slot_bytes=slot_bytes(manifest),
+        slots_in_memory=in_memory,
         tasks_at_once=math.ceil(cpus / CPUS_PER_TASK),
     )
 
 
-def _slots(manifest: Manifest, decoders: int) -> int:
+def _slots_in_memory(manifest: Manifest, decoders: int) -> int:
+    """Slots of a decoder that its part of this machine's memory holds."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    fitting = int(CACHE_SHARE * memory / decoders / slot_bytes(manifest))
-    return max(1, min(DEFAULT_SLOTS, fitting))
+    return int(CACHE_SHARE * memory / decoders / slot_bytes(manifest))
 
 
 def _floor(cpus: float) -> float:

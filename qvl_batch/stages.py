@@ -7,6 +7,7 @@ failure through the others. Ray calls these; nothing here knows of Ray.
 
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -25,21 +26,32 @@ from qvl_batch.vision import Features, VisionEncoder
 from qvl_batch.vision_cache import RecentFeatures, VisionCache
 
 FEATURES, STARTED = f"{OWN}features", f"{OWN}started"
+#: Columns of the workers that had a row.
+WORKERS = {"vision": f"{OWN}vision_worker", "decoder": f"{OWN}decoder_worker"}
 
 
 class VisionStage:
-    """Runs the vision graph: the column `PIXELS` becomes `FEATURES`, float32 (T_img, D) as bytes, and
-    `STARTED` is added, when that began in Unix seconds.
+    """Runs the vision graph: the column `PIXELS` becomes `FEATURES`, float32 (T_img, D) as bytes.
+    `STARTED` is added, when that began in Unix seconds, and the vision worker's name.
 
     Args:
         bundle: folder of the bundle.
         threads: images that are encoded at a time, each by one thread.
+        name: called once, names this worker.
         cache: folder of kept features, and its largest size in gigabytes; None for none.
         niceness: what this process adds to its own.
     """
 
-    def __init__(self, bundle: Path, threads: int, cache: tuple[Path, float] | None = None, niceness: int = 0) -> None:
+    def __init__(
+        self,
+        bundle: Path,
+        threads: int,
+        name: Callable[[], str],
+        cache: tuple[Path, float] | None = None,
+        niceness: int = 0,
+    ) -> None:
         os.nice(niceness)
+        self._name = name()
         loaded = Bundle.load(bundle, verify=False)
         self._vision = VisionEncoder(loaded, threads=1, at_once=threads)
         disk = None
@@ -62,17 +74,19 @@ class VisionStage:
         features = [None if isinstance(row, Failure) else row.tobytes() for row in encoded]
         failed = [row if isinstance(row, Failure) else None for row in encoded]
         table = table.drop_columns([PIXELS, *FAILURE])
-        encoded_columns = {FEATURES: pa.array(features, pa.large_binary()), STARTED: started}
-        return with_columns(table, {**encoded_columns, **failure_columns(failed)})
+        worker = pa.array([self._name] * table.num_rows, pa.string())
+        added = {FEATURES: pa.array(features, pa.large_binary()), STARTED: started, WORKERS["vision"]: worker}
+        return with_columns(table, added | failure_columns(failed))
 
 
 class DecodeStage:
-    """Answers prompts: `FEATURES` and `PROMPT` become the columns of `ANSWER_FIELDS`.
+    """Answers prompts: `FEATURES` and `PROMPT` become the columns of `ANSWER_FIELDS`, and the decoder's name is added.
 
     Called by several threads at once, it keeps all their rows in one engine.
     """
 
-    def __init__(self, bundle: Path, slots: int, threads: int, max_new_tokens: int) -> None:
+    def __init__(self, bundle: Path, slots: int, threads: int, max_new_tokens: int, name: Callable[[], str]) -> None:
+        self._name = name()
         loaded = Bundle.load(bundle, verify=False)
         self._layout = RowLayout(loaded)
         self._max_new_tokens = max_new_tokens
@@ -89,4 +103,5 @@ class DecodeStage:
         rows = list(zip(features, table[PROMPT].to_pylist(), table[IMAGE_KEY].to_pylist(), strict=True))
         answers = [a.record() for a in answer_rows(self._engine, self._layout, rows, self._max_new_tokens)]
         columns = {f.name: pa.array([answer[f.name] for answer in answers], f.type) for f in ANSWER_FIELDS}
+        columns[WORKERS["decoder"]] = pa.array([self._name] * table.num_rows, pa.string())
         return with_columns(table.drop_columns([FEATURES, PROMPT, IMAGE_KEY, *FAILURE]), columns)

@@ -16,6 +16,7 @@ from conftest import QUESTIONS, ROOT, TINY
 from reference import question
 
 from comparison.reference import PyTorch
+from qvl_batch import Captioner
 
 CAPTION = [sys.executable, "jobs/caption.py"]
 ANSWER_COLUMNS = [
@@ -214,3 +215,29 @@ def test_jobs_can_be_submitted_to_a_cluster(tiny_bundle, ray_env, tmp_path):
     finally:
         os.killpg(head.pid, signal.SIGTERM)
         head.wait(timeout=60)
+
+
+@pytest.mark.parametrize("nodes", [2, pytest.param(4, marks=pytest.mark.long)])
+def test_work_spreads_over_nodes_and_answers_stay(nodes, tiny_bundle, ray_env, tmp_path):
+    with subprocess.Popen(
+        [sys.executable, "tests/cluster.py", str(nodes)],
+        cwd=ROOT, env=ray_env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+    ) as cluster:  # fmt: skip
+        address = next(line for line in cluster.stdout if ":" in line).strip()
+        options = ["--bundle", tiny_bundle.path, "--input", QUESTIONS, "--output", tmp_path / "out"]
+        options += ["--vision-workers", nodes, "--decoder-workers", nodes, "--slots", 8]
+        result = _caption(ray_env | {"RAY_ADDRESS": address}, *options)
+        cluster.stdin.close()
+    assert f"{nodes} vision workers of 1 thread, {nodes} decoders of 1 thread" in result.stdout + result.stderr
+    run = json.loads((tmp_path / "out" / "_run.json").read_text())
+    for stage in ("vision", "decoder"):
+        rows = run["rows_of_workers"][stage]
+        assert len(rows) == nodes
+        assert sum(rows.values()) == 64
+    names = [name for rows in run["rows_of_workers"].values() for name in rows]
+    assert len({name.split("/")[1] for name in names}) == nodes
+    with Captioner(tiny_bundle.path) as captioner:
+        demo = pq.read_table(QUESTIONS)
+        images = [image["bytes"] for image in demo["image"].to_pylist()]
+        expected = captioner.caption(images, demo["prompt"].to_pylist())
+    assert [row["answer"] for row in _answers(tmp_path / "out")] == [answer.answer for answer in expected]

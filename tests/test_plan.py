@@ -7,9 +7,9 @@ from qvl_batch.config import CaptionConfig
 from qvl_batch.plan import FOR_TASKS, make_plan
 
 
-def _plan(bundle, cpus, **options):
+def _plan(bundle, *nodes, **options):
     config = CaptionConfig(bundle=bundle.path, input=("x",), output=ROOT, **options)
-    return make_plan(config, bundle.manifest, cpus, cpus)
+    return make_plan(config, bundle.manifest, nodes)
 
 
 @pytest.mark.parametrize("cpus", [2, 3, 4, 8, 16, 61, 192])
@@ -20,6 +20,15 @@ def test_actors_leave_cpus_to_tasks(cpus, options, tiny_bundle):
     assert 0 < claimed <= cpus - FOR_TASKS + 1e-9
     for name, value in options.items():
         assert getattr(plan, name) == value
+
+
+@pytest.mark.parametrize("nodes", [(2, 2), (2, 2, 2, 2), (4, 1, 1, 1, 1, 1, 1), (64, 16), (2, 1)])
+def test_some_node_has_a_whole_cpu_for_a_task_wherever_actors_go(nodes, tiny_bundle):
+    plan = _plan(tiny_bundle, *nodes, vision_workers=len(nodes), decoder_workers=len(nodes))
+    claimed = plan.vision_workers * plan.vision_cpus + plan.decoder_workers * plan.decoder_cpus
+    # At worst every node has what is left of it and no whole CPU.
+    assert claimed <= sum(max(each - 1, 0) for each in nodes)
+    assert claimed > 0
 
 
 @pytest.mark.parametrize("cpus", [2, 3, 4, 8, 16, 61, 192])

@@ -42,7 +42,11 @@ class Host:
             command = [str(python or sys.executable), "-m", "benchmark.host", str(theirs.fileno())]
             self._process = subprocess.Popen(command, env=environment, pass_fds=[theirs.fileno()])  # noqa: S603
         self._connection: Connection[Any, Any] = Connection(ours.detach())
-        self._exchange((module, kind, args))
+        try:
+            self._exchange((module, kind, args))
+        except RuntimeError:
+            self.close()
+            raise
 
     def call(self, method: str, *args: Any) -> Any:
         """Call a method of the contender."""
