@@ -1,6 +1,6 @@
 """OpenVINO GenAI's continuous batching, in its own environment (see `make openvino`).
 
-Besides its packages this needs NumPy and Pillow alone.
+Of ours it needs what decodes images: NumPy, Pillow and pyarrow.
 """
 
 from pathlib import Path
