@@ -31,6 +31,7 @@ from benchmark.rows import Rows
 from qvl_batch.bundle import Bundle
 from qvl_batch.config import CaptionConfig
 from qvl_batch.errors import ConfigError, JobError
+from qvl_batch.layout import RowLayout
 from qvl_batch.plan import DEFAULT_SLOTS
 from qvl_batch.report import installed_versions
 from qvl_batch.runtime import usable_cpus
@@ -229,15 +230,15 @@ def _against_limits(figures: dict[str, Any], config: BenchConfig, rows: Rows) ->
     for name, folder in ((FP32, config.bundle), (REDUCED, config.reduced_bundle)):
         if folder is None:
             continue
-        engine = Ours(folder, config.slots, config.new_tokens)
-        manifest, took = engine.bundle.manifest, figures["stages_ms_per_image"][name]
-        (tokens,) = engine.prompt_tokens(rows.part(0, 1))
+        bundle = Bundle.load(folder)
+        manifest, took = bundle.manifest, figures["stages_ms_per_image"][name]
+        tokens = len(RowLayout(bundle).row_ids(rows.prompts[0]))
         peak = limits.gemm_peak(manifest.vision_dtype)
         vision = limits.vision_operations(settings, manifest.layout) / (took["vision"] / 1e3)
         prefill = limits.prefill_operations(settings, tokens) / (took["prefill"] / 1e3)
         live = min(config.slots, len(rows))
         step = took["decode"] / 1e3 * live / (config.new_tokens - 1)
-        read = limits.step_bytes(engine.bundle, live, tokens + config.new_tokens // 2) / step
+        read = limits.step_bytes(bundle, live, tokens + config.new_tokens // 2) / step
         found[name] = {
             "gemm_peak_gflops": peak / 1e9,
             "vision_peak": vision / peak,

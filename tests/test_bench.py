@@ -10,7 +10,7 @@ from conftest import ROOT, TINY
 import bench
 from benchmark.host import Host
 from benchmark.memory import PeakMemory
-from benchmark.rows import Rows, fastest_batch
+from benchmark.rows import Peer, Rows
 from benchmark.situations import MEAN_TOKENS, MOST_TOKENS, SKEW_ROWS, _skewed_lengths
 from qvl_batch.errors import ConfigError, JobError
 
@@ -69,15 +69,12 @@ def test_ratios_are_over_the_best_of_each_peer():
 
 
 def test_the_fastest_batch_stays(monkeypatch):
-    class Peer:
-        batch = 1
+    class Quick(Peer):
+        prompt_tokens = _images = _vision = _answer = lambda *_: []
 
-        def answer(self, _):
-            return None
-
-    peer = Peer()
+    peer = Quick(1)
     monkeypatch.setattr("benchmark.rows.seconds", lambda _: {1: 3.0, 4: 1.0, 8: 2.0}[peer.batch])
-    assert set(fastest_batch(peer, Rows([b""] * 9, ["x"] * 9))) == {1, 4, 8}
+    assert set(peer.choose_batch(Rows([b""] * 9, ["x"] * 9))) == {1, 4, 8}
     assert peer.batch == 4
 
 

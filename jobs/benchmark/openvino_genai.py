@@ -10,11 +10,11 @@ import numpy as np
 import openvino
 import openvino_genai
 
-from benchmark.rows import Rows, fastest_batch, timed
+from benchmark.rows import Peer, Rows
 from qvl_batch.images import decode_image, fit_image
 
 
-class OpenVino:
+class OpenVino(Peer):
     """`ContinuousBatchingPipeline` on images that are fitted as ours are.
 
     Args:
@@ -25,10 +25,10 @@ class OpenVino:
     """
 
     def __init__(self, model: Path, precision: str | None, image_size: int, new_tokens: int) -> None:
-        self._model, self._image_size, self._new_tokens = model, image_size, new_tokens
+        self._model, self._image_size = model, image_size
         self._properties = {"INFERENCE_PRECISION_HINT": precision} if precision else {}
         self._requests = 0
-        self.batch = 1
+        super().__init__(new_tokens)
 
     @property
     def batch(self) -> int:
@@ -41,32 +41,13 @@ class OpenVino:
         scheduler.max_num_seqs = self._batch = rows
         self._pipeline = openvino_genai.ContinuousBatchingPipeline(str(self._model), scheduler, "CPU", self._properties)
 
-    def choose_batch(self, rows: Rows) -> dict[int, float]:
-        """Find the fastest batch size and keep it."""
-        return fastest_batch(self, rows)
-
-    def answer(self, rows: Rows) -> list[list[int]]:
-        """Answer all rows; tokens of each."""
-        parts = (rows.part(at, at + self.batch) for at in range(0, len(rows), self.batch))
-        return [tokens for part in parts for tokens in self._answer(part, self._images(part), self._new_tokens)]
-
     def prompt_tokens(self, rows: Rows) -> list[int]:
         """Tokens up to the answer of each row."""
         return [result.perf_metrics.get_num_input_tokens() for result in self._generate(rows, self._images(rows))]
 
-    def stages(self, rows: Rows) -> dict[str, float]:
-        """Milliseconds an image of each stage: an answer of one token less the vision tower is the prefill."""
-        rows = rows.part(0, self.batch)
-        count, took = len(rows), dict[str, float]()
-        images = timed(took, "decode+fit", count, lambda: self._images(rows))
+    def _vision(self, rows: Rows, images: list[Any]) -> float:
         results = self._generate(rows, images)
-        took["vision"] = float(np.mean([r.perf_metrics.get_prepare_embeddings_duration().mean for r in results]))
-        first, all_of_it = dict[str, float](), dict[str, float]()
-        timed(first, "prefill", count, lambda: self._answer(rows, images, 1))
-        timed(all_of_it, "decode", count, lambda: self._answer(rows, images, self._new_tokens))
-        took["prefill"] = first["prefill"] - took["vision"]
-        took["decode"] = all_of_it["decode"] - first["prefill"]
-        return took
+        return float(np.mean([r.perf_metrics.get_prepare_embeddings_duration().mean for r in results]))
 
     def _images(self, rows: Rows) -> list[Any]:
         return [openvino.Tensor(fit_image(decode_image(file), self._image_size)[None]) for file in rows.files]

@@ -1,10 +1,11 @@
 """What a contender gets and gives. Every environment that a contender runs in can import this."""
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol, TypeVar
+from typing import Any, TypeVar
 
 #: Rows of a batch that a peer is tried with; the fastest counts.
 BATCHES = (1, 4, 8, 16, 32)
@@ -27,35 +28,60 @@ class Rows:
         return Rows(self.files[start:stop], self.prompts[start:stop])
 
 
-class Contender(Protocol):
-    """Someone who answers rows with a fixed number of tokens each."""
+class Peer(ABC):
+    """A peer that answers rows with a fixed number of tokens each, a batch at a time.
 
-    def answer(self, rows: Rows) -> list[list[int]]:
-        """Answer all rows; tokens of each."""
+    Args:
+        new_tokens: tokens of each answer; none ends sooner.
+    """
 
+    def __init__(self, new_tokens: int) -> None:
+        self.new_tokens, self.batch = new_tokens, 1
+
+    @abstractmethod
     def prompt_tokens(self, rows: Rows) -> list[int]:
         """Tokens up to the answer, those of the image included, of each row."""
 
+    @abstractmethod
+    def _images(self, rows: Rows) -> Any:
+        """Images decoded, fitted, and as the peer takes them."""
+
+    @abstractmethod
+    def _vision(self, rows: Rows, images: Any) -> float:
+        """Milliseconds an image of the vision tower."""
+
+    @abstractmethod
+    def _answer(self, rows: Rows, images: Any, new_tokens: int) -> list[list[int]]:
+        """Answer a batch."""
+
+    def choose_batch(self, rows: Rows) -> dict[int, float]:
+        """Try batch sizes on a few rows and keep the fastest; images/s of each."""
+        speeds: dict[int, float] = {}
+        for size in (size for size in BATCHES if size <= len(rows)):
+            self.batch = size
+            some = rows.part(0, max(size, BATCHES[-2]))
+            self.answer(some.part(0, size))
+            speeds[size] = len(some) / seconds(partial(self.answer, some))
+        self.batch = max(speeds, key=lambda size: speeds[size])
+        return speeds
+
+    def answer(self, rows: Rows) -> list[list[int]]:
+        """Answer all rows; tokens of each."""
+        parts = (rows.part(at, at + self.batch) for at in range(0, len(rows), self.batch))
+        return [tokens for part in parts for tokens in self._answer(part, self._images(part), self.new_tokens)]
+
     def stages(self, rows: Rows) -> dict[str, float]:
-        """Milliseconds an image of `decode+fit`, `vision`, `prefill` and `decode`, the last of a whole answer."""
-
-
-class Batched(Contender, Protocol):
-    """A peer that must be told how many rows to answer at a time."""
-
-    batch: int
-
-
-def fastest_batch(peer: Batched, rows: Rows) -> dict[int, float]:
-    """Try batch sizes on a few rows and leave the fastest set; images/s of each."""
-    speeds: dict[int, float] = {}
-    for size in (size for size in BATCHES if size <= len(rows)):
-        peer.batch = size
-        some = rows.part(0, max(size, BATCHES[-2]))
-        peer.answer(some.part(0, size))
-        speeds[size] = len(some) / seconds(partial(peer.answer, some))
-    peer.batch = max(speeds, key=lambda size: speeds[size])
-    return speeds
+        """Milliseconds an image of each stage: an answer of one token less the vision tower is the prefill."""
+        rows = rows.part(0, self.batch)
+        count, took = len(rows), dict[str, float]()
+        images = timed(took, "decode+fit", count, lambda: self._images(rows))
+        took["vision"] = self._vision(rows, images)
+        whole = dict[str, float]()
+        timed(whole, "first token", count, lambda: self._answer(rows, images, 1))
+        timed(whole, "answer", count, lambda: self._answer(rows, images, self.new_tokens))
+        took["prefill"] = whole["first token"] - took["vision"]
+        took["decode"] = whole["answer"] - whole["first token"]
+        return took
 
 
 def timed(took: dict[str, float], stage: str, count: int, work: Callable[[], T]) -> T:

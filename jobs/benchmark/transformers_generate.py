@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from transformers import GenerationConfig
 
-from benchmark.rows import Rows, fastest_batch, timed
+from benchmark.rows import Peer, Rows, timed
 from export.checkpoint import load_checkpoint
 from qvl_batch.bundle import Bundle
 from qvl_batch.images import decode_image, fit_image
@@ -15,7 +15,7 @@ from qvl_batch.layout import RowLayout
 from qvl_batch.runtime import usable_cpus
 
 
-class HuggingFace:
+class HuggingFace(Peer):
     """`Qwen2_5_VLForConditionalGeneration.generate` on token ids and pixels as our layout has them.
 
     Args:
@@ -26,44 +26,28 @@ class HuggingFace:
     """
 
     def __init__(self, checkpoint: Path, dtype: str, bundle: Path, new_tokens: int) -> None:
+        super().__init__(new_tokens)
         torch.set_num_threads(usable_cpus())
         loaded = load_checkpoint(checkpoint)
         self.model, self.processor = loaded.model.to(getattr(torch, dtype)), loaded.image_processor
-        self.layout, self.new_tokens, self.batch = RowLayout(Bundle.load(bundle)), new_tokens, 1
-
-    def choose_batch(self, rows: Rows) -> dict[int, float]:
-        """Find the fastest batch size and keep it."""
-        return fastest_batch(self, rows)
-
-    def answer(self, rows: Rows) -> list[list[int]]:
-        """Answer all rows; tokens of each."""
-        parts = (rows.part(at, at + self.batch) for at in range(0, len(rows), self.batch))
-        return [tokens for part in parts for tokens in self._generate(part, self._images(part), self.new_tokens)]
+        self.layout = RowLayout(Bundle.load(bundle))
 
     def prompt_tokens(self, rows: Rows) -> list[int]:
         """Tokens up to the answer of each row."""
         return [len(self.layout.row_ids(prompt)) for prompt in rows.prompts]
 
-    def stages(self, rows: Rows) -> dict[str, float]:
-        """Milliseconds an image of each stage: an answer of one token less the vision tower is the prefill."""
-        rows = rows.part(0, self.batch)
-        count, took = len(rows), dict[str, float]()
-        images = timed(took, "decode+fit", count, lambda: self._images(rows))
+    def _vision(self, rows: Rows, images: dict[str, Any]) -> float:
+        took: dict[str, float] = {}
         with torch.inference_mode():
-            timed(took, "vision", count, lambda: self.model.model.get_image_features(**images))
-        first, all_of_it = dict[str, float](), dict[str, float]()
-        timed(first, "prefill", count, lambda: self._generate(rows, images, 1))
-        timed(all_of_it, "decode", count, lambda: self._generate(rows, images, self.new_tokens))
-        took["prefill"] = first["prefill"] - took["vision"]
-        took["decode"] = all_of_it["decode"] - first["prefill"]
-        return took
+            timed(took, "vision", len(rows), lambda: self.model.model.get_image_features(**images))
+        return took["vision"]
 
     def _images(self, rows: Rows) -> dict[str, Any]:
         size = self.layout.layout.image_size
         pixels = [Image.fromarray(fit_image(decode_image(file), size)) for file in rows.files]
         return dict(self.processor(pixels, return_tensors="pt"))
 
-    def _generate(self, rows: Rows, images: dict[str, Any], new_tokens: int) -> list[list[int]]:
+    def _answer(self, rows: Rows, images: dict[str, Any], new_tokens: int) -> list[list[int]]:
         settings = self.model.config
         ids = [self.layout.row_ids(prompt) for prompt in rows.prompts]
         longest = max(map(len, ids))
