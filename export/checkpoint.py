@@ -62,6 +62,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
     tokenizer = _load(path, "tokenizer", AutoTokenizer.from_pretrained)
     if not tokenizer.chat_template:
         raise ExportError(f"{path} has no chat template: take an instruction-tuned checkpoint")
+    if tokenizer.clean_up_tokenization_spaces:
+        raise ExportError(f"{path}: tokenizer_config.json asks to clean up spaces of answers, which is not supported")
     processor = _load(path, "image processor", Qwen2VLImageProcessorPil.from_pretrained)
     vision = config.vision_config
     if (processor.patch_size, processor.merge_size) != (vision.patch_size, vision.spatial_merge_size):

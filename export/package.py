@@ -17,6 +17,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from export.chat import chat_turn
 from export.checkpoint import Checkpoint, load_checkpoint
 from export.graphs import Precision, export_decoders, export_vision, graph_spec, layer_names
 from export.parity import check_contract, check_parity
@@ -25,16 +26,16 @@ from qvl_batch.bundle import (
     DECODER_FULL,
     FORMAT_VERSION,
     MANIFEST,
+    TOKENIZER,
     VISION,
     DecoderShape,
     Dtype,
     File,
     Layout,
     Manifest,
-    chat_turn,
     file_sha256,
 )
-from qvl_batch.errors import BundleError, ExportError
+from qvl_batch.errors import ExportError
 
 #: A contract that leaves fewer tokens than this for prompt and answer is of no use.
 LEAST_ROOM = 32
@@ -107,10 +108,7 @@ def plan_layout(checkpoint: Checkpoint, config: ExportConfig) -> Layout:
             f"--image-size {size}: the checkpoint's image processor would resize it, as it takes "
             f"{processor['shortest_edge']} to {processor['longest_edge']} pixels"
         )
-    try:
-        head, bridge, tail = chat_turn(checkpoint.tokenizer, model.image_token_id, config.system_prompt)
-    except BundleError as error:
-        raise ExportError(f"{checkpoint.path}: {error}") from error
+    head, bridge, tail = chat_turn(checkpoint.tokenizer, model.image_token_id, config.system_prompt)
     layout = Layout(
         image_size=size,
         image_tokens=(size // unit) ** 2,
@@ -185,6 +183,8 @@ def _fill(
         )
     for path in checkpoint.carried:
         shutil.copy(path, staging)
+    # As transformers reads it, which is not always what the checkpoint's file says.
+    checkpoint.tokenizer.backend_tokenizer.save(str(staging / TOKENIZER))
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         source=checkpoint.source,

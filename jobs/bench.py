@@ -200,11 +200,11 @@ def _ratios(speed: dict[str, float]) -> dict[str, float]:
 def _ray(figures: dict[str, Any], config: BenchConfig, engine: Host, rows: Rows, console: Console) -> None:
     """The whole job against the engine alone, before and after, start-up excluded; and ten times the rows."""
 
-    def job(count: int) -> dict[str, float]:
+    def job(count: int, *, memory: bool = False) -> dict[str, float]:
         console.print(f"Ray job of {count} rows")
         arguments = (config.reduced_bundle or config.bundle, config.slots, config.new_tokens)
         with Host("Ray job", "benchmark.ours", "Job", *arguments) as host:
-            found: dict[str, float] = host.call("run", rows, count)
+            found: dict[str, float] = host.call("run", rows, count, memory)
             return found
 
     before = engine.seconds("answer", rows)
@@ -213,7 +213,7 @@ def _ray(figures: dict[str, Any], config: BenchConfig, engine: Host, rows: Rows,
     figures["ray"]["engine_images_per_second"] = alone
     figures["ratios"]["ray"] = found["steady_images_per_second"] / alone
     if config.ten_times:
-        few, many = job(TENTH), job(10 * TENTH)
+        few, many = job(TENTH, memory=True), job(10 * TENTH, memory=True)
         figures["ten_times"] = [few, many]
         taken = [found["seconds"] - found["workers_seconds"] for found in (few, many)]
         figures["ratios"] |= {

@@ -2,8 +2,8 @@
 
 What enters: a directory written by `python -m export`. What leaves: a `Bundle`, whose manifest
 has been checked field by field and whose files are there and whole. The layout contract (where
-the image block stands and how long a row may be) is part of the manifest; `chat_turn` derives
-it from a tokenizer's own chat template, for the exporter to write and for the worker to check.
+the image block stands and how long a row may be) is part of the manifest; the exporter derives it
+from the checkpoint's own chat template.
 
 This module runs no graph and imports neither torch, transformers nor onnxruntime.
 """
@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -25,8 +25,7 @@ MANIFEST = "bundle.json"
 VISION = "vision.onnx"
 DECODER = "decoder.onnx"
 DECODER_FULL = "decoder_full.onnx"
-#: Stands for the prompt while a chat template is taken apart.
-_PROMPT_MARK = "qvl-batch-prompt-mark"
+TOKENIZER = "tokenizer.json"
 
 #: Of weights and products: fp32; int8 weights and activations; int8 or int4 weights only.
 Dtype = Literal["fp32", "int8", "int8wo", "int4wo"]
@@ -208,43 +207,6 @@ class Bundle:
         if name not in self.manifest.files:
             raise BundleError(f"{self.path} has no {name}: export the checkpoint again")
         return self.path / name
-
-
-def chat_turn(
-    tokenizer: Any, image_token_id: int, system_prompt: str | None
-) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """Token ids before the image, between image and prompt, and after the prompt.
-
-    The tokenizer's own chat template is applied to one user turn, image first; a system turn is
-    added only if `system_prompt` is given. The prompt is tokenized apart from the rest, which
-    is exact because special tokens stand on both sides of it; that is checked here.
-
-    Args:
-        tokenizer: a `transformers` tokenizer with a chat template.
-        image_token_id: the id that stands for one merged patch of the image.
-        system_prompt: text of the system turn, or None for the template's own default.
-
-    Raises:
-        BundleError: the template cannot be taken apart that way.
-    """
-    content = [{"type": "image"}, {"type": "text", "text": _PROMPT_MARK}]
-    messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
-    if system_prompt is not None:
-        messages.insert(0, {"role": "system", "content": system_prompt})
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    image_token = tokenizer.convert_ids_to_tokens(image_token_id)
-    if text.count(image_token) != 1 or text.count(_PROMPT_MARK) != 1:
-        raise BundleError(
-            f"the chat template must give one {image_token} and the prompt once, image first; "
-            f"it gave {text.count(image_token)} and {text.count(_PROMPT_MARK)}"
-        )
-    head, _, rest = text.partition(image_token)
-    bridge, mark, tail = rest.partition(_PROMPT_MARK)
-    ids = [tuple(tokenizer(part, add_special_tokens=False).input_ids) for part in (head, bridge, tail)]
-    added = set(tokenizer.added_tokens_decoder)
-    if not mark or not ids[1] or not ids[2] or not {ids[1][-1], ids[2][0]} <= added:
-        raise BundleError("the chat template must put special tokens on both sides of the prompt")
-    return ids[0], ids[1], ids[2]
 
 
 def part_names(vision: int, decoder: int) -> list[str]:

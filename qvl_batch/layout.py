@@ -12,49 +12,44 @@ What enters: prompts. What leaves: token ids of whole rows, and back again, answ
 This module knows nothing of images or of graphs.
 """
 
-import os
-import threading
-
 import numpy as np
 from numpy.typing import NDArray
+from tokenizers import Tokenizer
 
-# Read when transformers is imported: that a worker has no torch is no news.
-os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-
-from transformers import AutoTokenizer
-
-from qvl_batch.bundle import Bundle, Layout, chat_turn
+from qvl_batch.bundle import TOKENIZER, Bundle, Layout
 from qvl_batch.errors import BundleError, PromptError
 
 
 class RowLayout:
-    """Turns prompts into rows and answer ids into text, with a bundle's tokenizer.
+    """Turns prompts into rows and answer ids into text, with a bundle's tokenizer; threads may share it.
+
+    The tokenizer is the one that transformers made of the checkpoint, without transformers: to
+    import that takes a worker two seconds and, where there is a torch, 250 MB.
 
     Raises:
-        BundleError: the tokenizer's chat template does not give the contract of the manifest.
+        BundleError: the tokenizer cannot be loaded, or its tokens are not those of the contract.
     """
 
     def __init__(self, bundle: Bundle) -> None:
-        manifest = bundle.manifest
-        self.layout = manifest.layout
-        # A fast tokenizer takes settings by mutation, and fails when two threads are in it at once.
-        self._lock = threading.Lock()
+        self.layout = layout = bundle.manifest.layout
+        path = bundle.file(TOKENIZER)
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(bundle.path, local_files_only=True)
-        except Exception as error:  # transformers raises whatever its parsing met
-            raise BundleError(f"{bundle.path}: the tokenizer cannot be loaded: {error}") from error
-        derived = chat_turn(self._tokenizer, self.layout.image_token_id, manifest.system_prompt)
-        written = (self.layout.head_ids, self.layout.bridge_ids, self.layout.tail_ids)
-        if derived != written or self.layout.image_start != len(self.layout.head_ids):
-            raise BundleError(
-                f"{bundle.path}: the chat template puts the image at {len(derived[0])} and gives other "
-                f"tokens around it than the contract (image at {self.layout.image_start}): export again"
-            )
+            self._tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # tokenizers has no class of its own for it
+            raise BundleError(f"{path} cannot be loaded: {error}") from error
+        parts = (layout.head_ids, (layout.image_token_id,), layout.bridge_ids, layout.tail_ids)
+        if layout.image_start != len(layout.head_ids) or any(self._again(ids) != ids for ids in parts):
+            raise BundleError(f"{bundle.path}: the tokens of the contract are not the tokenizer's: export again")
+        # A special token spelled in a prompt is text like any other.
+        self._tokenizer.encode_special_tokens = True
+
+    def _again(self, ids: tuple[int, ...]) -> tuple[int, ...]:
+        """What the text of these tokens is tokenized to, special tokens and all."""
+        text = self._tokenizer.decode(list(ids), skip_special_tokens=False)
+        return tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def row_ids(self, prompt: str | None) -> list[int]:
         """Token ids of a row up to its answer.
-
-        A prompt is data: a special token spelled in it is text like any other.
 
         Raises:
             PromptError: no prompt, or one that leaves no room for an answer.
@@ -62,8 +57,7 @@ class RowLayout:
         if prompt is None or not prompt.strip():
             raise PromptError("the prompt is null" if prompt is None else "the prompt is empty")
         try:
-            with self._lock:
-                ids = self._tokenizer(prompt, add_special_tokens=False, split_special_tokens=True).input_ids
+            ids = self._tokenizer.encode(prompt, add_special_tokens=False).ids
         except (TypeError, UnicodeError) as error:
             raise PromptError(f"the prompt is not valid Unicode text: {error}") from error
         if len(ids) >= self.layout.room:
@@ -75,16 +69,14 @@ class RowLayout:
 
     def text(self, token_ids: list[int]) -> str:
         """Text of an answer, special tokens left out."""
-        with self._lock:
-            text: str = self._tokenizer.decode(token_ids, skip_special_tokens=True)
+        text: str = self._tokenizer.decode(token_ids, skip_special_tokens=True)
         return text
 
     def token_text(self, token_id: int | None) -> str | None:
         """One token as the vocabulary spells it, special tokens too."""
         if token_id is None:
             return None
-        with self._lock:
-            text: str = self._tokenizer.decode([token_id])
+        text: str = self._tokenizer.decode([token_id], skip_special_tokens=False)
         return text
 
 

@@ -221,7 +221,7 @@ def _job_error(error: Exception) -> JobError:
 
 def _settings(config: CaptionConfig, source: Source, bundle: Bundle, plan: Plan, device: str) -> dict[str, Any]:
     """What the answers depend on, and what their speed does."""
-    packages = ("qvl-batch", "ray", "onnxruntime-gpu", "onnxruntime", "transformers", "pyarrow", "pillow")
+    packages = ("qvl-batch", "ray", "onnxruntime-gpu", "onnxruntime", "tokenizers", "pyarrow", "pillow")
     return {
         "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "bundle": {

@@ -1,7 +1,6 @@
 """The stage that decodes and fits images, as a function of an Arrow table.
 
-It runs in short tasks, in many processes, so this module imports neither transformers nor
-ONNX Runtime, which would take each of them two seconds.
+It runs in short tasks, in many processes, so this module imports no ONNX Runtime.
 """
 
 import numpy as np

@@ -1,4 +1,4 @@
-"""Without Ray: answers in order, a failure only in its own row, and no torch anywhere."""
+"""Without Ray: answers in order, a failure only in its own row, and no torch or transformers anywhere."""
 
 import subprocess
 import sys
@@ -105,10 +105,10 @@ def test_no_bundle_is_one_line(tmp_path):
     assert "\n" not in str(refused.value)
 
 
-def test_a_worker_needs_no_torch(tiny_bundle):
+def test_a_worker_needs_neither_torch_nor_transformers(tiny_bundle):
     script = f"""
 import sys
-sys.modules["torch"] = None  # importing it fails, as if it were not installed
+sys.modules["torch"] = sys.modules["transformers"] = None  # importing them fails, as if they were not installed
 from PIL import Image
 from qvl_batch import Captioner
 (answer,) = Captioner({str(tiny_bundle.path)!r}).caption([Image.new("RGB", (9, 9))], ["How many shapes are there?"])

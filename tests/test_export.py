@@ -156,6 +156,7 @@ def _edit(path: Path, **changes) -> None:
         (lambda path: (path / "preprocessor_config.json").unlink(), {}, "image processor cannot be loaded"),
         (lambda path: _edit(path / "tokenizer_config.json", chat_template=None), {}, "has no chat template"),
         (lambda path: _edit(path / "tokenizer_config.json", chat_template="{{ messages }}"), {}, "chat template must"),
+        (lambda path: _edit(path / "tokenizer_config.json", clean_up_tokenization_spaces=True), {}, "clean up spaces"),
         (_nothing, {"image_size": 650}, "--image-size 650 is not a multiple of 28"),
         (_nothing, {"image_size": 0}, "--image-size 0 is not a multiple"),
         (_nothing, {"image_size": 28}, "image processor would resize it"),

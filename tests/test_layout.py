@@ -9,7 +9,8 @@ import torch
 from conftest import TINY
 from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from qvl_batch.bundle import Bundle, chat_turn
+from export.chat import chat_turn
+from qvl_batch.bundle import Bundle
 from qvl_batch.errors import PromptError
 from qvl_batch.layout import RowLayout, mrope_positions
 

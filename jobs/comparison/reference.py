@@ -20,9 +20,9 @@ from transformers.vision_utils import get_vision_window_index
 
 from comparison.questions import Question
 from comparison.traces import Array, States, Trace
+from export.chat import chat_turn
 from export.checkpoint import Checkpoint
 from export.vision import window_order
-from qvl_batch.bundle import chat_turn
 from qvl_batch.config import Device
 from qvl_batch.errors import DeviceError, PromptError
 from qvl_batch.schema import Failure

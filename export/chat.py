@@ -1,0 +1,49 @@
+"""The layout contract's tokens, from a checkpoint's own chat template.
+
+What enters: a tokenizer of transformers. What leaves: the token ids that stand before the image,
+between image and prompt, and after the prompt.
+"""
+
+from typing import Any
+
+from qvl_batch.errors import ExportError
+
+#: Stands for the prompt while a chat template is taken apart.
+_PROMPT_MARK = "qvl-batch-prompt-mark"
+
+
+def chat_turn(
+    tokenizer: Any, image_token_id: int, system_prompt: str | None
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Token ids before the image, between image and prompt, and after the prompt.
+
+    The tokenizer's own chat template is applied to one user turn, image first; a system turn is
+    added only if `system_prompt` is given. The prompt is tokenized apart from the rest, which
+    is exact because special tokens stand on both sides of it; that is checked here.
+
+    Args:
+        tokenizer: a `transformers` tokenizer with a chat template.
+        image_token_id: the id that stands for one merged patch of the image.
+        system_prompt: text of the system turn, or None for the template's own default.
+
+    Raises:
+        ExportError: the template cannot be taken apart that way.
+    """
+    content = [{"type": "image"}, {"type": "text", "text": _PROMPT_MARK}]
+    messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
+    if system_prompt is not None:
+        messages.insert(0, {"role": "system", "content": system_prompt})
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    image_token = tokenizer.convert_ids_to_tokens(image_token_id)
+    if text.count(image_token) != 1 or text.count(_PROMPT_MARK) != 1:
+        raise ExportError(
+            f"the chat template must give one {image_token} and the prompt once, image first; "
+            f"it gave {text.count(image_token)} and {text.count(_PROMPT_MARK)}"
+        )
+    head, _, rest = text.partition(image_token)
+    bridge, mark, tail = rest.partition(_PROMPT_MARK)
+    ids = [tuple(tokenizer(part, add_special_tokens=False).input_ids) for part in (head, bridge, tail)]
+    added = set(tokenizer.added_tokens_decoder)
+    if not mark or not ids[1] or not ids[2] or not {ids[1][-1], ids[2][0]} <= added:
+        raise ExportError("the chat template must put special tokens on both sides of the prompt")
+    return ids[0], ids[1], ids[2]
