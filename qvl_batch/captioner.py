@@ -8,7 +8,7 @@ import io
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Self, cast, get_args
+from typing import Self, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,17 +18,16 @@ from qvl_batch.bundle import Bundle
 from qvl_batch.config import DEFAULT_MAX_NEW_TOKENS, Device, Fit
 from qvl_batch.decoder import Decoder
 from qvl_batch.engine import Completion, Engine, Request
-from qvl_batch.errors import ConfigError, ImageError, NumericError, RowError
+from qvl_batch.errors import ConfigError, ImageError, RowError
+from qvl_batch.features import ImageFeatures
 from qvl_batch.images import image_key, pixels_or_failure
 from qvl_batch.layout import RowLayout
 from qvl_batch.runtime import resolve_device, usable_cpus
 from qvl_batch.schema import Answer, Failure
 from qvl_batch.vision import Features, VisionEncoder
-from qvl_batch.vision_cache import RecentFeatures
 
 #: An image as a file's path, as a file's bytes, as pixels uint8 (H, W, 3), or as Pillow has it.
 ImageLike = str | Path | bytes | NDArray[np.uint8] | Image.Image
-Pixels = NDArray[np.uint8]
 #: Images in memory at a time, as pixels.
 WINDOW = 32
 
@@ -68,7 +67,7 @@ class Captioner:
         self._bundle = Bundle.load(bundle)
         self._fit: Fit = fit
         threads = usable_cpus()
-        self._vision, self._recent = VisionEncoder(self._bundle, threads), RecentFeatures()
+        self._features = ImageFeatures(VisionEncoder(self._bundle, threads))
         self._layout = RowLayout(self._bundle)
         decoder = Decoder(self._bundle, slots, threads)
         self._engine = Engine(decoder, self._bundle.manifest.generation.eos_token_ids)
@@ -105,8 +104,7 @@ class Captioner:
             files = [_file_or_failure(image) for image in images[window]]
             keys = [None if isinstance(file, Failure) else image_key(file, self._fit) for file in files]
             pixels = [file if isinstance(file, Failure) else pixels_or_failure(file, size, self._fit) for file in files]
-            features = encode_images(self._vision, pixels, keys, self._recent)
-            rows = list(zip(features, texts[window], keys, strict=True))
+            rows = list(zip(self._features.of(pixels, keys), texts[window], keys, strict=True))
             answers.extend(answer_rows(self._engine, self._layout, rows, max_new_tokens))
         return answers
 
@@ -119,40 +117,6 @@ class Captioner:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def encode_images(
-    vision: VisionEncoder,
-    images: Sequence[Pixels | Failure],
-    keys: Sequence[bytes | None],
-    cache: RecentFeatures,
-) -> list[Features | Failure]:
-    """Features (T_img, D) of each image, in order; failures stay where they are.
-
-    Args:
-        vision: runs the graph, once for each image that is new.
-        images: pixels, or why there are none.
-        keys: of images, None for failures.
-        cache: asked before images are encoded, told after.
-    """
-    rows = list(zip(images, keys, strict=True))
-    found: dict[bytes, Features | Failure] = {}
-    new: dict[bytes, Pixels] = {}
-    for image, key in rows:
-        if isinstance(image, Failure) or key is None or key in found or key in new:
-            continue
-        kept = cache.get(key)
-        if kept is None:
-            new[key] = image
-        else:
-            found[key] = kept
-    for key, features in zip(new, vision.encode(list(new.values())), strict=True):
-        if isinstance(features, NumericError):
-            found[key] = Failure.of(features)
-        else:
-            cache.put(key, features)
-            found[key] = features
-    return [image if isinstance(image, Failure) else found[cast("bytes", key)] for image, key in rows]
 
 
 def answer_rows(

@@ -12,18 +12,18 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
 from qvl_batch.bundle import Bundle
-from qvl_batch.captioner import answer_rows, encode_images
+from qvl_batch.captioner import answer_rows
 from qvl_batch.decoder import Decoder
 from qvl_batch.engine import Engine
+from qvl_batch.features import ImageFeatures, Pixels
 from qvl_batch.layout import RowLayout
 from qvl_batch.prepare import IMAGE_KEY, PIXELS, with_columns
 from qvl_batch.schema import ANSWER_FIELDS, Failure
 from qvl_batch.source import FAILURE, OWN, PROMPT, failure_columns, failures_of
 from qvl_batch.vision import Features, VisionEncoder
-from qvl_batch.vision_cache import RecentFeatures, VisionCache
+from qvl_batch.vision_cache import VisionCache
 
 FEATURES, STARTED = f"{OWN}features", f"{OWN}started"
 #: Columns of the workers that had a row.
@@ -33,6 +33,8 @@ WORKERS = {"vision": f"{OWN}vision_worker", "decoder": f"{OWN}decoder_worker"}
 class VisionStage:
     """Runs the vision graph: the column `PIXELS` becomes `FEATURES`, float32 (T_img, D) as bytes.
     `STARTED` is added, when that began in Unix seconds, and the vision worker's name.
+
+    Called by two threads at once, it has the next table's images at hand when the first one's end.
 
     Args:
         bundle: folder of the bundle.
@@ -53,24 +55,24 @@ class VisionStage:
         os.nice(niceness)
         self._name = name()
         loaded = Bundle.load(bundle, verify=False)
-        self._vision = VisionEncoder(loaded, threads=1, at_once=threads)
-        disk = None
+        self._image_size = loaded.manifest.layout.image_size
+        kept = None
         if cache is not None:
             folder, gigabytes = cache
             manifest = loaded.manifest
-            disk = VisionCache(folder, manifest.vision_sha256, manifest.feature_shape, int(gigabytes * 1e9))
-        self._cache = RecentFeatures(disk)
+            kept = VisionCache(folder, manifest.vision_sha256, manifest.feature_shape, int(gigabytes * 1e9))
+        self._features = ImageFeatures(VisionEncoder(loaded, threads=1), kept, at_once=threads)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Encode the images of a table."""
         started = pa.array([time.time()] * table.num_rows, pa.float64())
-        size = self._vision.layout.image_size
+        size = self._image_size
         failures = failures_of(table)
-        images: list[NDArray[np.uint8] | Failure] = [
+        images: list[Pixels | Failure] = [
             failure or np.frombuffer(value.as_buffer(), np.uint8).reshape(size, size, 3)
             for value, failure in zip(table[PIXELS], failures, strict=True)
         ]
-        encoded = encode_images(self._vision, images, table[IMAGE_KEY].to_pylist(), self._cache)
+        encoded = self._features.of(images, table[IMAGE_KEY].to_pylist())
         features = [None if isinstance(row, Failure) else row.tobytes() for row in encoded]
         failed = [row if isinstance(row, Failure) else None for row in encoded]
         table = table.drop_columns([PIXELS, *FAILURE])

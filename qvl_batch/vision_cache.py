@@ -1,5 +1,4 @@
-"""Image features kept: the latest in memory, for rows of one image that are near each other, and all
-of them on disk if asked to, so that a second prompt over the same images runs no vision.
+"""Image features kept on disk, so that a second prompt over the same images runs no vision.
 
     DIR/<vision graph>/<first byte of key>/<key>.f32     float32 (T_img, D), then CRC-32
 
@@ -31,38 +30,6 @@ WRITES_PER_SWEEP = 256
 #: A sweep leaves this part of the bound, so that the next is not due at once.
 KEPT = 0.9
 _CRC_BYTES = 4
-#: Images whose features are kept in memory.
-RECENT = 16
-
-
-class RecentFeatures:
-    """Features of the last images, in front of a folder or of nothing."""
-
-    def __init__(self, disk: "VisionCache | None" = None) -> None:
-        self._disk = disk
-        self._recent: dict[bytes, Features] = {}
-
-    def get(self, key: bytes) -> Features | None:
-        """Features of an image, None if they are not there."""
-        features = self._recent.get(key)
-        if features is None and self._disk and (features := self._disk.get(key)) is not None:
-            self._remember(key, features)
-        return features
-
-    def put(self, key: bytes, features: Features) -> None:
-        """Keep features.
-
-        Raises:
-            OutputError: the folder cannot be written.
-        """
-        self._remember(key, features)
-        if self._disk:
-            self._disk.put(key, features)
-
-    def _remember(self, key: bytes, features: Features) -> None:
-        if len(self._recent) == RECENT:
-            self._recent.pop(next(iter(self._recent)))
-        self._recent[key] = features
 
 
 class VisionCache:

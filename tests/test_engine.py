@@ -27,7 +27,7 @@ def questions():
 @pytest.fixture(scope="module")
 def requests(tiny_bundle, questions):
     vision, layout = VisionEncoder(tiny_bundle, threads=2), RowLayout(tiny_bundle)
-    features = vision.encode([letterboxed(row["image"]["bytes"]) for row in questions])
+    features = [vision.encode(letterboxed(row["image"]["bytes"])) for row in questions]
     return [Request(layout.row_ids(q["prompt"]), f, 64) for q, f in zip(questions, features, strict=True)]
 
 

@@ -71,7 +71,7 @@ def rows():
 
 def test_a_row_does_not_depend_on_its_neighbours(reduced, rows):
     vision, layout = VisionEncoder(reduced, threads=2), RowLayout(reduced)
-    features = vision.encode([letterboxed(row["image"]["bytes"]) for row in rows])
+    features = [vision.encode(letterboxed(row["image"]["bytes"])) for row in rows]
     prefill = [PrefillRow(layout.row_ids(row["prompt"]), f) for row, f in zip(rows, features, strict=True)]
     decoder = Decoder(reduced, 4, threads=2, keep_logits=True)
     decoder.prefill(0, prefill)

@@ -5,14 +5,10 @@ import threading
 
 import numpy as np
 import pytest
-from PIL import Image
 
-from qvl_batch.captioner import encode_images
 from qvl_batch.errors import OutputError
 from qvl_batch.images import image_key
-from qvl_batch.schema import Failure
-from qvl_batch.vision import VisionEncoder
-from qvl_batch.vision_cache import RECENT, RecentFeatures, VisionCache
+from qvl_batch.vision_cache import VisionCache
 
 SHAPE = (4, 3)
 GRAPH = "a" * 64
@@ -100,34 +96,6 @@ def test_a_folder_that_cannot_be_used_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match=r"--vision-cache .*file cannot be used"):
         VisionCache(tmp_path / "file", GRAPH, SHAPE, 10**6)
-
-
-def test_the_latest_are_in_memory(tmp_path):
-    recent = RecentFeatures()
-    for key in range(RECENT + 1):
-        recent.put(bytes([key]), _features(key))
-    assert recent.get(b"\0") is None
-    assert (recent.get(bytes([RECENT])) == RECENT).all()
-    disk = VisionCache(tmp_path, GRAPH, SHAPE, 10**6)
-    RecentFeatures(disk).put(b"key", _features(5))
-    assert (RecentFeatures(disk).get(b"key") == 5).all()
-
-
-def test_an_image_is_encoded_once(tiny_bundle, monkeypatch):
-    vision = VisionEncoder(tiny_bundle, threads=2)
-    encoded = []
-    plain = VisionEncoder.encode
-    monkeypatch.setattr(VisionEncoder, "encode", lambda self, images: encoded.extend(images) or plain(self, images))
-    pixels = [np.asarray(Image.new("RGB", (672, 672), colour)) for colour in ("red", "blue")]
-    keys = [image_key(image.tobytes(), "crop") for image in pixels]
-    failure = Failure("image", "ImageError", "no")
-    order = [0, 1, 0, 0, 1]
-    found = encode_images(
-        vision, [failure, *(pixels[i] for i in order)], [None, *(keys[i] for i in order)], RecentFeatures()
-    )
-    assert len(encoded) == 2
-    assert found[0] is failure
-    assert all((found[place + 1] == plain(vision, [pixels[i]])[0]).all() for place, i in enumerate(order))
 
 
 def test_a_key_stands_for_contents_and_fit():

@@ -16,7 +16,6 @@ from qvl_batch.bundle import Bundle
 from qvl_batch.config import CaptionConfig
 from qvl_batch.decoder import Decoder, PrefillRow
 from qvl_batch.engine import PREFILL_ROWS, Engine, Request
-from qvl_batch.errors import NumericError
 from qvl_batch.images import decode_image, fit_image
 from qvl_batch.layout import RowLayout
 from qvl_batch.runtime import usable_cpus
@@ -52,7 +51,7 @@ class Ours:
 
     def encode_pixels(self, pixels: Sequence[Any]) -> list[Features]:
         """Features of fitted images."""
-        return [features for features in self.vision.encode(pixels) if not isinstance(features, NumericError)]
+        return [self.vision.encode(image) for image in pixels]
 
     def requests(self, rows: Rows, features: Sequence[Features]) -> list[Request]:
         """What the engine takes, nothing shared between rows."""

@@ -10,11 +10,11 @@ import numpy as np
 
 from benchmark.ours import Ours
 from benchmark.rows import Rows, seconds
-from qvl_batch.captioner import encode_images
 from qvl_batch.decoder import PrefillRow
 from qvl_batch.engine import Request
+from qvl_batch.features import ImageFeatures
 from qvl_batch.images import image_key
-from qvl_batch.vision_cache import RecentFeatures, VisionCache
+from qvl_batch.vision_cache import VisionCache
 
 #: Answers' lengths in tokens: mostly short, a few as long as may be.
 MEAN_TOKENS, MOST_TOKENS = 16, 128
@@ -67,15 +67,15 @@ def second_prompt(ours: Ours, rows: Rows) -> float:
 
         def run(prompt: str) -> None:
             cache = VisionCache(Path(folder), manifest.vision_sha256, manifest.feature_shape, 1 << 40)
-            _answer_shared(ours, rows, (prompt,), RecentFeatures(cache))
+            _answer_shared(ours, rows, (prompt,), cache)
 
         first = seconds(lambda: run(PROMPTS[0]))
         return seconds(lambda: run(OTHER_PROMPT)) / first
 
 
-def _answer_shared(ours: Ours, rows: Rows, prompts: tuple[str, ...], cache: RecentFeatures | None = None) -> None:
+def _answer_shared(ours: Ours, rows: Rows, prompts: tuple[str, ...], cache: VisionCache | None = None) -> None:
     keys = [image_key(file, "letterbox") for file in rows.files]
-    encoded = encode_images(ours.vision, ours.fit(rows), keys, cache or RecentFeatures())
+    encoded = ImageFeatures(ours.vision, cache).of(ours.fit(rows), keys)
     requests: list[Request] = []
     for features, key in zip(encoded, keys, strict=True):
         assert isinstance(features, np.ndarray)

@@ -15,7 +15,7 @@ from comparison.traces import Array, States, Trace
 from qvl_batch.bundle import Bundle
 from qvl_batch.decoder import Decoder, PrefillRow, Tokens
 from qvl_batch.engine import Engine, Request
-from qvl_batch.errors import NumericError, RowError
+from qvl_batch.errors import RowError
 from qvl_batch.layout import RowLayout
 from qvl_batch.runtime import usable_cpus
 from qvl_batch.schema import Failure
@@ -95,19 +95,7 @@ class BundleSide:
 
     def answer(self, questions: Sequence[Question]) -> list[Trace | Failure]:
         """Answer questions that have pixels, in order."""
-        encoded = self._vision.encode([q.pixels for q in questions if q.pixels is not None])
-        requests: list[Request | Failure] = []
-        for question, features in zip(questions, encoded, strict=True):
-            try:
-                ids = self.layout.row_ids(question.prompt)
-            except RowError as error:
-                requests.append(Failure.of(error))
-                continue
-            room = self._max_seq_len - len(ids)
-            if isinstance(features, NumericError):
-                requests.append(Failure.of(features))
-            else:
-                requests.append(Request(ids, features, min(self._max_new_tokens, room)))
+        requests = [self._request(question) for question in questions]
         traces = iter(self._run([request for request in requests if isinstance(request, Request)]))
         return [request if isinstance(request, Failure) else next(traces) for request in requests]
 
@@ -115,6 +103,14 @@ class BundleSide:
         """Hidden states of a question that this side can answer."""
         assert question.pixels is not None
         return self.probe.states(question.pixels, self.layout.row_ids(question.prompt))
+
+    def _request(self, question: Question) -> Request | Failure:
+        assert question.pixels is not None
+        try:
+            ids, features = self.layout.row_ids(question.prompt), self._vision.encode(question.pixels)
+        except RowError as error:
+            return Failure.of(error)
+        return Request(ids, features, min(self._max_new_tokens, self._max_seq_len - len(ids)))
 
     def _run(self, requests: Sequence[Request]) -> list[Trace]:
         self._decoder.records = []
