@@ -34,6 +34,10 @@ class Linear(nn.Module):
         biases = [None] * count if linear.bias is None else linear.bias.chunk(count)
         return list(map(cls, linear.weight.chunk(count), biases))
 
+    def without_bias(self) -> "Linear":
+        """The product alone."""
+        return Linear(self.weight.t(), None)
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) to (..., out)."""
         product = x @ self.weight

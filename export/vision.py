@@ -5,16 +5,18 @@ What enters: uint8 `pixels` (B, H, W, 3), H = W = image size. What leaves: `imag
 rescaling, CLIP normalisation, patches in 2 x 2 merge groups, the window permutation, rotary
 tables, blocks, merger, and the permutation's inverse.
 
-Three things are cheaper here than in the checkpoint's own model, and exact: both temporal frames
+Four things are cheaper here than in the checkpoint's own model, and exact: both temporal frames
 of a still image are the same, so the patch embedding is one product with the two frames'
-weights added; the divisors of rescaling and normalisation are part of its weights; and windows
-of equal length are one batched attention. The mean is subtracted from the pixels themselves: as
-a bias it would leave bars of that colour to cancellation.
+weights added; the divisors of rescaling and normalisation are part of its weights; windows
+of equal length are one batched attention; and all but full attention is done for a part of the
+image after the other, so that what passes between operators stays in a CPU's caches. The mean is
+subtracted from the pixels themselves: as a bias it would leave bars of that colour to
+cancellation.
 
 This module knows nothing of tokens or of files.
 """
 
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any, cast
 
 import torch
@@ -27,6 +29,11 @@ from export.operators import multi_head_attention, rms_norm, rotary_embedding, s
 
 #: Epsilon of the vision tower's norms, a constant of transformers' `Qwen2_5_VLVisionBlock`.
 NORM_EPS = 1e-6
+#: Patches of a part. On two cores the graph takes 10 % less time in fp32, and 8 % in int8, than with
+#: all 2304 at once; with half or twice as many, the gain is smaller.
+PATCHES_AT_ONCE = 576
+#: `(count, length in patches)` of windows that follow each other.
+Windows = list[tuple[int, int]]
 
 
 class VisionTower(nn.Module):
@@ -52,7 +59,8 @@ class VisionTower(nn.Module):
         self.heads, self.hidden = config.num_heads, config.hidden_size
         self.full_blocks = set(config.fullatt_block_indexes)
         grid = torch.tensor([[1, image_size // self.patch, image_size // self.patch]])
-        order, self.windows = window_order(grid, config)
+        order, windows = window_order(grid, config)
+        self.parts = split_windows(windows, PATCHES_AT_ONCE)
         self.register_buffer("order", order)
         self.register_buffer("inverse", torch.argsort(order))
         cos, sin = visual.rotary_pos_emb(torch.zeros(1), get_vision_position_ids(grid, self.merge))
@@ -70,18 +78,39 @@ class VisionTower(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """(B, H, W, 3) uint8 to (B, T_img, D)."""
-        hidden = self._patches(pixels) @ self.patch_embed
+        sizes = [sum(count * length for count, length in part) for part in self.parts]
+        tables = list(zip(_split(self.cos, sizes, 0), _split(self.sin, sizes, 0), strict=True))
         blocks = cast("list[Block]", self.blocks)
-        normed = rms_norm(hidden, blocks[0].norm1, NORM_EPS)
+        hidden = [patches @ self.patch_embed for patches in _split(self._patches(pixels), sizes, 1)]
+        normed = [rms_norm(x, blocks[0].norm1, NORM_EPS) for x in hidden]
         for index, block in enumerate(blocks):
-            windows = None if index in self.full_blocks else self.windows
-            update = block.attention(normed, self.cos, self.sin, windows)
-            normed, hidden = skip_rms_norm(update, hidden, block.norm2, NORM_EPS)
-            update = block.mlp(normed)
+            qkv = [block.queries_keys_values(x, *table) for x, table in zip(normed, tables, strict=True)]
+            if index in self.full_blocks:
+                whole = (torch.cat(parts, dim=1) for parts in zip(*qkv, strict=True))
+                attended = _split(multi_head_attention(*whole, heads=self.heads), sizes, 1)
+            else:
+                attended = [self._within(windows, *x) for windows, x in zip(self.parts, qkv, strict=True)]
             following = blocks[index + 1].norm1 if index + 1 < len(blocks) else self.merger_norm
-            normed, hidden = skip_rms_norm(update, hidden, following, NORM_EPS)
-        groups = normed.reshape(-1, self.merged_side**2, self.merge**2 * self.hidden)
-        return self.merger_out(F.gelu(self.merger_in(groups))).index_select(1, self.inverse)
+            done = [block.after_attention(*x, following) for x in zip(attended, hidden, strict=True)]
+            normed, hidden = map(list, zip(*done, strict=True))
+        merged = [self._merge(x) for x in normed]
+        return torch.cat(merged, dim=1).index_select(1, self.inverse)
+
+    def _within(self, windows: Windows, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention within windows, of (B, n, D) each; to (B, n, D)."""
+        done: list[Tensor] = []
+        start = 0
+        for count, length in windows:
+            span = slice(start, start + count * length)
+            rows = (t[:, span].reshape(-1, length, t.shape[-1]) for t in (q, k, v))
+            done.append(multi_head_attention(*rows, heads=self.heads).reshape(-1, count * length, q.shape[-1]))
+            start = span.stop
+        return torch.cat(done, dim=1)
+
+    def _merge(self, normed: Tensor) -> Tensor:
+        """(B, n, D) of whole merge groups to (B, n / merge**2, D of the decoder)."""
+        groups = normed.reshape(-1, normed.shape[1] // self.merge**2, self.merge**2 * self.hidden)
+        return self.merger_out(F.gelu(self.merger_in(groups)))
 
     def _patches(self, pixels: Tensor) -> Tensor:
         """(B, H, W, 3) uint8 to (B, N, patch * patch * 3) about the mean, in window order."""
@@ -106,31 +135,24 @@ class Block(nn.Module):
         self.norm1, self.norm2 = block.norm1.weight, block.norm2.weight
         q, k, v = Linear.parts(block.attn.qkv, 3)
         out = block.attn.proj
-        self.qkv = nn.ModuleList((q, k, Linear(v.weight.t(), None)))
+        self.qkv = nn.ModuleList((q, k, v.without_bias()))
         # A bias of all values is one of their means too: it passes through attention as it is.
         self.proj = Linear(out.weight, out.bias + out.weight @ v.bias)
         self.mlp = GatedMlp(block.mlp)
 
-    def attention(self, x: Tensor, cos: Tensor, sin: Tensor, windows: list[tuple[int, int]] | None) -> Tensor:
-        """(B, N, D) to (B, N, D); `windows` are `(count, length)` in order, or None for one of N."""
+    def queries_keys_values(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Normed (B, n, D) and its part of the rotary tables to three (B, n, D)."""
         q, k, v = (linear(x) for linear in self.qkv)
         first = torch.zeros(1, dtype=torch.int64)
-        q = rotary_embedding(q, first, cos, sin, self.heads)
-        k = rotary_embedding(k, first, cos, sin, self.heads)
-        if windows is None:
-            return self.proj(multi_head_attention(q, k, v, heads=self.heads))
-        parts: list[Tensor] = []
-        start = 0
-        for count, length in windows:
-            span = slice(start, start + count * length)
-            rows = (t[:, span].reshape(-1, length, t.shape[-1]) for t in (q, k, v))
-            part = multi_head_attention(*rows, heads=self.heads)
-            parts.append(part.reshape(-1, count * length, part.shape[-1]))
-            start = span.stop
-        return self.proj(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))
+        return rotary_embedding(q, first, cos, sin, self.heads), rotary_embedding(k, first, cos, sin, self.heads), v
+
+    def after_attention(self, attended: Tensor, hidden: Tensor, following: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, n, D) of attention and of the residual stream to what the next block takes: normed, and plain."""
+        normed, hidden = skip_rms_norm(self.proj(attended), hidden, self.norm2, NORM_EPS)
+        return skip_rms_norm(self.mlp(normed), hidden, following, NORM_EPS)
 
 
-def window_order(grid: Tensor, config: Any) -> tuple[Tensor, list[tuple[int, int]]]:
+def window_order(grid: Tensor, config: Any) -> tuple[Tensor, Windows]:
     """Order of merge groups in which every window is contiguous, windows of equal length together.
 
     Where the image is no whole number of windows wide, those at its edges are smaller, as in
@@ -141,7 +163,7 @@ def window_order(grid: Tensor, config: Any) -> tuple[Tensor, list[tuple[int, int
         config: the checkpoint's vision config.
 
     Returns:
-        int64 (T_img,) of merge groups, and `(count, length in patches)` of the windows.
+        int64 (T_img,) of merge groups, and the windows.
     """
     index, bounds = get_vision_window_index(grid, config.spatial_merge_size, config.window_size, config.patch_size)
     unit = config.spatial_merge_size**2
@@ -152,3 +174,17 @@ def window_order(grid: Tensor, config: Any) -> tuple[Tensor, list[tuple[int, int
     order = torch.cat([window for group in by_length for window in group])
     counts = [(len(group), length * unit) for group, length in zip(by_length, lengths, strict=True)]
     return order, counts
+
+
+def split_windows(windows: Windows, patches: int) -> list[Windows]:
+    """Windows in order, in parts of at most so many patches each, but of at least one window."""
+    parts: list[list[int]] = []
+    for length in (length for count, length in windows for _ in range(count)):
+        if not parts or sum(parts[-1]) + length > patches:
+            parts.append([])
+        parts[-1].append(length)
+    return [[(len(list(equal)), length) for length, equal in groupby(part)] for part in parts]
+
+
+def _split(x: Tensor, sizes: list[int], dim: int) -> list[Tensor]:
+    return list(torch.split(x, sizes, dim))

@@ -1,11 +1,12 @@
 """Layer by layer: hidden states out of a bundle's graphs, and into them.
 
 The residual stream runs through the `SkipSimplifiedLayerNormalization` nodes that both graphs
-have two of in every layer. On a copy of a graph in memory (its weights stay where they are) each
-state between two layers becomes an output, and gets an input that can take its place:
+have two of in every layer, for every part of the image where they work on it in parts. On a copy of
+a graph in memory (its weights stay where they are) each state between two layers becomes an output,
+and gets an input that can take its place:
 
-    state k ──┬─────────────► output `state.k`
-              └─ Where(use_given, given.k, state k) ─► layer k + 1
+    part p of state k ──┬───────────────► output
+                        └─ Where(use_given, given.k.p, part p of state k) ─► layer k + 1
 
 So one run gives the states as they come, errors added up; and another, with the reference's
 states given to every layer, the error that each layer makes by itself.
@@ -14,6 +15,7 @@ What enters: pixels and token ids. What leaves: `States`, and drift at each dept
 """
 
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -100,10 +102,18 @@ class _Tower:
 
     def run(self, inputs: dict[str, Array], output: str, given: list[Array] | None) -> list[Array]:
         """States of the single row in `inputs`, and `output` last; `given` states take their places."""
-        states = given or [np.zeros((1,), np.float32)] * len(self._states)
-        feeds: dict[str, Any] = {f"given.{k}": np.expand_dims(state, 0) for k, state in enumerate(states)}
-        feeds[USE_GIVEN] = np.array(given is not None)
-        return [value[0] for value in self._session.run([*self._states, output], inputs | feeds)]
+        feeds: dict[str, Any] = {USE_GIVEN: np.array(given is not None)}
+        for depth, names in enumerate(self._states):
+            parts = [np.zeros((1,), np.float32)] * len(names) if given is None else self._split(given[depth], names)
+            feeds |= {f"given.{depth}.{part}": state[None] for part, state in enumerate(parts)}
+        found = iter(self._session.run([*chain(*self._states), output], inputs | feeds))
+        states = [np.concatenate([next(found)[0] for _ in names]) for names in self._states]
+        return [*states, next(found)[0]]
+
+    def _split(self, state: Array, names: list[str]) -> list[Array]:
+        """A state in the parts that the graph has it in, whose sizes it knows if there are several."""
+        sizes = [self._session.outputs[name][1] for name in names[:-1]]
+        return np.split(state, np.cumsum(sizes, dtype=np.int64))
 
 
 def depth_names(depths: int, decoder: int) -> list[str]:
@@ -124,50 +134,66 @@ def state_error(found: Array, expected: Array) -> float:
     return float(np.mean(np.linalg.norm(found - expected, axis=-1) / np.maximum(lengths, np.finfo(np.float32).tiny)))
 
 
-def instrument(model: onnx.ModelProto, path: Path) -> list[str]:
-    """Add the outputs and inputs to a graph; returns the outputs' names, by depth.
+def instrument(model: onnx.ModelProto, path: Path) -> list[list[str]]:
+    """Add the outputs and inputs to a graph; returns the outputs' names, by depth and part.
 
     Raises:
         BundleError: the graph has no such residual stream.
     """
     graph = model.graph
     norms = [node for node in graph.node if node.op_type == NORM]
-    if not norms or len(norms) % 2:
+    parts = _parts(graph, norms)
+    if not norms or len(norms) % (2 * parts):
         raise BundleError(
             f"{path}: --layers follows two {NORM} nodes in every layer, and this graph has {len(norms)}: "
             "export the checkpoint again, or leave out --layers"
         )
     graph.input.append(onnx.helper.make_tensor_value_info(USE_GIVEN, onnx.TensorProto.BOOL, []))
-    first = norms[0].input[1]
-    _divert(model, 0, first, after=_producer(graph, first), normed=None)
-    names = [first]
-    for depth, norm in enumerate(norms[1::2], start=1):
+    names = [[norm.input[1] for norm in norms[: 2 * parts : 2]]]
+    for part, first in enumerate(names[0]):
+        _divert(model, f"0.{part}", first, after=_producer(graph, first), normed=None)
+    for place, norm in enumerate(norms[1::2]):
+        depth, part = place // parts + 1, place % parts
         norm.output.extend([""] * (TOTAL + 1 - len(norm.output)))
-        norm.output[TOTAL] = norm.output[TOTAL] or f"total.{depth}"
-        _divert(model, depth, norm.output[TOTAL], after=norm, normed=norm)
-        names.append(norm.output[TOTAL])
-    graph.output.extend(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in names)
+        norm.output[TOTAL] = norm.output[TOTAL] or f"total.{depth}.{part}"
+        _divert(model, f"{depth}.{part}", norm.output[TOTAL], after=norm, normed=norm)
+        names += [[]] if part == 0 else []
+        names[depth].append(norm.output[TOTAL])
+    known = {value.name: value for value in graph.value_info}
+    unknown = onnx.helper.make_tensor_value_info
+    graph.output.extend(known.get(name, unknown(name, onnx.TensorProto.FLOAT, None)) for name in chain(*names))
     return names
 
 
+def _parts(graph: onnx.GraphProto, norms: list[onnx.NodeProto]) -> int:
+    """How many streams there are: first norms of layers until one goes on where an earlier one ended."""
+    ends = {norm.output[TOTAL] for norm in norms[1::2] if len(norm.output) > TOTAL}
+    for place, norm in enumerate(norms[::2]):
+        state = norm.input[1]
+        # A decoder's last layer goes on with some tokens of the state.
+        if not ends.isdisjoint([state, *_producer(graph, state).input]):
+            return max(place, 1)
+    return 1
+
+
 def _divert(
-    model: onnx.ModelProto, depth: int, state: str, after: onnx.NodeProto, normed: onnx.NodeProto | None
+    model: onnx.ModelProto, place: str, state: str, after: onnx.NodeProto, normed: onnx.NodeProto | None
 ) -> None:
     """Let a given state take the place of `state` in all that reads it, and in its norm `normed`."""
-    graph, given, chosen = model.graph, f"given.{depth}", f"chosen.{depth}"
+    graph, given, chosen = model.graph, f"given.{place}", f"chosen.{place}"
     _redirect(graph, state, chosen)
     graph.input.append(onnx.helper.make_tensor_value_info(given, onnx.TensorProto.FLOAT, None))
     added = [onnx.helper.make_node("Where", [USE_GIVEN, given, state], [chosen])]
     if normed is not None:
-        _redirect(graph, normed.output[NORMED], f"normed.{depth}")
-        zero = f"zero.{depth}"
+        _redirect(graph, normed.output[NORMED], f"normed.{place}")
+        zero = f"zero.{place}"
         added.append(onnx.helper.make_node("Sub", [chosen, chosen], [zero]))
-        again = onnx.helper.make_node(NORM, [zero, chosen, normed.input[2]], [f"normed.{depth}"], domain=normed.domain)
+        again = onnx.helper.make_node(NORM, [zero, chosen, normed.input[2]], [f"normed.{place}"], domain=normed.domain)
         again.attribute.extend(normed.attribute)
         added.append(again)
-    place = list(graph.node).index(after) + 1
+    position = list(graph.node).index(after) + 1
     for offset, node in enumerate(added):
-        graph.node.insert(place + offset, node)
+        graph.node.insert(position + offset, node)
 
 
 def _redirect(graph: onnx.GraphProto, name: str, to: str) -> None:
