@@ -93,6 +93,12 @@ class BenchConfig:
             raise ConfigError(f"--against openvino: {self.openvino_python} is missing; `make openvino` installs it")
 
     @property
+    def bundles(self) -> dict[str, Path]:
+        """Our contenders, and the bundle of each."""
+        given = {FP32: self.bundle, REDUCED: self.reduced_bundle}
+        return {name: bundle for name, bundle in given.items() if bundle is not None}
+
+    @property
     def openvino_python(self) -> Path:
         """Interpreter of OpenVINO's environment."""
         return self.openvino / "venv" / "bin" / "python"
@@ -103,10 +109,10 @@ def bench(config: BenchConfig, console: Console) -> dict[str, Any]:
     rows = _rows(config)
     with ExitStack() as stack:
         hosts = _hosts(config, stack)
-        ours = {name: host for name, host in hosts.items() if name in (FP32, REDUCED)}
-        theirs = {name: host for name, host in hosts.items() if name not in ours}
         batches: dict[str, dict[int, float]] = {}
-        for name, host in theirs.items():
+        for name, host in hosts.items():
+            if name in config.bundles:
+                continue
             batches[name] = host.call("choose_batch", rows)
             console.print(f"{name}: best at {_best(batches[name])} rows of {', '.join(map(str, batches[name]))}")
         equal = _check(hosts, rows)
@@ -131,12 +137,13 @@ def bench(config: BenchConfig, console: Console) -> dict[str, Any]:
             "seconds": seconds,
             "batches_tried": batches,
         }
+        best = max(config.bundles, key=lambda name: speed[name])
+        ours = (config.bundles[best], config.slots, config.new_tokens)
         if config.ray_rows:
-            best = max(ours, key=lambda name: speed[name])
-            _ray(figures, config, hosts[best], rows, console)
+            _ray(figures, config, hosts[best], ours, rows, console)
     console.print("limits of the machine, and situations")
     _against_limits(figures, config, rows)
-    engine = Ours(config.reduced_bundle or config.bundle, config.slots, config.new_tokens)
+    engine = Ours(*ours)
     few = rows.part(0, 16)
     engine.answer(few)
     figures["ratios"] |= situations.skew(engine, few)
@@ -149,11 +156,9 @@ def bench(config: BenchConfig, console: Console) -> dict[str, Any]:
 
 def _hosts(config: BenchConfig, stack: ExitStack) -> dict[str, Host]:
     """All contenders, each in its process."""
-    bundles = {FP32: config.bundle, REDUCED: config.reduced_bundle}
     made: list[tuple[str, str, str, tuple[Any, ...], Path | None]] = [
         (name, "ours", "Ours", (bundle, config.slots, config.new_tokens), None)
-        for name, bundle in bundles.items()
-        if bundle is not None
+        for name, bundle in config.bundles.items()
     ]
     if "hf" in config.against:
         for name, dtype in ((HF_FP32, "float32"), (HF_BF16, "bfloat16")):
@@ -197,13 +202,19 @@ def _ratios(speed: dict[str, float]) -> dict[str, float]:
     return ratios
 
 
-def _ray(figures: dict[str, Any], config: BenchConfig, engine: Host, rows: Rows, console: Console) -> None:
+def _ray(
+    figures: dict[str, Any],
+    config: BenchConfig,
+    engine: Host,
+    made_of: tuple[Any, ...],
+    rows: Rows,
+    console: Console,
+) -> None:
     """The whole job against the engine alone, before and after, start-up excluded; and ten times the rows."""
 
     def job(count: int, *, memory: bool = False) -> dict[str, float]:
         console.print(f"Ray job of {count} rows")
-        arguments = (config.reduced_bundle or config.bundle, config.slots, config.new_tokens)
-        with Host("Ray job", "benchmark.ours", "Job", *arguments) as host:
+        with Host("Ray job", "benchmark.ours", "Job", *made_of) as host:
             found: dict[str, float] = host.call("run", rows, count, memory)
             return found
 
@@ -227,9 +238,7 @@ def _against_limits(figures: dict[str, Any], config: BenchConfig, rows: Rows) ->
     settings = AutoConfig.from_pretrained(config.checkpoint)
     bandwidth = limits.copy_bandwidth()
     found: dict[str, Any] = {"copy_gb_per_second": bandwidth / 1e9}
-    for name, folder in ((FP32, config.bundle), (REDUCED, config.reduced_bundle)):
-        if folder is None:
-            continue
+    for name, folder in config.bundles.items():
         bundle = Bundle.load(folder)
         manifest, took = bundle.manifest, figures["stages_ms_per_image"][name]
         tokens = len(RowLayout(bundle).row_ids(rows.prompts[0]))

@@ -17,17 +17,19 @@ import export.vision
 from export.checkpoint import load_checkpoint
 from export.decoder import DecoderWeights, FullDecoder
 from export.package import ExportConfig, export_bundle
+from export.vision import split_windows
 from qvl_batch.bundle import DECODER, DECODER_FULL, VISION, Bundle
 from qvl_batch.errors import ExportError
 
 SHAPES = {
-    # untied head, heads of 16, one key-value head for four, all blocks but one windowed
+    # untied head, heads of 16, one key-value head for four, all blocks but one windowed, an image of two parts
+    # whose windows at the edge are smaller
     "untied": (
         {"tie_word_embeddings": False, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 1,
          "num_hidden_layers": 2, "intermediate_size": 96, "rope_theta": 1e6,
          "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}},
         {"depth": 3, "hidden_size": 64, "num_heads": 4, "intermediate_size": 80, "fullatt_block_indexes": [1]},
-        224,
+        364,
     ),
     # no grouping of heads, heads of 40, no full block at all, one vision head, windows cut at the edge
     "no full block": (
@@ -59,6 +61,13 @@ def test_any_shape_passes_the_parity_gate(name, tmp_path):
     assert max(manifest.parity.features, manifest.parity.logits) < 1e-4
     assert manifest.layout.image_tokens == (size // 28) ** 2
     assert Bundle.load(tmp_path / "bundle").manifest == manifest
+
+
+def test_parts_of_an_image_are_whole_windows_in_order():
+    assert split_windows([(36, 64)], 576) == [[(9, 64)]] * 4
+    assert split_windows([(9, 64), (6, 16), (1, 4)], 576) == [[(9, 64)], [(6, 16), (1, 4)]]
+    assert split_windows([(3, 64), (2, 16)], 100) == [[(1, 64)], [(1, 64)], [(1, 64), (2, 16)]]
+    assert split_windows([(2, 64)], 16) == [[(1, 64)]] * 2
 
 
 def test_weights_of_both_decoders_are_on_disk_once(tiny_bundle):

@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from qvl_batch.vision import Features, VisionEncoder
 
 
 class Ours:
-    """Vision encoder and engine in this process, all threads for either.
+    """Vision encoder and engine in this process, all threads for either: as in the job, an image takes one.
 
     Args:
         bundle: folder of the bundle.
@@ -34,7 +35,8 @@ class Ours:
     def __init__(self, bundle: Path, slots: int, new_tokens: int) -> None:
         loaded, threads = Bundle.load(bundle), usable_cpus()
         self.bundle, self.new_tokens, self.slots = loaded, new_tokens, slots
-        self.vision, self.layout = VisionEncoder(loaded, threads), RowLayout(loaded)
+        self.vision, self.layout = VisionEncoder(loaded, threads=1), RowLayout(loaded)
+        self._images_at_once = ThreadPoolExecutor(threads)
         self.decoder = Decoder(loaded, slots, threads)
 
     def answer(self, rows: Rows) -> list[list[int]]:
@@ -51,7 +53,7 @@ class Ours:
 
     def encode_pixels(self, pixels: Sequence[Any]) -> list[Features]:
         """Features of fitted images."""
-        return [self.vision.encode(image) for image in pixels]
+        return list(self._images_at_once.map(self.vision.encode, pixels))
 
     def requests(self, rows: Rows, features: Sequence[Features]) -> list[Request]:
         """What the engine takes, nothing shared between rows."""

@@ -14,6 +14,7 @@ from qvl_batch.decoder import PrefillRow
 from qvl_batch.engine import Request
 from qvl_batch.features import ImageFeatures
 from qvl_batch.images import image_key
+from qvl_batch.runtime import usable_cpus
 from qvl_batch.vision_cache import VisionCache
 
 #: Answers' lengths in tokens: mostly short, a few as long as may be.
@@ -75,7 +76,7 @@ def second_prompt(ours: Ours, rows: Rows) -> float:
 
 def _answer_shared(ours: Ours, rows: Rows, prompts: tuple[str, ...], cache: VisionCache | None = None) -> None:
     keys = [image_key(file, "letterbox") for file in rows.files]
-    encoded = ImageFeatures(ours.vision, cache).of(ours.fit(rows), keys)
+    encoded = ImageFeatures(ours.vision, cache, usable_cpus()).of(ours.fit(rows), keys)
     requests: list[Request] = []
     for features, key in zip(encoded, keys, strict=True):
         assert isinstance(features, np.ndarray)
