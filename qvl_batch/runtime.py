@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from qvl_batch.config import Device
 from qvl_batch.errors import BundleError, ConfigError, DeviceError
+from qvl_batch.subnormals import subnormals_flushed
 
 RealDevice = Literal["cpu"]
 
@@ -67,10 +68,13 @@ class Session:
         # Several sessions share the cores: a waiting thread may spin on one from operator to operator
         # (without that a decode step takes a quarter longer), but not from run to run.
         options.add_session_config_entry("session.intra_op.spin_duration_us", str(SPIN_MICROSECONDS))
+        # Of its own threads; the calling one, which works as hard, is up to each run.
+        options.add_session_config_entry("session.set_denormal_as_zero", "1")
         if model is not None:
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
         try:
-            self._session = ort.InferenceSession(model or path, options, providers=["CPUExecutionProvider"])
+            with subnormals_flushed():  # or the first session would set this thread for good
+                self._session = ort.InferenceSession(model or path, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime's own classes, which differ between its builds
             raise BundleError(f"{path} cannot be loaded: {error}") from error
 
@@ -81,7 +85,8 @@ class Session:
 
     def run(self, outputs: Sequence[str], inputs: dict[str, NDArray[Any]]) -> list[NDArray[Any]]:
         """Run once, outputs in arrays of their own."""
-        results: list[NDArray[Any]] = self._session.run(list(outputs), inputs)
+        with subnormals_flushed():
+            results: list[NDArray[Any]] = self._session.run(list(outputs), inputs)
         return results
 
     def bind(self, inputs: dict[str, NDArray[Any]], outputs: dict[str, NDArray[Any]]) -> "Binding":
@@ -108,4 +113,5 @@ class Binding:
 
     def run(self) -> None:
         """Read the inputs as they are now, write the outputs in place."""
-        self._session.run_with_iobinding(self._binding)
+        with subnormals_flushed():
+            self._session.run_with_iobinding(self._binding)
