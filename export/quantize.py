@@ -6,8 +6,9 @@ stream, norms, rotary tables, softmax, embedding) stays fp32.
 
 `int8` (weights and activations): every token has a scale of its own, its largest magnitude, so
 
-    x ─ Abs ─ ReduceMax ─ Max(tiny) ─┬───────────────────────────────────────── Mul ─ product
-     └────────────────────────────── Div ─ QuantizeLinear ─ MatMulIntegerToFloat ─┘
+    x ─┬─ ReduceMax ──────── Max(tiny) ─┬─────────────────────────────────────── Mul ─ product
+       ├─ ReduceMin ─ Neg ───┘          │                                         │
+       └─────────────────────────────── QuantizeLinear ─── MatMulIntegerToFloat ──┘
 
 1. A row's result does not depend on the rows that share its batch, as it would with
    `DynamicQuantizeMatMul`, which has one scale for all of its input.
@@ -51,19 +52,17 @@ def quantize(model: ir.Model, dtype: Dtype, layers: Callable[[str], str], keep: 
     """
     if dtype == "fp32":
         return
-    replace = _w8a8 if dtype == "int8" else partial(_weight_only, bits=4 if dtype == "int4wo" else 8)
+    tape = _Tape(model)
+    quantized = _w8a8 if dtype == "int8" else partial(_weight_only, bits=4 if dtype == "int4wo" else 8)
     for node in list(model.graph):
         weight = node.inputs[1] if node.op_type in ("MatMul", "Gemm") else None
         if weight is None or weight.const_value is None or layers(str(weight.name)) in keep:
             continue
-        matrix = weight.const_value.numpy()
-        if node.op_type == "Gemm":
-            matrix = matrix.T  # the head, stored (V, D) for the embedding
-        tape = _Tape(model, str(weight.name))
-        product = replace(tape, node.inputs[0], np.ascontiguousarray(matrix, np.float32))
+        # The weight of a Gemm is the head, stored (V, D) for the embedding.
+        product = quantized(tape, node.inputs[0], weight, transposed=node.op_type == "Gemm")
         product.shape, product.type = node.outputs[0].shape, node.outputs[0].type
         name = node.outputs[0].name
-        ir.convenience.replace_nodes_and_values(model.graph, node, [node], tape.nodes, node.outputs, [product])
+        ir.convenience.replace_nodes_and_values(model.graph, node, [node], tape.take(), node.outputs, [product])
         product.name = name
     for name, value in list(model.graph.initializers.items()):
         if not value.uses() and not value.is_graph_output():
@@ -71,15 +70,34 @@ def quantize(model: ir.Model, dtype: Dtype, layers: Callable[[str], str], keep: 
 
 
 class _Tape:
-    """Nodes and initializers that take the place of one product."""
+    """Nodes that take the place of products, and initializers; what several products need is made once."""
 
-    def __init__(self, model: ir.Model, name: str) -> None:
-        self._model, self._name = model, name
-        self.nodes: list[ir.Node] = []
+    def __init__(self, model: ir.Model) -> None:
+        self._model = model
+        self._nodes: list[ir.Node] = []
+        self._of_weights: dict[str, list[ir.Value]] = {}
+        #: Activations as 8 bits, and the largest magnitude of each token, by the activations.
+        self.rounded: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
 
-    def constant(self, suffix: str, value: Array, *, shared: bool = False) -> ir.Value:
-        """An initializer of this product, or one that all products of the graph share."""
-        name = f"quantize.{suffix}" if shared else f"{self._name}.{suffix}"
+    def take(self) -> list[ir.Node]:
+        """The nodes since the last time."""
+        nodes, self._nodes = self._nodes, []
+        return nodes
+
+    def of_weight(
+        self, weight: ir.Value, make: Callable[[Array], dict[str, Array]], *, transposed: bool
+    ) -> list[ir.Value]:
+        """What is made of a weight (in, out), as initializers."""
+        name = str(weight.name)
+        if name not in self._of_weights:
+            assert weight.const_value is not None
+            matrix = weight.const_value.numpy()
+            made = make(np.ascontiguousarray(matrix.T if transposed else matrix, np.float32))
+            self._of_weights[name] = [self.constant(f"{name}.{suffix}", value) for suffix, value in made.items()]
+        return self._of_weights[name]
+
+    def constant(self, name: str, value: Array) -> ir.Value:
+        """An initializer, one for each name."""
         known = self._model.graph.initializers.get(name)
         if known is not None:
             return known
@@ -91,27 +109,56 @@ class _Tape:
     def apply(self, operator: str, *inputs: ir.Value, domain: str = "", **attributes: int) -> ir.Value:
         """A node; returns its output."""
         node = ir.node(operator, inputs, attributes=attributes, domain=domain)
-        self.nodes.append(node)
+        self._nodes.append(node)
         return node.outputs[0]
 
 
-def _w8a8(tape: _Tape, x: ir.Value, matrix: Array) -> ir.Value:
-    scale = np.maximum(np.abs(matrix).max(axis=0), TINY) / LEVELS
-    weights = tape.constant("int8", np.rint(matrix / scale).astype(np.int8))
-    last = tape.constant("last_axis", np.array([-1]), shared=True)
-    tiny = tape.constant("tiny", np.array(TINY, np.float32), shared=True)
-    step = tape.constant("step", np.array(1 / LEVELS, np.float32), shared=True)
-    middle = tape.constant("zero_point", np.array(ZERO_POINT, np.uint8), shared=True)
-    scales = tape.constant("scale", scale.astype(np.float32))
-    zeros = tape.constant("zero_points", np.zeros(len(scale), np.int8))
-    # Products of one input repeat these nodes; ONNX Runtime merges them when it loads the graph.
-    largest = tape.apply("Max", tape.apply("ReduceMax", tape.apply("Abs", x), last, keepdims=1), tiny)
-    rounded = tape.apply("QuantizeLinear", tape.apply("Div", x, largest), step, middle)
+def _w8a8(tape: _Tape, x: ir.Value, weight: ir.Value, *, transposed: bool) -> ir.Value:
+    weights, scales, zeros = tape.of_weight(weight, _to_int8, transposed=transposed)
+    step = tape.constant("quantize.step", np.array(1 / LEVELS, np.float32))
+    middle = tape.constant("quantize.zero_point", np.array(ZERO_POINT, np.uint8))
+    if x not in tape.rounded:
+        tape.rounded[x] = _round(tape, x, step, middle)
+    rounded, largest = tape.rounded[x]
     product = tape.apply("MatMulIntegerToFloat", rounded, weights, step, scales, middle, zeros, domain=DOMAIN)
     return tape.apply("Mul", product, largest)
 
 
-def _weight_only(tape: _Tape, x: ir.Value, matrix: Array, *, bits: int) -> ir.Value:
+def _to_int8(matrix: Array) -> dict[str, Array]:
+    scale = np.maximum(np.abs(matrix).max(axis=0), TINY) / LEVELS
+    levels = np.rint(matrix / scale).astype(np.int8)
+    return {"int8": levels, "scale": scale.astype(np.float32), "zero_points": np.zeros(len(scale), np.int8)}
+
+
+def _round(tape: _Tape, x: ir.Value, step: ir.Value, middle: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """Activations (B, S, in) as uint8, and the largest magnitude of each token (B, S, 1)."""
+    last = tape.constant("quantize.last", np.array([-1]))  # an axis, and the shape of a vector
+    tiny = tape.constant("quantize.tiny", np.array(TINY, np.float32))
+    lowest = tape.apply("Neg", tape.apply("ReduceMin", x, last, keepdims=1))
+    largest = tape.apply("Max", tape.apply("ReduceMax", x, last, keepdims=1), lowest, tiny)
+    match list(x.shape or ()):
+        case [_, int(tokens), int(inputs)] if tokens > 1:
+            # As the rows of a matrix, QuantizeLinear takes a scale for each. Where the number of tokens
+            # is not known either, as in the decoder, a step would lose more by it than prefill wins.
+            rows = tape.apply("Reshape", x, tape.constant(f"quantize.rows.{inputs}", np.array([-1, inputs])))
+            steps = tape.apply("Mul", tape.apply("Reshape", largest, last), step)
+            middles = tape.apply("Expand", middle, tape.apply("Shape", steps))
+            levels = tape.apply("QuantizeLinear", rows, steps, middles, axis=0)
+            shape = tape.constant(f"quantize.tokens.{tokens}.{inputs}", np.array([-1, tokens, inputs]))
+            return tape.apply("Reshape", levels, shape), largest
+        case _:
+            return tape.apply("QuantizeLinear", tape.apply("Div", x, largest), step, middle), largest
+
+
+def _weight_only(tape: _Tape, x: ir.Value, weight: ir.Value, *, transposed: bool, bits: int) -> ir.Value:
+    packed, scales = tape.of_weight(weight, partial(_to_blocks, bits=bits), transposed=transposed)
+    assert weight.shape is not None
+    inputs, outputs = weight.shape[::-1] if transposed else weight.shape
+    attributes = {"K": inputs, "N": outputs, "bits": bits, "block_size": BLOCK, "accuracy_level": ACCURACY_LEVEL}
+    return tape.apply("MatMulNBits", x, packed, scales, domain=DOMAIN, **attributes)
+
+
+def _to_blocks(matrix: Array, bits: int) -> dict[str, Array]:
     inputs, outputs = matrix.shape
     blocks = -(-inputs // BLOCK)
     padded = np.zeros((outputs, blocks * BLOCK), np.float32)
@@ -121,7 +168,4 @@ def _weight_only(tape: _Tape, x: ir.Value, matrix: Array, *, bits: int) -> ir.Va
     scale = np.maximum(np.abs(padded).max(axis=-1, keepdims=True), TINY) / (middle - 1)
     levels = (np.rint(padded / scale) + middle).astype(np.uint8)
     packed = levels if bits == 8 else levels[..., ::2] | (levels[..., 1::2] << 4)  # noqa: PLR2004
-    attributes = {"K": inputs, "N": outputs, "bits": bits, "block_size": BLOCK, "accuracy_level": ACCURACY_LEVEL}
-    weights = tape.constant(f"int{bits}", packed)
-    scales = tape.constant("scale", scale[..., 0].astype(np.float32))
-    return tape.apply("MatMulNBits", x, weights, scales, domain=DOMAIN, **attributes)
+    return {f"int{bits}": packed, "scale": scale[..., 0].astype(np.float32)}

@@ -99,7 +99,7 @@ def test_layers_can_be_left_in_fp32(tmp_path):
         (VISION, ("patch_embed", "blocks.1."), 8), (DECODER, ("weights.stack.2.", "weights.head"), 8)
     ):  # fmt: skip
         graph = onnx.load(bundle.file(name), load_external_data=False).graph
-        plain = [node.input[1] for node in graph.node if node.op_type in ("MatMul", "Gemm")]
+        plain = {node.input[1] for node in graph.node if node.op_type in ("MatMul", "Gemm")}
         assert len(plain) == products
         assert all(weight.startswith(prefixes) for weight in plain)
     outcome = compare(
