@@ -3,7 +3,7 @@
 # test-long  run those that take minutes each
 # compare  compare the tiny bundle with its checkpoint in PyTorch, layer by layer
 # lint     ruff and mypy
-# bench    measure engine and Ray job against transformers' generate on a made-up model (25 minutes)
+# bench    measure engine and Ray job against transformers' generate on a made-up model (40 minutes)
 # openvino install OpenVINO GenAI beside, so that `bench` measures it too
 # train    train the tiny model anew (an hour or two)
 # Each installs what it needs into .venv first, once.

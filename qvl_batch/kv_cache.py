@@ -23,9 +23,11 @@ class KvCache:
         shape = manifest.decoder
         self.slots = slots
         size = (slots + shelves, shape.kv_heads, manifest.layout.max_seq_len, shape.head_dim)
-        # Zeros take memory only once their pages are written.
+        # Written now, so that memory runs out at the start and not in the middle of a night.
         self._arrays: dict[str, NDArray[Any]] = {
-            f"{kind}.{layer}": np.zeros(size, np.float32) for layer in range(shape.layers) for kind in ("key", "value")
+            f"{kind}.{layer}": np.full(size, 0, np.float32)
+            for layer in range(shape.layers)
+            for kind in ("key", "value")
         }
 
     def past(self, first: int, count: int) -> dict[str, NDArray[Any]]:

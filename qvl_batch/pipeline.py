@@ -31,7 +31,7 @@ import ray
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext, Dataset, TaskPoolStrategy
 
-from qvl_batch.bundle import Bundle
+from qvl_batch.bundle import Bundle, Manifest
 from qvl_batch.config import CaptionConfig
 from qvl_batch.errors import ConfigError, JobError
 from qvl_batch.plan import ROWS_PER_BLOCK, TASK_CPUS, Plan, make_plan
@@ -106,11 +106,24 @@ def _answers(config: CaptionConfig, source: Source, bundle: Bundle, plan: Plan) 
     """Tables of answers as they come, in no particular order."""
     if not source.units:
         return
+    options = DataContext.get_current().execution_options
+    under_way = _bytes_under_way(bundle.manifest, plan)
+    options.resource_limits = options.resource_limits.copy(object_store_memory=under_way)
     dataset = _dataset(config, source, bundle, plan)
     try:
         yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
     except ray.exceptions.RayError as error:
         raise _job_error(error) from error
+
+
+def _bytes_under_way(manifest: Manifest, plan: Plan) -> float:
+    """What may wait between the stages: twice the pixels and features of the rows that workers hold.
+
+    Without a limit, images are decoded ahead of the vision workers until half of Ray's store is full of them.
+    """
+    row = 3 * manifest.layout.image_size**2 + 4 * math.prod(manifest.feature_shape)
+    blocks = plan.vision_workers * (CALLS_PER_VISION_WORKER + 1) + plan.decoder_workers * plan.calls_per_decoder
+    return 2.0 * blocks * ROWS_PER_BLOCK * row
 
 
 def _dataset(config: CaptionConfig, source: Source, bundle: Bundle, plan: Plan) -> Dataset:
