@@ -1,6 +1,7 @@
 # demo     export the tiny model and answer the demo questions through Ray Data
 # test     run the tests
 # test-long  run those that take minutes each
+# soak     kill random processes of a job 50 times, go on each time, and compare with an unbroken run
 # compare  compare the tiny bundle with its checkpoint in PyTorch, layer by layer
 # lint     ruff and mypy
 # bench    measure engine and Ray job against transformers' generate on a made-up model (40 minutes)
@@ -20,7 +21,7 @@ COMPARISON := build/comparison
 BENCH := build/bench
 OPENVINO := build/openvino
 
-.PHONY: demo test test-long compare lint bench openvino train clean browser
+.PHONY: demo test test-long soak compare lint bench openvino train clean browser
 .DELETE_ON_ERROR:
 
 demo: $(BUNDLE)/bundle.json
@@ -33,6 +34,9 @@ test: $(READY) browser
 
 test-long: $(READY)
 	$(BIN)/python -m pytest -m long
+
+soak: $(BUNDLE)/bundle.json
+	$(BIN)/python tests/soak.py --bundle $(BUNDLE)
 
 compare: $(BUNDLE)/bundle.json
 	$(BIN)/python jobs/compare.py --bundle $(BUNDLE) --checkpoint $(TINY) --input $(QUESTIONS) \

@@ -31,6 +31,7 @@ from benchmark.rows import Rows
 from qvl_batch.bundle import Bundle
 from qvl_batch.config import CaptionConfig
 from qvl_batch.errors import ConfigError, JobError
+from qvl_batch.fetch import Fetcher
 from qvl_batch.layout import RowLayout
 from qvl_batch.plan import DEFAULT_SLOTS
 from qvl_batch.report import installed_versions
@@ -276,7 +277,9 @@ def _processor() -> str:
 def _rows(config: BenchConfig) -> Rows:
     settings = CaptionConfig(bundle=config.bundle, input=(str(config.input),), output=Path())
     source = open_source(settings)
-    tables = (table for unit in source.units for table in read_unit(unit, source.columns, None, config.rows))
+    tables = (
+        table for unit in source.units for table in read_unit(unit, source.columns, None, config.rows, Fetcher(()))
+    )
     pairs = [
         (image, prompt)
         for table in tables

@@ -26,8 +26,8 @@ def main() -> int:
     except JobError as error:
         print(f"caption: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("caption: stopped; the answers so far are in the output", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print("; ".join(["caption: stopped", *map(str, stop.args), "the same command goes on"]), file=sys.stderr)
         return 130
     return 0
 

@@ -31,7 +31,10 @@ class CaptionConfig:
     id_column: str = "id"
     """Column that identifies a row, of strings or integers; it becomes `id`."""
     image_column: str = "image"
-    """Column of images: struct of bytes and path, bytes, or paths and URIs."""
+    """Column of images: struct of bytes and path, bytes, or paths and addresses."""
+    allow_images_from: tuple[str, ...] = ()
+    """Folders and addresses (s3://, gs://, http://, https://) from which images may be read. Without them, images
+    must be in the input itself."""
     prompt_column: str = "prompt"
     """Column of prompts."""
     keep_columns: tuple[str, ...] = ()
@@ -54,8 +57,10 @@ class CaptionConfig:
     """Rows that a decoder answers at a time. Without it, as many as memory allows, up to 32."""
     limit: int | None = None
     """Answer only the first so many rows."""
+    retry_errors: bool = False
+    """Answer again the rows that failed; a new answer takes the error's place."""
     overwrite: bool = False
-    """Delete the answers that the output folder already holds."""
+    """Delete the answers that the output folder already holds. Without it, the job goes on where it stopped."""
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work on any machine.
@@ -73,6 +78,8 @@ class CaptionConfig:
             raise ConfigError(f"--vision-cache-gb must be more than 0, not {self.vision_cache_gb}")
         if self.prompt is not None and not self.prompt.strip():
             raise ConfigError("--prompt must not be empty")
+        if self.overwrite and self.retry_errors:
+            raise ConfigError("--retry-errors has nothing to answer again after --overwrite: give one of them")
         repeated = sorted({name for name in self.keep_columns if self.keep_columns.count(name) > 1})
         if repeated:
             raise ConfigError(f"--keep-columns names {repeated[0]} more than once")

@@ -12,7 +12,8 @@
         ├── RecordError          a value of the row has a type this job cannot read (stage `read`)
         ├── ImageError           the image is missing or cannot be decoded (stage `image`)
         ├── PromptError          the prompt is missing or does not fit the contract (stage `layout`)
-        └── NumericError         the model produced values that mean nothing (stage `vision`, `decode`)
+        ├── NumericError         the model produced values that mean nothing (stage `vision`, `decode`)
+        └── WorkerLostError      the row ends whatever process works on it (stage `image`, `vision`, `decode`)
 
 Errors of the libraries below are translated where they are met, so that a caller needs to
 catch nothing else.
@@ -83,6 +84,14 @@ class NumericError(RowError):
     stage = "decode"
 
     def __init__(self, message: str, *, stage: str = "decode") -> None:
+        super().__init__(message)
+        self.stage = stage
+
+
+class WorkerLostError(RowError):
+    """The row ends whatever process works on it."""
+
+    def __init__(self, message: str, *, stage: str) -> None:
         super().__init__(message)
         self.stage = stage
 

@@ -15,10 +15,11 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -34,11 +35,14 @@ from ray.data import ActorPoolStrategy, DataContext, Dataset, TaskPoolStrategy
 from qvl_batch.bundle import Bundle, Manifest
 from qvl_batch.config import CaptionConfig
 from qvl_batch.errors import ConfigError, JobError
+from qvl_batch.fetch import Fetcher
+from qvl_batch.output import Job, OutputFolder
 from qvl_batch.plan import ROWS_PER_BLOCK, TASK_CPUS, Plan, make_plan
 from qvl_batch.prepare import prepare
+from qvl_batch.quarantine import AttemptsInMemory, Guarded, Row
 from qvl_batch.report import Report, installed_versions, progress_line
 from qvl_batch.runtime import resolve_device, usable_cpus
-from qvl_batch.sink import AnswerWriter, prepare_output, write_run
+from qvl_batch.sink import AnswerWriter
 from qvl_batch.source import Source, Unit, open_source, read_unit
 from qvl_batch.stages import STARTED, WORKERS, DecodeStage, VisionStage
 
@@ -46,6 +50,11 @@ from qvl_batch.stages import STARTED, WORKERS, DecodeStage, VisionStage
 LEAST_CPUS = 2
 #: With one, cores wait from a batch's last image to the next one's first: 7 % of a job on two cores.
 CALLS_PER_VISION_WORKER = 2
+#: Rows of one pipeline; a longer job is several, one after the other. Ray remembers every block of a
+#: pipeline to its end, and new workers take seconds.
+ROWS_AT_ONCE = 200_000
+#: Rows of one reading task, if files are small: a task takes Ray 10 ms.
+ROWS_PER_READ = 256
 #: The decoder comes first: rows that are alive hold slots, and images can wait.
 VISION_NICENESS = 5
 #: Ray's own progress is replaced by rows done, an error's traceback by its line (Ray's log folder
@@ -61,7 +70,7 @@ QUIET = {
 
 
 def run(config: CaptionConfig, say: Callable[[str], None] = lambda _: None) -> Report:
-    """Answer every row of the input.
+    """Answer every row of the input that the output does not answer yet.
 
     Args:
         config: what to answer, with what, and where to.
@@ -70,48 +79,85 @@ def run(config: CaptionConfig, say: Callable[[str], None] = lambda _: None) -> R
     Raises:
         JobError: input, output, bundle, device or settings make the job impossible. Answers
             that were ready by then are in the output.
+        KeyboardInterrupt: stopped; the same. Its text says how far the job is.
     """
     began = time.time()
-    source = open_source(config)
+    held = None if config.overwrite else Job.of(config.output)
+    source = open_source(config, held.files if held else ())
     bundle = Bundle.load(config.bundle)
     device = resolve_device(config.device)
-    prepare_output(config.output, overwrite=config.overwrite)
-    say(f"input     {source.rows:,} rows in {len(source.files):,} files")
-    say(f"bundle    {bundle.manifest.source.name}, {bundle.manifest.dtype}, decoder on {device}")
+    Fetcher(config.allow_images_from)  # or it says what is wrong with them
+    job = Job(_answers_depend_on(config, bundle), source.files)
+    schema = source.columns.output_schema()
+    with OutputFolder(
+        config.output, job, schema, overwrite=config.overwrite, retry_errors=config.retry_errors
+    ) as folder:
+        left = source.without(folder.done)
+        say(f"input     {source.rows:,} rows in {len(source.files):,} files")
+        if folder.tally.rows:
+            say(f"resuming  {folder.tally.rows:,} rows are answered already, {left.rows:,} are left")
+        say(f"bundle    {bundle.manifest.source.name}, {bundle.manifest.dtype}, decoder on {device}")
+        report = Report(folder.path, folder.tally, settings=_settings(config, source, bundle, device))
+        if left.units:
+            report = _work(config, left, bundle, folder, replace(report, startup_seconds=time.time() - began), say)
+        elif not source.rows:
+            folder.write_none()
+        folder.write_run(report.record())
+    return report
+
+
+def _work(
+    config: CaptionConfig,
+    left: Source,
+    bundle: Bundle,
+    folder: OutputFolder,
+    report: Report,
+    say: Callable[[str], None],
+) -> Report:
+    """Answer what is left; the report of it, from one of what was before."""
+    began = time.time()
     with _ray() as nodes:
         plan = make_plan(config, bundle.manifest, nodes)
         say(f"workers   {plan}")
-        schema = source.columns.output_schema()
-        with AnswerWriter(config.output, schema) as writer, progress_line(source.rows) as progress:
-            started, first_image = time.time(), math.inf
-            workers: dict[str, Counter[str]] = {stage: Counter() for stage in WORKERS}
-            for table in _answers(config, source, bundle, plan):
-                writer.add(table)
-                first_image = min(first_image, pc.min(table[STARTED]).as_py())
-                for stage, column in WORKERS.items():
-                    workers[stage].update(table[column].to_pylist())
-                tally = writer.tally
-                progress.show(tally.rows, tally.finish_reasons["error"], time.time() - started)
+        started, first_image = time.time(), math.inf
+        workers: dict[str, Counter[str]] = {stage: Counter() for stage in WORKERS}
+        try:
+            with (
+                AnswerWriter(folder.path, folder.schema, folder.failed) as writer,
+                progress_line(left.rows) as progress,
+            ):
+                for table in _answers(config, left, bundle, plan):
+                    writer.add(table)
+                    first_image = min(first_image, pc.min(table[STARTED]).as_py())
+                    for stage, column in WORKERS.items():
+                        workers[stage].update(table[column].to_pylist())
+                    tally = writer.tally
+                    progress.show(tally.rows, tally.finish_reasons["error"], time.time() - started)
+        except KeyboardInterrupt:
+            done = report.before.rows + writer.tally.rows
+            raise KeyboardInterrupt(f"{done:,} of {report.before.rows + left.rows:,} rows are answered") from None
         seconds = time.time() - started
-    if writer.tally.rows != source.rows:
-        raise JobError(f"{writer.tally.rows:,} of {source.rows:,} rows came back; the answers are not complete")
-    settings = _settings(config, source, bundle, plan, device) | {"rows_of_workers": workers}
-    workers_seconds = min(max(first_image - started, 0), seconds)
-    report = Report(config.output, writer.tally, seconds, started - began, workers_seconds, settings)
-    write_run(config.output, report.record())
-    return report
+    if writer.tally.rows != left.rows:
+        raise JobError(f"{writer.tally.rows:,} of {left.rows:,} rows came back; the same command answers the others")
+    return replace(
+        report,
+        tally=writer.tally,
+        seconds=seconds,
+        startup_seconds=report.startup_seconds + started - began,
+        workers_seconds=min(max(first_image - started, 0), seconds),
+        settings=report.settings | {"plan": asdict(plan), "rows_of_workers": workers},
+    )
 
 
 def _answers(config: CaptionConfig, source: Source, bundle: Bundle, plan: Plan) -> Iterator[pa.Table]:
     """Tables of answers as they come, in no particular order."""
-    if not source.units:
-        return
     options = DataContext.get_current().execution_options
     under_way = _bytes_under_way(bundle.manifest, plan)
     options.resource_limits = options.resource_limits.copy(object_store_memory=under_way)
-    dataset = _dataset(config, source, bundle, plan)
     try:
-        yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
+        for part in source.parts(ROWS_AT_ONCE):
+            dataset = _dataset(config, part, bundle, plan)
+            yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
     except ray.exceptions.RayError as error:
         raise _job_error(error) from error
 
@@ -128,29 +174,36 @@ def _bytes_under_way(manifest: Manifest, plan: Plan) -> float:
 
 def _dataset(config: CaptionConfig, source: Source, bundle: Bundle, plan: Plan) -> Dataset:
     """The pipeline, in the order of its stages."""
-    columns, prompt = source.columns, config.prompt
+    columns, prompt, allowed = source.columns, config.prompt, config.allow_images_from
     tasks = TaskPoolStrategy(size=plan.tasks_at_once)
     cache = (config.vision_cache.resolve(), config.vision_cache_gb) if config.vision_cache else None
 
-    def read(units: pa.Table) -> Iterator[pa.Table]:
-        for unit in units.to_pylist():
-            yield from read_unit(Unit(**unit), columns, prompt, ROWS_PER_BLOCK)
+    attempts = _RemoteAttempts(ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(AttemptsInMemory).remote())
+    image_size = bundle.manifest.layout.image_size
 
+    def read(units: pa.Table) -> Iterator[pa.Table]:
+        fetcher = Fetcher(allowed)
+        for unit in units.to_pylist():
+            yield from read_unit(Unit(**unit), columns, prompt, ROWS_PER_BLOCK, fetcher)
+
+    def prepare_guarded(table: pa.Table) -> pa.Table:
+        return Guarded(partial(prepare, image_size=image_size, fit=config.fit), "image", attempts)(table)
+
+    reads = min(len(source.units), math.ceil(source.rows / ROWS_PER_READ))
     return (
-        ray.data.from_items([asdict(unit) for unit in source.units], override_num_blocks=len(source.units))
+        ray.data.from_items([asdict(unit) for unit in source.units], override_num_blocks=reads)
         .map_batches(read, batch_size=1, batch_format="pyarrow", compute=tasks, num_cpus=TASK_CPUS)
         .repartition(target_num_rows_per_block=ROWS_PER_BLOCK)
         .map_batches(
-            prepare,
+            prepare_guarded,
             batch_format="pyarrow",
-            fn_args=(bundle.manifest.layout.image_size, config.fit),
             compute=tasks,
             num_cpus=TASK_CPUS,
         )
         .map_batches(
-            VisionStage,
+            _VisionWorker,
             batch_format="pyarrow",
-            fn_constructor_args=(bundle.path, plan.vision_threads, _worker_name, cache, VISION_NICENESS),
+            fn_constructor_args=(attempts, bundle.path, plan.vision_threads, _worker_name, cache, VISION_NICENESS),
             compute=ActorPoolStrategy(
                 size=plan.vision_workers,
                 max_tasks_in_flight_per_actor=CALLS_PER_VISION_WORKER + 1,
@@ -160,9 +213,16 @@ def _dataset(config: CaptionConfig, source: Source, bundle: Bundle, plan: Plan) 
             num_cpus=plan.vision_cpus,
         )
         .map_batches(
-            DecodeStage,
+            _DecoderWorker,
             batch_format="pyarrow",
-            fn_constructor_args=(bundle.path, plan.slots, plan.decoder_threads, config.max_new_tokens, _worker_name),
+            fn_constructor_args=(
+                attempts,
+                bundle.path,
+                plan.slots,
+                plan.decoder_threads,
+                config.max_new_tokens,
+                _worker_name,
+            ),
             compute=ActorPoolStrategy(
                 size=plan.decoder_workers,
                 max_tasks_in_flight_per_actor=plan.calls_per_decoder,
@@ -172,6 +232,46 @@ def _dataset(config: CaptionConfig, source: Source, bundle: Bundle, plan: Plan) 
             num_cpus=plan.decoder_cpus,
         )
     )
+
+
+class _RemoteAttempts:
+    """`Attempts` in an actor, which outlives the workers."""
+
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
+
+    def begin(self, stage: str, rows: Sequence[Row]) -> bool:
+        return bool(ray.get(self._actor.begin.remote(stage, rows)))
+
+    def begin_alone(self, stage: str, row: Row) -> bool:
+        return bool(ray.get(self._actor.begin_alone.remote(stage, row)))
+
+    def survived(self, stage: str, row: Row) -> None:
+        self._actor.survived.remote(stage, row)
+
+    def done(self, stage: str, rows: Sequence[Row]) -> None:
+        self._actor.done.remote(stage, rows)
+
+
+class _Worker:
+    """A stage in an actor of its own."""
+
+    name: str
+    stage: Callable[..., Any]
+
+    def __init__(self, attempts: _RemoteAttempts, *made_of: Any) -> None:
+        self._guarded = Guarded(type(self).stage(*made_of), self.name, attempts)
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        return self._guarded(table)
+
+
+class _VisionWorker(_Worker):
+    name, stage = "vision", VisionStage
+
+
+class _DecoderWorker(_Worker):
+    name, stage = "decode", DecodeStage
 
 
 def _worker_name() -> str:
@@ -239,7 +339,21 @@ def _job_error(error: Exception) -> JobError:
     return JobError(f"a worker failed: {type(cause).__name__}: {message}")
 
 
-def _settings(config: CaptionConfig, source: Source, bundle: Bundle, plan: Plan, device: str) -> dict[str, Any]:
+def _answers_depend_on(config: CaptionConfig, bundle: Bundle) -> dict[str, Any]:
+    """What the answers of one output must have in common, by the names that a user knows."""
+    return {
+        "bundle": bundle.sha256,
+        "--prompt": config.prompt,
+        "--id-column": config.id_column,
+        "--image-column": config.image_column,
+        "--prompt-column": config.prompt_column,
+        "--keep-columns": list(config.keep_columns),
+        "--max-new-tokens": config.max_new_tokens,
+        "--fit": config.fit,
+    }
+
+
+def _settings(config: CaptionConfig, source: Source, bundle: Bundle, device: str) -> dict[str, Any]:
     """What the answers depend on, and what their speed does."""
     packages = ("qvl-batch", "ray", "onnxruntime-gpu", "onnxruntime", "tokenizers", "pyarrow", "pillow")
     return {
@@ -259,9 +373,8 @@ def _settings(config: CaptionConfig, source: Source, bundle: Bundle, plan: Plan,
             "prompt": config.prompt,
         },
         "fit": config.fit,
-        "files": list(source.files),
+        "files": len(source.files),
         "limit": config.limit,
         "device": device,
-        "plan": asdict(plan),
         "versions": installed_versions(packages),
     }

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from qvl_batch.config import Fit
 from qvl_batch.images import image_key, pixels_or_failure
 from qvl_batch.schema import Failure
-from qvl_batch.source import FAILURE, IMAGE, OWN, failure_columns, failures_of
+from qvl_batch.source import FAILURE, IMAGE, OWN, failure_columns, failures_of, with_columns
 
 PIXELS, IMAGE_KEY = f"{OWN}pixels", f"{OWN}image_key"
 
@@ -38,10 +38,3 @@ def prepare(table: pa.Table, image_size: int, fit: Fit) -> pa.Table:
         **failure_columns([row if isinstance(row, Failure) else None for row in results]),
     }
     return with_columns(table.drop_columns([IMAGE, *FAILURE]), columns)
-
-
-def with_columns(table: pa.Table, columns: dict[str, pa.Array]) -> pa.Table:
-    """Append columns to a table."""
-    for name, column in columns.items():
-        table = table.append_column(name, column)
-    return table

@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ SECONDS_PER_LINE = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """A finished job.
+    """A finished job: `tally` counts what this run answered, `before` what earlier ones had.
 
     `seconds` is the time from the start of the pipeline to the last answer written. The first
     `workers_seconds` of it went until an image entered the vision graph, most of it on starting
@@ -28,11 +28,12 @@ class Report:
     """
 
     output: Path
-    tally: Tally
-    seconds: float
-    startup_seconds: float
-    workers_seconds: float
-    settings: dict[str, Any]
+    before: Tally
+    tally: Tally = field(default_factory=Tally)
+    seconds: float = 0.0
+    startup_seconds: float = 0.0
+    workers_seconds: float = 0.0
+    settings: dict[str, Any] = field(default_factory=dict)
 
     @property
     def images_per_second(self) -> float:
@@ -51,14 +52,15 @@ class Report:
         return self.tally.rows / seconds if seconds > 0 else 0.0
 
     def record(self) -> dict[str, Any]:
-        """Contents of `_run.json`."""
-        tally = self.tally
+        """Contents of `_run.json`: counts are of all answers, times and speeds of this run."""
+        total = self.before + self.tally
         return {
-            "rows": tally.rows,
-            "finish_reasons": dict(tally.finish_reasons),
-            "errors": dict(tally.errors),
-            "prompt_tokens": tally.prompt_tokens,
-            "answer_tokens": tally.answer_tokens,
+            "rows": total.rows,
+            "finish_reasons": dict(total.finish_reasons),
+            "errors": dict(total.errors),
+            "prompt_tokens": total.prompt_tokens,
+            "answer_tokens": total.answer_tokens,
+            "rows_of_this_run": self.tally.rows,
             "seconds": round(self.seconds, 3),
             "startup_seconds": round(self.startup_seconds, 3),
             "workers_seconds": round(self.workers_seconds, 3),
@@ -70,19 +72,22 @@ class Report:
         }
 
     def __str__(self) -> str:
-        tally = self.tally
-        failed = tally.finish_reasons["error"]
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(tally.finish_reasons.items()))
+        total = self.before + self.tally
+        failed = total.finish_reasons["error"]
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(total.finish_reasons.items()))
         lines = [
-            f"rows      {tally.rows:,}" + (f" ({reasons})" if reasons else ""),
+            f"rows      {total.rows:,}" + (f" ({reasons})" if reasons else ""),
+            *([f"          {self.before.rows:,} of them by earlier runs"] if self.before.rows else []),
             f"errors    {failed:,}",
-            *(f"          {count:,} {kind}" for kind, count in tally.errors.most_common()),
-            f"speed     {self.images_per_second:.2f} images/s, {self.tokens_per_second:.1f} tokens/s",
-            f"time      {self.seconds:.1f} s, {self.workers_seconds:.1f} s of it to start workers",
-            f"          {self.startup_seconds:.1f} s before it to start Ray",
-            f"answers   {self.output}",
+            *(f"          {count:,} {kind}" for kind, count in total.errors.most_common()),
         ]
-        return "\n".join(lines)
+        if self.tally.rows:
+            lines += [
+                f"speed     {self.images_per_second:.2f} images/s, {self.tokens_per_second:.1f} tokens/s",
+                f"time      {self.seconds:.1f} s, {self.workers_seconds:.1f} s of it to start workers",
+                f"          {self.startup_seconds:.1f} s before it to start Ray",
+            ]
+        return "\n".join([*lines, f"answers   {self.output}"])
 
 
 def installed_versions(packages: Iterable[str]) -> dict[str, str]:

@@ -117,7 +117,11 @@ def input_columns(schema: pa.Schema, file: str, config: CaptionConfig) -> InputC
     id_type = _id_type(_field(schema, config.id_column, file, "--id-column"), file)
     if prompt:
         _check_text(_field(schema, prompt, file, "--prompt-column"), file, "--prompt-column", "strings")
-    _check_image(_field(schema, config.image_column, file, "--image-column"), file)
+    image = _field(schema, config.image_column, file, "--image-column")
+    _check_image(image, file)
+    kind = image.type.value_type if pa.types.is_dictionary(image.type) else image.type
+    if _is_text(kind) and not config.allow_images_from:
+        raise InputError(f"{file}: column {image.name!r} names images; say where they may be: --allow-images-from")
     kept = tuple(_field(schema, name, file, "--keep-columns") for name in config.keep_columns)
     plain = tuple(pa.field(field.name, field.type) for field in kept)
     return InputColumns(pa.field(config.id_column, id_type), plain, config.image_column, prompt)
@@ -151,9 +155,13 @@ def _check_image(field: pa.Field, file: str) -> None:
         parts = {part.name for part in kind}
         if parts & {"bytes", "path"}:
             return
-    elif pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+    elif _is_bytes(kind):
         return
     _check_text(field, file, "--image-column", "a struct of bytes and path, bytes, or paths")
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 
 def _is_text(kind: pa.DataType) -> bool:

@@ -1,31 +1,37 @@
-"""The output: folder of answers, whose files appear only whole.
+"""Answers to files, which appear only whole.
 
 A file is written under a temporary name, synced, and moved to its final name, which follows
-from the first of its rows. A reader never sees half a file. Only the driver writes: answers are
-small, and with one writer nothing is left behind that could write after the job has ended.
+from the first of its rows. A reader never sees half a file. Its footer says which rows of the
+input it answers, so that answers and the record of them cannot differ, whatever was killed when.
+Only the driver writes: answers are small, and with one writer nothing is left behind that could
+write after the job has ended.
 """
 
 import json
 import os
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from qvl_batch.errors import OutputError
-from qvl_batch.source import FILE, ROW
+from qvl_batch.rowset import Span, spans
+from qvl_batch.source import FILE, ROW, with_columns
 
 PARTS = "part-*.parquet"
-RUN = "_run.json"
+#: Key of the footer that holds a `PartRecord`.
+FOOTER = b"qvl_batch"
 ROWS_PER_FILE = 1024
 #: Answers wait at most so long to be written: what a crash of the machine can cost.
-SECONDS_PER_FILE = 30.0
-_PARTIAL = ".partial-"
+SECONDS_PER_FILE = 10.0
+PARTIAL = ".partial-"
 
 
 @dataclass(slots=True)
@@ -51,32 +57,51 @@ class Tally:
             errors=Counter(kinds),
         )
 
-    def add(self, other: "Tally") -> None:
-        """Add another tally to this one."""
-        self.rows += other.rows
-        self.prompt_tokens += other.prompt_tokens
-        self.answer_tokens += other.answer_tokens
-        self.finish_reasons += other.finish_reasons
-        self.errors += other.errors
+    def __add__(self, other: "Tally") -> "Tally":
+        return Tally(*(getattr(self, name) + getattr(other, name) for name in self.__slots__))
+
+    def __sub__(self, other: "Tally") -> "Tally":
+        return Tally(*(getattr(self, name) - getattr(other, name) for name in self.__slots__))
 
 
-def prepare_output(output: Path, *, overwrite: bool) -> None:
-    """Make the output folder, and clear it of another run's answers if `overwrite`.
+@dataclass(frozen=True, slots=True)
+class PartRecord:
+    """What a file of answers says of itself: spans of rows by number of their file, in its order, and counts."""
 
-    Raises:
-        OutputError: it holds answers already, or cannot be written to.
-    """
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        held = [*output.glob(PARTS), *output.glob(RUN)]
-        if held and not overwrite:
-            raise OutputError(f"{output} holds answers already: give another --output, or --overwrite to delete them")
-        for path in [*held, *output.glob(f"{_PARTIAL}*")]:
-            path.unlink()
-        write_whole(output / RUN, b"{}")
-        (output / RUN).unlink()
-    except OSError as error:
-        raise OutputError(f"{output} cannot be written: {error.strerror}") from error
+    rows: dict[int, list[Span]]
+    tally: Tally
+
+    def places(self) -> dict[str, pa.Array]:
+        """Where each row of the file stands in the input, as columns `FILE` and `ROW`."""
+        each = [(file, row) for file, spans in self.rows.items() for span in spans for row in range(*span)]
+        return {
+            FILE: pa.array([file for file, _ in each], pa.int32()),
+            ROW: pa.array([row for _, row in each], pa.int64()),
+        }
+
+    def footer(self) -> bytes:
+        """As it is written."""
+        tally = {name: getattr(self.tally, name) for name in Tally.__slots__}
+        return json.dumps({"rows": list(self.rows.items()), "tally": tally}).encode()
+
+    @classmethod
+    def read(cls, path: Path) -> "PartRecord":
+        """Of a file.
+
+        Raises:
+            OutputError: it is no file of answers, or damaged.
+        """
+        try:
+            found = json.loads(pq.read_metadata(path).metadata[FOOTER])
+            rows = {int(file): [(int(start), int(stop)) for start, stop in each] for file, each in found["rows"]}
+            counts = found["tally"]
+            for name in ("finish_reasons", "errors"):
+                counts[name] = Counter(counts[name])
+            return cls(rows, Tally(**counts))
+        except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
+            raise OutputError(
+                f"{path} is damaged, or no file of answers ({error}): delete it to answer its rows again"
+            ) from error
 
 
 class AnswerWriter:
@@ -87,47 +112,72 @@ class AnswerWriter:
     Args:
         output: the folder.
         schema: of the files.
+        failed: rows that are answered again, by number of their file and index, and the files that hold
+            their errors: there the new answer takes the error's place.
     """
 
-    def __init__(self, output: Path, schema: pa.Schema) -> None:
+    def __init__(self, output: Path, schema: pa.Schema, failed: Mapping[tuple[int, int], Path] | None = None) -> None:
         self.tally = Tally()
-        self._output, self._schema = output, schema
+        self._output, self._schema, self._failed = output, schema, failed or {}
         self._waiting: list[pa.Table] = []
         self._last_write = time.monotonic()
 
     def add(self, table: pa.Table) -> None:
         """Take answers: columns of the schema, and `FILE` and `ROW`, in any order of rows."""
         self._waiting.append(table)
-        self.tally.add(Tally.of(table))
+        self.tally += Tally.of(table)
         full = sum(part.num_rows for part in self._waiting) >= ROWS_PER_FILE
         if full or time.monotonic() - self._last_write > SECONDS_PER_FILE:
             self.flush()
 
     def flush(self) -> None:
-        """Write what has arrived, in the order of the input, to one file."""
+        """Write what has arrived, in the order of the input: to one file, or where it replaces errors."""
         if self._waiting:
-            table = pa.concat_tables(self._waiting).sort_by([(FILE, "ascending"), (ROW, "ascending")])
-            first = (table[FILE][0].as_py(), table[ROW][0].as_py())
-            self._write(f"part-{first[0]:06d}-{first[1]:012d}.parquet", table)
+            table = _sorted(pa.concat_tables(self._waiting))
+            places = zip(table[FILE].to_pylist(), table[ROW].to_pylist(), strict=True)
+            parts: dict[Path | None, list[int]] = {}
+            for index, place in enumerate(places):
+                parts.setdefault(self._failed.get(place), []).append(index)
+            for path, indices in parts.items():
+                answers = table.take(indices)
+                try:
+                    self._write_new(answers) if path is None else self._replace_errors(path, answers)
+                except OSError as error:
+                    raise OutputError(f"{self._output} cannot be written: {error.strerror}") from error
             self._waiting = []
         self._last_write = time.monotonic()
+
+    def _write_new(self, answers: pa.Table) -> None:
+        files, rows = answers[FILE].to_numpy(), answers[ROW].to_numpy()
+        by_file = {int(file): spans(rows[files == file]) for file in np.unique(files)}
+        path = self._output / f"part-{files[0]:06d}-{rows[0]:012d}.parquet"
+        write_part(path, answers.select(self._schema.names).cast(self._schema), by_file)
+
+    def _replace_errors(self, path: Path, answers: pa.Table) -> None:
+        record = PartRecord.read(path)
+        held = with_columns(pq.read_table(path, schema=self._schema), record.places())
+        answered = set(zip(answers[FILE].to_pylist(), answers[ROW].to_pylist(), strict=True))
+        places = zip(held[FILE].to_pylist(), held[ROW].to_pylist(), strict=True)
+        kept = held.filter(pa.array([place not in answered for place in places]))
+        names = [*self._schema.names, FILE, ROW]
+        table = _sorted(pa.concat_tables([kept.select(names), answers.select(names).cast(kept.select(names).schema)]))
+        write_part(path, table.select(self._schema.names), record.rows)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, *_: object) -> None:
         self.flush()
-        if kind is None and not self.tally.rows:
-            # No rows in, no rows out, but still a table that says so.
-            self._write("part-000000-000000000000.parquet", self._schema.empty_table())
-
-    def _write(self, name: str, table: pa.Table) -> None:
-        write_table(self._output / name, table.select(self._schema.names).cast(self._schema))
 
 
-def write_run(output: Path, report: dict[str, Any]) -> None:
-    """Write `_run.json`."""
-    write_whole(output / RUN, json.dumps(report, indent=1).encode() + b"\n")
+def _sorted(answers: pa.Table) -> pa.Table:
+    return answers.sort_by([(FILE, "ascending"), (ROW, "ascending")])
+
+
+def write_part(path: Path, answers: pa.Table, rows: dict[int, list[Span]]) -> None:
+    """Write answers to rows of the input, by number of their file."""
+    footer = PartRecord(rows, Tally.of(answers)).footer()
+    write_table(path, answers.replace_schema_metadata({FOOTER: footer}))
 
 
 def write_table(path: Path, table: pa.Table) -> None:
@@ -139,7 +189,7 @@ def write_table(path: Path, table: pa.Table) -> None:
 
 def write_whole(path: Path, data: bytes | pa.Buffer) -> None:
     """Write a file so that it is there whole or not at all, even if the machine stops."""
-    partial = path.with_name(f"{_PARTIAL}{os.getpid()}-{path.name}")
+    partial = path.with_name(f"{PARTIAL}{os.getpid()}-{path.name}")
     with partial.open("wb") as stream:
         stream.write(data)
         stream.flush()

@@ -4,21 +4,23 @@ What enters: paths and globs of the settings. What leaves: a `Source` that lists
 to read, and, for each, tables with the columns of `READ_FIELDS`, the id and the kept columns.
 
 A row is known by where it stands, the number of its file and its index in it, since ids need
-not be unique. Reading streams, so that a row group of any size takes the memory of one table.
+not be unique. A file keeps its number when a job goes on, whatever files were added meanwhile.
+Reading streams, so that a row group of any size takes the memory of one table.
 """
 
 import glob
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from urllib.parse import urlsplit
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from qvl_batch.config import CaptionConfig
-from qvl_batch.errors import ImageError, InputError, RecordError, stable_message
+from qvl_batch.errors import ImageError, InputError, RecordError, RowError
+from qvl_batch.fetch import Fetcher
+from qvl_batch.rowset import RowSet, Span
 from qvl_batch.schema import ID, Failure, InputColumns, input_columns
 
 #: Columns of the pipeline's own, next to the user's, have this prefix.
@@ -28,21 +30,35 @@ FAILURE = tuple(f"{OWN}error_{name}" for name in ("stage", "type", "message"))
 
 
 @dataclass(frozen=True, slots=True)
+class InputFile:
+    """A parquet file: absolute path, bytes, rows."""
+
+    path: str
+    size: int
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
 class Unit:
-    """Rows to read: the first `rows` of one row group, which begins at row `first_row` of its file."""
+    """Rows to read: `spans` of a file's rows, all of them in one row group, which begins at row `first_row`."""
 
     file: str
     file_number: int
     row_group: int
     first_row: int
-    rows: int
+    spans: Sequence[Span]
+
+    @property
+    def rows(self) -> int:
+        """How many rows that is."""
+        return sum(stop - start for start, stop in self.spans)
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """All of the input."""
+    """All of the input; a file's number is its place among the files."""
 
-    files: tuple[str, ...]
+    files: tuple[InputFile, ...]
     columns: InputColumns
     units: tuple[Unit, ...]
 
@@ -51,40 +67,77 @@ class Source:
         """Rows of the whole input, after `--limit`."""
         return sum(unit.rows for unit in self.units)
 
+    def without(self, done: RowSet) -> "Source":
+        """The source less those rows."""
+        left = (
+            replace(unit, spans=[left for span in unit.spans for left in done.missing(unit.file_number, *span)])
+            for unit in self.units
+        )
+        return replace(self, units=tuple(unit for unit in left if unit.spans))
 
-def open_source(config: CaptionConfig) -> Source:
+    def parts(self, rows: int) -> "Iterator[Source]":
+        """The source in parts of at most so many rows, but of at least one unit."""
+        units: list[Unit] = []
+        taken = 0
+        for unit in self.units:
+            if units and taken + unit.rows > rows:
+                yield replace(self, units=tuple(units))
+                units, taken = [], 0
+            units.append(unit)
+            taken += unit.rows
+        if units:
+            yield replace(self, units=tuple(units))
+
+
+def open_source(config: CaptionConfig, known: Sequence[InputFile] = ()) -> Source:
     """Find the input's files and check their columns, reading nothing but their metadata.
 
+    Args:
+        config: where to look, and for which columns.
+        known: files that have their numbers already, in order; those found besides follow them.
+
     Raises:
-        InputError: nothing is there, a file is no parquet, or its columns cannot be used.
+        InputError: nothing is there, a file is no parquet, its columns cannot be used, or a known
+            file is gone or has changed.
     """
-    files = _find_files(config.input)
+    found = _find_files(config.input)
+    numbered = dict.fromkeys([*(file.path for file in known), *found])
+    files: list[InputFile] = []
     columns: InputColumns | None = None
     units: list[Unit] = []
     left = config.limit
-    for number, file in enumerate(files):
-        metadata = _metadata(file)
-        found = input_columns(metadata.schema.to_arrow_schema(), file, config)
-        if columns is None:
-            columns = found
-        elif (found.id.type, found.kept) != (columns.id.type, columns.kept):
+    for number, path in enumerate(numbered):
+        if path not in found:
+            raise InputError(f"{path} was part of the input when this job began, and --input no longer names it")
+        metadata, size = _metadata(path)
+        files.append(InputFile(path, size, metadata.num_rows))
+        if number < len(known) and files[number] != known[number]:
             raise InputError(
-                f"{file} and {files[0]} differ in the type of the id or of a kept column: "
-                f"{_types(found)} and {_types(columns)}"
+                f"{path} has changed since this job began: {_extent(files[number])} now, {_extent(known[number])} then"
+            )
+        of_file = input_columns(metadata.schema.to_arrow_schema(), path, config)
+        if columns is None:
+            columns = of_file
+        elif (of_file.id.type, of_file.kept) != (columns.id.type, columns.kept):
+            raise InputError(
+                f"{path} and {files[0].path} differ in the type of the id or of a kept column: "
+                f"{_types(of_file)} and {_types(columns)}"
             )
         first_row = 0
         for group in range(metadata.num_row_groups):
             rows = metadata.row_group(group).num_rows
             take = rows if left is None else min(rows, left)
             if take:
-                units.append(Unit(file, number, group, first_row, take))
+                units.append(Unit(path, number, group, first_row, [(first_row, first_row + take)]))
             left = None if left is None else left - take
             first_row += rows
     assert columns is not None
     return Source(tuple(files), columns, tuple(units))
 
 
-def read_unit(unit: Unit, columns: InputColumns, prompt: str | None, rows_per_table: int) -> Iterator[pa.Table]:
+def read_unit(
+    unit: Unit, columns: InputColumns, prompt: str | None, rows_per_table: int, fetcher: Fetcher
+) -> Iterator[pa.Table]:
     """Read a unit in tables of at most `rows_per_table` rows.
 
     Args:
@@ -92,24 +145,36 @@ def read_unit(unit: Unit, columns: InputColumns, prompt: str | None, rows_per_ta
         columns: which columns, and as what.
         prompt: asked of every row in place of its prompt column.
         rows_per_table: bound on the memory in use.
+        fetcher: reads images that are not in the file itself.
 
     Raises:
         InputError: the file cannot be read (any more).
     """
-    done = 0
+    at, left = unit.first_row, deque(unit.spans)
     try:
         with pq.ParquetFile(unit.file) as file:
-            batches = file.iter_batches(rows_per_table, row_groups=[unit.row_group], columns=columns.names)
-            for batch in batches:
-                table = pa.table(batch).slice(0, unit.rows - done)
-                if table.num_rows:
-                    yield _own_table(table, unit, unit.first_row + done, columns, prompt)
-                done += table.num_rows
-                if done == unit.rows:
+            for batch in file.iter_batches(rows_per_table, row_groups=[unit.row_group], columns=columns.names):
+                table, end = pa.table(batch), at + len(batch)
+                while left and left[0][0] < end:
+                    start, stop = left.popleft()
+                    if stop > end:
+                        left.appendleft((end, stop))
+                    wanted = table.slice(start - at, min(stop, end) - start)
+                    yield _own_table(wanted, unit, start, columns, prompt, fetcher)
+                if not left:
                     return
+                at = end
     except (OSError, pa.ArrowException) as error:
         raise InputError(f"{unit.file}: row group {unit.row_group} cannot be read: {error}") from error
-    raise InputError(f"{unit.file}: row group {unit.row_group} has {done} rows, not {unit.rows}: was it replaced?")
+    rows, expected = at - unit.first_row, unit.spans[-1][1] - unit.first_row
+    raise InputError(f"{unit.file}: row group {unit.row_group} has {rows} rows, not {expected}: was it replaced?")
+
+
+def with_columns(table: pa.Table, columns: dict[str, pa.Array]) -> pa.Table:
+    """Append columns to a table."""
+    for name, column in columns.items():
+        table = table.append_column(name, column)
+    return table
 
 
 def failure_columns(failures: list[Failure | None]) -> dict[str, pa.Array]:
@@ -126,8 +191,10 @@ def failures_of(table: pa.Table) -> list[Failure | None]:
     return [Failure(*row) if row[0] is not None else None for row in rows]
 
 
-def _own_table(table: pa.Table, unit: Unit, first_row: int, columns: InputColumns, prompt: str | None) -> pa.Table:
-    images, failures = _images(table[columns.image].to_pylist(), Path(unit.file).parent)
+def _own_table(
+    table: pa.Table, unit: Unit, first_row: int, columns: InputColumns, prompt: str | None, fetcher: Fetcher
+) -> pa.Table:
+    images, failures = _images(table[columns.image].to_pylist(), Path(unit.file).parent, fetcher)
     prompts = [prompt] * table.num_rows if columns.prompt is None else table[columns.prompt].to_pylist()
     own = {
         FILE: pa.array([unit.file_number] * table.num_rows, pa.int32()),
@@ -141,46 +208,31 @@ def _own_table(table: pa.Table, unit: Unit, first_row: int, columns: InputColumn
     return pa.table(own)
 
 
-def _images(values: list[object], folder: Path) -> tuple[list[bytes | None], list[Failure | None]]:
-    images: list[bytes | None] = []
-    failures: list[Failure | None] = []
-    for value in values:
-        try:
-            images.append(_image_bytes(value, folder))
-            failures.append(None)
-        except (ImageError, RecordError) as error:
-            images.append(None)
-            failures.append(Failure.of(error))
-    return images, failures
+def _images(values: list[object], folder: Path, fetcher: Fetcher) -> tuple[list[bytes | None], list[Failure | None]]:
+    """Images as files, and why there is none."""
+    images: list[bytes | str | RowError] = [_bytes_or_location(value) for value in values]
+    locations = [image for image in images if isinstance(image, str)]
+    fetched = iter(fetcher.fetch_all(locations, folder))
+    images = [next(fetched) if isinstance(image, str) else image for image in images]
+    return (
+        [image if isinstance(image, bytes) else None for image in images],
+        [Failure.of(image) if isinstance(image, RowError) else None for image in images],
+    )
 
 
-def _image_bytes(value: object, folder: Path) -> bytes:
-    """Bytes of an image column's value: a struct's bytes, or else what its path leads to."""
+def _bytes_or_location(value: object) -> bytes | str | RowError:
+    """An image column's value: a struct's bytes, or else its path."""
     if isinstance(value, dict):
         value = value.get("bytes") if value.get("bytes") is not None else value.get("path")
     if value is None:
-        raise ImageError("the image is null")
-    if isinstance(value, bytes):
+        return ImageError("the image is null")
+    if isinstance(value, bytes | str):
         return value
-    if not isinstance(value, str):
-        raise RecordError(f"the image is a {type(value).__name__}, not bytes or a path")
-    return _fetch(value, folder)
+    return RecordError(f"the image is a {type(value).__name__}, not bytes or a path")
 
 
-def _fetch(location: str, folder: Path) -> bytes:
-    """Read a path, relative to the parquet file's folder, or a URI that fsspec knows."""
-    try:
-        if not urlsplit(location).scheme:
-            return (folder / location).read_bytes()
-        with fsspec.open(location, "rb") as stream:
-            data: bytes = stream.read()
-            return data
-    except Exception as error:  # fsspec's file systems raise whatever their client does
-        raise ImageError(f"{location} cannot be read: {type(error).__name__}: {stable_message(error)}") from error
-
-
-def _find_files(inputs: tuple[str, ...]) -> list[str]:
-    """Every parquet file once, those of a folder or glob in order of name."""
+def _find_files(inputs: tuple[str, ...]) -> dict[str, None]:
+    """Every parquet file once, those of a folder or glob in order of name, as the keys."""
     files: dict[str, None] = {}
     for item in inputs:
         if "://" in item:
@@ -195,7 +247,7 @@ def _find_files(inputs: tuple[str, ...]) -> list[str]:
         if not found:
             raise InputError(f"--input {item}: no parquet file is there")
         files.update((str(Path(p).resolve()), None) for p in found)
-    return list(files)
+    return files
 
 
 def _hidden(path: Path) -> bool:
@@ -203,11 +255,16 @@ def _hidden(path: Path) -> bool:
     return any(part.startswith((".", "_")) for part in path.parts)
 
 
-def _metadata(file: str) -> pq.FileMetaData:
+def _metadata(file: str) -> tuple[pq.FileMetaData, int]:
+    """Metadata and size."""
     try:
-        return pq.read_metadata(file)
+        return pq.read_metadata(file), Path(file).stat().st_size
     except (OSError, pa.ArrowException) as error:
         raise InputError(f"{file} is no readable parquet file: {error}") from error
+
+
+def _extent(file: InputFile) -> str:
+    return f"{file.size:,} bytes and {file.rows:,} rows"
 
 
 def _types(columns: InputColumns) -> str:

@@ -19,9 +19,9 @@ from qvl_batch.decoder import Decoder
 from qvl_batch.engine import Engine
 from qvl_batch.features import ImageFeatures, Pixels
 from qvl_batch.layout import RowLayout
-from qvl_batch.prepare import IMAGE_KEY, PIXELS, with_columns
+from qvl_batch.prepare import IMAGE_KEY, PIXELS
 from qvl_batch.schema import ANSWER_FIELDS, Failure
-from qvl_batch.source import FAILURE, OWN, PROMPT, failure_columns, failures_of
+from qvl_batch.source import FAILURE, OWN, PROMPT, failure_columns, failures_of, with_columns
 from qvl_batch.vision import Features, VisionEncoder
 from qvl_batch.vision_cache import VisionCache
 

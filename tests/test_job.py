@@ -14,10 +14,13 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import QUESTIONS, ROOT, TINY
 from reference import question
+from soak import soak
 
 from comparison.reference import PyTorch
 from qvl_batch import Captioner
 
+#: What `poison/sitecustomize.py` looks for.
+POISON_IMAGE, POISON_PROMPT = b"ends whatever decodes it", "End."
 CAPTION = [sys.executable, "jobs/caption.py"]
 ANSWER_COLUMNS = [
     "answer", "finish_reason", "prompt_tokens", "answer_tokens", "error_stage", "error_type", "error_message",
@@ -131,7 +134,7 @@ def test_answers_are_not_overwritten_unasked(tiny_bundle, ray_env, tmp_path):
     (output / "part-000000-000000000000.parquet").write_bytes(b"precious")
     options = ["--bundle", tiny_bundle.path, "--input", QUESTIONS, "--output", output, "--limit", 1]
     result = _caption(ray_env, *options, check=False)
-    assert (result.returncode, "--overwrite to delete them" in result.stderr) == (1, True)
+    assert (result.returncode, "no _job.json that says to what" in result.stderr) == (1, True)
     assert [path.read_bytes() for path in output.iterdir()] == [b"precious"]
     _caption(ray_env, *options, "--overwrite")
     assert len(_answers(output)) == 1
@@ -150,22 +153,75 @@ def test_a_file_damaged_inside_stops_the_job_and_is_named(tiny_bundle, demo, ray
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
-def test_a_job_that_is_stopped_keeps_the_answers_so_far(sent, tiny_bundle, demo, ray_env, tmp_path):
-    big = tmp_path / "big.parquet"
-    pq.write_table(pa.Table.from_pylist(demo * 20), big)
-    command = [*CAPTION, "--bundle", tiny_bundle.path, "--input", big, "--output", tmp_path / "out"]
+def test_a_job_that_is_stopped_keeps_its_answers_and_goes_on(sent, tiny_bundle, demo, ray_env, tmp_path):
+    table = pa.Table.from_pylist([row | {"id": f"{again}-{row['id']}"} for again in range(3) for row in demo])
+    pq.write_table(table, tmp_path / "big.parquet", row_group_size=50)
+    output = tmp_path / "out"
+    options = ["--bundle", tiny_bundle.path, "--input", tmp_path / "big.parquet", "--output", output]
     with subprocess.Popen(
-        [*map(str, command)], cwd=ROOT, env=ray_env, stderr=subprocess.PIPE, text=True, start_new_session=True
+        [*map(str, [*CAPTION, *options])], cwd=ROOT, env=ray_env, stderr=subprocess.PIPE, text=True
     ) as job:
         for line in job.stderr:
-            if " of 1,280 rows" in line:
+            if " of 192 rows" in line:
                 break
-        time.sleep(1)
+        other = _caption(ray_env, *options, check=False)
+        assert (other.returncode, f"another job is writing to {output} (process {job.pid}" in other.stderr) == (1, True)
         os.kill(job.pid, sent)
         rest = job.stderr.read()
-        assert job.wait(timeout=60) == 130
-    assert "caption: stopped" in rest.strip().splitlines()[-1]
-    assert 0 < len(_answers(tmp_path / "out")) < 1280
+        assert job.wait(timeout=30) == 130
+    before = _answers(output)
+    last = rest.strip().splitlines()[-1]
+    assert last == f"caption: stopped; {len(before)} of 192 rows are answered; the same command goes on"
+    assert 0 < len(before) < 192
+
+    other = _caption(ray_env, *options, "--max-new-tokens", 9, check=False)
+    assert (other.returncode, "with another --max-new-tokens (128 there, 9 now)" in other.stderr) == (1, True)
+    result = _caption(ray_env, *options)
+    assert f"resuming  {len(before)} rows are answered already, {192 - len(before)} are left" in result.stderr
+    assert f"rows      192 (192 stop)\n          {len(before)} of them by earlier runs" in result.stdout
+    rows = _answers(output)
+    assert [row["id"] for row in rows] == sorted(table["id"].to_pylist())
+    answers = {row["id"]: row["answer"] for row in rows}
+    assert all(answers[row["id"]] == row["answer"] for row in before)
+    assert all(len({answers[f"{again}-{row['id']}"] for again in range(3)}) == 1 for row in demo)
+    assert json.loads((output / "_run.json").read_text())["rows"] == 192
+    result = _caption(ray_env, *options)
+    assert "resuming  192 rows are answered already, 0 are left" in result.stderr
+    assert "workers" not in result.stderr
+
+
+def test_rows_added_to_the_input_are_answered(tiny_bundle, demo, ray_env, tmp_path):
+    folder = tmp_path / "input"
+    folder.mkdir()
+    options = ["--bundle", tiny_bundle.path, "--input", folder, "--output", tmp_path / "out"]
+    pq.write_table(pa.Table.from_pylist(demo[:3]), folder / "b.parquet")
+    _caption(ray_env, *options, "--limit", 2)
+    pq.write_table(pa.Table.from_pylist(demo[3:5]), folder / "a.parquet")
+    _caption(ray_env, *options)
+    assert [row["id"] for row in _answers(tmp_path / "out")] == [row["id"] for row in demo[:5]]
+
+
+def test_a_job_that_is_killed_again_and_again_answers_every_row_once(tiny_bundle, ray_env, tmp_path):
+    outcome = soak(tiny_bundle.path, 3, 1, tmp_path, ray_env, latest=8.0)
+    assert outcome.killed.total() == 3
+    assert outcome.passed, str(outcome)
+
+
+def test_rows_that_end_their_workers_fail_and_the_job_goes_on(tiny_bundle, demo, ray_env, tmp_path):
+    rows = [dict(row) for row in demo[:24]]
+    rows[5]["image"] = {"bytes": rows[5]["image"]["bytes"] + POISON_IMAGE, "path": None}
+    rows[13]["prompt"] = POISON_PROMPT
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    env = ray_env | {"PYTHONPATH": str(ROOT / "tests" / "poison")}
+    options = ["--bundle", tiny_bundle.path, "--input", tmp_path / "rows.parquet", "--output", tmp_path / "out"]
+    result = _caption(env, *options)
+    answers = {row["id"]: row for row in _answers(tmp_path / "out")}
+    failed = {id_: (row["error_stage"], row["error_type"]) for id_, row in answers.items() if row["error_stage"]}
+    lost = {rows[5]["id"]: ("image", "WorkerLostError"), rows[13]["id"]: ("decode", "WorkerLostError")}
+    assert failed == lost, result.stderr
+    assert len(answers) == 24
+    right = sum(answers[row["id"]]["answer"] == row["expected"] for row in rows)
+    assert right >= 21
 
 
 def _free_port():

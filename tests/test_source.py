@@ -1,11 +1,16 @@
 """Every row of the input is found and read as what it is, or the job says what it cannot read."""
 
+from pathlib import Path
+
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from qvl_batch.config import CaptionConfig
 from qvl_batch.errors import ConfigError, InputError
+from qvl_batch.fetch import Fetcher
+from qvl_batch.rowset import RowSet
 from qvl_batch.source import FAILURE, FILE, IMAGE, PROMPT, ROW, open_source, read_unit
 
 IMAGES = pa.array([b"a", b"b", b"c"])
@@ -18,8 +23,10 @@ def _config(tmp_path, *inputs, **options):
 
 
 def _read(config, rows_per_table=2):
-    source = open_source(config)
-    tables = [t for unit in source.units for t in read_unit(unit, source.columns, config.prompt, rows_per_table)]
+    source, fetcher = open_source(config), Fetcher(config.allow_images_from)
+    tables = [
+        t for unit in source.units for t in read_unit(unit, source.columns, config.prompt, rows_per_table, fetcher)
+    ]
     assert all(table.num_rows <= rows_per_table for table in tables)
     return pa.concat_tables(tables)
 
@@ -29,8 +36,10 @@ def test_files_folders_and_globs_are_found_once_in_order(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(TABLE, tmp_path / name)
     source = open_source(_config(tmp_path, tmp_path / "b", tmp_path / "*.parquet", tmp_path / "b" / "1.parquet"))
-    assert [file.removeprefix(str(tmp_path)) for file in source.files] == ["/b/1.parquet", "/b/2.parquet", "/a.parquet"]
+    names = [file.path.removeprefix(str(tmp_path)) for file in source.files]
+    assert names == ["/b/1.parquet", "/b/2.parquet", "/a.parquet"]
     assert source.rows == 9
+    assert {(file.size, file.rows) for file in source.files} == {((tmp_path / "a.parquet").stat().st_size, 3)}
 
 
 def test_row_groups_are_read_whole_and_in_place(tmp_path):
@@ -39,6 +48,57 @@ def test_row_groups_are_read_whole_and_in_place(tmp_path):
     rows = _read(_config(tmp_path), rows_per_table=3)
     assert rows["id"].to_pylist() == rows[ROW].to_pylist() == list(range(10))
     assert set(rows[FILE].to_pylist()) == {0}
+
+
+def test_rows_that_are_done_are_not_read_again(tmp_path):
+    rng = np.random.default_rng(1)
+    for number, rows in enumerate((10, 7)):
+        table = pa.table({"id": range(rows), "image": [b""] * rows, "prompt": ["x"] * rows})
+        pq.write_table(table, tmp_path / f"{number}.parquet", row_group_size=4)
+    everything = {(file, row) for file, rows in enumerate((10, 7)) for row in range(rows)}
+    for _ in range(20):
+        done = RowSet([10, 7])
+        answered = {pair for pair in everything if rng.random() < 0.6}
+        for file, row in answered:
+            done.add(file, row, row + 1)
+        source = open_source(_config(tmp_path)).without(done)
+        assert source.rows == len(everything - answered)
+        tables = [t for unit in source.units for t in read_unit(unit, source.columns, None, 3, Fetcher(()))]
+        left = [pair for t in tables for pair in zip(t[FILE].to_pylist(), t[ROW].to_pylist(), strict=True)]
+        assert left == sorted(everything - answered)
+        assert [row for _, row in left] == [row for t in tables for row in t["id"].to_pylist()]
+
+
+def test_a_source_has_parts_of_whole_units(tmp_path):
+    for number in range(2):
+        table = pa.table({"id": range(6), "image": [b""] * 6, "prompt": ["x"] * 6})
+        pq.write_table(table, tmp_path / f"{number}.parquet", row_group_size=2)
+    source = open_source(_config(tmp_path))
+    for rows, expected in ((1, [2] * 6), (4, [4, 4, 4]), (5, [4, 4, 4]), (100, [12])):
+        parts = list(source.parts(rows))
+        assert [part.rows for part in parts] == expected
+        assert [unit for part in parts for unit in part.units] == list(source.units)
+
+
+def test_files_keep_their_numbers_when_others_are_added(tmp_path):
+    pq.write_table(TABLE, tmp_path / "b.parquet")
+    known = open_source(_config(tmp_path)).files
+    pq.write_table(TABLE, tmp_path / "a.parquet")
+    source = open_source(_config(tmp_path), known)
+    assert [Path(file.path).name for file in source.files] == ["b.parquet", "a.parquet"]
+    assert source.units[0].file == str(tmp_path / "b.parquet")
+
+
+def test_files_that_changed_or_went_are_named(tmp_path):
+    for name in "ab":
+        pq.write_table(TABLE, tmp_path / f"{name}.parquet")
+    known = open_source(_config(tmp_path)).files
+    pq.write_table(pa.concat_tables([TABLE] * 3), tmp_path / "b.parquet")
+    with pytest.raises(InputError, match=r"b.parquet has changed since this job began: .* 9 rows now, .* 3 rows then"):
+        open_source(_config(tmp_path), known)
+    (tmp_path / "b.parquet").unlink()
+    with pytest.raises(InputError, match=r"b.parquet was part of the input when this job began, and --input no longer"):
+        open_source(_config(tmp_path), known)
 
 
 @pytest.mark.parametrize("limit", [1, 3, 4, 5, 12, 100])
@@ -66,7 +126,7 @@ def test_images_may_be_structs_bytes_or_paths(tmp_path):
     )
     count = len(struct)
     pq.write_table(pa.table({"id": range(count), "image": struct}), tmp_path / "a.parquet")
-    rows = _read(_config(tmp_path, prompt="What?"))
+    rows = _read(_config(tmp_path, prompt="What?", allow_images_from=(str(tmp_path),)))
     file = b"from a file"
     assert rows[IMAGE].to_pylist() == [b"inside", file, file, file, None, None, None]
     assert rows[PROMPT].to_pylist() == ["What?"] * count
@@ -79,7 +139,9 @@ def test_images_may_be_structs_bytes_or_paths(tmp_path):
 def test_a_path_column_of_strings_is_read(tmp_path):
     (tmp_path / "image").write_bytes(b"data")
     pq.write_table(pa.table({"id": ["a"], "image": ["image"], "prompt": ["x"]}), tmp_path / "a.parquet")
-    assert _read(_config(tmp_path))[IMAGE].to_pylist() == [b"data"]
+    assert _read(_config(tmp_path, allow_images_from=(str(tmp_path),)))[IMAGE].to_pylist() == [b"data"]
+    with pytest.raises(InputError, match=r"column 'image' names images; say where they may be: --allow-images-from"):
+        open_source(_config(tmp_path))
 
 
 def test_kept_columns_keep_their_types(tmp_path):
@@ -149,7 +211,7 @@ def test_a_file_replaced_under_the_job_is_named(tmp_path):
     source = open_source(_config(tmp_path))
     pq.write_table(TABLE.slice(0, 1), tmp_path / "a.parquet")
     with pytest.raises(InputError, match="has 1 rows, not 3: was it replaced"):
-        list(read_unit(source.units[0], source.columns, None, 8))
+        list(read_unit(source.units[0], source.columns, None, 8, Fetcher(())))
 
 
 @pytest.mark.parametrize(

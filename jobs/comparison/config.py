@@ -26,7 +26,10 @@ class CompareConfig:
     id_column: str = "id"
     """Column that identifies a row, of strings or integers."""
     image_column: str = "image"
-    """Column of images: struct of bytes and path, bytes, or paths and URIs."""
+    """Column of images: struct of bytes and path, bytes, or paths and addresses."""
+    allow_images_from: tuple[str, ...] = ()
+    """Folders and addresses (s3://, gs://, http://, https://) from which images may be read. Without them, images
+    must be in the input itself."""
     prompt_column: str = "prompt"
     """Column of prompts."""
     expected_column: str | None = None
@@ -80,6 +83,7 @@ class CompareConfig:
             prompt=self.prompt,
             id_column=self.id_column,
             image_column=self.image_column,
+            allow_images_from=self.allow_images_from,
             prompt_column=self.prompt_column,
             keep_columns=keep_columns,
             max_new_tokens=self.max_new_tokens,

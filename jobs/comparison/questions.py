@@ -14,6 +14,7 @@ from PIL import Image
 from comparison.config import CompareConfig
 from qvl_batch.config import Fit
 from qvl_batch.errors import ConfigError, ImageError, InputError
+from qvl_batch.fetch import Fetcher
 from qvl_batch.images import decode_image, fit_image
 from qvl_batch.schema import ID, Failure
 from qvl_batch.source import FILE, IMAGE, PROMPT, ROW, Source, failures_of, open_source, read_unit
@@ -57,6 +58,7 @@ class Questions:
     """All questions of a comparison, in chunks that follow from the input alone."""
 
     source: Source
+    fetcher: Fetcher
     fits: tuple[Fit, ...]
     prompt: str | None
     expected: str | None
@@ -74,7 +76,7 @@ class Questions:
             if left >= unit.rows:
                 left -= unit.rows
                 continue
-            for table in read_unit(unit, self.source.columns, self.prompt, rows):
+            for table in read_unit(unit, self.source.columns, self.prompt, rows, self.fetcher):
                 records = _records(table, self.expected)[left:]
                 left = max(0, left - table.num_rows)
                 waiting += records
@@ -108,11 +110,12 @@ def open_questions(config: CompareConfig, image_size: int) -> Questions:
         InputError: nothing is there, a file is no parquet, or its columns cannot be used.
         ConfigError: the expected column has the name of one that the comparison writes.
     """
+    fetcher = Fetcher(config.allow_images_from)
     expected = config.expected_column
     if expected is None:
         plain = open_source(config.captions(()))
-        if EXPECTED not in pq.read_schema(plain.files[0]).names:
-            return Questions(plain, config.fit, config.prompt, None, image_size)
+        if EXPECTED not in pq.read_schema(plain.files[0].path).names:
+            return Questions(plain, fetcher, config.fit, config.prompt, None, image_size)
         expected = EXPECTED
     try:
         source = open_source(config.captions((expected,)))
@@ -121,7 +124,7 @@ def open_questions(config: CompareConfig, image_size: int) -> Questions:
     (kept,) = source.columns.kept
     if not pa.types.is_string(kept.type) and not pa.types.is_large_string(kept.type):
         raise InputError(f"column {expected!r} (--expected-column) is {kept.type}; it must be strings")
-    return Questions(source, config.fit, config.prompt, expected, image_size)
+    return Questions(source, fetcher, config.fit, config.prompt, expected, image_size)
 
 
 def _records(table: pa.Table, expected: str | None) -> list[dict[str, Any]]:

@@ -9,7 +9,6 @@ mixed with: whatever changes a row of them stands in `settings.json`.
 
 import json
 import shutil
-import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from comparison.measures import Measures, measured
 from comparison.questions import Question
 from comparison.traces import INPUT_STAGES, Trace
 from qvl_batch.errors import OutputError
+from qvl_batch.output import check_same_settings
 from qvl_batch.schema import Failure, failure_record
 from qvl_batch.sink import write_table, write_whole
 
@@ -152,7 +152,7 @@ class Records:
             if overwrite:
                 _clear(output)
             if (parts / SETTINGS).is_file():
-                _check_settings(output, json.loads((parts / SETTINGS).read_text()), settings)
+                check_same_settings(output, "a comparison", json.loads((parts / SETTINGS).read_text()), settings)
             elif any((output / name).exists() for name in (COMPARISON, SUMMARY, PAGE)):
                 raise OutputError(f"{output} holds a report already: give another --output, or --overwrite")
             parts.mkdir(parents=True, exist_ok=True)
@@ -194,16 +194,3 @@ def _clear(output: Path) -> None:
         (output / name).unlink(missing_ok=True)
     if (output / PARTS / SETTINGS).is_file():
         shutil.rmtree(output / PARTS)
-
-
-def _check_settings(output: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    for name in sorted(found.keys() | wanted.keys()):
-        if found.get(name) != wanted.get(name):
-            raise OutputError(
-                f"{output} holds a comparison with another {name} ({_short(found.get(name))} there, "
-                f"{_short(wanted.get(name))} now): give another --output, or --overwrite to delete it"
-            )
-
-
-def _short(value: object) -> str:
-    return textwrap.shorten(json.dumps(value), 80)

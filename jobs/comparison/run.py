@@ -234,7 +234,7 @@ def _settings(config: CompareConfig, sides: _Sides, questions: Questions, rows_p
     return {
         "bundle": sides.bundle.sha256,
         "reference": sides.reference_source.sha256,
-        "input files": [[file, Path(file).stat().st_size] for file in files],
+        "input files": [[file.path, file.size] for file in files],
         "limit": config.limit,
         "prompt": config.prompt,
         "columns": [config.id_column, config.image_column, config.prompt_column, questions.expected],

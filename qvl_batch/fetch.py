@@ -1,0 +1,224 @@
+"""Images that the input names by path or address, read from where that was allowed and nowhere else.
+
+What enters: locations out of the input, which nobody may have checked. What leaves: their bytes,
+or an `ImageError`. A location counts only if it lies in one of the allowed places after links and
+`..` are resolved; a redirect is not followed; a name that leads to a private address is refused,
+unless the allowed place is that address. Size and time of each image, and images at a time, are bounded.
+"""
+
+import ipaddress
+import socket
+import stat
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as TimeOut
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+from urllib.error import HTTPError
+from urllib.parse import unquote, urlsplit
+from urllib.request import HTTPRedirectHandler, build_opener
+
+import fsspec
+
+from qvl_batch.errors import ConfigError, ImageError, stable_message
+
+#: Largest file of an image.
+MAX_BYTES = 1 << 28
+#: Images of one task that are fetched at a time.
+AT_ONCE = 8
+#: Longest that fetching an image may take, and the waits before each further attempt.
+SECONDS, WAITS = 30.0, (0.5, 2.0)
+LOCAL, HTTP, STORES = {"", "file"}, {"http", "https"}, {"s3", "gs"}
+#: Answers of a server that may be another the next time, as those from 500 on.
+BUSY = {HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS}
+#: What will be no different the next time.
+FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+
+
+class Fetcher:
+    """Reads images from the allowed places.
+
+    Args:
+        allowed: local folders, and addresses up to a `/`: `s3://bucket/images`, `https://host/images`.
+
+    Raises:
+        ConfigError: a place is neither, or what reads it is not installed.
+    """
+
+    def __init__(self, allowed: Sequence[str]) -> None:
+        self._folders: list[Path] = []
+        self._addresses: list[_Address] = []
+        for place in allowed:
+            try:
+                scheme = _Address.of(place).scheme
+            except ImageError as error:
+                raise ConfigError(f"--allow-images-from {error}") from error
+            if scheme in LOCAL:
+                self._folders.append(Path(_local(place)).resolve())
+            elif scheme in HTTP | STORES:
+                self._addresses.append(_Address.of(place))
+                try:
+                    if scheme in STORES:
+                        fsspec.get_filesystem_class(scheme)
+                except ImportError as error:
+                    raise ConfigError(f"--allow-images-from {place}: {error}") from error
+            else:
+                schemes = ", ".join(sorted(HTTP | STORES))
+                raise ConfigError(f"--allow-images-from {place}: give a folder, or an address of {schemes}")
+
+    def fetch_all(self, locations: Sequence[str], folder: Path) -> list[bytes | ImageError]:
+        """Fetch images, several at a time.
+
+        Args:
+            locations: paths, those that are relative from `folder` on, or addresses.
+            folder: where the file is that names them.
+        """
+        if not locations:
+            return []
+        with ThreadPoolExecutor(min(AT_ONCE, len(locations)), "qvl-fetch") as pool:
+            return list(pool.map(lambda location: self._result(location, folder), locations))
+
+    def _result(self, location: str, folder: Path) -> bytes | ImageError:
+        try:
+            return self.fetch(location, folder)
+        except ImageError as error:
+            return error
+
+    def fetch(self, location: str, folder: Path) -> bytes:
+        """Fetch an image.
+
+        Raises:
+            ImageError: it is not allowed, not there, too large, or did not come in time.
+        """
+        address = _Address.of(location)
+        if address.scheme in LOCAL:
+            return self._read(location, folder)
+        place = next((place for place in self._addresses if address.is_in(place)), None)
+        if place is None:
+            raise ImageError(f"{location} is in no place of --allow-images-from")
+        if address.scheme in HTTP and not place.is_ip:
+            _check_public(address)
+        return _patiently(location, lambda: _download(location, address.scheme))
+
+    def _read(self, location: str, folder: Path) -> bytes:
+        try:
+            path = (folder / _local(location)).resolve()
+            if not any(path.is_relative_to(allowed) for allowed in self._folders):
+                raise ImageError(f"{location} is in no folder of --allow-images-from")
+            found = path.stat()
+            if not stat.S_ISREG(found.st_mode):
+                raise ImageError(f"{location} is no file")
+            if found.st_size > MAX_BYTES:
+                raise ImageError(f"{location} has {found.st_size:,} bytes; the most is {MAX_BYTES:,}")
+            return path.read_bytes()
+        except (OSError, ValueError, RuntimeError) as error:  # not there; a null byte; a loop of links
+            raise _unreadable(location, error) from error
+
+
+class _Address:
+    """Scheme, host (or bucket) and steps of a path, as they are after decoding."""
+
+    def __init__(self, scheme: str, host: str, port: int | None, steps: tuple[str, ...]) -> None:
+        self.scheme, self.host, self.port, self.steps = scheme, host, port, steps
+
+    @classmethod
+    def of(cls, location: str) -> "_Address":
+        try:
+            parts = urlsplit(location)
+            host, port = parts.hostname or "", parts.port
+        except ValueError as error:
+            raise ImageError(f"{location} is no address: {error}") from error
+        return cls(parts.scheme, host, port, tuple(step for step in unquote(parts.path).split("/") if step))
+
+    @property
+    def is_ip(self) -> bool:
+        """Whether the host is an address, not a name."""
+        try:
+            ipaddress.ip_address(self.host)
+        except ValueError:
+            return False
+        return True
+
+    def is_in(self, place: "_Address") -> bool:
+        """Whether the address lies in a place; one with `..` in it lies nowhere."""
+        if ".." in self.steps or "." in self.steps:
+            return False
+        same = (self.scheme, self.host, self.port) == (place.scheme, place.host, place.port)
+        return same and self.steps[: len(place.steps)] == place.steps
+
+
+def _local(location: str) -> str:
+    """A path, or that of a `file:` address."""
+    parts = urlsplit(location)
+    return unquote(parts.path) if parts.scheme == "file" else location
+
+
+def _check_public(address: _Address) -> None:
+    """Refuse a host that leads into a private network.
+
+    Raises:
+        ImageError: it does, or is not known.
+    """
+    try:
+        found = socket.getaddrinfo(address.host, address.port or address.scheme, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise ImageError(f"{address.host} is not known: {error}") from error
+    private = {each[4][0] for each in found if not ipaddress.ip_address(each[4][0]).is_global}
+    if private:
+        raise ImageError(f"{address.host} leads to {min(map(str, private))}, which is in a private network")
+
+
+def _download(location: str, scheme: str) -> bytes:
+    opened = _open_http(location) if scheme in HTTP else fsspec.filesystem(scheme).open(location, "rb")
+    with opened as stream:
+        data: bytes = stream.read(MAX_BYTES + 1)
+    if len(data) > MAX_BYTES:
+        raise ImageError(f"{location} has more than {MAX_BYTES:,} bytes, the most that is read")
+    return data
+
+
+class _NoRedirects(HTTPRedirectHandler):
+    """A redirect is an answer like any other that is not the image."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+def _open_http(location: str) -> Any:
+    try:
+        return build_opener(_NoRedirects).open(location, timeout=SECONDS)  # scheme and host are checked
+    except HTTPError as error:
+        if error.code < HTTPStatus.INTERNAL_SERVER_ERROR and error.code not in BUSY:
+            where = f", to {error.headers['Location']}; redirects are not followed" if error.headers["Location"] else ""
+            raise ImageError(f"{location} cannot be read: {error.code} {error.reason}{where}") from error
+        raise
+
+
+def _patiently(location: str, work: Callable[[], bytes]) -> bytes:
+    """Try again what may pass: anything but an answer that there is no such image."""
+    for wait in (*WAITS, None):
+        pool = ThreadPoolExecutor(1, "qvl-download")
+        try:
+            return pool.submit(work).result(SECONDS)
+        except ImageError:
+            raise
+        except FINAL as error:
+            raise _unreadable(location, error) from error
+        except TimeOut as error:
+            failure = ImageError(f"{location} did not come within {SECONDS:g} s")
+            failure.__cause__ = error
+        except Exception as error:  # clients raise whatever they do
+            failure = _unreadable(location, error)
+            failure.__cause__ = error
+        finally:
+            pool.shutdown(wait=False)
+        if wait is None:
+            raise failure
+        time.sleep(wait)
+    raise AssertionError
+
+
+def _unreadable(location: str, error: BaseException) -> ImageError:
+    return ImageError(f"{location} cannot be read: {type(error).__name__}: {stable_message(error)}")

@@ -1,0 +1,210 @@
+"""The output folder of a job: whose answers it holds, and to which rows of the input.
+
+    DIR/part-*.parquet   answers; the footer of each says to which rows
+    DIR/_job.json        what the answers depend on: bundle, settings, input files in order of number
+    DIR/_run.json        figures of the last run that came to its end
+    DIR/_lock            locked by the job that is writing, if one is
+
+A job that was stopped, or killed at any moment, is gone on with by the same command: rows that a
+part answers are done. There is nothing besides the parts that could be behind or ahead of them.
+
+Why not Ray Data's own checkpoints: they hold every finished id in memory, forget by default what
+was done when a run succeeds, and a job resumed on two CPUs stood still. Here ids may repeat, and
+rows are known by where they stand.
+"""
+
+import fcntl
+import json
+import os
+import socket
+import textwrap
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any, Self
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from qvl_batch.errors import OutputError
+from qvl_batch.rowset import RowSet
+from qvl_batch.sink import PARTIAL, PARTS, PartRecord, Tally, write_part, write_whole
+from qvl_batch.source import FILE, ROW, InputFile, with_columns
+
+JOB, RUN, LOCK = "_job.json", "_run.json", "_lock"
+FORMAT = 1
+#: Footers that are read at a time: on a network's file system each waits.
+READERS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What makes a job the one that it is.
+
+    Args:
+        settings: whatever answers depend on, by the names that a user knows, as JSON has it.
+        files: of the input, in order of number.
+    """
+
+    settings: dict[str, Any]
+    files: tuple[InputFile, ...]
+
+    @classmethod
+    def of(cls, output: Path) -> "Job | None":
+        """The job whose answers a folder holds, None if it holds none.
+
+        Raises:
+            OutputError: there are answers, but nothing says whose.
+        """
+        path = output / JOB
+        try:
+            found = json.loads(path.read_text())
+            if found.pop("format") != FORMAT:
+                raise OutputError(f"{path} is of another version of qvl-batch; give another --output, or --overwrite")
+            return cls(found["settings"], tuple(InputFile(**file) for file in found["files"]))
+        except (FileNotFoundError, NotADirectoryError):
+            if next(output.glob(PARTS), None):
+                raise OutputError(
+                    f"{output} holds answers, and no {JOB} that says to what: give another --output, or --overwrite"
+                ) from None
+            return None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise OutputError(f"{path} cannot be read: {error}; give another --output, or --overwrite") from error
+
+    def write(self, output: Path) -> None:
+        """Say in the folder whose it is."""
+        record = {"format": FORMAT, "settings": self.settings, "files": [asdict(file) for file in self.files]}
+        write_whole(output / JOB, json.dumps(record, indent=1).encode() + b"\n")
+
+
+class OutputFolder:
+    """The folder of one job, locked as long as the context lasts.
+
+    Args:
+        path: of the folder; it need not exist.
+        job: what is to be answered.
+        schema: of the answers.
+        overwrite: delete what the folder holds.
+        retry_errors: rows that failed are not done.
+
+    Raises:
+        OutputError: another job is writing there, it holds answers of another job, is damaged, or cannot be
+            written to.
+    """
+
+    def __init__(self, path: Path, job: Job, schema: pa.Schema, *, overwrite: bool, retry_errors: bool = False) -> None:
+        self.path, self.schema = path, schema
+        self._job, self._overwrite, self._retry_errors = job, overwrite, retry_errors
+        self.done = RowSet(file.rows for file in job.files)
+        #: Rows to answer again, and the file that holds the error of each.
+        self.failed: dict[tuple[int, int], Path] = {}
+        #: Counts of the answers that are there.
+        self.tally = Tally()
+        self._lock: IO[str] | None = None
+
+    def __enter__(self) -> Self:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = _locked(self.path)
+            if self._overwrite:
+                self._clear()
+            self._begin()
+            self._read_parts()
+        except BaseException as error:
+            self.__exit__()
+            if isinstance(error, OSError):
+                raise OutputError(f"{self.path} cannot be written: {error.strerror}") from error
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._lock is not None:
+            self._lock.close()
+
+    def write_run(self, report: dict[str, Any]) -> None:
+        """Write `_run.json`."""
+        write_whole(self.path / RUN, json.dumps(report, indent=1).encode() + b"\n")
+
+    def write_none(self) -> None:
+        """No rows in, no rows out, but still a table that says so."""
+        write_part(self.path / "part-000000-000000000000.parquet", self.schema.empty_table(), {})
+
+    def _clear(self) -> None:
+        # First what says whose the parts are: parts alone are refused.
+        for name in (JOB, RUN):
+            (self.path / name).unlink(missing_ok=True)
+        for part in self.path.glob(PARTS):
+            part.unlink()
+
+    def _begin(self) -> None:
+        """Make sure that the answers are this job's, and sweep up what a killed one left."""
+        held = Job.of(self.path)
+        if held is not None:
+            check_same_settings(self.path, "answers", held.settings, self._job.settings)
+            if held.files != self._job.files[: len(held.files)]:
+                raise OutputError(f"another job has just begun in {self.path}: try again")
+        for partial in self.path.glob(f"{PARTIAL}*"):
+            partial.unlink()
+        if held != self._job:
+            self._job.write(self.path)
+
+    def _read_parts(self) -> None:
+        paths = sorted(self.path.glob(PARTS))
+        with ThreadPoolExecutor(READERS) as pool:
+            for path, record in zip(paths, pool.map(PartRecord.read, paths), strict=True):
+                try:
+                    known = sum(self.done.add(file, *span) for file, each in record.rows.items() for span in each)
+                except IndexError as error:
+                    raise OutputError(f"{path} answers {error}, which the input does not have: delete it") from error
+                if known:
+                    raise OutputError(
+                        f"{path} answers {known:,} rows that another file answers too: delete one of them"
+                    )
+                self.tally += record.tally
+                if self._retry_errors and record.tally.finish_reasons["error"]:
+                    self._take_errors_out(path, record)
+
+    def _take_errors_out(self, path: Path, record: PartRecord) -> None:
+        answers = with_columns(pq.read_table(path), record.places())
+        errors = answers.filter(pc.equal(answers["finish_reason"], "error"))
+        self.tally -= Tally.of(errors)
+        for place in zip(errors[FILE].to_pylist(), errors[ROW].to_pylist(), strict=True):
+            self.done.remove(*place)
+            self.failed[place] = path
+
+
+def check_same_settings(output: Path, what: str, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Refuse to mix results that depend on different settings.
+
+    Raises:
+        OutputError: names the first setting that differs, and how.
+    """
+    for name in sorted(found.keys() | wanted.keys()):
+        if found.get(name) != wanted.get(name):
+            raise OutputError(
+                f"{output} holds {what} with another {name} ({_short(found.get(name))} there, "
+                f"{_short(wanted.get(name))} now): give another --output, or --overwrite to start again"
+            )
+
+
+def _short(value: object) -> str:
+    return textwrap.shorten(json.dumps(value), 80)
+
+
+def _locked(folder: Path) -> IO[str]:
+    """The folder's lock. The system takes it away when this process ends, however that happens."""
+    stream = (folder / LOCK).open("a+")
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        stream.seek(0)
+        holder = stream.read().strip() or "unknown"
+        stream.close()
+        raise OutputError(
+            f"another job is writing to {folder} ({holder}): wait for it, or give another --output"
+        ) from None
+    stream.truncate(0)
+    stream.write(f"process {os.getpid()} on {socket.gethostname()}")
+    stream.flush()
+    return stream

@@ -1,0 +1,184 @@
+"""Kill random processes of a job at random moments, go on each time, and compare with an unbroken run.
+
+    python tests/soak.py --bundle BUNDLE [--kills 50] [--seed 0]
+
+The job answers the demo questions again and again. Its driver, Ray's own processes and its workers
+are equally likely to be killed. Where the job does not survive that, the same command is started
+again. At the end every row must have its answer, once, and the one that it has without any kill.
+Exit status 1 says that one has not.
+"""
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from qvl_batch import Captioner
+
+ROOT = Path(__file__).parent.parent
+QUESTIONS = ROOT / "datasets" / "demo" / "questions.parquet"
+#: Seconds from a kill, or a start, to the next kill, at least and at most: from before Ray runs until workers answer.
+SOONEST, LATEST = 1.0, 20.0
+#: Rows for each kill: about as many as are answered between two.
+ROWS_PER_KILL = 64
+#: A job of which a part was killed must end or write answers within so many seconds, or it hangs.
+PATIENCE = 120.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a soak ended."""
+
+    rows: int
+    missing: int
+    twice: int
+    wrong: int
+    killed: Counter[str]
+    starts: int
+
+    @property
+    def passed(self) -> bool:
+        """Every row has its answer, once."""
+        return self.missing == self.twice == self.wrong == 0
+
+    def __str__(self) -> str:
+        victims = ", ".join(f"{count} {name}" for name, count in self.killed.most_common())
+        return (
+            f"{self.killed.total()} kills ({victims}), {self.starts} starts: {self.rows:,} rows, "
+            f"{self.missing:,} missing, {self.twice:,} twice, {self.wrong:,} with another answer"
+        )
+
+
+def soak(bundle: Path, kills: int, seed: int, folder: Path, env: dict[str, str], latest: float = LATEST) -> Outcome:
+    """Run a job to its end through so many kills, or fewer if it ends before."""
+    rng = np.random.default_rng(seed)
+    demo = pq.read_table(QUESTIONS)
+    repeats = max(2, -(-kills * ROWS_PER_KILL // demo.num_rows))
+    source, output = folder / "input", folder / "answers"
+    _write_input(source, demo, repeats)
+    command = [sys.executable, "jobs/caption.py", "--bundle", bundle, "--input", source, "--output", output]
+    killed: Counter[str] = Counter()
+    starts = 0
+    while True:
+        starts += 1
+        before = killed.total()
+        log = folder / f"{starts}.log"
+        with (
+            log.open("w") as said,
+            subprocess.Popen([*map(str, command)], cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=said) as job,
+        ):
+            while killed.total() < kills and _runs_for(job, rng.uniform(SOONEST, latest)):
+                victim = int(rng.choice(_family(job.pid)))
+                name = _name(victim)
+                if name is None:
+                    continue  # it has just ended
+                os.kill(victim, signal.SIGKILL)
+                killed[name] += 1
+                print(f"kill {killed.total()} of {kills}: {name}", flush=True)
+            while _runs_for(job, PATIENCE):
+                if time.time() - output.stat().st_mtime > PATIENCE:  # no file came
+                    job.kill()
+                    raise RuntimeError(f"the job hangs: {log.read_text()[-2000:]}")
+        if job.returncode == 0:
+            break
+        if killed.total() == before:
+            raise RuntimeError(f"the job ended by itself, with {job.returncode}: {log.read_text()[-2000:]}")
+    return _compare(bundle, demo, repeats, output, killed, starts)
+
+
+def _write_input(folder: Path, demo: pa.Table, repeats: int) -> None:
+    """Two files, of row groups that are no multiple of anything else."""
+    folder.mkdir(parents=True)
+    for number in range(2):
+        parts = []
+        for again in range(number, repeats, 2):
+            ids = [f"{again}/{id_}" for id_ in demo["id"].to_pylist()]
+            parts.append(demo.set_column(demo.schema.get_field_index("id"), "id", pa.array(ids)))
+        pq.write_table(pa.concat_tables(parts), folder / f"{number}.parquet", row_group_size=37)
+
+
+def _compare(bundle: Path, demo: pa.Table, repeats: int, output: Path, killed: Counter[str], starts: int) -> Outcome:
+    with Captioner(bundle) as captioner:
+        images = [image["bytes"] for image in demo["image"].to_pylist()]
+        answers = captioner.caption(images, demo["prompt"].to_pylist())
+    expected = {
+        f"{again}/{id_}": answer.answer
+        for again in range(repeats)
+        for id_, answer in zip(demo["id"].to_pylist(), answers, strict=True)
+    }
+    table = pa.concat_tables([pq.read_table(path) for path in sorted(output.glob("part-*.parquet"))])
+    found = list(zip(table["id"].to_pylist(), table["answer"].to_pylist(), strict=True))
+    times = Counter(id_ for id_, _ in found)
+    return Outcome(
+        rows=len(expected),
+        missing=sum(id_ not in times for id_ in expected),
+        twice=sum(count - 1 for count in times.values()),
+        wrong=sum(expected.get(id_) != answer for id_, answer in found),
+        killed=killed,
+        starts=starts,
+    )
+
+
+def _runs_for(job: subprocess.Popen[bytes], seconds: float) -> bool:
+    """Wait; whether the job still runs."""
+    try:
+        job.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return True
+    return False
+
+
+def _family(root: int) -> list[int]:
+    """A process and all it started."""
+    parents: dict[int, int] = {}
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            except OSError:
+                continue  # it has just ended
+    family = [root]
+    for member in family:  # which grows meanwhile
+        family += [process for process, parent in parents.items() if parent == member]
+    return family
+
+
+def _name(process: int) -> str | None:
+    """What a process is, in a word."""
+    try:
+        words = (Path("/proc") / str(process) / "cmdline").read_text().split("\0")
+    except OSError:
+        return None
+    command = " ".join(words)
+    names = ("jobs/caption.py", "_VisionWorker", "_DecoderWorker", "raylet", "gcs_server", "agent", "ray::")
+    shown = ("driver", "vision worker", "decoder", "raylet", "gcs", "agent", "task")
+    return next((label for name, label in zip(names, shown, strict=True) if name in command), Path(words[0]).name)
+
+
+def main() -> int:
+    """Run the command."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--bundle", type=Path, required=True)
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    began = time.time()
+    with tempfile.TemporaryDirectory(prefix="qvl") as folder:
+        env = os.environ | {"RAY_TMPDIR": folder}
+        outcome = soak(options.bundle, options.kills, options.seed, Path(folder) / "soak", env)
+    print(f"{outcome}; {(time.time() - began) / 60:.0f} minutes")
+    return 0 if outcome.passed and outcome.killed.total() == options.kills else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,184 @@
+"""Images are read from where that was allowed, within bounds of size and time, and from nowhere else."""
+
+import os
+import threading
+import time
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from qvl_batch.errors import ConfigError, ImageError
+from qvl_batch.fetch import Fetcher
+
+
+@pytest.fixture
+def images(tmp_path):
+    (tmp_path / "allowed" / "inner").mkdir(parents=True)
+    (tmp_path / "allowed" / "inner" / "image").write_bytes(b"inside")
+    (tmp_path / "secret").write_bytes(b"outside")
+    (tmp_path / "allowed-not").mkdir()
+    (tmp_path / "allowed-not" / "image").write_bytes(b"outside")
+    (tmp_path / "allowed" / "link").symlink_to("inner/image")
+    (tmp_path / "allowed" / "way out").symlink_to("../secret")
+    (tmp_path / "allowed" / "loop").symlink_to("loop")
+    os.mkfifo(tmp_path / "allowed" / "pipe")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "location",
+    ["inner/image", "../allowed/inner/image", "link", "{0}/allowed/inner/image", "file://{0}/allowed/inner/image"],
+)
+def test_files_in_an_allowed_folder_are_read(location, images):
+    fetcher = Fetcher([str(images / "nowhere"), str(images / "allowed")])
+    assert fetcher.fetch(location.format(images), images / "allowed") == b"inside"
+
+
+@pytest.mark.parametrize(
+    ("location", "message"),
+    [
+        ("../secret", "is in no folder of --allow-images-from"),
+        ("way out", "is in no folder of --allow-images-from"),
+        ("../allowed-not/image", "is in no folder"),
+        ("{0}/secret", "is in no folder"),
+        ("file://{0}/secret", "is in no folder"),
+        ("file://{0}/allowed/%2e%2e/secret", "is in no folder"),
+        ("/proc/self/environ", "is in no folder"),
+        ("pipe", "is no file"),
+        ("inner", "is no file"),
+        ("missing", "cannot be read: FileNotFoundError"),
+        ("loop", "cannot be read: "),
+        ("nul\0l", "cannot be read: ValueError"),
+    ],
+)
+def test_other_files_are_not(location, message, images):
+    with pytest.raises(ImageError, match=message):
+        Fetcher([str(images / "allowed")]).fetch(location.format(images), images / "allowed")
+
+
+def test_nothing_is_allowed_unasked(images):
+    for location in ("inner/image", "https://example.com/image", "s3://bucket/image", "ftp://host/image"):
+        with pytest.raises(ImageError, match="--allow-images-from"):
+            Fetcher(()).fetch(location, images / "allowed")
+
+
+@pytest.mark.parametrize(
+    "location",
+    [
+        "https://host/images-not/a",
+        "https://host/a",
+        "https://host/images/../a",
+        "https://host/images/%2e%2e/a",
+        "https://host.evil/images/a",
+        "https://host@evil/images/a",
+        "https://host:444/images/a",
+        "http://host/images/a",
+        "s3://host/images/a",
+        "https://[::1/images/a",
+        "//host/images/a",
+    ],
+)
+def test_addresses_elsewhere_are_refused(location, tmp_path, monkeypatch):
+    monkeypatch.setattr("qvl_batch.fetch._download", lambda *_: b"fetched")
+    monkeypatch.setattr("qvl_batch.fetch._check_public", lambda _: None)
+    fetcher = Fetcher(["https://host/images/"])
+    assert fetcher.fetch("https://host/images/a%20b/c?d=e", tmp_path) == b"fetched"
+    with pytest.raises(ImageError, match=r"--allow-images-from|is no address"):
+        fetcher.fetch(location, tmp_path)
+
+
+@pytest.mark.parametrize("place", ["ftp://host/images", "memory://images", "az://container"])
+def test_places_that_cannot_be_read_are_refused(place):
+    with pytest.raises(ConfigError, match=f"--allow-images-from {place}: give a folder, or an address of gs, http, "):
+        Fetcher([place])
+
+
+#: How often each path was asked for.
+ASKED = Counter()
+#: Where two requests wait for each other.
+MEETING = threading.Barrier(2)
+
+
+class _Server(BaseHTTPRequestHandler):
+    def do_GET(self):
+        ASKED[self.path] += 1
+        status, body = 200, b"from afar"
+        match self.path.split("/")[-1]:
+            case "missing":
+                status = 404
+            case "elsewhere":
+                status = 302
+            case "busy":
+                status = 503 if ASKED[self.path] < 3 else 200
+            case "broken":
+                status = 500
+            case "large":
+                body = b"x" * 2000
+            case "slow":
+                time.sleep(1)
+            case "meeting":
+                MEETING.wait(30)
+        self.send_response(status)
+        if status == 302:
+            self.send_header("Location", "http://127.0.0.1/other")
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setattr("qvl_batch.fetch.WAITS", (0.01, 0.01))
+    monkeypatch.setattr("qvl_batch.fetch.MAX_BYTES", 1000)
+    ASKED.clear()
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Server) as served:
+        thread = threading.Thread(target=served.serve_forever)
+        thread.start()
+        yield f"127.0.0.1:{served.server_port}"
+        served.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    ("name", "message", "asked"),
+    [
+        ("missing", "cannot be read: 404 Not Found", 1),
+        ("elsewhere", "302 Found, to http://127.0.0.1/other; redirects are not followed", 1),
+        ("broken", "cannot be read: HTTPError: HTTP Error 500", 3),
+        ("large", "has more than 1,000 bytes", 1),
+        ("slow", r"did not come within 0.1 s|timed out", 3),
+    ],
+)
+def test_what_a_server_does_not_give_is_an_error_of_the_row(name, message, asked, server, tmp_path, monkeypatch):
+    if name == "slow":
+        monkeypatch.setattr("qvl_batch.fetch.SECONDS", 0.1)
+    location = f"http://{server}/images/{name}"
+    with pytest.raises(ImageError, match=message):
+        Fetcher([f"http://{server}/images"]).fetch(location, tmp_path)
+    assert ASKED[f"/images/{name}"] == asked
+
+
+def test_what_may_pass_is_tried_again(server, tmp_path):
+    place = f"http://{server}/images"
+    assert Fetcher([place]).fetch(f"{place}/busy", tmp_path) == b"from afar"
+    assert ASKED["/images/busy"] == 3
+
+
+def test_a_name_that_leads_into_a_private_network_is_refused(server, tmp_path):
+    place = f"http://localhost:{server.split(':')[1]}/images"
+    with pytest.raises(ImageError, match=r"localhost leads to (127.0.0.1|::1), which is in a private network"):
+        Fetcher([place]).fetch(f"{place}/a", tmp_path)
+    assert not ASKED
+
+
+def test_several_are_fetched_at_a_time_in_order(server, images):
+    place = f"http://{server}/images"
+    locations = [f"{place}/meeting", "inner/image", f"{place}/missing", f"{place}/meeting"]
+    found = Fetcher([place, str(images / "allowed")]).fetch_all(locations, images / "allowed")
+    assert [each if isinstance(each, bytes) else type(each) for each in found] == [
+        b"from afar", b"inside", ImageError, b"from afar",
+    ]  # fmt: skip
+    assert Fetcher(()).fetch_all([], images) == []

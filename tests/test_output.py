@@ -1,0 +1,261 @@
+"""An output folder holds the answers of one job, each once, and a job knows what is left to do."""
+
+import json
+import multiprocessing
+import os
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from qvl_batch.errors import OutputError
+from qvl_batch.output import JOB, LOCK, RUN, Job, OutputFolder
+from qvl_batch.schema import ANSWER_FIELDS, ID, Answer, Failure
+from qvl_batch.sink import PARTIAL, AnswerWriter, PartRecord
+from qvl_batch.source import FILE, ROW, InputFile, with_columns
+
+FILES = (InputFile("/in/a.parquet", 10, 6), InputFile("/in/b.parquet", 20, 5))
+JOB_OF_FILES = Job({"bundle": "abc", "--fit": "crop", "--keep-columns": ["x"]}, FILES)
+SCHEMA = pa.schema([pa.field(ID, pa.int64()), *ANSWER_FIELDS])
+
+
+def _open(path, job=JOB_OF_FILES, *, overwrite=False, retry_errors=False):
+    return OutputFolder(path, job, SCHEMA, overwrite=overwrite, retry_errors=retry_errors)
+
+
+def _answers(*rows):
+    answers = [Answer("yes", "stop", 9, 2) if row[1] % 2 else Answer.failed(Failure("image", "E", "m")) for row in rows]
+    columns = {field.name: [answer.record()[field.name] for answer in answers] for field in ANSWER_FIELDS}
+    files, places = zip(*rows, strict=True)
+    own = {FILE: pa.array(files, pa.int32()), ROW: pa.array(places, pa.int64()), ID: places}
+    return pa.table(own | {field.name: pa.array(columns[field.name], field.type) for field in ANSWER_FIELDS})
+
+
+def _write(folder, *tables):
+    with AnswerWriter(folder.path, SCHEMA) as writer:
+        for table in tables:
+            writer.add(table)
+
+
+def _left(folder):
+    return [(file, span) for file, rows in enumerate((6, 5)) for span in folder.done.missing(file, 0, rows)]
+
+
+def test_what_was_answered_is_known_when_a_job_goes_on(tmp_path):
+    with _open(tmp_path / "out") as folder:
+        assert (folder.done.count, folder.tally.rows) == (0, 0)
+        _write(folder, _answers((1, 0), (0, 3), (0, 1)), _answers((0, 2)))
+    with _open(tmp_path / "out") as folder:
+        assert _left(folder) == [(0, (0, 1)), (0, (4, 6)), (1, (1, 5))]
+        assert folder.tally.rows == folder.done.count == 4
+        assert folder.tally.finish_reasons == {"stop": 2, "error": 2}
+        assert folder.tally.errors == {"image: E": 2}
+        assert folder.tally.answer_tokens == 4
+        _write(folder, _answers((0, 0)))
+        _write(folder, _answers((0, 4), (0, 5), *((1, row) for row in range(1, 5))))
+    with _open(tmp_path / "out") as folder:
+        assert (_left(folder), folder.tally.rows) == ([], 11)
+    names = sorted(path.name for path in (tmp_path / "out").glob("part-*"))
+    assert names == [f"part-000000-{row:012d}.parquet" for row in (0, 1, 4)]
+    table = pa.concat_tables([pq.read_table(path) for path in (tmp_path / "out").glob("part-*")])
+    assert table.schema.names == SCHEMA.names
+    assert table.num_rows == 11
+
+
+def test_files_that_were_added_are_work_left(tmp_path):
+    with _open(tmp_path) as folder:
+        _write(folder, _answers((1, 4)))
+    more = Job(JOB_OF_FILES.settings, (*FILES, InputFile("/in/0.parquet", 5, 2)))
+    with _open(tmp_path, more) as folder:
+        assert folder.done.missing(2, 0, 2) == [(0, 2)]
+        assert folder.done.missing(1, 0, 5) == [(0, 4)]
+    assert Job.of(tmp_path) == more
+
+
+def _rows(path):
+    tables = [with_columns(pq.read_table(part), PartRecord.read(part).places()) for part in sorted(path.glob("part-*"))]
+    return {(row[FILE], row[ROW]): row["finish_reason"] for table in tables for row in table.to_pylist()}
+
+
+def test_rows_that_failed_are_answered_again_in_their_place(tmp_path):
+    with _open(tmp_path) as folder:
+        _write(folder, _answers(*((0, row) for row in range(6)), (1, 1), (1, 2)))
+        _write(folder, _answers((1, 3), (1, 4)))
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("part-*")}
+    with _open(tmp_path, retry_errors=True) as folder:
+        assert _left(folder) == [(0, (0, 1)), (0, (2, 3)), (0, (4, 5)), (1, (0, 1)), (1, (2, 3)), (1, (4, 5))]
+        assert folder.tally.finish_reasons == {"stop": 5}
+        assert folder.tally.rows == folder.done.count == 5
+        with AnswerWriter(folder.path, SCHEMA, folder.failed) as writer:
+            again = _answers((0, 2), (1, 2), (0, 0), (1, 0))
+            right = pa.array(["yes", None, "yes", None]), pa.array(["stop", "error", "stop", "error"])
+            for name, column in zip(("answer", "finish_reason"), right, strict=True):
+                again = again.set_column(again.schema.get_field_index(name), name, column)
+            writer.add(again)
+    found = _rows(tmp_path)
+    assert len(found) == 11
+    assert {place for place, reason in found.items() if reason == "error"} == {(0, 4), (1, 0), (1, 2), (1, 4)}
+    names = {path.name for path in tmp_path.glob("part-*")}
+    assert names == {*before, "part-000001-000000000000.parquet"}
+    (untouched,) = (name for name, data in before.items() if (tmp_path / name).read_bytes() == data)
+    assert untouched == "part-000001-000000000003.parquet"
+    with _open(tmp_path) as folder:
+        assert (_left(folder), folder.tally.rows) == ([], 11)
+        assert folder.tally.finish_reasons == {"stop": 7, "error": 4}
+        assert folder.failed == {}
+    for path in tmp_path.glob("part-*"):
+        table = pq.read_table(path)
+        assert table["id"].to_pylist() == PartRecord.read(path).places()[ROW].to_pylist()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"bundle": "xyz"}, 'with another bundle ("abc" there, "xyz" now)'),
+        ({"--fit": "stretch"}, 'with another --fit ("crop" there, "stretch" now)'),
+        ({"--keep-columns": []}, 'with another --keep-columns (["x"] there, [] now)'),
+        ({"--new": 1}, "with another --new (null there, 1 now)"),
+    ],
+)
+def test_answers_of_another_job_are_not_added_to(settings, message, tmp_path):
+    with _open(tmp_path) as folder:
+        _write(folder, _answers((1, 4)))
+    other = Job(JOB_OF_FILES.settings | settings, FILES)
+    with pytest.raises(OutputError) as refused, _open(tmp_path, other):
+        pass
+    assert message in str(refused.value)
+    assert "--overwrite" in str(refused.value)
+    with _open(tmp_path) as folder:
+        assert folder.done.count == 1
+    with _open(tmp_path, other, overwrite=True) as folder:
+        assert folder.done.count == 0
+    assert not list(tmp_path.glob("part-*"))
+
+
+def test_answers_without_a_job_are_refused_and_kept(tmp_path):
+    (tmp_path / "part-000000-000000000000.parquet").write_bytes(b"precious")
+    with pytest.raises(OutputError, match=r"no _job.json that says to what: give another --output, or --overwrite"):
+        Job.of(tmp_path)
+    with pytest.raises(OutputError, match="no _job"), _open(tmp_path):
+        pass
+    assert (tmp_path / "part-000000-000000000000.parquet").read_bytes() == b"precious"
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"format": 1}', '{"format": 1, "settings": {}, "files": [1]}', "[]"])
+def test_a_job_that_cannot_be_read_is_named(text, tmp_path):
+    (tmp_path / JOB).write_text(text)
+    with pytest.raises(OutputError, match=r"_job.json cannot be read: .*--overwrite"):
+        Job.of(tmp_path)
+
+
+def test_a_job_of_another_version_is_named(tmp_path):
+    (tmp_path / JOB).write_text('{"format": 2}')
+    with pytest.raises(OutputError, match="is of another version"):
+        Job.of(tmp_path)
+
+
+def test_what_a_killed_job_left_is_swept_up(tmp_path):
+    with _open(tmp_path) as folder:
+        _write(folder, _answers((1, 4)))
+    (tmp_path / f"{PARTIAL}123-part-000000-000000000001.parquet").write_bytes(b"half")
+    with _open(tmp_path) as folder:
+        assert folder.done.count == 1
+    assert not list(tmp_path.glob(f"{PARTIAL}*"))
+
+
+def _damage(path):
+    data = bytearray(path.read_bytes())
+    data[-20:] = bytes(20)
+    path.write_bytes(data)
+
+
+def _foreign(path):
+    pq.write_table(pa.table({"a": [1]}), path)
+
+
+def _twice(path):
+    path.with_name("part-copy.parquet").write_bytes(path.read_bytes())
+
+
+def _rows_beyond(path):
+    table = pq.read_table(path)
+    record = PartRecord({1: [(3, 9)]}, PartRecord.read(path).tally)
+    pq.write_table(table.replace_schema_metadata({b"qvl_batch": record.footer()}), path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_damage, "is damaged, or no file of answers"),
+        (_foreign, "is damaged, or no file of answers"),
+        (_twice, "answers 1 rows that another file answers too"),
+        (_rows_beyond, "which the input does not have"),
+    ],
+)
+def test_answers_that_cannot_be_right_are_named(damage, message, tmp_path):
+    with _open(tmp_path) as folder:
+        _write(folder, _answers((1, 4)))
+    (part,) = tmp_path.glob("part-*")
+    damage(part)
+    with pytest.raises(OutputError, match=message) as refused, _open(tmp_path):
+        pass
+    assert "part-" in str(refused.value)
+
+
+def _hold(path, ready, done):
+    with _open(path):
+        ready.set()
+        done.wait(30)
+        os.kill(os.getpid(), 9)
+
+
+def test_a_folder_is_one_jobs_until_it_ends_however_it_ends(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    ready, done = context.Event(), context.Event()
+    holder = context.Process(target=_hold, args=(tmp_path, ready, done))
+    holder.start()
+    assert ready.wait(60)
+    with pytest.raises(OutputError, match=rf"another job is writing to .* \(process {holder.pid} on "), _open(tmp_path):
+        pass
+    with pytest.raises(OutputError, match="another job"), _open(tmp_path, overwrite=True):
+        pass
+    done.set()
+    holder.join(30)
+    assert holder.exitcode == -9
+    with _open(tmp_path) as folder:
+        _write(folder, _answers((1, 4)))
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "out"):
+        assert Job.of(path) is None
+        with pytest.raises(OutputError, match=r"file.* cannot be written"), _open(path):
+            pass
+
+
+def test_an_input_without_rows_has_a_table_without_rows(tmp_path):
+    empty = Job({}, (InputFile("/in/a.parquet", 1, 0),))
+    for _ in range(2):
+        with _open(tmp_path, empty) as folder:
+            assert folder.done.count == 0
+            folder.write_none()
+            folder.write_run({"rows": np.int64(0).item()})
+    (part,) = tmp_path.glob("part-*")
+    assert pq.read_table(part).schema.names == SCHEMA.names
+    assert json.loads((tmp_path / RUN).read_text()) == {"rows": 0}
+    assert {path.name for path in tmp_path.iterdir()} == {part.name, JOB, RUN, LOCK}
+
+
+def test_a_disk_that_is_full_stops_the_job_with_a_line(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with _open(tmp_path) as folder:
+        monkeypatch.setattr("qvl_batch.sink.os.fsync", full)
+        with pytest.raises(OutputError, match="cannot be written: No space left on device"):
+            _write(folder, _answers((1, 4)))
+    monkeypatch.undo()
+    with _open(tmp_path) as folder:
+        assert folder.done.count == 0
