@@ -154,15 +154,15 @@ def _family(root: int) -> list[int]:
 
 
 def _name(process: int) -> str | None:
-    """What a process is, in a word."""
+    """What a process is, in a word; None for one that has ended."""
     try:
-        words = (Path("/proc") / str(process) / "cmdline").read_text().split("\0")
+        command = (Path("/proc") / str(process) / "cmdline").read_text()
     except OSError:
         return None
-    command = " ".join(words)
-    names = ("jobs/caption.py", "_VisionWorker", "_DecoderWorker", "raylet", "gcs_server", "agent", "ray::")
-    shown = ("driver", "vision worker", "decoder", "raylet", "gcs", "agent", "task")
-    return next((label for name, label in zip(names, shown, strict=True) if name in command), Path(words[0]).name)
+    names = ("jobs/caption.py", "_VisionWorker", "_DecoderWorker", "raylet", "gcs_server", "ray::")
+    shown = ("driver", "vision worker", "decoder", "raylet", "gcs", "task or other actor")
+    known = (label for name, label in zip(names, shown, strict=True) if name in command)
+    return next(known, "helper of Ray's") if command else None
 
 
 def main() -> int:
