@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as TimeOut
+from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -117,11 +118,14 @@ class Fetcher:
             raise _unreadable(location, error) from error
 
 
+@dataclass(frozen=True, slots=True)
 class _Address:
     """Scheme, host (or bucket) and steps of a path, as they are after decoding."""
 
-    def __init__(self, scheme: str, host: str, port: int | None, steps: tuple[str, ...]) -> None:
-        self.scheme, self.host, self.port, self.steps = scheme, host, port, steps
+    scheme: str
+    host: str
+    port: int | None
+    steps: tuple[str, ...]
 
     @classmethod
     def of(cls, location: str) -> "_Address":

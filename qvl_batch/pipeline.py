@@ -18,7 +18,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
@@ -86,7 +85,7 @@ def run(config: CaptionConfig, say: Callable[[str], None] = lambda _: None) -> R
     source = open_source(config, held.files if held else ())
     bundle = Bundle.load(config.bundle)
     device = resolve_device(config.device)
-    Fetcher(config.allow_images_from)  # or it says what is wrong with them
+    fetcher = Fetcher(config.allow_images_from)
     job = Job(_answers_depend_on(config, bundle), source.files)
     schema = source.columns.output_schema()
     with OutputFolder(
@@ -99,7 +98,8 @@ def run(config: CaptionConfig, say: Callable[[str], None] = lambda _: None) -> R
         say(f"bundle    {bundle.manifest.source.name}, {bundle.manifest.dtype}, decoder on {device}")
         report = Report(folder.path, folder.tally, settings=_settings(config, source, bundle, device))
         if left.units:
-            report = _work(config, left, bundle, folder, replace(report, startup_seconds=time.time() - began), say)
+            report = replace(report, startup_seconds=time.time() - began)
+            report = _work(config, left, fetcher, bundle, folder, report, say)
         elif not source.rows:
             folder.write_none()
         folder.write_run(report.record())
@@ -109,6 +109,7 @@ def run(config: CaptionConfig, say: Callable[[str], None] = lambda _: None) -> R
 def _work(
     config: CaptionConfig,
     left: Source,
+    fetcher: Fetcher,
     bundle: Bundle,
     folder: OutputFolder,
     report: Report,
@@ -126,7 +127,7 @@ def _work(
                 AnswerWriter(folder.path, folder.schema, folder.failed) as writer,
                 progress_line(left.rows) as progress,
             ):
-                for table in _answers(config, left, bundle, plan):
+                for table in _answers(config, left, fetcher, bundle, plan):
                     writer.add(table)
                     first_image = min(first_image, pc.min(table[STARTED]).as_py())
                     for stage, column in WORKERS.items():
@@ -149,14 +150,14 @@ def _work(
     )
 
 
-def _answers(config: CaptionConfig, source: Source, bundle: Bundle, plan: Plan) -> Iterator[pa.Table]:
+def _answers(config: CaptionConfig, source: Source, fetcher: Fetcher, bundle: Bundle, plan: Plan) -> Iterator[pa.Table]:
     """Tables of answers as they come, in no particular order."""
     options = DataContext.get_current().execution_options
     under_way = _bytes_under_way(bundle.manifest, plan)
     options.resource_limits = options.resource_limits.copy(object_store_memory=under_way)
     try:
         for part in source.parts(ROWS_AT_ONCE):
-            dataset = _dataset(config, part, bundle, plan)
+            dataset = _dataset(config, part, fetcher, bundle, plan)
             yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
     except ray.exceptions.RayError as error:
         raise _job_error(error) from error
@@ -172,9 +173,9 @@ def _bytes_under_way(manifest: Manifest, plan: Plan) -> float:
     return 2.0 * blocks * ROWS_PER_BLOCK * row
 
 
-def _dataset(config: CaptionConfig, source: Source, bundle: Bundle, plan: Plan) -> Dataset:
+def _dataset(config: CaptionConfig, source: Source, fetcher: Fetcher, bundle: Bundle, plan: Plan) -> Dataset:
     """The pipeline, in the order of its stages."""
-    columns, prompt, allowed = source.columns, config.prompt, config.allow_images_from
+    columns, prompt = source.columns, config.prompt
     tasks = TaskPoolStrategy(size=plan.tasks_at_once)
     cache = (config.vision_cache.resolve(), config.vision_cache_gb) if config.vision_cache else None
 
@@ -182,7 +183,6 @@ def _dataset(config: CaptionConfig, source: Source, bundle: Bundle, plan: Plan) 
     image_size = bundle.manifest.layout.image_size
 
     def read(units: pa.Table) -> Iterator[pa.Table]:
-        fetcher = Fetcher(allowed)
         for unit in units.to_pylist():
             yield from read_unit(Unit(**unit), columns, prompt, ROWS_PER_BLOCK, fetcher)
 
@@ -357,7 +357,6 @@ def _settings(config: CaptionConfig, source: Source, bundle: Bundle, device: str
     """What the answers depend on, and what their speed does."""
     packages = ("qvl-batch", "ray", "onnxruntime-gpu", "onnxruntime", "tokenizers", "pyarrow", "pillow")
     return {
-        "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "bundle": {
             "path": str(bundle.path),
             "sha256": bundle.sha256,

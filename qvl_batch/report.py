@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,7 @@ class Report:
         """Contents of `_run.json`: counts are of all answers, times and speeds of this run."""
         total = self.before + self.tally
         return {
+            "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
             "rows": total.rows,
             "finish_reasons": dict(total.finish_reasons),
             "errors": dict(total.errors),

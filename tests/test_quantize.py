@@ -26,7 +26,7 @@ COSTS = {
 }
 
 
-@pytest.fixture(scope="module", params=COSTS)
+@pytest.fixture(scope="module", params=["int8", "int4wo", pytest.param("int8wo", marks=pytest.mark.long)])
 def reduced(request, tmp_path_factory):
     output = tmp_path_factory.mktemp("reduced") / request.param
     export_bundle(ExportConfig(checkpoint=TINY, output=output, dtype=request.param))
@@ -112,7 +112,7 @@ def test_layers_can_be_left_in_fp32(tmp_path):
 
 
 def test_towers_can_differ(tmp_path):
-    config = ExportConfig(checkpoint=TINY, output=tmp_path / "bundle", dtype="fp32", vision_dtype="int8")
+    config = ExportConfig(checkpoint=TINY, output=tmp_path / "bundle", image_size=224, vision_dtype="int8")
     manifest = export_bundle(config)
     assert (manifest.dtype, manifest.vision_dtype) == ("fp32", "int8")
     assert DECODER_FULL in manifest.files
