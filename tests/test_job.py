@@ -193,23 +193,23 @@ def test_rows_added_to_the_input_are_answered_and_failed_ones_again(tiny_bundle,
     (folder / "images").mkdir(parents=True)
     options = ["--bundle", tiny_bundle.path, "--input", folder, "--output", output]
     options += ["--allow-images-from", os.path.relpath(folder / "images", ROOT)]
-    pq.write_table(pa.Table.from_pylist(demo[:3]), folder / "b.parquet")
-    _caption(ray_env, *options, "--limit", 2)
-    named = [row | {"image": {"bytes": None, "path": f"images/{row['id']}"}} for row in demo[3:6]]
-    for row in demo[3:5]:
+    named = [row | {"image": {"bytes": None, "path": f"images/{row['id']}"}} for row in demo[:3]]
+    for row in demo[:2]:
         (folder / "images" / row["id"]).write_bytes(row["image"]["bytes"])
-    pq.write_table(pa.Table.from_pylist(named), folder / "a.parquet")
+    pq.write_table(pa.Table.from_pylist(named), folder / "b.parquet")
     result = _caption(ray_env, *options)
     assert "errors    1\n          1 image: ImageError" in result.stdout
     rows = _answers(output)
-    assert [row["id"] for row in rows] == [row["id"] for row in demo[:6]]
-    assert "cannot be read: FileNotFoundError" in rows[5]["error_message"]
+    assert [row["id"] for row in rows] == [row["id"] for row in demo[:3]]
+    assert "cannot be read: FileNotFoundError" in rows[2]["error_message"]
 
-    (folder / "images" / demo[5]["id"]).write_bytes(demo[5]["image"]["bytes"])
+    (folder / "images" / demo[2]["id"]).write_bytes(demo[2]["image"]["bytes"])
+    pq.write_table(pa.Table.from_pylist(demo[3:5]), folder / "a.parquet")
     result = _caption(ray_env, *options, "--retry-errors")
-    assert "rows      6 (6 stop)\n          5 of them by earlier runs\nerrors    0" in result.stdout
+    assert "resuming  2 rows are answered already, 3 are left" in result.stderr
+    assert "rows      5 (5 stop)\n          2 of them by earlier runs\nerrors    0" in result.stdout
     rows = _answers(output)
-    assert [row["id"] for row in rows] == [row["id"] for row in demo[:6]]
+    assert [row["id"] for row in rows] == [row["id"] for row in demo[:5]]
     assert all(row["answer"] for row in rows)
 
 
