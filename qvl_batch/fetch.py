@@ -53,16 +53,16 @@ class Fetcher:
         self._addresses: list[_Address] = []
         for place in allowed:
             try:
-                scheme = _Address.of(place).scheme
+                address = _Address.of(place)
             except ImageError as error:
                 raise ConfigError(f"--allow-images-from {error}") from error
-            if scheme in LOCAL:
+            if address.scheme in LOCAL:
                 self._folders.append(Path(_local(place)).resolve())
-            elif scheme in HTTP | STORES:
-                self._addresses.append(_Address.of(place))
+            elif address.scheme in HTTP | STORES:
+                self._addresses.append(address)
                 try:
-                    if scheme in STORES:
-                        fsspec.get_filesystem_class(scheme)
+                    if address.scheme in STORES:
+                        fsspec.get_filesystem_class(address.scheme)
                 except ImportError as error:
                     raise ConfigError(f"--allow-images-from {place}: {error}") from error
             else:

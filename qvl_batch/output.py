@@ -28,9 +28,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from qvl_batch.errors import OutputError
-from qvl_batch.rowset import RowSet
+from qvl_batch.rowset import Row, RowSet
 from qvl_batch.sink import PARTIAL, PARTS, PartRecord, Tally, write_part, write_whole
-from qvl_batch.source import FILE, ROW, InputFile, with_columns
+from qvl_batch.source import InputFile, rows_of, with_columns
 
 JOB, RUN, LOCK = "_job.json", "_run.json", "_lock"
 FORMAT = 1
@@ -98,7 +98,7 @@ class OutputFolder:
         self._job, self._overwrite, self._retry_errors = job, overwrite, retry_errors
         self.done = RowSet(file.rows for file in job.files)
         #: Rows to answer again, and the file that holds the error of each.
-        self.failed: dict[tuple[int, int], Path] = {}
+        self.failed: dict[Row, Path] = {}
         #: Counts of the answers that are there.
         self.tally = Tally()
         self._lock: IO[str] | None = None
@@ -169,7 +169,7 @@ class OutputFolder:
         answers = with_columns(pq.read_table(path), record.places())
         errors = answers.filter(pc.equal(answers["finish_reason"], "error"))
         self.tally -= Tally.of(errors)
-        for place in zip(errors[FILE].to_pylist(), errors[ROW].to_pylist(), strict=True):
+        for place in rows_of(errors):
             self.done.remove(*place)
             self.failed[place] = path
 

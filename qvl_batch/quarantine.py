@@ -20,13 +20,11 @@ from typing import Protocol
 import pyarrow as pa
 
 from qvl_batch.errors import WorkerLostError
+from qvl_batch.rowset import Row
 from qvl_batch.schema import Failure
-from qvl_batch.source import FAILURE, FILE, ROW, failure_columns, with_columns
+from qvl_batch.source import FAILURE, failure_columns, rows_of, with_columns
 
 TOGETHER, ALONE = 2, 2
-
-#: Number of its file, and index in it.
-Row = tuple[int, int]
 
 
 class Attempts(Protocol):
@@ -92,7 +90,7 @@ class Guarded:
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Do the work."""
-        rows = list(zip(table[FILE].to_pylist(), table[ROW].to_pylist(), strict=True))
+        rows = rows_of(table)
         with self._calls.together():
             if self._attempts.begin(self._stage, rows):
                 result = self._work(table)

@@ -37,6 +37,11 @@ class Report:
     settings: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def total(self) -> Tally:
+        """Counts of all answers."""
+        return self.before + self.tally
+
+    @property
     def images_per_second(self) -> float:
         """Rows, answered or failed, over `seconds`."""
         return self.tally.rows / self.seconds if self.seconds else 0.0
@@ -54,7 +59,7 @@ class Report:
 
     def record(self) -> dict[str, Any]:
         """Contents of `_run.json`: counts are of all answers, times and speeds of this run."""
-        total = self.before + self.tally
+        total = self.total
         return {
             "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
             "rows": total.rows,
@@ -74,7 +79,7 @@ class Report:
         }
 
     def __str__(self) -> str:
-        total = self.before + self.tally
+        total = self.total
         failed = total.finish_reasons["error"]
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(total.finish_reasons.items()))
         lines = [

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+#: Number of a row's file, and the row's index in it.
+Row = tuple[int, int]
 #: Rows `start` to `stop` - 1 of a file.
 Span = tuple[int, int]
 
@@ -34,10 +36,7 @@ class RowSet:
         Raises:
             IndexError: there is no such file, or it has no such rows.
         """
-        low, high, bits, span = self._around(file, start, stop)
-        known = int(bits[span].sum())
-        bits[span] = True
-        self._bits[low:high] = np.packbits(bits, bitorder="little")
+        known = self._set(file, start, stop, present=True)
         self.count += stop - start - known
         return known
 
@@ -47,15 +46,20 @@ class RowSet:
         Raises:
             IndexError: there is no such file, or it has no such row.
         """
-        low, _, bits, span = self._around(file, row, row + 1)
-        self.count -= int(bits[span][0])
-        bits[span] = False
-        self._bits[low] = np.packbits(bits, bitorder="little")[0]
+        self.count -= self._set(file, row, row + 1, present=False)
 
     def missing(self, file: int, start: int, stop: int) -> list[Span]:
         """Those of some rows that follow each other that are not in the set, as few spans in order."""
         *_, bits, span = self._around(file, start, stop)
-        return [(start + first, start + last) for first, last in _runs(~bits[span])]
+        return spans(start + np.flatnonzero(~bits[span]))
+
+    def _set(self, file: int, start: int, stop: int, *, present: bool) -> int:
+        """How many of the rows were in the set, before."""
+        low, high, bits, span = self._around(file, start, stop)
+        known = int(bits[span].sum())
+        bits[span] = present
+        self._bits[low:high] = np.packbits(bits, bitorder="little")
+        return known
 
     def _around(self, file: int, start: int, stop: int) -> tuple[int, int, NDArray[np.bool_], slice]:
         """Bytes `low` to `high` - 1 that hold the rows, their bits, and which of those are the rows'."""
@@ -71,10 +75,5 @@ def spans(rows: Sequence[int] | NDArray[np.int64]) -> list[Span]:
     """Rows in rising order as spans."""
     rows = np.asarray(rows, np.int64)
     breaks = np.flatnonzero(np.diff(rows) != 1) + 1
-    parts = np.split(rows, breaks) if len(rows) else []
-    return [(int(part[0]), int(part[-1]) + 1) for part in parts]
-
-
-def _runs(mask: NDArray[np.bool_]) -> list[Span]:
-    edges = np.flatnonzero(np.diff(np.concatenate([[False], mask, [False]]).astype(np.int8)))
-    return [(int(start), int(stop)) for start, stop in edges.reshape(-1, 2)]
+    first, last = rows[np.r_[:1, breaks][: len(rows)]], rows[np.r_[breaks, len(rows)][: len(rows)] - 1]
+    return list(zip(first.tolist(), (last + 1).tolist(), strict=True))

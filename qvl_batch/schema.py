@@ -119,8 +119,7 @@ def input_columns(schema: pa.Schema, file: str, config: CaptionConfig) -> InputC
         _check_text(_field(schema, prompt, file, "--prompt-column"), file, "--prompt-column", "strings")
     image = _field(schema, config.image_column, file, "--image-column")
     _check_image(image, file)
-    kind = image.type.value_type if pa.types.is_dictionary(image.type) else image.type
-    if _is_text(kind) and not config.allow_images_from:
+    if _is_text(_plain(image.type)) and not config.allow_images_from:
         raise InputError(f"{file}: column {image.name!r} names images; say where they may be: --allow-images-from")
     kept = tuple(_field(schema, name, file, "--keep-columns") for name in config.keep_columns)
     plain = tuple(pa.field(field.name, field.type) for field in kept)
@@ -135,7 +134,7 @@ def _field(schema: pa.Schema, name: str, file: str, option: str) -> pa.Field:
 
 def _id_type(field: pa.Field, file: str) -> pa.DataType:
     """All strings become one type, and all integers that fit 64 signed bits, so that files may differ."""
-    kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
+    kind = _plain(field.type)
     if _is_text(kind):
         return pa.string()
     if pa.types.is_integer(kind):
@@ -144,7 +143,7 @@ def _id_type(field: pa.Field, file: str) -> pa.DataType:
 
 
 def _check_text(field: pa.Field, file: str, option: str, wanted: str) -> None:
-    kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
+    kind = _plain(field.type)
     if not (_is_text(kind) or pa.types.is_null(kind)):
         raise InputError(f"{file}: column {field.name!r} ({option}) is {field.type}; it must be {wanted}")
 
@@ -158,6 +157,11 @@ def _check_image(field: pa.Field, file: str) -> None:
     elif _is_bytes(kind):
         return
     _check_text(field, file, "--image-column", "a struct of bytes and path, bytes, or paths")
+
+
+def _plain(kind: pa.DataType) -> pa.DataType:
+    """The type itself, or that of a dictionary's values."""
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
 def _is_bytes(kind: pa.DataType) -> bool:

@@ -22,8 +22,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from qvl_batch.errors import OutputError
-from qvl_batch.rowset import Span, spans
-from qvl_batch.source import FILE, ROW, with_columns
+from qvl_batch.rowset import Row, Span, spans
+from qvl_batch.source import FILE, ROW, rows_of, with_columns
 
 PARTS = "part-*.parquet"
 #: Key of the footer that holds a `PartRecord`.
@@ -73,7 +73,7 @@ class PartRecord:
 
     def places(self) -> dict[str, pa.Array]:
         """Where each row of the file stands in the input, as columns `FILE` and `ROW`."""
-        each = [(file, row) for file, spans in self.rows.items() for span in spans for row in range(*span)]
+        each = [(file, row) for file, parts in self.rows.items() for part in parts for row in range(*part)]
         return {
             FILE: pa.array([file for file, _ in each], pa.int32()),
             ROW: pa.array([row for _, row in each], pa.int64()),
@@ -116,7 +116,7 @@ class AnswerWriter:
             their errors: there the new answer takes the error's place.
     """
 
-    def __init__(self, output: Path, schema: pa.Schema, failed: Mapping[tuple[int, int], Path] | None = None) -> None:
+    def __init__(self, output: Path, schema: pa.Schema, failed: Mapping[Row, Path] | None = None) -> None:
         self.tally = Tally()
         self._output, self._schema, self._failed = output, schema, failed or {}
         self._waiting: list[pa.Table] = []
@@ -134,9 +134,8 @@ class AnswerWriter:
         """Write what has arrived, in the order of the input: to one file, or where it replaces errors."""
         if self._waiting:
             table = _sorted(pa.concat_tables(self._waiting))
-            places = zip(table[FILE].to_pylist(), table[ROW].to_pylist(), strict=True)
             parts: dict[Path | None, list[int]] = {}
-            for index, place in enumerate(places):
+            for index, place in enumerate(rows_of(table)):
                 parts.setdefault(self._failed.get(place), []).append(index)
             for path, indices in parts.items():
                 answers = table.take(indices)
@@ -156,11 +155,9 @@ class AnswerWriter:
     def _replace_errors(self, path: Path, answers: pa.Table) -> None:
         record = PartRecord.read(path)
         held = with_columns(pq.read_table(path, schema=self._schema), record.places())
-        answered = set(zip(answers[FILE].to_pylist(), answers[ROW].to_pylist(), strict=True))
-        places = zip(held[FILE].to_pylist(), held[ROW].to_pylist(), strict=True)
-        kept = held.filter(pa.array([place not in answered for place in places]))
-        names = [*self._schema.names, FILE, ROW]
-        table = _sorted(pa.concat_tables([kept.select(names), answers.select(names).cast(kept.select(names).schema)]))
+        answered = set(rows_of(answers))
+        kept = held.filter(pa.array([place not in answered for place in rows_of(held)]))
+        table = _sorted(pa.concat_tables([kept, answers.select(kept.column_names).cast(kept.schema)]))
         write_part(path, table.select(self._schema.names), record.rows)
 
     def __enter__(self) -> Self:

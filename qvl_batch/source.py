@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from qvl_batch.config import CaptionConfig
 from qvl_batch.errors import ImageError, InputError, RecordError, RowError
 from qvl_batch.fetch import Fetcher
-from qvl_batch.rowset import RowSet, Span
+from qvl_batch.rowset import Row, RowSet, Span
 from qvl_batch.schema import ID, Failure, InputColumns, input_columns
 
 #: Columns of the pipeline's own, next to the user's, have this prefix.
@@ -175,6 +175,11 @@ def with_columns(table: pa.Table, columns: dict[str, pa.Array]) -> pa.Table:
     for name, column in columns.items():
         table = table.append_column(name, column)
     return table
+
+
+def rows_of(table: pa.Table) -> list[Row]:
+    """The columns `FILE` and `ROW`, in pairs."""
+    return list(zip(table[FILE].to_pylist(), table[ROW].to_pylist(), strict=True))
 
 
 def failure_columns(failures: list[Failure | None]) -> dict[str, pa.Array]:

@@ -22,11 +22,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from conftest import QUESTIONS, ROOT
 
+from benchmark.memory import family
 from qvl_batch import Captioner
 
-ROOT = Path(__file__).parent.parent
-QUESTIONS = ROOT / "datasets" / "demo" / "questions.parquet"
 #: Seconds from a kill, or a start, to the next kill, at least and at most: from before Ray runs until workers answer.
 SOONEST, LATEST = 1.0, 20.0
 #: Rows for each kill: about as many as are answered between two.
@@ -78,7 +78,7 @@ def soak(bundle: Path, kills: int, seed: int, folder: Path, env: dict[str, str],
             subprocess.Popen([*map(str, command)], cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=said) as job,
         ):
             while killed.total() < kills and _runs_for(job, rng.uniform(SOONEST, latest)):
-                victim = int(rng.choice(_family(job.pid)))
+                victim = int(rng.choice(family(job.pid)))
                 name = _name(victim)
                 if name is None:
                     continue  # it has just ended
@@ -136,21 +136,6 @@ def _runs_for(job: subprocess.Popen[bytes], seconds: float) -> bool:
     except subprocess.TimeoutExpired:
         return True
     return False
-
-
-def _family(root: int) -> list[int]:
-    """A process and all it started."""
-    parents: dict[int, int] = {}
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            try:
-                parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            except OSError:
-                continue  # it has just ended
-    family = [root]
-    for member in family:  # which grows meanwhile
-        family += [process for process, parent in parents.items() if parent == member]
-    return family
 
 
 def _name(process: int) -> str | None:

@@ -36,10 +36,11 @@ class PeakMemory:
 
     def _watch(self) -> None:
         while not self._done.wait(SECONDS):
-            self.peak = max(self.peak, sum(map(_proportional_set_size, _family(os.getpid()))))
+            self.peak = max(self.peak, sum(map(_proportional_set_size, family(os.getpid()))))
 
 
-def _family(root: int) -> list[int]:
+def family(root: int) -> list[int]:
+    """A process and all it started."""
     parents: dict[int, int] = {}
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
@@ -48,10 +49,10 @@ def _family(root: int) -> list[int]:
                 parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
             except OSError:
                 continue  # it has just ended
-    family = [root]
-    for member in family:  # which grows meanwhile
-        family += [process for process, parent in parents.items() if parent == member]
-    return family
+    members = [root]
+    for member in members:  # which grows meanwhile
+        members += [process for process, parent in parents.items() if parent == member]
+    return members
 
 
 def _proportional_set_size(process: int) -> int:
