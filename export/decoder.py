@@ -116,9 +116,9 @@ class CachedDecoder(_Decoder):
             past: key and value of layer 0, of layer 1, ..., each (B, kv_heads, L_max, head_dim).
 
         Returns:
-            `next_token` int64 (B,), the argmax at each row's last valid token; `logits` (B, V)
-            there; then the present keys and values in the order of `past`. After the last layer's
-            attention only that token goes on.
+            `next_token` int64 (B,), the argmax at each row's last valid token, or -1 where a logit or
+            a hidden state of the row is not finite; `logits` (B, V) there; then the present keys and
+            values in the order of `past`. After the last layer's attention only that token goes on.
         """
         # An image token that the model itself answers with is a token like any other.
         is_prefill = torch.tensor(input_ids.shape[1]) > 1
@@ -137,12 +137,16 @@ class CachedDecoder(_Decoder):
             update, cache = group_query_attention(q, k, v, cache, seqlens_k, total_sequence_length, heads)
             present += cache
             if index == len(layers) - 1:
+                # Rounding to integers can hide what is not finite from the logits, but not from here.
+                states = hidden.mean((1, 2))
                 update, hidden = _last_valid(update, seqlens_k), _last_valid(hidden, seqlens_k)
             normed, hidden = skip_rms_norm(layer.out(update), hidden, layer.norm2, self.eps)
             following = layers[index + 1].norm1 if index + 1 < len(layers) else self.weights.norm
             normed, hidden = skip_rms_norm(layer.mlp(normed), hidden, following, self.eps)
         logits = self.weights.logits(normed[:, 0])
-        return logits.argmax(-1), logits, *present
+        # A mean is finite if all are; argmax gives a token among NaNs too.
+        is_finite = (states + logits.mean(-1)).abs() < math.inf
+        return torch.where(is_finite, logits.argmax(-1), -1), logits, *present
 
 
 class FullDecoder(_Decoder):

@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,6 +25,7 @@ from qvl_batch.bundle import (
     DECODER,
     DECODER_FULL,
     FORMAT_VERSION,
+    FP32,
     MANIFEST,
     TOKENIZER,
     VISION,
@@ -55,6 +56,8 @@ class ExportConfig:
     """Vision tower; without it, as --dtype."""
     fp32_layers: tuple[str, ...] = ()
     """Layers to leave in fp32, by their names in a comparison's layer plot, such as "decoder layer 3"."""
+    with_fp32: bool = False
+    """Beside reduced precision, hold the checkpoint in fp32 too: rows whose numbers fail are then run again in it."""
     max_seq_len: int = 1024
     """Longest row in tokens: system text, image, prompt and answer together."""
     image_size: int = 672
@@ -137,7 +140,10 @@ def _precision(checkpoint: Checkpoint, config: ExportConfig) -> Precision:
     for name in config.fp32_layers:
         if name not in known:
             raise ExportError(f"--fp32-layers {name!r}: there is no such layer; there are {', '.join(known)}")
-    return Precision(config.dtype, config.vision_dtype or config.dtype, config.fp32_layers)
+    precision = Precision(config.dtype, config.vision_dtype or config.dtype, config.fp32_layers)
+    if config.with_fp32 and precision.decoder == precision.vision == "fp32":
+        raise ExportError("--with-fp32 goes with a reduced --dtype or --vision-dtype: this bundle is in fp32 already")
+    return precision
 
 
 def _check_output(output: Path, *, overwrite: bool) -> None:
@@ -181,6 +187,9 @@ def _fill(
             f"parity: features {parity.features:.1e}, logits {parity.logits:.1e}, "
             f"tokens {parity.tokens_equal}/{parity.tokens}"
         )
+    if config.with_fp32:
+        (staging / FP32).mkdir()
+        _fill(staging / FP32, checkpoint, layout, Precision(), replace(config, with_fp32=False), say)
     for path in checkpoint.carried:
         shutil.copy(path, staging)
     # As transformers reads it, which is not always what the checkpoint's file says.
@@ -198,7 +207,11 @@ def _fill(
         graphs=graphs,
         parity=parity,
         versions={n: importlib.metadata.version(n) for n in ("torch", "transformers", "onnx", "onnxscript")},
-        files={p.name: File(p.stat().st_size, file_sha256(p)) for p in sorted(staging.iterdir())},
+        files={
+            path.relative_to(staging).as_posix(): File(path.stat().st_size, file_sha256(path))
+            for path in sorted(staging.rglob("*"))
+            if path.is_file()
+        },
     )
     manifest.write(staging)
     done("manifest and hashes")

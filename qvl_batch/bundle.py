@@ -20,12 +20,14 @@ from pydantic import TypeAdapter, ValidationError
 
 from qvl_batch.errors import BundleError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST = "bundle.json"
 VISION = "vision.onnx"
 DECODER = "decoder.onnx"
 DECODER_FULL = "decoder_full.onnx"
 TOKENIZER = "tokenizer.json"
+#: Folder of a bundle in reduced precision that may hold the same checkpoint as a bundle in fp32.
+FP32 = "fp32"
 
 #: Of weights and products: fp32; int8 weights and activations; int8 or int4 weights only.
 Dtype = Literal["fp32", "int8", "int8wo", "int4wo"]
@@ -197,6 +199,12 @@ class Bundle:
     def sha256(self) -> str:
         """Identifies what the bundle answers with: a hash of its files' hashes."""
         return combined_sha256((name, file.sha256) for name, file in self.manifest.files.items())
+
+    def in_fp32(self) -> "Bundle | None":
+        """The same checkpoint in fp32, if it was exported too: for rows whose numbers fail here."""
+        if f"{FP32}/{MANIFEST}" not in self.manifest.files:
+            return None
+        return Bundle.load(self.path / FP32, verify=False)
 
     def file(self, name: str) -> Path:
         """Path of a file that the manifest lists.

@@ -1,12 +1,7 @@
-"""Answers without Ray: one process, images and prompts in, answers out, in order.
-
-`answer_rows` is where a row's features and prompt meet the engine; the Ray pipeline calls it
-too, so that both give the same answers.
-"""
+"""Answers without Ray: one process, images and prompts in, answers out, in order."""
 
 import io
-from collections.abc import Iterable, Sequence
-from concurrent.futures import Future
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Self, get_args
 
@@ -14,17 +9,15 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from qvl_batch.answerer import Answerer, Question
 from qvl_batch.bundle import Bundle
 from qvl_batch.config import DEFAULT_MAX_NEW_TOKENS, Device, Fit
-from qvl_batch.decoder import Decoder
-from qvl_batch.engine import Completion, Engine, Request
-from qvl_batch.errors import ConfigError, ImageError, RowError
+from qvl_batch.errors import ConfigError, ImageError
 from qvl_batch.features import ImageFeatures
 from qvl_batch.images import image_key, pixels_or_failure
-from qvl_batch.layout import RowLayout
 from qvl_batch.runtime import resolve_device, usable_cpus
 from qvl_batch.schema import Answer, Failure
-from qvl_batch.vision import Features, VisionEncoder
+from qvl_batch.vision import VisionEncoder
 
 #: An image as a file's path, as a file's bytes, as pixels uint8 (H, W, 3), or as Pillow has it.
 ImageLike = str | Path | bytes | NDArray[np.uint8] | Image.Image
@@ -44,6 +37,7 @@ class Captioner:
         device: where the decoder runs.
         slots: rows answered at a time.
         fit: how an image that is not square becomes square.
+        allow_repetition: an answer that repeats itself until it is cut is an answer, and no failure.
 
     Raises:
         BundleError: no bundle, or a damaged one.
@@ -58,6 +52,7 @@ class Captioner:
         device: Device = "auto",
         slots: int = 8,
         fit: Fit = "letterbox",
+        allow_repetition: bool = False,
     ) -> None:
         resolve_device(device)
         if slots < 1:
@@ -68,9 +63,7 @@ class Captioner:
         self._fit: Fit = fit
         threads = usable_cpus()
         self._features = ImageFeatures(VisionEncoder(self._bundle, threads))
-        self._layout = RowLayout(self._bundle)
-        decoder = Decoder(self._bundle, slots, threads)
-        self._engine = Engine(decoder, self._bundle.manifest.generation.eos_token_ids)
+        self._answerer = Answerer(self._bundle, slots, threads, allow_repetition=allow_repetition)
 
     def caption(
         self,
@@ -104,46 +97,19 @@ class Captioner:
             files = [_file_or_failure(image) for image in images[window]]
             keys = [None if isinstance(file, Failure) else image_key(file, self._fit) for file in files]
             pixels = [file if isinstance(file, Failure) else pixels_or_failure(file, size, self._fit) for file in files]
-            rows = list(zip(self._features.of(pixels, keys), texts[window], keys, strict=True))
-            answers.extend(answer_rows(self._engine, self._layout, rows, max_new_tokens))
+            questions = map(Question, self._features.of(pixels, keys), texts[window], keys)
+            answers.extend(self._answerer.answer(list(questions), max_new_tokens))
         return answers
 
     def close(self) -> None:
         """Stop the engine and let go of the graphs."""
-        self._engine.close()
+        self._answerer.close()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def answer_rows(
-    engine: Engine,
-    layout: RowLayout,
-    rows: Sequence[tuple[Features | Failure, str | None, bytes | None]],
-    max_new_tokens: int,
-) -> list[Answer]:
-    """Answer rows of features, prompt and image key, in order; all of them are in the engine at once."""
-    pending: list[Answer | tuple[int, Future[Completion]]] = []
-    for features, prompt, key in rows:
-        if isinstance(features, Failure):
-            pending.append(Answer.failed(features))
-            continue
-        try:
-            ids = layout.row_ids(prompt)
-        except RowError as error:
-            pending.append(Answer.failed(Failure.of(error)))
-            continue
-        pending.append((len(ids), engine.submit(Request(ids, features, max_new_tokens, key))))
-    return [row if isinstance(row, Answer) else _answer(layout, *row) for row in pending]
-
-
-def _answer(layout: RowLayout, prompt_tokens: int, future: "Future[Completion]") -> Answer:
-    completion = future.result()
-    text = layout.text(completion.token_ids)
-    return Answer(text, completion.finish_reason, prompt_tokens, len(completion.token_ids))
 
 
 def _file_or_failure(image: ImageLike) -> bytes | Failure:

@@ -41,6 +41,8 @@ class CaptionConfig:
     """Columns of the input to copy to the output."""
     max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS
     """Longest answer in tokens; the bundle's contract may end it sooner."""
+    allow_repetition: bool = False
+    """Keep an answer that says one thing over and over until it is cut. Without it, such a row fails."""
     fit: Fit = "letterbox"
     """How an image that is not square becomes square."""
     device: Device = "auto"

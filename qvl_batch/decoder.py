@@ -1,7 +1,8 @@
 """The decoder graph over the KV cache: prefill rows into slots, step all live slots.
 
 What enters: token ids and image features of rows. What leaves: the next token of each, by
-argmax after the repetition penalty. Arrays are allocated once and bound by address.
+argmax after the repetition penalty, or -1 where something is not finite. Arrays are allocated once
+and bound by address.
 
 This module knows nothing of prompts as text, of when to stop, or of who is waiting.
 """
@@ -21,6 +22,8 @@ from qvl_batch.runtime import Binding, Session
 from qvl_batch.vision import Features
 
 Tokens = NDArray[np.int64]
+#: In place of a next token where a logit or a hidden state is not finite.
+NO_TOKEN = -1
 #: Images whose beginnings of rows are kept for other rows of theirs.
 SHELVES = 2
 
@@ -92,7 +95,7 @@ class Decoder:
         if self._penalty:
             self._penalty.add(tokens)
         buffers.binding.run()
-        return self._pick(0, buffers.output)
+        return self._pick(0, buffers.outputs)
 
     def move(self, source: int, target: int) -> None:
         """Let the row in slot `source` go on in slot `target`."""
@@ -113,8 +116,8 @@ class Decoder:
             "seqlens_k": np.zeros((rows,), np.int32),
             "total_sequence_length": np.zeros((), np.int32),
         }
-        output = self._output(rows)
-        return _StepBuffers(inputs, output, self._bind(0, inputs, output))
+        outputs = self._outputs(rows)
+        return _StepBuffers(inputs, outputs, self._bind(0, inputs, outputs))
 
     def prefill_inputs(self, rows: Sequence[PrefillRow]) -> dict[str, NDArray[Any]]:
         """What the graph takes for `rows`, the cache aside, right-padded to the longest row."""
@@ -139,27 +142,27 @@ class Decoder:
         self._lengths[first : first + len(rows)] = [len(row.input_ids) for row in rows]
         if self._penalty:
             self._penalty.reset(first, [row.input_ids for row in rows])
-        output = self._output(len(rows))
-        self._bind(first, inputs, output).run()
-        return self._pick(first, output)
+        outputs = self._outputs(len(rows))
+        self._bind(first, inputs, outputs).run()
+        return self._pick(first, outputs)
 
-    def _output(self, rows: int) -> NDArray[Any]:
-        """Where a run leaves next tokens int64 (B,), or logits (B, V) where something reads them."""
-        return np.zeros((rows, self._vocab_size), np.float32) if self._reads_logits else np.zeros((rows,), np.int64)
+    def _outputs(self, rows: int) -> dict[str, NDArray[Any]]:
+        """Where a run leaves next tokens int64 (B,), and logits (B, V) where something reads them."""
+        logits = {"logits": np.zeros((rows, self._vocab_size), np.float32)} if self._reads_logits else {}
+        return {"next_token": np.zeros((rows,), np.int64)} | logits
 
-    def _bind(self, first: int, inputs: dict[str, NDArray[Any]], output: NDArray[Any]) -> Binding:
-        rows = len(output)
-        name = "logits" if self._reads_logits else "next_token"
-        return self._session.bind(
-            inputs | self._cache.past(first, rows), {name: output} | self._cache.present(first, rows)
-        )
+    def _bind(self, first: int, inputs: dict[str, NDArray[Any]], outputs: dict[str, NDArray[Any]]) -> Binding:
+        rows = len(outputs["next_token"])
+        return self._session.bind(inputs | self._cache.past(first, rows), outputs | self._cache.present(first, rows))
 
-    def _pick(self, first: int, output: NDArray[Any]) -> Tokens:
-        if not self._reads_logits:
-            return output.copy()
-        self.logits = output
-        chosen: Tokens = (self._penalty.scores(first, output) if self._penalty else output).argmax(-1)
-        return chosen
+    def _pick(self, first: int, outputs: dict[str, NDArray[Any]]) -> Tokens:
+        tokens: Tokens = outputs["next_token"].copy()
+        if self._reads_logits:
+            self.logits = outputs["logits"]
+        if self._penalty:
+            chosen = self._penalty.scores(first, self.logits).argmax(-1)
+            return np.where(tokens == NO_TOKEN, NO_TOKEN, chosen)
+        return tokens
 
 
 class RepetitionPenalty:
@@ -204,5 +207,5 @@ class _StepBuffers:
     """Arrays of a decode step of one batch size, bound once."""
 
     inputs: dict[str, NDArray[Any]]
-    output: NDArray[Any]
+    outputs: dict[str, NDArray[Any]]
     binding: Binding

@@ -1,8 +1,9 @@
 """Continuous batching: a thread that keeps the decoder's slots full.
 
 What enters: requests, from any thread. What leaves: a future for each, with the tokens of its
-answer. Rows join as soon as a slot is free and leave as soon as they end, so a long answer
-holds up nobody. Rows of one image that wait together share what the cache holds of it.
+answer, or a `NumericError` if its logits are not finite. Rows join as soon as a slot is free and
+leave as soon as they end, so a long answer holds up nobody. Rows of one image that wait together
+share what the cache holds of it.
 
 The loop is a thread of its own and not a coroutine, since Ray blocks its actors' event loops
 for seconds under back-pressure.
@@ -21,7 +22,8 @@ from typing import Literal, Self
 
 import numpy as np
 
-from qvl_batch.decoder import SHELVES, Decoder, PrefillRow
+from qvl_batch.decoder import NO_TOKEN, SHELVES, Decoder, PrefillRow
+from qvl_batch.errors import NumericError
 from qvl_batch.vision import Features
 
 logger = logging.getLogger(__name__)
@@ -86,7 +88,7 @@ class Engine:
         self._thread.start()
 
     def submit(self, request: Request) -> "Future[Completion]":
-        """Queue a request. Its future fails only if the engine does.
+        """Queue a request. Its future fails if the row's logits are not finite, or if the engine fails.
 
         Raises:
             RuntimeError: the engine was closed or has failed.
@@ -206,20 +208,27 @@ class Engine:
         # Backwards, so that the last slot, which moves into a gap, has been seen already.
         for slot in reversed(range(first, first + len(tokens))):
             row, token = self._live[slot], tokens[slot - first]
-            if token in self._eos:
-                self._retire(slot, "stop")
-                continue
-            row.tokens.append(token)
-            if len(row.tokens) >= row.budget:
-                self._retire(slot, "length")
+            if token == NO_TOKEN:
+                self._retire(
+                    slot, NumericError(f"logits or hidden states are not finite at answer token {len(row.tokens) + 1}")
+                )
+            elif token in self._eos:
+                self._retire(slot, Completion(row.tokens, "stop"))
+            else:
+                row.tokens.append(token)
+                if len(row.tokens) >= row.budget:
+                    self._retire(slot, Completion(row.tokens, "length"))
 
-    def _retire(self, slot: int, reason: Literal["stop", "length"]) -> None:
+    def _retire(self, slot: int, outcome: Completion | NumericError) -> None:
         row = self._live[slot]
         last = self._live.pop()
         if last is not row:
             self._decoder.move(len(self._live), slot)
             self._live[slot] = last
-        row.future.set_result(Completion(row.tokens, reason))
+        if isinstance(outcome, Completion):
+            row.future.set_result(outcome)
+        else:
+            row.future.set_exception(outcome)
 
     def _fail(self, error: BaseException) -> None:
         """Fail everything that waits, so that nobody waits for ever."""

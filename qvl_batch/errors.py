@@ -13,6 +13,7 @@
         ├── ImageError           the image is missing or cannot be decoded (stage `image`)
         ├── PromptError          the prompt is missing or does not fit the contract (stage `layout`)
         ├── NumericError         the model produced values that mean nothing (stage `vision`, `decode`)
+        ├── RepetitionError      the answer says one thing over and over until it is cut (stage `decode`)
         └── WorkerLostError      the row ends whatever process works on it (stage `image`, `vision`, `decode`)
 
 Errors of the libraries below are translated where they are met, so that a caller needs to
@@ -86,6 +87,12 @@ class NumericError(RowError):
     def __init__(self, message: str, *, stage: str = "decode") -> None:
         super().__init__(message)
         self.stage = stage
+
+
+class RepetitionError(RowError):
+    """The answer says one thing over and over until it is cut."""
+
+    stage = "decode"
 
 
 class WorkerLostError(RowError):

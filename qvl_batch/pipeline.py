@@ -222,6 +222,7 @@ def _dataset(config: CaptionConfig, source: Source, fetcher: Fetcher, bundle: Bu
                 plan.slots,
                 plan.decoder_threads,
                 config.max_new_tokens,
+                config.allow_repetition,
                 _worker_name,
             ),
             compute=ActorPoolStrategy(
@@ -350,6 +351,7 @@ def _answers_depend_on(config: CaptionConfig, bundle: Bundle) -> dict[str, Any]:
         "--prompt-column": config.prompt_column,
         "--keep-columns": list(config.keep_columns),
         "--max-new-tokens": config.max_new_tokens,
+        "--allow-repetition": config.allow_repetition,
         "--fit": config.fit,
     }
 
@@ -369,6 +371,7 @@ def _settings(config: CaptionConfig, source: Source, bundle: Bundle, device: str
             "repetition_penalty": bundle.manifest.generation.repetition_penalty,
             "eos_token_ids": bundle.manifest.generation.eos_token_ids,
             "max_new_tokens": config.max_new_tokens,
+            "allow_repetition": config.allow_repetition,
             "system_prompt": bundle.manifest.system_prompt,
             "prompt": config.prompt,
         },

@@ -13,12 +13,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from qvl_batch.answerer import Answerer, Question
 from qvl_batch.bundle import Bundle
-from qvl_batch.captioner import answer_rows
-from qvl_batch.decoder import Decoder
-from qvl_batch.engine import Engine
 from qvl_batch.features import ImageFeatures, Pixels
-from qvl_batch.layout import RowLayout
 from qvl_batch.prepare import IMAGE_KEY, PIXELS
 from qvl_batch.schema import ANSWER_FIELDS, Failure
 from qvl_batch.source import FAILURE, OWN, PROMPT, failure_columns, failures_of, with_columns
@@ -87,14 +84,20 @@ class DecodeStage:
     Called by several threads at once, it keeps all their rows in one engine.
     """
 
-    def __init__(self, bundle: Path, slots: int, threads: int, max_new_tokens: int, name: Callable[[], str]) -> None:
+    def __init__(
+        self,
+        bundle: Path,
+        slots: int,
+        threads: int,
+        max_new_tokens: int,
+        allow_repetition: bool,
+        name: Callable[[], str],
+    ) -> None:
         self._name = name()
         loaded = Bundle.load(bundle, verify=False)
-        self._layout = RowLayout(loaded)
         self._max_new_tokens = max_new_tokens
         self._shape = loaded.manifest.feature_shape
-        decoder = Decoder(loaded, slots, threads)
-        self._engine = Engine(decoder, loaded.manifest.generation.eos_token_ids)
+        self._answerer = Answerer(loaded, slots, threads, allow_repetition=allow_repetition)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Answer the rows of a table."""
@@ -102,8 +105,8 @@ class DecodeStage:
             failure or np.frombuffer(value.as_buffer(), np.float32).reshape(self._shape)
             for value, failure in zip(table[FEATURES], failures_of(table), strict=True)
         ]
-        rows = list(zip(features, table[PROMPT].to_pylist(), table[IMAGE_KEY].to_pylist(), strict=True))
-        answers = [a.record() for a in answer_rows(self._engine, self._layout, rows, self._max_new_tokens)]
+        questions = list(map(Question, features, table[PROMPT].to_pylist(), table[IMAGE_KEY].to_pylist()))
+        answers = [answer.record() for answer in self._answerer.answer(questions, self._max_new_tokens)]
         columns = {f.name: pa.array([answer[f.name] for answer in answers], f.type) for f in ANSWER_FIELDS}
         columns[WORKERS["decoder"]] = pa.array([self._name] * table.num_rows, pa.string())
         return with_columns(table.drop_columns([FEATURES, PROMPT, IMAGE_KEY, *FAILURE]), columns)

@@ -1,10 +1,14 @@
 """An image to features: the vision graph of a bundle.
 
 What enters: uint8 pixels (H, W, 3), as `images.fit_image` makes them. What leaves: float32
-features (T_img, D), never such as mean nothing.
+features (T_img, D), never such as mean nothing: an image that gets such is encoded again in fp32
+where the bundle holds the checkpoint in fp32 too.
 
 This module knows nothing of prompts or of where images come from.
 """
+
+import threading
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +30,9 @@ class VisionEncoder:
 
     def __init__(self, bundle: Bundle, threads: int) -> None:
         self.layout = bundle.manifest.layout
+        self._bundle, self._threads = bundle, threads
+        self._fp32: Self | None = None
+        self._lock = threading.Lock()
         self._session = Session(bundle.file(VISION), threads)
         expected = list(bundle.manifest.feature_shape)
         found = self._session.outputs.get("image_features", [])[1:]
@@ -38,9 +45,25 @@ class VisionEncoder:
         Raises:
             NumericError: the features mean nothing.
         """
+        try:
+            return self._encode(image)
+        except NumericError:
+            again = self._in_fp32()
+            if again is None:
+                raise
+        return again.encode(image)
+
+    def _encode(self, image: NDArray[np.uint8]) -> Features:
         features: Features = self._session.run(["image_features"], {"pixels": image[None]})[0][0]
         if not np.isfinite(features).all():  # something overflowed
             raise NumericError("the image features are not finite", stage="vision")
         if features.min() == features.max():  # a norm lost everything
             raise NumericError("the image features are all the same", stage="vision")
         return features
+
+    def _in_fp32(self) -> Self | None:
+        with self._lock:
+            bundle = None if self._fp32 else self._bundle.in_fp32()
+            if bundle:
+                self._fp32 = type(self)(bundle, self._threads)
+            return self._fp32

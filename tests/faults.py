@@ -45,6 +45,21 @@ def quantize_layer(bundle: Path, graph: str, prefix: str, bits: int = 4) -> None
     seal(bundle)
 
 
+def spoil(bundle: Path, name: str, prefix: str, value: float = np.inf) -> None:
+    """Set all weights and biases whose names begin so to a value."""
+    with _graph(bundle, name) as graph:
+        chosen = [initializer for initializer in graph.initializer if initializer.name.startswith(prefix)]
+        assert chosen
+        for initializer in chosen:
+            if initializer.external_data:
+                weights = _weights(bundle, initializer)
+                weights[:] = value
+                weights.flush()
+            else:
+                filled = np.full(initializer.dims, value, np.float32)
+                initializer.CopyFrom(numpy_helper.from_array(filled, initializer.name))
+
+
 def _weights(bundle: Path, initializer: onnx.TensorProto) -> np.memmap:
     """An initializer's values, where they are on disk."""
     where = {entry.key: entry.value for entry in initializer.external_data}

@@ -29,7 +29,7 @@ def test_a_folder_that_is_no_bundle_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m.update(format_version=1), "has bundle format 1, this qvl-batch reads 2"),
+        (lambda m: m.update(format_version=1), "has bundle format 1, this qvl-batch reads 3"),
         (lambda m: m.pop("layout"), "layout: "),
         (lambda m: m["decoder"].update(layers="many"), "decoder.layers: "),
         (lambda m: m["files"].update({"../other": {"size": 1, "sha256": ""}}), "is outside the bundle"),

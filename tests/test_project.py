@@ -129,9 +129,9 @@ def test_options_named_in_texts_exist():
     options = set(re.findall(r"│ (--[\w-]+)", README)) | {"--output", "--device"} | compare
     texts = [*(ROOT / "qvl_batch").glob("*.py"), *(ROOT / "jobs").rglob("*.py"), ROOT / "README.md"]
     for path in (path for path in texts if path.stem != "bench"):
-        named = set(re.findall(r"--[a-z][a-z-]+", path.read_text()))
+        named = set(re.findall(r"--[a-z][a-z0-9-]+", path.read_text()))
         others = {"--max-seq-len", "--working-dir", "--address", "--help", "--entrypoint-num-gpus", "--rows"}
-        others |= {"--dtype", "--reduced-bundle"}
+        others |= {"--dtype", "--reduced-bundle", "--with-fp32"}
         assert named <= options | others, path.name
 
 

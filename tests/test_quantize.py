@@ -12,8 +12,8 @@ from reference import letterboxed
 from comparison.config import CompareConfig
 from comparison.run import compare
 from export.package import ExportConfig, export_bundle
-from qvl_batch.bundle import DECODER, DECODER_FULL, VISION, Bundle
-from qvl_batch.decoder import Decoder, PrefillRow
+from qvl_batch.bundle import DECODER, DECODER_FULL, FP32, VISION, Bundle
+from qvl_batch.decoder import NO_TOKEN, Decoder, PrefillRow
 from qvl_batch.errors import ExportError
 from qvl_batch.layout import RowLayout
 from qvl_batch.vision import VisionEncoder
@@ -90,6 +90,19 @@ def test_a_row_does_not_depend_on_its_neighbours(reduced, rows):
             assert np.abs(together[step][index] - alone[step]).max() <= bound * scale
 
 
+def test_a_row_that_is_not_finite_fails_alone(reduced, rows):
+    vision, layout = VisionEncoder(reduced, threads=2), RowLayout(reduced)
+    features = [vision.encode(letterboxed(row["image"]["bytes"])) for row in rows]
+    prefill = [PrefillRow(layout.row_ids(row["prompt"]), f) for row, f in zip(rows, features, strict=True)]
+    decoder = Decoder(reduced, 4, threads=2)
+    whole = decoder.prefill(0, prefill), decoder.step(np.array([5, 6, 7, 8]))
+    features[1][40, 3] = np.inf
+    found = decoder.prefill(0, prefill), decoder.step(np.array([5, 6, 7, 8]))
+    assert found[0][1] == NO_TOKEN
+    for tokens, expected in zip(found, whole, strict=True):
+        assert np.array_equal(np.delete(tokens, 1), np.delete(expected, 1))
+
+
 def test_layers_can_be_left_in_fp32(tmp_path):
     kept = ("patch embedding", "vision block 1", "decoder layer 2", "head")
     config = ExportConfig(checkpoint=TINY, output=tmp_path / "bundle", dtype="int8", fp32_layers=kept)
@@ -111,12 +124,24 @@ def test_layers_can_be_left_in_fp32(tmp_path):
     assert {name for name, error in own.items() if error < 1e-5} == {*kept, "embedding"}
 
 
-def test_towers_can_differ(tmp_path):
-    config = ExportConfig(checkpoint=TINY, output=tmp_path / "bundle", image_size=224, vision_dtype="int8")
+def test_towers_can_differ_and_fp32_can_be_held_beside(tmp_path):
+    config = ExportConfig(
+        checkpoint=TINY, output=tmp_path / "bundle", image_size=224, vision_dtype="int8", with_fp32=True
+    )
     manifest = export_bundle(config)
+    exact = Bundle.load(tmp_path / "bundle").in_fp32()
+    assert exact is not None
+    assert (exact.manifest.dtype, exact.manifest.vision_dtype, exact.in_fp32()) == ("fp32", "fp32", None)
+    assert exact.manifest.layout == manifest.layout
+    assert {f"{FP32}/{name}" for name in exact.manifest.files} < manifest.files.keys()
     assert (manifest.dtype, manifest.vision_dtype) == ("fp32", "int8")
     assert DECODER_FULL in manifest.files
     assert json.loads((tmp_path / "bundle" / "bundle.json").read_text())["parity"]["features"] > 1e-3
+
+
+def test_fp32_beside_fp32_is_refused(tmp_path):
+    with pytest.raises(ExportError, match="--with-fp32 goes with a reduced --dtype or --vision-dtype"):
+        export_bundle(ExportConfig(checkpoint=TINY, output=tmp_path / "bundle", with_fp32=True))
 
 
 def test_a_layer_that_is_not_there_is_named(tmp_path):

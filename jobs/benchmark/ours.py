@@ -121,6 +121,7 @@ class Job:
                 input=(str(path),),
                 output=Path(folder) / "answers",
                 max_new_tokens=self.new_tokens,
+                allow_repetition=True,  # a made-up model says what it says
                 slots=self.slots,
             )
             with PeakMemory() if memory else nullcontext() as watch:

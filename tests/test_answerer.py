@@ -1,0 +1,152 @@
+"""Numbers that mean nothing and answers that run away are found row by row, and run again in fp32 if it is there."""
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from conftest import QUESTIONS
+from faults import seal, spoil
+from reference import letterboxed
+
+from qvl_batch.answerer import Answerer, Question, repeated_phrase
+from qvl_batch.bundle import DECODER, FP32, VISION, Bundle
+from qvl_batch.errors import NumericError
+from qvl_batch.vision import VisionEncoder
+
+ROWS = pq.read_table(QUESTIONS).slice(0, 6).to_pylist()
+
+
+@pytest.fixture(scope="module")
+def questions(tiny_bundle):
+    vision = VisionEncoder(tiny_bundle, threads=2)
+    return [Question(vision.encode(letterboxed(row["image"]["bytes"])), row["prompt"]) for row in ROWS]
+
+
+def _answers(bundle, questions, max_new_tokens=64, **options):
+    answerer = Answerer(bundle, 4, 2, **options)
+    answers = answerer.answer(questions, max_new_tokens)
+    answerer.close()
+    return answers
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_bundle, questions):
+    answers = _answers(tiny_bundle, questions)
+    assert {answer.finish_reason for answer in answers} == {"stop"}
+    return answers
+
+
+def _edit(path, change):
+    manifest = json.loads((path / "bundle.json").read_text())
+    change(manifest)
+    (path / "bundle.json").write_text(json.dumps(manifest))
+
+
+def _never_ends(manifest):
+    manifest["generation"]["eos_token_ids"] = []
+
+
+def _with_fp32(path, exact):
+    """Let a bundle hold another one for rows that fail."""
+    shutil.copytree(exact.path, path / FP32)
+    _edit(path, lambda m: m["files"].update({f"{FP32}/bundle.json": {"size": 0, "sha256": ""}}))
+    seal(path)
+    return Bundle.load(path)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("penalty", [1.0, 1.2])
+def test_a_row_whose_logits_are_not_finite_fails_alone(value, penalty, tiny_bundle, questions):
+    generation = dataclasses.replace(tiny_bundle.manifest.generation, repetition_penalty=penalty)
+    bundle = Bundle(tiny_bundle.path, dataclasses.replace(tiny_bundle.manifest, generation=generation))
+    whole = _answers(bundle, questions)
+    broken = questions[2].features.copy()
+    broken[100, 5] = value
+    found = _answers(bundle, [*questions[:2], dataclasses.replace(questions[2], features=broken), *questions[3:]])
+    failure = found[2].failure
+    assert (found[2].finish_reason, failure.stage, failure.type) == ("error", "decode", "NumericError")
+    assert failure.message == "logits or hidden states are not finite at answer token 1"
+    assert [*found[:2], *found[3:]] == [*whole[:2], *whole[3:]]
+
+
+def test_rows_that_fail_in_the_decoder_are_run_again_in_fp32(copied_bundle, tiny_bundle, questions, expected):
+    spoil(copied_bundle, DECODER, "weights.stack.1.mlp.down")
+    damaged = _answers(Bundle.load(copied_bundle), questions)
+    assert {answer.failure.type for answer in damaged} == {"NumericError"}
+    assert _answers(_with_fp32(copied_bundle, tiny_bundle), questions) == expected
+
+
+def test_images_that_fail_in_the_vision_graph_are_encoded_again_in_fp32(copied_bundle, tiny_bundle, questions):
+    spoil(copied_bundle, VISION, "blocks.1.mlp.down")
+    image = letterboxed(ROWS[0]["image"]["bytes"])
+    with pytest.raises(NumericError, match="the image features are not finite") as failure:
+        VisionEncoder(Bundle.load(copied_bundle), threads=2).encode(image)
+    assert failure.value.stage == "vision"
+    vision = VisionEncoder(_with_fp32(copied_bundle, tiny_bundle), threads=2)
+    assert np.array_equal(vision.encode(image), questions[0].features)
+
+
+def test_an_image_that_fails_in_fp32_too_has_failed(copied_bundle):
+    spoil(copied_bundle, VISION, "blocks.1.mlp.down")
+    bundle = _with_fp32(copied_bundle, Bundle.load(copied_bundle))
+    with pytest.raises(NumericError, match="not finite"):
+        VisionEncoder(bundle, threads=2).encode(letterboxed(ROWS[0]["image"]["bytes"]))
+
+
+def test_features_that_are_all_the_same_mean_nothing(copied_bundle):
+    spoil(copied_bundle, VISION, "merger_out", value=0.0)
+    with pytest.raises(NumericError, match="the image features are all the same"):
+        VisionEncoder(Bundle.load(copied_bundle), threads=2).encode(letterboxed(ROWS[0]["image"]["bytes"]))
+
+
+def test_an_answer_that_runs_away_fails_unless_that_is_allowed(copied_bundle, questions):
+    _edit(copied_bundle, _never_ends)
+    bundle = Bundle.load(copied_bundle)
+    kept = _answers(bundle, questions, 60, allow_repetition=True)
+    assert {answer.finish_reason for answer in kept} == {"length"}
+    found = _answers(bundle, questions, 60)
+    failed = [answer for answer in found if answer.finish_reason == "error"]
+    assert failed
+    for answer in failed:
+        assert (answer.failure.stage, answer.failure.type) == ("decode", "RepetitionError")
+        assert answer.failure.message.startswith("the answer was cut at 60 tokens, the last of which say ")
+    assert all(f == k for f, k in zip(found, kept, strict=True) if f.finish_reason != "error")
+
+
+def test_an_answer_that_runs_away_is_run_again_in_fp32(copied_bundle, tiny_bundle, questions, expected):
+    _edit(copied_bundle, _never_ends)
+    found = _answers(_with_fp32(copied_bundle, tiny_bundle), questions, 60)
+    again = [index for index, answer in enumerate(found) if answer.finish_reason == "stop"]
+    assert again
+    assert all(found[index] == expected[index] for index in again)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "phrase", "times"),
+    [
+        ([*range(50), *[7] * 32], [7], 32),
+        ([1, 2, *[3, 4, 5] * 11], [3, 4, 5], 11),
+        ([*[1, 2, 3, 4] * 8, 1, 2], [3, 4, 1, 2], 8),
+        (list(range(16)) * 4, list(range(16)), 4),
+    ],
+)
+def test_a_phrase_that_comes_again_and_again_at_the_end_is_found(tokens, phrase, times):
+    assert repeated_phrase(tokens) == (phrase, times)
+
+
+@pytest.mark.parametrize(
+    "tokens",
+    [
+        [],
+        list(range(200)),
+        [7] * 31,
+        [*[7] * 200, 8],  # it went on to something else
+        [*list(range(16)) * 3, *range(15)],  # not four times yet
+        list(range(17)) * 10,  # longer than a phrase
+    ],
+)
+def test_what_does_not_end_in_a_phrase_again_and_again_is_left_alone(tokens):
+    assert repeated_phrase(tokens) == ([], 0)
