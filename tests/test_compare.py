@@ -15,7 +15,7 @@ import pytest
 import torch
 from checkpoints import make_checkpoint
 from conftest import QUESTIONS, ROOT, TINY
-from faults import merge_groups_in_raster_order, quantize_layer, seal, without_normalisation
+from faults import merge_groups_in_raster_order, quantize_layer, spoil, without_normalisation
 from reference import question
 
 from comparison import run as comparison_run
@@ -276,16 +276,14 @@ def test_rows_that_cannot_be_asked_are_counted_apart(tiny_bundle, demo, tmp_path
     assert {group["group"] for group in outcome.summary["groups"]["fit"]} == {"crop", "stretch"}
 
 
-def test_features_that_mean_nothing_are_the_bundles_failure(copied_bundle, tmp_path):
-    model = onnx.load(copied_bundle / VISION, load_external_data=False)
-    for initializer in model.graph.initializer:
-        if initializer.name == "mean":
-            initializer.CopyFrom(onnx.numpy_helper.from_array(np.full(initializer.dims, np.nan, np.float32), "mean"))
-    onnx.save(model, copied_bundle / VISION)
-    seal(copied_bundle)
+@pytest.mark.parametrize(
+    ("stage", "graph", "weights"), [("vision", VISION, "mean"), ("decode", DECODER, "weights.norm")]
+)
+def test_numbers_that_mean_nothing_are_the_bundles_failure(stage, graph, weights, copied_bundle, tmp_path):
+    spoil(copied_bundle, graph, weights, value=np.nan)
     outcome = compare(_config(copied_bundle, tmp_path / "out", limit=3))
     assert not outcome.passed
-    assert outcome.summary["agreement"]["failures"] == {"bundle vision: NumericError": 3}
+    assert outcome.summary["agreement"]["failures"] == {f"bundle {stage}: NumericError": 3}
     assert all(row["reference"] and row["answer"] is None for row in _rows(tmp_path / "out"))
 
 

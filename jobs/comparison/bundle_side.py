@@ -5,6 +5,7 @@ one that also remembers the logits each token was chosen from.
 """
 
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,8 +15,8 @@ from comparison.questions import Question
 from comparison.traces import Array, States, Trace
 from qvl_batch.bundle import Bundle
 from qvl_batch.decoder import Decoder, PrefillRow, Tokens
-from qvl_batch.engine import Engine, Request
-from qvl_batch.errors import RowError
+from qvl_batch.engine import Completion, Engine, Request
+from qvl_batch.errors import NumericError, RowError
 from qvl_batch.layout import RowLayout
 from qvl_batch.runtime import usable_cpus
 from qvl_batch.schema import Failure
@@ -112,18 +113,21 @@ class BundleSide:
             return Failure.of(error)
         return Request(ids, features, min(self._max_new_tokens, self._max_seq_len - len(ids)))
 
-    def _run(self, requests: Sequence[Request]) -> list[Trace]:
+    def _run(self, requests: Sequence[Request]) -> list[Trace | Failure]:
         self._decoder.records = []
         with Engine(self._decoder, self._eos) as engine:
             futures = [engine.submit(request) for request in requests]
-            completions = [future.result() for future in futures]
-        return [
-            Trace(
-                text=self.layout.text(completion.token_ids),
-                token_ids=record.tokens[: len(completion.token_ids) + 1],
-                input_ids=list(request.input_ids),
-                features=np.asarray(request.features),
-                logits=np.stack(record.logits[: len(completion.token_ids) + 1]),
-            )
-            for completion, record, request in zip(completions, self._decoder.records, requests, strict=True)
-        ]
+        return list(map(self._trace, requests, futures, self._decoder.records))
+
+    def _trace(self, request: Request, future: "Future[Completion]", record: _Record) -> Trace | Failure:
+        try:
+            completion = future.result()
+        except NumericError as error:
+            return Failure.of(error)
+        return Trace(
+            text=self.layout.text(completion.token_ids),
+            token_ids=record.tokens[: len(completion.token_ids) + 1],
+            input_ids=list(request.input_ids),
+            features=np.asarray(request.features),
+            logits=np.stack(record.logits[: len(completion.token_ids) + 1]),
+        )
