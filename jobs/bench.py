@@ -278,7 +278,7 @@ def _rows(config: BenchConfig) -> Rows:
     settings = CaptionConfig(bundle=config.bundle, input=(str(config.input),), output=Path())
     source = open_source(settings)
     tables = (
-        table for unit in source.units for table in read_unit(unit, source.columns, None, config.rows, Fetcher(()))
+        table for unit in source.units() for table in read_unit(unit, source.columns, None, config.rows, Fetcher(()))
     )
     pairs = [
         (image, prompt)

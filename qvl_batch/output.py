@@ -18,6 +18,7 @@ import json
 import os
 import socket
 import textwrap
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -150,20 +151,16 @@ class OutputFolder:
             self._job.write(self.path)
 
     def _read_parts(self) -> None:
-        paths = sorted(self.path.glob(PARTS))
-        with ThreadPoolExecutor(READERS) as pool:
-            for path, record in zip(paths, pool.map(PartRecord.read, paths), strict=True):
-                try:
-                    known = sum(self.done.add(file, *span) for file, each in record.rows.items() for span in each)
-                except IndexError as error:
-                    raise OutputError(f"{path} answers {error}, which the input does not have: delete it") from error
-                if known:
-                    raise OutputError(
-                        f"{path} answers {known:,} rows that another file answers too: delete one of them"
-                    )
-                self.tally += record.tally
-                if self._retry_errors and record.tally.finish_reasons["error"]:
-                    self._take_errors_out(path, record)
+        for path, record in _records(sorted(self.path.glob(PARTS))):
+            try:
+                known = sum(self.done.add(file, *span) for file, each in record.rows.items() for span in each)
+            except IndexError as error:
+                raise OutputError(f"{path} answers {error}, which the input does not have: delete it") from error
+            if known:
+                raise OutputError(f"{path} answers {known:,} rows that another file answers too: delete one of them")
+            self.tally += record.tally
+            if self._retry_errors and record.tally.finish_reasons["error"]:
+                self._take_errors_out(path, record)
 
     def _take_errors_out(self, path: Path, record: PartRecord) -> None:
         answers = with_columns(pq.read_table(path), record.places())
@@ -186,6 +183,14 @@ def check_same_settings(output: Path, what: str, found: dict[str, Any], wanted: 
                 f"{output} holds {what} with another {name} ({_short(found.get(name))} there, "
                 f"{_short(wanted.get(name))} now): give another --output, or --overwrite to start again"
             )
+
+
+def _records(paths: Sequence[Path]) -> Iterator[tuple[Path, PartRecord]]:
+    """What parts say of themselves, read a few at a time: those of a hundred million rows would take a gigabyte."""
+    with ThreadPoolExecutor(READERS) as pool:
+        for at in range(0, len(paths), 4 * READERS):
+            some = paths[at : at + 4 * READERS]
+            yield from zip(some, pool.map(PartRecord.read, some), strict=True)
 
 
 def _short(value: object) -> str:

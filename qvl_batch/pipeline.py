@@ -42,6 +42,7 @@ from qvl_batch.quarantine import AttemptsInMemory, Guarded
 from qvl_batch.report import Report, installed_versions, progress_line
 from qvl_batch.rowset import Row
 from qvl_batch.runtime import resolve_device, usable_cpus
+from qvl_batch.schema import InputColumns
 from qvl_batch.sink import AnswerWriter
 from qvl_batch.source import Source, Unit, open_source, read_unit
 from qvl_batch.stages import STARTED, WORKERS, DecodeStage, VisionStage
@@ -98,7 +99,7 @@ def run(config: CaptionConfig, say: Callable[[str], None] = lambda _: None) -> R
             say(f"resuming  {folder.tally.rows:,} rows are answered already, {left.rows:,} are left")
         say(f"bundle    {bundle.manifest.source.name}, {bundle.manifest.dtype}, decoder on {device}")
         report = Report(folder.path, folder.tally, settings=_settings(config, source, bundle, device))
-        if left.units:
+        if left.rows:
             report = replace(report, startup_seconds=time.time() - began)
             report = _work(config, left, fetcher, bundle, folder, report, say)
         elif not source.rows:
@@ -158,7 +159,7 @@ def _answers(config: CaptionConfig, source: Source, fetcher: Fetcher, bundle: Bu
     options.resource_limits = options.resource_limits.copy(object_store_memory=under_way)
     try:
         for part in source.parts(ROWS_AT_ONCE):
-            dataset = _dataset(config, part, fetcher, bundle, plan)
+            dataset = _dataset(config, source.columns, part, fetcher, bundle, plan)
             yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
     except ray.exceptions.RayError as error:
         raise _job_error(error) from error
@@ -174,9 +175,11 @@ def _bytes_under_way(manifest: Manifest, plan: Plan) -> float:
     return 2.0 * blocks * ROWS_PER_BLOCK * row
 
 
-def _dataset(config: CaptionConfig, source: Source, fetcher: Fetcher, bundle: Bundle, plan: Plan) -> Dataset:
+def _dataset(
+    config: CaptionConfig, columns: InputColumns, units: Sequence[Unit], fetcher: Fetcher, bundle: Bundle, plan: Plan
+) -> Dataset:
     """The pipeline, in the order of its stages."""
-    columns, prompt = source.columns, config.prompt
+    prompt = config.prompt
     tasks = TaskPoolStrategy(size=plan.tasks_at_once)
     cache = (config.vision_cache.resolve(), config.vision_cache_gb) if config.vision_cache else None
 
@@ -190,9 +193,9 @@ def _dataset(config: CaptionConfig, source: Source, fetcher: Fetcher, bundle: Bu
     def prepare_guarded(table: pa.Table) -> pa.Table:
         return Guarded(partial(prepare, image_size=image_size, fit=config.fit), "image", attempts)(table)
 
-    reads = min(len(source.units), math.ceil(source.rows / ROWS_PER_READ))
+    reads = min(len(units), math.ceil(sum(unit.rows for unit in units) / ROWS_PER_READ))
     return (
-        ray.data.from_items([asdict(unit) for unit in source.units], override_num_blocks=reads)
+        ray.data.from_items([asdict(unit) for unit in units], override_num_blocks=reads)
         .map_batches(read, batch_size=1, batch_format="pyarrow", compute=tasks, num_cpus=TASK_CPUS)
         .repartition(target_num_rows_per_block=ROWS_PER_BLOCK)
         .map_batches(

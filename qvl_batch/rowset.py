@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 Row = tuple[int, int]
 #: Rows `start` to `stop` - 1 of a file.
 Span = tuple[int, int]
+#: Rows whose bits are spread out at a time: a file may have a hundred million.
+PIECE = 1 << 20
 
 
 class RowSet:
@@ -47,6 +49,11 @@ class RowSet:
             IndexError: there is no such file, or it has no such row.
         """
         self.count -= self._set(file, row, row + 1, present=False)
+
+    def held(self, file: int, start: int, stop: int) -> int:
+        """How many of some rows that follow each other are in the set."""
+        pieces = (self._around(file, at, min(at + PIECE, stop)) for at in range(start, stop, PIECE))
+        return sum(int(bits[span].sum()) for *_, bits, span in pieces)
 
     def missing(self, file: int, start: int, stop: int) -> list[Span]:
         """Those of some rows that follow each other that are not in the set, as few spans in order."""

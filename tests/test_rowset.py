@@ -36,6 +36,7 @@ def test_missing_rows_are_as_few_spans_as_can_be():
     rows.add(0, 12, 13)
     assert rows.missing(0, 0, 20) == [(0, 5), (9, 12), (13, 20)]
     assert rows.missing(0, 5, 9) == []
+    assert [rows.held(0, *span) for span in ((0, 20), (0, 5), (6, 13), (9, 9))] == [5, 0, 4, 0]
 
 
 @pytest.mark.parametrize("span", [(2, 0, 1), (0, 0, 4), (-1, 0, 1), (0, -1, 1), (1, 2, 1)])

@@ -25,7 +25,7 @@ def _config(tmp_path, *inputs, **options):
 def _read(config, rows_per_table=2):
     source, fetcher = open_source(config), Fetcher(config.allow_images_from)
     tables = [
-        t for unit in source.units for t in read_unit(unit, source.columns, config.prompt, rows_per_table, fetcher)
+        t for unit in source.units() for t in read_unit(unit, source.columns, config.prompt, rows_per_table, fetcher)
     ]
     assert all(table.num_rows <= rows_per_table for table in tables)
     return pa.concat_tables(tables)
@@ -63,7 +63,7 @@ def test_rows_that_are_done_are_not_read_again(tmp_path):
             done.add(file, row, row + 1)
         source = open_source(_config(tmp_path)).without(done)
         assert source.rows == len(everything - answered)
-        tables = [t for unit in source.units for t in read_unit(unit, source.columns, None, 3, Fetcher(()))]
+        tables = [t for unit in source.units() for t in read_unit(unit, source.columns, None, 3, Fetcher(()))]
         left = [pair for t in tables for pair in zip(t[FILE].to_pylist(), t[ROW].to_pylist(), strict=True)]
         assert left == sorted(everything - answered)
         assert [row for _, row in left] == [row for t in tables for row in t["id"].to_pylist()]
@@ -76,8 +76,8 @@ def test_a_source_has_parts_of_whole_units(tmp_path):
     source = open_source(_config(tmp_path))
     for rows, expected in ((1, [2] * 6), (4, [4, 4, 4]), (5, [4, 4, 4]), (100, [12])):
         parts = list(source.parts(rows))
-        assert [part.rows for part in parts] == expected
-        assert [unit for part in parts for unit in part.units] == list(source.units)
+        assert [sum(unit.rows for unit in part) for part in parts] == expected
+        assert [unit for part in parts for unit in part] == list(source.units())
 
 
 def test_files_keep_their_numbers_when_others_are_added(tmp_path):
@@ -86,7 +86,7 @@ def test_files_keep_their_numbers_when_others_are_added(tmp_path):
     pq.write_table(TABLE, tmp_path / "a.parquet")
     source = open_source(_config(tmp_path), known)
     assert [Path(file.path).name for file in source.files] == ["b.parquet", "a.parquet"]
-    assert source.units[0].file == str(tmp_path / "b.parquet")
+    assert next(source.units()).file == str(tmp_path / "b.parquet")
 
 
 def test_files_that_changed_or_went_are_named(tmp_path):
@@ -211,7 +211,7 @@ def test_a_file_replaced_under_the_job_is_named(tmp_path):
     source = open_source(_config(tmp_path))
     pq.write_table(TABLE.slice(0, 1), tmp_path / "a.parquet")
     with pytest.raises(InputError, match="has 1 rows, not 3: was it replaced"):
-        list(read_unit(source.units[0], source.columns, None, 8, Fetcher(())))
+        list(read_unit(next(source.units()), source.columns, None, 8, Fetcher(())))
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ class Questions:
         """Questions, at most `rows` rows of the input at a time, after the first `skip` chunks."""
         waiting: list[dict[str, Any]] = []
         left = skip * rows
-        for unit in self.source.units:
+        for unit in self.source.units():
             # Chunks that are done are not decoded again.
             if left >= unit.rows:
                 left -= unit.rows
