@@ -24,7 +24,8 @@ import traceback
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -105,15 +106,17 @@ def fuzz(images: int, seed: int, save: Path) -> Outcome:
 class Decoder:
     """The process that decodes; a new one where it ended."""
 
-    def __init__(self) -> None:
+    def __init__(self, program: Sequence[str] = (__file__, "--decode")) -> None:
+        self._command = [sys.executable, *program]
         self._start()
 
     def _start(self) -> None:
-        command = [sys.executable, __file__, "--decode"]
-        env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+        env = os.environ | {
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+        }
         # libtiff writes what it thinks of a file to the error stream; that is no Python warning.
         self._process = subprocess.Popen(
-            command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+            self._command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
         )
 
     def decode(self, data: bytes) -> tuple[str, float, int]:
@@ -130,16 +133,17 @@ class Decoder:
             found = json.loads(line)
             heavy = found["peak"] > PEAK or "MemoryError" in found["name"]
             return ("too much memory" if heavy else found["name"]), time.monotonic() - began, found["peak"]
+        if not answered:
+            process.kill()
         self.stop()
         self._start()
         how = f"crashed with {signal.Signals(-process.returncode).name}" if process.returncode < 0 else "exited"
         return (how if answered else "hung"), time.monotonic() - began, 0
 
     def stop(self) -> None:
-        """End the process, if it has not ended."""
-        if self._process.stdout and not select.select([self._process.stdout], [], [], 1.0)[0]:
-            self._process.kill()
-        self._process.stdin.close()
+        """End the process: nothing more is to be decoded."""
+        with suppress(BrokenPipeError):
+            self._process.stdin.close()
         self._process.wait()
         self._process.stdout.close()
 
@@ -172,7 +176,8 @@ def _outcome(data: bytes) -> str:
         known = re.match(r"(\w+(Error|Warning)):", result.message)
         first = known[1] if known else re.sub(r"[\d,]+", "N", " ".join(result.message.split()[:5]))
         return f"refused: {first}"
-    return "decoded" if (result.dtype, result.shape) == (np.uint8, (SIZE, SIZE, 3)) else "gave no pixels"
+    kind = getattr(result, "dtype", None), getattr(result, "shape", None)
+    return "decoded" if kind == (np.uint8, (SIZE, SIZE, 3)) else "gave no pixels"
 
 
 def forget_peak() -> None:

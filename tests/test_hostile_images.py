@@ -2,6 +2,8 @@
 
 import io
 import struct
+import subprocess
+import sys
 import warnings
 import zlib
 
@@ -324,6 +326,24 @@ def test_an_image_of_any_mode_is_turned_upright(mode, orientation):
     image = Image.new(mode, (5, 4))
     kind = "TIFF" if mode in {"CMYK", "F"} else "PNG"
     assert decode_image(_file(image, kind, exif=exif)).size == ((5, 4) if orientation == 3 else (4, 5))
+
+
+HANGS = """
+import pyarrow as pa
+from qvl_batch import prepare
+from qvl_batch.source import FAILURE, IMAGE
+prepare.SECONDS = 0.5
+prepare.pixels_or_failure = lambda *_: sum(range(10**15))
+prepare.prepare(pa.table({IMAGE: [b"x"], **dict.fromkeys(FAILURE, pa.nulls(1, pa.string()))}), 1, "crop")
+"""
+
+
+def test_an_image_that_holds_its_process_up_ends_it():
+    # In C, under the interpreter's lock, as a decoder may; what ends its process becomes an error row.
+    command = [sys.executable, "-c", HANGS]
+    held_up = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+    assert held_up.returncode == 1
+    assert "Timeout" in held_up.stderr
 
 
 def test_an_image_without_pixels_is_refused(monkeypatch):
