@@ -4,8 +4,10 @@ It runs in short tasks, in many processes, so this module imports no ONNX Runtim
 """
 
 import faulthandler
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +21,6 @@ from qvl_batch.source import FAILURE, IMAGE, OWN, failure_columns, failures_of, 
 PIXELS, IMAGE_KEY = f"{OWN}pixels", f"{OWN}image_key"
 #: Longest that an image may take; the largest takes 2.
 SECONDS = 120.0
-_ERROR_STREAM = 2
 
 
 def prepare(table: pa.Table, image_size: int, fit: Fit) -> pa.Table:
@@ -51,8 +52,9 @@ def prepare(table: pa.Table, image_size: int, fit: Fit) -> pa.Table:
 @contextmanager
 def _watched() -> Iterator[None]:
     """End this process if that takes too long: inside a library nothing else can, and `Guarded` finds the row."""
-    faulthandler.dump_traceback_later(SECONDS, exit=True, file=_ERROR_STREAM)
-    try:
-        yield
-    finally:
-        faulthandler.cancel_dump_traceback_later()
+    with Path(os.devnull).open("w") as nowhere:
+        faulthandler.dump_traceback_later(SECONDS, exit=True, file=nowhere)
+        try:
+            yield
+        finally:
+            faulthandler.cancel_dump_traceback_later()

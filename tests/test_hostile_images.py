@@ -342,8 +342,7 @@ def test_an_image_that_holds_its_process_up_ends_it():
     # In C, under the interpreter's lock, as a decoder may; what ends its process becomes an error row.
     command = [sys.executable, "-c", HANGS]
     held_up = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
-    assert held_up.returncode == 1
-    assert "Timeout" in held_up.stderr
+    assert (held_up.returncode, held_up.stderr) == (1, "")
 
 
 def test_an_image_without_pixels_is_refused(monkeypatch):
