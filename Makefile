@@ -2,6 +2,7 @@
 # test     run the tests
 # test-long  run those that take minutes each
 # soak     kill random processes of a job 50 times, go on each time, and compare with an unbroken run
+# fuzz     decode 10,000 damaged images, each to pixels or to an error
 # compare  compare the tiny bundle with its checkpoint in PyTorch, layer by layer
 # lint     ruff and mypy
 # bench    measure engine and Ray job against transformers' generate on a made-up model (40 minutes)
@@ -21,7 +22,7 @@ COMPARISON := build/comparison
 BENCH := build/bench
 OPENVINO := build/openvino
 
-.PHONY: demo test test-long soak compare lint bench openvino train clean browser
+.PHONY: demo test test-long soak fuzz compare lint bench openvino train clean browser
 .DELETE_ON_ERROR:
 
 demo: $(BUNDLE)/bundle.json
@@ -37,6 +38,9 @@ test-long: $(READY)
 
 soak: $(BUNDLE)/bundle.json
 	$(BIN)/python tests/soak.py --bundle $(BUNDLE)
+
+fuzz: $(READY)
+	$(BIN)/python tests/fuzz.py
 
 compare: $(BUNDLE)/bundle.json
 	$(BIN)/python jobs/compare.py --bundle $(BUNDLE) --checkpoint $(TINY) --input $(QUESTIONS) \

@@ -34,9 +34,10 @@ from qvl_batch.errors import ConfigError, JobError
 from qvl_batch.fetch import Fetcher
 from qvl_batch.layout import RowLayout
 from qvl_batch.plan import DEFAULT_SLOTS
+from qvl_batch.reader import read_unit
 from qvl_batch.report import installed_versions
 from qvl_batch.runtime import usable_cpus
-from qvl_batch.source import IMAGE, PROMPT, open_source, read_unit
+from qvl_batch.source import IMAGE, PROMPT, open_source
 
 FP32, REDUCED = "qvl-batch fp32", "qvl-batch reduced"
 HF_FP32, HF_BF16 = "transformers fp32", "transformers bf16"

@@ -57,7 +57,7 @@ def main() -> int:
         return 1
     try:
         show(config, Console())
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, ValueError, pa.ArrowException) as error:
         print(f"show: {config.answers} cannot be read: {error}", file=sys.stderr)
         return 1
     return 0

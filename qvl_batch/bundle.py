@@ -11,14 +11,15 @@ This module runs no graph and imports neither torch, transformers nor onnxruntim
 import hashlib
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Literal, Self
 
 from pydantic import TypeAdapter, ValidationError
 
 from qvl_batch.errors import BundleError
+from qvl_batch.external_data import external_locations
 
 FORMAT_VERSION = 3
 MANIFEST = "bundle.json"
@@ -184,7 +185,8 @@ class Bundle:
 
         Args:
             path: the bundle's directory.
-            verify: also hash every file. A job does so once; its workers need not.
+            verify: also hash every file, and see that the graphs read no other. A job does so once; its
+                workers need not.
 
         Raises:
             BundleError: no bundle, of another format, incomplete, or damaged.
@@ -193,6 +195,8 @@ class Bundle:
         manifest = _read_manifest(path)
         for name, file in manifest.files.items():
             _check_file(path, name, file, verify=verify)
+            if verify and name.endswith(".onnx"):
+                _check_weights(path, name, manifest.files)
         return cls(path, manifest)
 
     @property
@@ -239,7 +243,7 @@ def combined_sha256(hashes: Iterable[tuple[str, str]]) -> str:
 
 def _read_manifest(path: Path) -> Manifest:
     try:
-        text = (path / MANIFEST).read_text(encoding="utf-8")
+        text = (path / MANIFEST).read_bytes()
     except OSError as error:
         raise BundleError(
             f"{path} is no bundle ({MANIFEST}: {error.strerror}): make one with `python -m export`"
@@ -247,16 +251,17 @@ def _read_manifest(path: Path) -> Manifest:
     try:
         version = json.loads(text).get("format_version")
         if version != FORMAT_VERSION:
+            newer = isinstance(version, int) and version > FORMAT_VERSION
             raise BundleError(
                 f"{path} has bundle format {version}, this qvl-batch reads {FORMAT_VERSION}: "
-                "export the checkpoint again"
+                f"{'update qvl-batch' if newer else 'export the checkpoint again'}"
             )
         return TypeAdapter(Manifest).validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise BundleError(f"{path / MANIFEST}: {where}: {first['msg']}") from error
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise BundleError(f"{path / MANIFEST} is not valid JSON: {error}") from error
 
 
@@ -270,3 +275,17 @@ def _check_file(bundle: Path, name: str, file: File, *, verify: bool) -> None:
         raise BundleError(f"{path} has {path.stat().st_size} bytes, not {file.size}: copy the bundle again")
     if verify and file_sha256(path) != file.sha256:
         raise BundleError(f"{path} is damaged (its SHA-256 differs): copy the bundle again")
+
+
+def _check_weights(bundle: Path, name: str, files: Container[str]) -> None:
+    """Hashes say that files are those of the export; only this says that a graph reads no others."""
+    try:
+        locations = external_locations((bundle / name).read_bytes())
+    except ValueError as error:
+        raise BundleError(f"{bundle / name} is no ONNX graph ({error}): export the checkpoint again") from error
+    for location in sorted(locations):
+        if (PurePosixPath(name).parent / location).as_posix() not in files:
+            raise BundleError(
+                f"{bundle / name} takes weights from {location}, which {MANIFEST} does not list: "
+                "do not use this bundle, export the checkpoint again"
+            )

@@ -9,7 +9,7 @@
     │   ├── DeviceError          the device asked for cannot be used here
     │   └── ExportError          the checkpoint cannot be exported, or the export is not exact
     └── RowError                 goes into its own row; the job goes on
-        ├── RecordError          a value of the row has a type this job cannot read (stage `read`)
+        ├── RecordError          the row, or a value of it, cannot be read (stage `read`)
         ├── ImageError           the image is missing or cannot be decoded (stage `image`)
         ├── PromptError          the prompt is missing or does not fit the contract (stage `layout`)
         ├── NumericError         the model produced values that mean nothing (stage `vision`, `decode`)
@@ -64,7 +64,7 @@ class RowError(QvlBatchError):
 
 
 class RecordError(RowError):
-    """A value of the row has a type this job cannot read."""
+    """The row, or a value of it, cannot be read: the file is damaged there, or it is of another type."""
 
 
 class ImageError(RowError):

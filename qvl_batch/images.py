@@ -1,28 +1,54 @@
 """From the bytes of an image file to the square of pixels that the vision graph takes.
 
-What enters: encoded bytes of any format Pillow reads. What leaves: uint8 RGB (H, W, 3) with
-H = W = the bundle's image size. Rescaling and normalisation are inside the graph.
+What enters: encoded bytes of one of `FORMATS`, which nobody may have checked. What leaves: uint8 RGB
+(H, W, 3) with H = W = the bundle's image size, or an `ImageError`. Memory and time of any file are
+bounded by Pillow's limit on pixels. Rescaling and normalisation are inside the graph.
 
 This module knows nothing of where the bytes come from, nor of tokens.
 """
 
 import hashlib
 import io
+import math
+import re
 import warnings
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from qvl_batch.config import Fit
 from qvl_batch.errors import ImageError, stable_message
 from qvl_batch.schema import Failure
 
+#: All that is tried. Pillow knows 43, among them some that start other programs (EPS: Ghostscript), that take
+#: any bytes for theirs (TGA), and many that nobody looks after.
+FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+#: Pillow's resampling takes 32 bytes for each pixel of a side.
+LONGEST_SIDE = 1_000_000
+#: Scans of a JPEG of the most pixels, of a smaller one accordingly more; writers make about 10. A scan of 15 bytes
+#: costs a pass over all pixels: a file of 220 kB took half a minute, and one of 10 MB takes a quarter of an hour.
+MOST_SCANS = 50
+_JPEG_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")
+_SCAN, _END = b"\xff\xda", b"\xff\xd9"
+#: Tags of a TIFF: width and length of its tiles.
+_TILE = (322, 323)
+#: What undoes each orientation of EXIF.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 #: Ground of a letterbox: the mean colour of CLIP's training images, so that the bars are close
 #: to zero once the graph has normalised them.
 LETTERBOX_RGB = (122, 116, 104)
 #: Transparent pixels show this ground, as on a page.
-ALPHA_GROUND = (255, 255, 255, 255)
+ALPHA_GROUND = (255, 255, 255)
 
 
 def image_key(data: bytes, fit: Fit) -> bytes:
@@ -42,18 +68,26 @@ def decode_image(data: bytes) -> Image.Image:
     """Decode an image file to RGB, upright and opaque; of an animation, the first frame.
 
     Raises:
-        ImageError: the bytes are empty, no image, damaged, or larger than Pillow's limit.
+        ImageError: the bytes are empty, no image, damaged, or would take too much memory or time.
     """
     if not data:
         raise ImageError("the image has no bytes")
     try:
         with warnings.catch_warnings():
+            # What is odd in a file is not the job's concern; what is wrong raises.
+            warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data))
+            image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
+            _check_size(image)
+            _check_work(image, data)
             image.load()
-            return _to_rgb(ImageOps.exif_transpose(image))
+            turn = _turn(image)
+            image = _to_rgb(image)  # lets go of the original, which may be as large
+            return image if turn is None else image.transpose(turn)
+    except ImageError:
+        raise
     except UnidentifiedImageError as error:
-        raise ImageError(f"the bytes are no image this Pillow reads (first 8: {data[:8]!r})") from error
+        raise ImageError(f"the bytes are no image of {', '.join(FORMATS)} (first 8: {data[:8]!r})") from error
     except Exception as error:  # Pillow's plugins raise whatever their parsing met
         raise ImageError(f"{type(error).__name__}: {stable_message(error)}") from error
 
@@ -93,14 +127,68 @@ def _letterbox(image: Image.Image, size: int) -> Image.Image:
     return canvas
 
 
+def _check_size(image: Image.Image) -> None:
+    if min(image.size) < 1 or max(image.size) > LONGEST_SIDE:
+        width, height = image.size
+        raise ImageError(f"the image has {width:,} x {height:,} pixels; a side may have 1 to {LONGEST_SIDE:,}")
+
+
+def _check_work(image: Image.Image, data: bytes) -> None:
+    """Refuse what costs far more than its pixels: Pillow's limit looks at the size of the picture alone."""
+    most = Image.MAX_IMAGE_PIXELS or math.inf
+    pixels = math.prod(image.size)
+    if image.format in {"JPEG", "MPO"}:
+        scans = _jpeg_scans(data)
+        if scans * pixels > MOST_SCANS * most:
+            raise ImageError(f"the JPEG has {scans:,} scans of {pixels:,} pixels, which would take minutes")
+    if image.format == "TIFF":
+        tile = [getattr(image, "tag_v2", {}).get(tag) or side for tag, side in zip(_TILE, image.size, strict=True)]
+        decoded = math.prod(math.ceil(side / of_tile) * of_tile for side, of_tile in zip(image.size, tile, strict=True))
+        if decoded > 2 * most:
+            raise ImageError(f"the TIFF has tiles of {tile[0]:,} x {tile[1]:,} for {pixels:,} pixels")
+
+
+def _jpeg_scans(data: bytes) -> int:
+    """Count the scans of a JPEG's first picture; there may be others, and any bytes, behind it."""
+    at, scans = 2, 0
+    while (marker := _JPEG_MARKER.search(data, at)) and marker[0] != _END:
+        scans += marker[0] == _SCAN
+        at = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2])
+    return scans
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What makes the image upright."""
+    try:
+        orientation: Any = image.getexif().get(ExifTags.Base.Orientation)
+        return _TURNS.get(orientation)
+    except Exception:  # the picture is whole, whatever the notes beside it are
+        return None
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image
-    if image.mode.startswith("I;16") or image.mode == "I":
-        # Pillow's own conversion clips 16-bit samples to 255 instead of scaling them.
-        samples = np.asarray(image, dtype=np.int64)
-        return Image.fromarray(np.clip(samples >> 8, 0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode.startswith("I") or image.mode == "F":
+        return _eight_bits(image).convert("RGB")
     if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, ALPHA_GROUND), rgba).convert("RGB")
-    return image.convert("RGB")
+        seen = image if image.mode in {"LA", "RGBA"} else image.convert("RGBA")
+        ground = Image.new("RGB", seen.size, ALPHA_GROUND)
+        ground.paste(seen, mask=seen)
+        return ground
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Shades of 16 bits, or of floats up to 1 or 255; Pillow's own conversion clips them.
+
+    Raises:
+        ImageError: samples beyond that are measurements, and which shades they are nobody knows.
+    """
+    samples = np.asarray(image)
+    low, high = float(samples.min()), float(samples.max())
+    most = 255 if image.mode == "F" else 65535
+    if not 0 <= low <= high <= most:  # nor where one is NaN
+        raise ImageError(f"the image has samples from {low:g} to {high:g}; shades go from 0 to {most}")
+    if image.mode == "F":
+        shades = np.multiply(samples, 255 if high <= 1 else 1, dtype=np.float32)
+        return Image.fromarray(shades.round(out=shades).astype(np.uint8))
+    return Image.fromarray((samples >> 8).astype(np.uint8))

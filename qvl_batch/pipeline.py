@@ -39,12 +39,13 @@ from qvl_batch.output import Job, OutputFolder
 from qvl_batch.plan import ROWS_PER_BLOCK, TASK_CPUS, Plan, make_plan
 from qvl_batch.prepare import prepare
 from qvl_batch.quarantine import AttemptsInMemory, Guarded
+from qvl_batch.reader import read_unit
 from qvl_batch.report import Report, installed_versions, progress_line
 from qvl_batch.rowset import Row
 from qvl_batch.runtime import resolve_device, usable_cpus
 from qvl_batch.schema import InputColumns
 from qvl_batch.sink import AnswerWriter
-from qvl_batch.source import Source, Unit, open_source, read_unit
+from qvl_batch.source import Source, Unit, open_source
 from qvl_batch.stages import STARTED, WORKERS, DecodeStage, VisionStage
 
 #: With fewer, the actors would leave no CPU to the tasks that feed them.

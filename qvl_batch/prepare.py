@@ -3,6 +3,12 @@
 It runs in short tasks, in many processes, so this module imports no ONNX Runtime.
 """
 
+import faulthandler
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
@@ -13,6 +19,8 @@ from qvl_batch.schema import Failure
 from qvl_batch.source import FAILURE, IMAGE, OWN, failure_columns, failures_of, with_columns
 
 PIXELS, IMAGE_KEY = f"{OWN}pixels", f"{OWN}image_key"
+#: Longest that an image may take; the largest takes 2.
+SECONDS = 120.0
 
 
 def prepare(table: pa.Table, image_size: int, fit: Fit) -> pa.Table:
@@ -28,7 +36,8 @@ def prepare(table: pa.Table, image_size: int, fit: Fit) -> pa.Table:
             data: bytes = image.as_py()
             keys[-1] = key = image_key(data, fit)
             if key not in fitted:
-                fitted[key] = pixels_or_failure(data, image_size, fit)
+                with _watched():
+                    fitted[key] = pixels_or_failure(data, image_size, fit)
     results = [failure if key is None else fitted[key] for key, failure in zip(keys, failures, strict=True)]
     columns = {
         PIXELS: pa.array(
@@ -38,3 +47,14 @@ def prepare(table: pa.Table, image_size: int, fit: Fit) -> pa.Table:
         **failure_columns([row if isinstance(row, Failure) else None for row in results]),
     }
     return with_columns(table.drop_columns([IMAGE, *FAILURE]), columns)
+
+
+@contextmanager
+def _watched() -> Iterator[None]:
+    """End this process if that takes too long: inside a library nothing else can, and `Guarded` finds the row."""
+    with Path(os.devnull).open("w") as nowhere:
+        faulthandler.dump_traceback_later(SECONDS, exit=True, file=nowhere)
+        try:
+            yield
+        finally:
+            faulthandler.cancel_dump_traceback_later()

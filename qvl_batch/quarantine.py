@@ -112,7 +112,7 @@ class Guarded:
     def _failed(self, table: pa.Table) -> pa.Table:
         lost = WorkerLostError(
             f"this row ended its worker {TOGETHER + ALONE} times, the last {ALONE} alone in it: "
-            "memory ran out, or a library crashed",
+            "memory ran out, or a library crashed or hung",
             stage=self._stage,
         )
         return with_columns(table.drop_columns(list(FAILURE)), failure_columns([Failure.of(lost)]))

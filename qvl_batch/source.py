@@ -1,15 +1,13 @@
-"""The input: which files, which rows of them, and their images as bytes.
+"""The input: which files, and which rows of them are to be read.
 
-What enters: paths and globs of the settings. What leaves: a `Source` that lists every row group
-to read, and, for each, tables with the columns of `READ_FIELDS`, the id and the kept columns.
+What enters: paths and globs of the settings. What leaves: a `Source`, which gives units to read; and
+the names of the columns that tables have on their way, next to the user's.
 
 A row is known by where it stands, the number of its file and its index in it, since ids need
 not be unique. A file keeps its number when a job goes on, whatever files were added meanwhile.
-Reading streams, so that a row group of any size takes the memory of one table.
 """
 
 import glob
-from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
@@ -21,10 +19,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from qvl_batch.config import CaptionConfig
-from qvl_batch.errors import ImageError, InputError, RecordError, RowError
-from qvl_batch.fetch import Fetcher
+from qvl_batch.errors import InputError
 from qvl_batch.rowset import Row, RowSet, Span
-from qvl_batch.schema import ID, Failure, InputColumns, input_columns
+from qvl_batch.schema import Failure, InputColumns, input_columns
 
 #: Columns of the pipeline's own, next to the user's, have this prefix.
 OWN = "__qvl_"
@@ -146,41 +143,6 @@ def open_source(config: CaptionConfig, known: Sequence[InputFile] = ()) -> Sourc
     return Source(tuple(files), columns, tuple(groups), wanted, RowSet(file.rows for file in files))
 
 
-def read_unit(
-    unit: Unit, columns: InputColumns, prompt: str | None, rows_per_table: int, fetcher: Fetcher
-) -> Iterator[pa.Table]:
-    """Read a unit in tables of at most `rows_per_table` rows.
-
-    Args:
-        unit: what to read.
-        columns: which columns, and as what.
-        prompt: asked of every row in place of its prompt column.
-        rows_per_table: bound on the memory in use.
-        fetcher: reads images that are not in the file itself.
-
-    Raises:
-        InputError: the file cannot be read (any more).
-    """
-    at, left = unit.first_row, deque(unit.spans)
-    try:
-        with pq.ParquetFile(unit.file) as file:
-            for batch in file.iter_batches(rows_per_table, row_groups=[unit.row_group], columns=columns.names):
-                table, end = pa.table(batch), at + len(batch)
-                while left and left[0][0] < end:
-                    start, stop = left.popleft()
-                    if stop > end:
-                        left.appendleft((end, stop))
-                    wanted = table.slice(start - at, min(stop, end) - start)
-                    yield _own_table(wanted, unit, start, columns, prompt, fetcher)
-                if not left:
-                    return
-                at = end
-    except (OSError, pa.ArrowException) as error:
-        raise InputError(f"{unit.file}: row group {unit.row_group} cannot be read: {error}") from error
-    rows, expected = at - unit.first_row, unit.spans[-1][1] - unit.first_row
-    raise InputError(f"{unit.file}: row group {unit.row_group} has {rows} rows, not {expected}: was it replaced?")
-
-
 def with_columns(table: pa.Table, columns: dict[str, pa.Array]) -> pa.Table:
     """Append columns to a table."""
     for name, column in columns.items():
@@ -205,46 +167,6 @@ def failures_of(table: pa.Table) -> list[Failure | None]:
     """The columns `FAILURE` as failures again."""
     rows = zip(*(table[name].to_pylist() for name in FAILURE), strict=True)
     return [Failure(*row) if row[0] is not None else None for row in rows]
-
-
-def _own_table(
-    table: pa.Table, unit: Unit, first_row: int, columns: InputColumns, prompt: str | None, fetcher: Fetcher
-) -> pa.Table:
-    images, failures = _images(table[columns.image].to_pylist(), Path(unit.file).parent, fetcher)
-    prompts = [prompt] * table.num_rows if columns.prompt is None else table[columns.prompt].to_pylist()
-    own = {
-        FILE: pa.array([unit.file_number] * table.num_rows, pa.int32()),
-        ROW: pa.array(range(first_row, first_row + table.num_rows), pa.int64()),
-        ID: table[columns.id.name].cast(columns.id.type),
-        **{field.name: table[field.name] for field in columns.kept},
-        PROMPT: pa.array(prompts, pa.large_string()),
-        IMAGE: pa.array(images, pa.large_binary()),
-        **failure_columns(failures),
-    }
-    return pa.table(own)
-
-
-def _images(values: list[object], folder: Path, fetcher: Fetcher) -> tuple[list[bytes | None], list[Failure | None]]:
-    """Images as files, and why there is none."""
-    images: list[bytes | str | RowError] = [_bytes_or_location(value) for value in values]
-    locations = [image for image in images if isinstance(image, str)]
-    fetched = iter(fetcher.fetch_all(locations, folder))
-    images = [next(fetched) if isinstance(image, str) else image for image in images]
-    return (
-        [image if isinstance(image, bytes) else None for image in images],
-        [Failure.of(image) if isinstance(image, RowError) else None for image in images],
-    )
-
-
-def _bytes_or_location(value: object) -> bytes | str | RowError:
-    """An image column's value: a struct's bytes, or else its path."""
-    if isinstance(value, dict):
-        value = value.get("bytes") if value.get("bytes") is not None else value.get("path")
-    if value is None:
-        return ImageError("the image is null")
-    if isinstance(value, bytes | str):
-        return value
-    return RecordError(f"the image is a {type(value).__name__}, not bytes or a path")
 
 
 def _find_files(inputs: tuple[str, ...]) -> dict[str, None]:

@@ -83,7 +83,7 @@ def test_of_an_animation_the_first_frame_is_taken():
     ("data", "message"),
     [
         (b"", "has no bytes"),
-        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "no image this Pillow reads"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "no image of AVIF, BMP"),
         (_file(_gradient(400, 300))[:200], "OSError|SyntaxError"),
         (_file(_gradient(400, 300), "JPEG")[:2000], "truncated"),
     ],

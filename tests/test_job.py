@@ -140,16 +140,23 @@ def test_answers_are_not_overwritten_unasked(tiny_bundle, ray_env, tmp_path):
     assert len(_answers(output)) == 1
 
 
-def test_a_file_damaged_inside_stops_the_job_and_is_named(tiny_bundle, demo, ray_env, tmp_path):
-    path = tmp_path / "damaged.parquet"
-    pq.write_table(pa.Table.from_pylist(demo), path, compression="zstd")
+def test_rows_that_cannot_be_read_are_error_rows_and_the_others_are_answered(tiny_bundle, demo, ray_env, tmp_path):
+    path, output = tmp_path / "damaged.parquet", tmp_path / "out"
+    pq.write_table(pa.Table.from_pylist(demo[:12]), path, row_group_size=6, compression="zstd")
     data = bytearray(path.read_bytes())
-    data[1000:60_000] = bytes(59_000)
+    for name, at in (("id", 0), ("image.bytes", 1)):
+        chunk = pq.read_metadata(path).row_group(0).column(at)
+        assert chunk.path_in_schema == name
+        start = chunk.dictionary_page_offset or chunk.data_page_offset
+        data[start : start + chunk.total_compressed_size] = b"\xff" * chunk.total_compressed_size
     path.write_bytes(data)
-    options = ["--bundle", tiny_bundle.path, "--input", path, "--output", tmp_path / "out"]
-    result = _caption(ray_env, *options, check=False)
-    assert result.returncode == 1
-    assert "damaged.parquet: row group 0 cannot be read" in result.stderr.strip().splitlines()[-1]
+    options = ["--bundle", tiny_bundle.path, "--input", path, "--output", output]
+    result = _caption(ray_env, *options, "--max-new-tokens", 4)
+    assert "errors    6\n          6 read: RecordError" in result.stdout
+    rows = pq.read_table(next(output.glob("part-*.parquet"))).to_pylist()
+    assert [row["id"] for row in rows] == [None] * 6 + [row["id"] for row in demo[6:12]]
+    assert all(f"row {place} of {path} (row group 0)" in row["error_message"] for place, row in enumerate(rows[:6]))
+    assert all(row["answer"] for row in rows[6:])
 
 
 @pytest.mark.parametrize("sent", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)])

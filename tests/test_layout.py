@@ -43,6 +43,7 @@ def _by_transformers(tokenizer, prompt, system_prompt=None):
         "two\n\nlines\n",
         "héllo 你好 🎉 e\u0301",
         "\ttabs 12345",
+        "nul \0, bell \x07, \x1b[31mred\x1b[0m, \u202eright to left, \ufeffmark",
         "a" * 300,
     ],
 )

@@ -16,8 +16,9 @@ from qvl_batch.config import Fit
 from qvl_batch.errors import ConfigError, ImageError, InputError
 from qvl_batch.fetch import Fetcher
 from qvl_batch.images import decode_image, fit_image
+from qvl_batch.reader import read_unit
 from qvl_batch.schema import ID, Failure
-from qvl_batch.source import FILE, IMAGE, PROMPT, ROW, Source, failures_of, open_source, read_unit
+from qvl_batch.source import FILE, IMAGE, PROMPT, ROW, Source, failures_of, open_source
 
 EXPECTED = "expected"
 #: Pixels a side of the images on the page.
