@@ -21,6 +21,7 @@ from typing import Literal, Self
 
 import numpy as np
 
+from qvl_batch.clock import Clock
 from qvl_batch.decoder import SHELVES, Decoder, PrefillRow
 from qvl_batch.vision import Features
 
@@ -79,6 +80,8 @@ class Engine:
         self._waiting: deque[_Item] = deque()
         self._shelves: dict[bytes, int] = {}
         self._live: list[_Live] = []
+        #: They run while the decoder does, and have a row's last step before its future has a result.
+        self.clocks = {"prefill": Clock(), "decode": Clock()}
         self._closing = False
         self._failure: BaseException | None = None
         self._lock = threading.Lock()
@@ -168,7 +171,8 @@ class Engine:
         first = len(self._live)
         self._open(admitted)
         rows = [PrefillRow(request.input_ids, request.features) for request, _ in admitted]
-        tokens = self._decoder.prefill(first, rows)
+        with self.clocks["prefill"].running():
+            tokens = self._decoder.prefill(first, rows)
         wanted = {request.image for request, _ in self._waiting}
         for slot, (request, _) in enumerate(admitted, start=first):
             image = request.image
@@ -182,7 +186,8 @@ class Engine:
         self._open([item])
         row = PrefillRow(request.input_ids, request.features)
         assert request.image is not None
-        tokens = self._decoder.prefill_rest(slot, self._shelves[request.image], row)
+        with self.clocks["prefill"].running():
+            tokens = self._decoder.prefill_rest(slot, self._shelves[request.image], row)
         self._extend(slot, tokens.tolist())
 
     def _shelf_for(self, image: bytes) -> int:
@@ -199,7 +204,9 @@ class Engine:
     def _step(self) -> None:
         if self._live:
             tokens = np.array([row.tokens[-1] for row in self._live], np.int64)
-            self._extend(0, self._decoder.step(tokens).tolist())
+            with self.clocks["decode"].running():
+                following = self._decoder.step(tokens)
+            self._extend(0, following.tolist())
 
     def _extend(self, first: int, tokens: list[int]) -> None:
         """Give rows `first`, `first + 1`, ... their next tokens, and retire those that end."""

@@ -3,22 +3,29 @@
 It runs in short tasks, in many processes, so this module imports no ONNX Runtime.
 """
 
+import time
+
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from qvl_batch.busy import seconds_column
 from qvl_batch.config import Fit
 from qvl_batch.images import image_key, pixels_or_failure
+from qvl_batch.rowset import Row
+from qvl_batch.sample import sample_columns
 from qvl_batch.schema import Failure
 from qvl_batch.source import FAILURE, IMAGE, OWN, failure_columns, failures_of, with_columns
 
 PIXELS, IMAGE_KEY = f"{OWN}pixels", f"{OWN}image_key"
 
 
-def prepare(table: pa.Table, image_size: int, fit: Fit) -> pa.Table:
+def prepare(table: pa.Table, image_size: int, fit: Fit, sample: frozenset[Row] = frozenset()) -> pa.Table:
     """Decode and fit images: the column `IMAGE` becomes `PIXELS`, uint8 (size, size, 3) as bytes, and
-    `IMAGE_KEY`. An image that the table has several times is decoded once.
+    `IMAGE_KEY`. An image that the table has several times is decoded once. Rows of the sample get what
+    is shown of them.
     """
+    began = time.perf_counter()
     failures = failures_of(table)
     keys: list[bytes | None] = []
     fitted: dict[bytes, NDArray[np.uint8] | Failure] = {}
@@ -36,5 +43,7 @@ def prepare(table: pa.Table, image_size: int, fit: Fit) -> pa.Table:
         ),
         IMAGE_KEY: pa.array(keys, pa.binary()),
         **failure_columns([row if isinstance(row, Failure) else None for row in results]),
+        **sample_columns(table, results, sample),
     }
+    columns |= seconds_column("image", time.perf_counter() - began, table.num_rows)
     return with_columns(table.drop_columns([IMAGE, *FAILURE]), columns)

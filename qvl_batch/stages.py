@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from qvl_batch.bundle import Bundle
+from qvl_batch.busy import seconds_column
 from qvl_batch.captioner import answer_rows
 from qvl_batch.decoder import Decoder
 from qvl_batch.engine import Engine
@@ -78,6 +79,7 @@ class VisionStage:
         table = table.drop_columns([PIXELS, *FAILURE])
         worker = pa.array([self._name] * table.num_rows, pa.string())
         added = {FEATURES: pa.array(features, pa.large_binary()), STARTED: started, WORKERS["vision"]: worker}
+        added |= seconds_column("vision", self._features.clock.take(), table.num_rows)
         return with_columns(table, added | failure_columns(failed))
 
 
@@ -106,4 +108,6 @@ class DecodeStage:
         answers = [a.record() for a in answer_rows(self._engine, self._layout, rows, self._max_new_tokens)]
         columns = {f.name: pa.array([answer[f.name] for answer in answers], f.type) for f in ANSWER_FIELDS}
         columns[WORKERS["decoder"]] = pa.array([self._name] * table.num_rows, pa.string())
+        for work, clock in self._engine.clocks.items():
+            columns |= seconds_column(work, clock.take(), table.num_rows)
         return with_columns(table.drop_columns([FEATURES, PROMPT, IMAGE_KEY, *FAILURE]), columns)
