@@ -93,7 +93,8 @@ class Stage:
 
 def advice(busy: Mapping[str, float]) -> str | None:
     """A line on the stage that limits a job, by the share that each was busy; None where no one does alone."""
-    first, *others = sorted(busy, key=lambda stage: -busy[stage])
-    if busy[first] < LIMITS or any(busy[stage] > WAITS for stage in others):
+    if not busy:
         return None
-    return ADVICE[first]
+    first, *others = sorted(busy, key=lambda stage: -busy[stage])
+    clear = busy[first] >= LIMITS and all(busy[stage] <= WAITS for stage in others)
+    return ADVICE[first] if clear else None

@@ -59,8 +59,7 @@ class CaptionConfig:
     limit: int | None = None
     """Answer only the first so many rows."""
     price_per_hour: float | None = None
-    """Price of the machine, or of the whole cluster, in any currency an hour; the report then says what a million
-    images cost."""
+    """Price of the machine or cluster an hour, in any currency; the report then says what a million images cost."""
     retry_errors: bool = False
     """Answer again the rows that failed; a new answer takes the error's place."""
     overwrite: bool = False

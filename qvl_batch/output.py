@@ -140,7 +140,7 @@ class OutputFolder:
         """
         text = json.dumps(record, indent=1)
         # Numbers in a list stand in one line. A text has no line breaks in JSON.
-        text = re.sub(r"\[\n[\d\s.,-]+\]", lambda numbers: " ".join(numbers[0].split()), text)
+        text = re.sub(r"\[\n[\d\s.,-]+\]", lambda numbers: f"[{' '.join(numbers[0][1:-1].split())}]", text)
         try:
             # A path that is no UTF-8 may be named in it.
             write_whole(self.path / REPORT, page.encode(errors="replace"))

@@ -115,16 +115,12 @@ def _bins(timeline: dict[str, Any], seconds: float) -> list[tuple[float, int, in
     """Ends of bins that are wide enough to look at, up to the end of the run; their rows and errors."""
     width, rows, errors = timeline["seconds_per_bin"], timeline["rows"], timeline["errors"]
     total = sum(rows)
-    while len(rows) > POINTS or (len(rows) > FEW_POINTS and total < len(rows) * ROWS_PER_POINT):
+    while (count := round(seconds / width)) > POINTS or (count > FEW_POINTS and total < count * ROWS_PER_POINT):
         width, rows, errors = 2 * width, paired(rows), paired(errors)
-    ends = [width * (at + 1) for at in range(len(rows))]
-    if ends[-1] <= seconds:
-        return list(zip([*ends, seconds], [*rows, 0], [*errors, 0], strict=True))
-    # Of the last bin there is a part, and of a small part no rate.
-    last = 2 if len(rows) > 1 and seconds - ends[-2] < width / 2 else 1
-    kept = len(rows) - last
-    whole = zip(ends[:kept], rows[:kept], errors[:kept], strict=True)
-    return [*whole, (seconds, sum(rows[kept:]), sum(errors[kept:]))]
+    # The last one, of half to one and a half times the width, has what is left.
+    last = max(count, 1) - 1
+    counts = [[*(values + [0] * last)[:last], sum(values[last:])] for values in (rows, errors)]
+    return list(zip([*(width * (at + 1) for at in range(last)), seconds], *counts, strict=True))
 
 
 def _decimal_step(most: float) -> float:

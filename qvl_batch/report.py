@@ -121,19 +121,22 @@ class Report:
             f"errors    {failed:,}",
             *(f"          {count:,} {kind}" for kind, count in total.errors.most_common()),
         ]
-        if self.tally.rows:
-            lines += [
-                f"speed     {self.images_per_second:.2f} images/s, {self.tokens_per_second:.1f} tokens/s",
-                f"time      {self.seconds:.1f} s, {self.workers_seconds:.1f} s of it to start workers",
-                f"          {self.startup_seconds:.1f} s before it to start Ray",
-                "busy      " + ", ".join(f"{name} {share:.0%}" for name, share in self.busy.items()),
-                *([f"million   {hours:,.1f} hours" + self._cost()] if (hours := self.hours_per_million) else []),
-            ]
-        return "\n".join([*lines, f"answers   {self.output}"])
+        return "\n".join([*lines, *(self._speeds() if self.tally.rows else []), f"answers   {self.output}"])
 
-    def _cost(self) -> str:
-        cost = self.cost_per_million
-        return "" if cost is None else f", {cost:,.2f} at {self.price_per_hour:,.2f} an hour"
+    def _speeds(self) -> list[str]:
+        """Lines on this run."""
+        lines = [
+            f"speed     {self.images_per_second:.2f} images/s, {self.tokens_per_second:.1f} tokens/s",
+            f"time      {self.seconds:.1f} s, {self.workers_seconds:.1f} s of it to start workers",
+            f"          {self.startup_seconds:.1f} s before it to start Ray",
+        ]
+        if self.stages:
+            lines += ["busy      " + ", ".join(f"{name} {share:.0%}" for name, share in self.busy.items())]
+        if (hours := self.hours_per_million) is not None:
+            cost = self.cost_per_million
+            price = "" if cost is None else f", {cost:,.2f} at {self.price_per_hour:,.2f} an hour"
+            lines += [f"million   {hours:,.1f} hours{price}"]
+        return lines
 
 
 def _rounded(value: float | None) -> float | None:
