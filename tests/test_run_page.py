@@ -248,6 +248,10 @@ def test_a_browser_shows_it_on_any_screen_in_the_light_and_the_dark(hostile_page
         beyond = """return [...document.querySelectorAll('main *, header *')].filter((element) =>
             element.getBoundingClientRect().right > window.innerWidth + 1).map((element) => element.outerHTML)"""
         assert hostile_page.execute_script(beyond) == []
+        sideways = (
+            "return [...document.querySelectorAll('.card p, td bdi')].filter((p) => p.scrollWidth > p.clientWidth)"
+        )
+        assert hostile_page.execute_script(sideways) == []
     set_scheme(hostile_page, "dark")
     for selector in ("body", ".card", ".figures div"):
         assert luminance(hostile_page, selector, "color") - luminance(hostile_page, "body", "backgroundColor") > 250
