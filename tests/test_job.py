@@ -279,7 +279,7 @@ def test_rows_that_end_their_workers_fail_and_the_job_goes_on(tiny_bundle, demo,
     rows[5]["image"] = {"bytes": rows[5]["image"]["bytes"] + POISON_IMAGE, "path": None}
     rows[13]["prompt"] = POISON_PROMPT
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
-    env = ray_env | {"PYTHONPATH": str(ROOT / "tests" / "poison")}
+    env = ray_env | {"PYTHONPATH": os.pathsep.join([str(ROOT / "tests" / "poison"), str(ROOT)])}
     options = ["--bundle", tiny_bundle.path, "--input", tmp_path / "rows.parquet", "--output", tmp_path / "out"]
     result = _caption(env, *options)
     answers = {row["id"]: row for row in _answers(tmp_path / "out")}
