@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from qvl_batch.bundle import Bundle
 from qvl_batch.decoder import Decoder
-from qvl_batch.engine import Completion, Engine, Request
+from qvl_batch.engine import Completion, Engine, Request, decoder_clocks
 from qvl_batch.errors import NumericError, RepetitionError, RowError
 from qvl_batch.layout import RowLayout
 from qvl_batch.schema import Answer, Failure
@@ -53,7 +53,9 @@ class Answerer:
     def __init__(self, bundle: Bundle, slots: int, threads: int, *, allow_repetition: bool = False) -> None:
         self._layout = RowLayout(bundle)
         self._bundle, self._threads, self._allow_repetition = bundle, threads, allow_repetition
-        self._engine = _engine(bundle, slots, threads)
+        #: Seconds of the decoder's work, by kind.
+        self.clocks = decoder_clocks()
+        self._engine = self._new_engine(bundle, slots)
         self._fp32: Engine | None = None
         self._lock = threading.Lock()
 
@@ -127,8 +129,12 @@ class Answerer:
         with self._lock:
             bundle = None if self._fp32 else self._bundle.in_fp32()
             if bundle:
-                self._fp32 = _engine(bundle, FP32_SLOTS, self._threads)
+                self._fp32 = self._new_engine(bundle, FP32_SLOTS)
             return self._fp32
+
+    def _new_engine(self, bundle: Bundle, slots: int) -> Engine:
+        decoder = Decoder(bundle, slots, self._threads)
+        return Engine(decoder, bundle.manifest.generation.eos_token_ids, self.clocks)
 
 
 def repeated_phrase(tokens: list[int]) -> tuple[list[int], int]:
@@ -140,7 +146,3 @@ def repeated_phrase(tokens: list[int]) -> tuple[list[int], int]:
         if same + length >= max(REPEATED_TOKENS, PHRASE_TIMES * length):
             return tokens[-length:], (same + length) // length
     return [], 0
-
-
-def _engine(bundle: Bundle, slots: int, threads: int) -> Engine:
-    return Engine(Decoder(bundle, slots, threads), bundle.manifest.generation.eos_token_ids)

@@ -4,6 +4,7 @@ Help texts and defaults of `jobs/caption.py` are read from here. Settings are ch
 are made; what can only be checked against the machine, the bundle or the input is checked there.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -59,6 +60,8 @@ class CaptionConfig:
     """Rows that a decoder answers at a time. Without it, as many as memory allows, up to 32."""
     limit: int | None = None
     """Answer only the first so many rows."""
+    price_per_hour: float | None = None
+    """Price of the machine or cluster an hour, in any currency; the report then says what a million images cost."""
     retry_errors: bool = False
     """Answer again the rows that failed; a new answer takes the error's place."""
     overwrite: bool = False
@@ -78,6 +81,8 @@ class CaptionConfig:
                 raise ConfigError(f"{_option(name)} must be at least 1, not {value}")
         if not self.vision_cache_gb > 0:
             raise ConfigError(f"--vision-cache-gb must be more than 0, not {self.vision_cache_gb}")
+        if self.price_per_hour is not None and not 0 <= self.price_per_hour < math.inf:
+            raise ConfigError(f"--price-per-hour must be a number from 0 on, not {self.price_per_hour}")
         if self.prompt is not None and not self.prompt.strip():
             raise ConfigError("--prompt must not be empty")
         if self.overwrite and self.retry_errors:

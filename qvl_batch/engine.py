@@ -15,13 +15,14 @@ import logging
 import queue
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Literal, Self
 
 import numpy as np
 
+from qvl_batch.clock import Clock
 from qvl_batch.decoder import NO_TOKEN, SHELVES, Decoder, PrefillRow
 from qvl_batch.errors import NumericError
 from qvl_batch.vision import Features
@@ -31,6 +32,11 @@ logger = logging.getLogger(__name__)
 #: Rows prefilled between two decode steps. More at a time keep live rows waiting and, on a CPU,
 #: cost no less time each.
 PREFILL_ROWS = 2
+
+
+def decoder_clocks() -> dict[str, Clock]:
+    """For the seconds of each kind of work that a decoder does."""
+    return {"prefill": Clock(), "decode": Clock()}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -72,15 +78,20 @@ class Engine:
     Args:
         decoder: whose slots the engine fills. Nobody else may use it meanwhile.
         eos_token_ids: tokens that end an answer.
+        clocks: as `decoder_clocks` makes them. They run while the decoder does, and have a row's last step
+            before its future has a result.
     """
 
-    def __init__(self, decoder: Decoder, eos_token_ids: Sequence[int]) -> None:
+    def __init__(
+        self, decoder: Decoder, eos_token_ids: Sequence[int], clocks: Mapping[str, Clock] | None = None
+    ) -> None:
         self._decoder = decoder
         self._eos = frozenset(eos_token_ids)
         self._submitted: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
         self._waiting: deque[_Item] = deque()
         self._shelves: dict[bytes, int] = {}
         self._live: list[_Live] = []
+        self._clocks = clocks or decoder_clocks()
         self._closing = False
         self._failure: BaseException | None = None
         self._lock = threading.Lock()
@@ -170,7 +181,8 @@ class Engine:
         first = len(self._live)
         self._open(admitted)
         rows = [PrefillRow(request.input_ids, request.features) for request, _ in admitted]
-        tokens = self._decoder.prefill(first, rows)
+        with self._clocks["prefill"].running():
+            tokens = self._decoder.prefill(first, rows)
         wanted = {request.image for request, _ in self._waiting}
         for slot, (request, _) in enumerate(admitted, start=first):
             image = request.image
@@ -184,7 +196,8 @@ class Engine:
         self._open([item])
         row = PrefillRow(request.input_ids, request.features)
         assert request.image is not None
-        tokens = self._decoder.prefill_rest(slot, self._shelves[request.image], row)
+        with self._clocks["prefill"].running():
+            tokens = self._decoder.prefill_rest(slot, self._shelves[request.image], row)
         self._extend(slot, tokens.tolist())
 
     def _shelf_for(self, image: bytes) -> int:
@@ -201,7 +214,9 @@ class Engine:
     def _step(self) -> None:
         if self._live:
             tokens = np.array([row.tokens[-1] for row in self._live], np.int64)
-            self._extend(0, self._decoder.step(tokens).tolist())
+            with self._clocks["decode"].running():
+                following = self._decoder.step(tokens)
+            self._extend(0, following.tolist())
 
     def _extend(self, first: int, tokens: list[int]) -> None:
         """Give rows `first`, `first + 1`, ... their next tokens, and retire those that end."""

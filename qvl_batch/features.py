@@ -14,6 +14,7 @@ from typing import cast
 import numpy as np
 from numpy.typing import NDArray
 
+from qvl_batch.clock import Clock
 from qvl_batch.errors import NumericError
 from qvl_batch.schema import Failure
 from qvl_batch.vision import Features, VisionEncoder
@@ -38,6 +39,8 @@ class ImageFeatures:
         self._runs = ThreadPoolExecutor(at_once, "qvl-vision")
         self._recent: dict[bytes, Future[Features]] = {}
         self._lock = threading.Lock()
+        #: Runs while a thread works on an image.
+        self.clock = Clock()
 
     def of(self, images: Sequence[Pixels | Failure], keys: Sequence[bytes | None]) -> list[Features | Failure]:
         """Float32 features (T_img, D) of each image, in order; failures stay where they are.
@@ -64,12 +67,13 @@ class ImageFeatures:
             return self._recent[key]
 
     def _find(self, image: Pixels, key: bytes) -> Features:
-        found = self._kept.get(key) if self._kept else None
-        if found is None:
-            found = self._vision.encode(image)
-            if self._kept:
-                self._kept.put(key, found)
-        return found
+        with self.clock.running():
+            found = self._kept.get(key) if self._kept else None
+            if found is None:
+                found = self._vision.encode(image)
+                if self._kept:
+                    self._kept.put(key, found)
+            return found
 
 
 def _features_or_failure(future: "Future[Features]") -> Features | Failure:

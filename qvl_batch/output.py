@@ -2,7 +2,8 @@
 
     DIR/part-*.parquet   answers; the footer of each says to which rows
     DIR/_job.json        what the answers depend on: bundle, settings, input files in order of number
-    DIR/_run.json        figures of the last run that came to its end
+    DIR/_run.json        figures of the last run that came to its end, if there was anything left for it to do
+    DIR/report.html      the same as a page
     DIR/_lock            locked by the job that is writing, if one is
 
 A job that was stopped, or killed at any moment, is gone on with by the same command: rows that a
@@ -16,6 +17,7 @@ rows are known by where they stand.
 import fcntl
 import json
 import os
+import re
 import socket
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -33,7 +35,7 @@ from qvl_batch.rowset import Row, RowSet
 from qvl_batch.sink import PARTIAL, PARTS, PartRecord, Tally, write_part, write_whole
 from qvl_batch.source import InputFile, rows_of, with_columns
 
-JOB, RUN, LOCK = "_job.json", "_run.json", "_lock"
+JOB, RUN, REPORT, LOCK = "_job.json", "_run.json", "report.html", "_lock"
 FORMAT = 1
 #: Footers that are read at a time: on a network's file system each waits.
 READERS = 16
@@ -108,6 +110,7 @@ class OutputFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = _locked(self.path)
+            self._refuse_foreign_report()
             if self._overwrite:
                 self._clear()
             self._begin()
@@ -123,17 +126,41 @@ class OutputFolder:
         if self._lock is not None:
             self._lock.close()
 
-    def write_run(self, report: dict[str, Any]) -> None:
-        """Write `_run.json`."""
-        write_whole(self.path / RUN, json.dumps(report, indent=1).encode() + b"\n")
+    def reported(self) -> bool:
+        """Whether there is a `_run.json` of the answers that are there."""
+        try:
+            return bool(json.loads((self.path / RUN).read_text())["rows"] == self.tally.rows)
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+
+    def write_report(self, record: dict[str, Any], page: str) -> None:
+        """Write `report.html` and `_run.json`.
+
+        Raises:
+            OutputError: the folder cannot be written to.
+        """
+        text = json.dumps(record, indent=1)
+        # Numbers in a list stand in one line. A text has no line breaks in JSON.
+        text = re.sub(r"\[\n[\d\s.,-]+\]", lambda numbers: f"[{' '.join(numbers[0][1:-1].split())}]", text)
+        try:
+            # A path that is no UTF-8 may be named in it.
+            write_whole(self.path / REPORT, page.encode(errors="replace"))
+            write_whole(self.path / RUN, text.encode() + b"\n")
+        except OSError as error:
+            raise OutputError(f"{self.path} cannot be written: {error.strerror}") from error
 
     def write_none(self) -> None:
         """No rows in, no rows out, but still a table that says so."""
         write_part(self.path / "part-000000-000000000000.parquet", self.schema.empty_table(), {})
 
+    def _refuse_foreign_report(self) -> None:
+        if (self.path / REPORT).exists() and not (self.path / JOB).exists():
+            raise OutputError(f"{self.path / REPORT} is of something else: delete it, or give another --output")
+
     def _clear(self) -> None:
-        # First what says whose the parts are: parts alone are refused.
-        for name in (JOB, RUN):
+        # The report is known as the job's by what says whose the parts are. That goes before them: parts
+        # alone are refused.
+        for name in (REPORT, JOB, RUN):
             (self.path / name).unlink(missing_ok=True)
         for part in self.path.glob(PARTS):
             part.unlink()

@@ -14,7 +14,6 @@ import signal
 import socket
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -22,7 +21,6 @@ from functools import partial
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 # Read when ray is imported.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -31,27 +29,29 @@ import ray
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext, Dataset, TaskPoolStrategy
 
-from qvl_batch.bundle import Bundle, Manifest
+from qvl_batch.arrivals import Arrivals
+from qvl_batch.bundle import Bundle
+from qvl_batch.busy import timed
 from qvl_batch.config import CaptionConfig
 from qvl_batch.errors import ConfigError, JobError
 from qvl_batch.fetch import Fetcher
 from qvl_batch.output import Job, OutputFolder
-from qvl_batch.plan import ROWS_PER_BLOCK, TASK_CPUS, Plan, make_plan
+from qvl_batch.page import render
+from qvl_batch.plan import CALLS_PER_VISION_WORKER, ROWS_PER_BLOCK, TASK_CPUS, Plan, make_plan
 from qvl_batch.prepare import prepare
 from qvl_batch.quarantine import AttemptsInMemory, Guarded
 from qvl_batch.reader import read_unit
-from qvl_batch.report import Report, installed_versions, progress_line
+from qvl_batch.report import Report, progress_line, recorded_settings
 from qvl_batch.rowset import Row
 from qvl_batch.runtime import resolve_device, usable_cpus
+from qvl_batch.sample import choose
 from qvl_batch.schema import InputColumns
 from qvl_batch.sink import AnswerWriter
 from qvl_batch.source import Source, Unit, open_source
-from qvl_batch.stages import STARTED, WORKERS, DecodeStage, VisionStage
+from qvl_batch.stages import DecodeStage, VisionStage
 
 #: With fewer, the actors would leave no CPU to the tasks that feed them.
 LEAST_CPUS = 2
-#: With one, cores wait from a batch's last image to the next one's first: 7 % of a job on two cores.
-CALLS_PER_VISION_WORKER = 2
 #: Rows of one pipeline; a longer job is several, one after the other. Ray remembers every block of a
 #: pipeline to its end, and new workers take seconds.
 ROWS_AT_ONCE = 200_000
@@ -99,13 +99,16 @@ def run(config: CaptionConfig, say: Callable[[str], None] = lambda _: None) -> R
         if folder.tally.rows:
             say(f"resuming  {folder.tally.rows:,} rows are answered already, {left.rows:,} are left")
         say(f"bundle    {bundle.manifest.source.name}, {bundle.manifest.dtype}, decoder on {device}")
-        report = Report(folder.path, folder.tally, settings=_settings(config, source, bundle, device))
+        settings = recorded_settings(config, source, bundle, device)
+        report = Report(folder.path, folder.tally, price_per_hour=config.price_per_hour, settings=settings)
         if left.rows:
             report = replace(report, startup_seconds=time.time() - began)
             report = _work(config, left, fetcher, bundle, folder, report, say)
         elif not source.rows:
             folder.write_none()
-        folder.write_run(report.record())
+        if left.rows or not folder.reported():
+            record = report.record()
+            folder.write_report(record, render(record, report.sample))
     return report
 
 
@@ -123,61 +126,58 @@ def _work(
     with _ray() as nodes:
         plan = make_plan(config, bundle.manifest, nodes)
         say(f"workers   {plan}")
-        started, first_image = time.time(), math.inf
-        workers: dict[str, Counter[str]] = {stage: Counter() for stage in WORKERS}
+        sample = choose(left)
+        arrivals = Arrivals(sample)
         try:
             with (
                 AnswerWriter(folder.path, folder.schema, folder.failed) as writer,
                 progress_line(left.rows) as progress,
             ):
-                for table in _answers(config, left, fetcher, bundle, plan):
-                    writer.add(table)
-                    first_image = min(first_image, pc.min(table[STARTED]).as_py())
-                    for stage, column in WORKERS.items():
-                        workers[stage].update(table[column].to_pylist())
+                for table in _answers(config, left, sample, fetcher, bundle, plan):
+                    arrivals.add(table, writer.add(table))
                     tally = writer.tally
-                    progress.show(tally.rows, tally.finish_reasons["error"], time.time() - started)
+                    progress.show(tally.rows, tally.finish_reasons["error"], arrivals.seconds)
         except KeyboardInterrupt:
             done = report.before.rows + writer.tally.rows
             raise KeyboardInterrupt(f"{done:,} of {report.before.rows + left.rows:,} rows are answered") from None
-        seconds = time.time() - started
+        seconds = arrivals.seconds
     if writer.tally.rows != left.rows:
         raise JobError(f"{writer.tally.rows:,} of {left.rows:,} rows came back; the same command answers the others")
     return replace(
         report,
         tally=writer.tally,
         seconds=seconds,
-        startup_seconds=report.startup_seconds + started - began,
-        workers_seconds=min(max(first_image - started, 0), seconds),
-        settings=report.settings | {"plan": asdict(plan), "rows_of_workers": workers},
+        startup_seconds=report.startup_seconds + arrivals.began - began,
+        workers_seconds=min(arrivals.seconds_to_first_image, seconds),
+        stages=arrivals.stages(plan, seconds),
+        sample=arrivals.rows,
+        details={"timeline": arrivals.timeline.record(), "error_examples": arrivals.examples},
+        settings=report.settings | {"plan": asdict(plan), "rows_of_workers": arrivals.workers},
     )
 
 
-def _answers(config: CaptionConfig, source: Source, fetcher: Fetcher, bundle: Bundle, plan: Plan) -> Iterator[pa.Table]:
+def _answers(
+    config: CaptionConfig, source: Source, sample: frozenset[Row], fetcher: Fetcher, bundle: Bundle, plan: Plan
+) -> Iterator[pa.Table]:
     """Tables of answers as they come, in no particular order."""
     options = DataContext.get_current().execution_options
-    under_way = _bytes_under_way(bundle.manifest, plan)
-    options.resource_limits = options.resource_limits.copy(object_store_memory=under_way)
+    options.resource_limits = options.resource_limits.copy(object_store_memory=plan.bytes_under_way(bundle.manifest))
     try:
         for part in source.parts(ROWS_AT_ONCE):
-            dataset = _dataset(config, source.columns, part, fetcher, bundle, plan)
+            dataset = _dataset(config, source.columns, part, sample, fetcher, bundle, plan)
             yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
     except ray.exceptions.RayError as error:
         raise _job_error(error) from error
 
 
-def _bytes_under_way(manifest: Manifest, plan: Plan) -> float:
-    """What may wait between the stages: twice the pixels and features of the rows that workers hold.
-
-    Without a limit, images are decoded ahead of the vision workers until half of Ray's store is full of them.
-    """
-    row = 3 * manifest.layout.image_size**2 + 4 * math.prod(manifest.feature_shape)
-    blocks = plan.vision_workers * (CALLS_PER_VISION_WORKER + 1) + plan.decoder_workers * plan.calls_per_decoder
-    return 2.0 * blocks * ROWS_PER_BLOCK * row
-
-
 def _dataset(
-    config: CaptionConfig, columns: InputColumns, units: Sequence[Unit], fetcher: Fetcher, bundle: Bundle, plan: Plan
+    config: CaptionConfig,
+    columns: InputColumns,
+    units: Sequence[Unit],
+    sample: frozenset[Row],
+    fetcher: Fetcher,
+    bundle: Bundle,
+    plan: Plan,
 ) -> Dataset:
     """The pipeline, in the order of its stages."""
     prompt = config.prompt
@@ -189,22 +189,18 @@ def _dataset(
 
     def read(units: pa.Table) -> Iterator[pa.Table]:
         for unit in units.to_pylist():
-            yield from read_unit(Unit(**unit), columns, prompt, ROWS_PER_BLOCK, fetcher)
+            yield from timed(read_unit(Unit(**unit), columns, prompt, ROWS_PER_BLOCK, fetcher), "read")
 
     def prepare_guarded(table: pa.Table) -> pa.Table:
-        return Guarded(partial(prepare, image_size=image_size, fit=config.fit), "image", attempts)(table)
+        work = partial(prepare, image_size=image_size, fit=config.fit, sample=sample)
+        return Guarded(work, "image", attempts)(table)
 
     reads = min(len(units), math.ceil(sum(unit.rows for unit in units) / ROWS_PER_READ))
     return (
         ray.data.from_items([asdict(unit) for unit in units], override_num_blocks=reads)
         .map_batches(read, batch_size=1, batch_format="pyarrow", compute=tasks, num_cpus=TASK_CPUS)
         .repartition(target_num_rows_per_block=ROWS_PER_BLOCK)
-        .map_batches(
-            prepare_guarded,
-            batch_format="pyarrow",
-            compute=tasks,
-            num_cpus=TASK_CPUS,
-        )
+        .map_batches(prepare_guarded, batch_format="pyarrow", compute=tasks, num_cpus=TASK_CPUS)
         .map_batches(
             _VisionWorker,
             batch_format="pyarrow",
@@ -357,31 +353,4 @@ def _answers_depend_on(config: CaptionConfig, bundle: Bundle) -> dict[str, Any]:
         "--max-new-tokens": config.max_new_tokens,
         "--allow-repetition": config.allow_repetition,
         "--fit": config.fit,
-    }
-
-
-def _settings(config: CaptionConfig, source: Source, bundle: Bundle, device: str) -> dict[str, Any]:
-    """What the answers depend on, and what their speed does."""
-    packages = ("qvl-batch", "ray", "onnxruntime-gpu", "onnxruntime", "tokenizers", "pyarrow", "pillow")
-    return {
-        "bundle": {
-            "path": str(bundle.path),
-            "sha256": bundle.sha256,
-            "source": asdict(bundle.manifest.source),
-            "dtype": bundle.manifest.dtype,
-        },
-        "decoding": {
-            "method": "greedy",
-            "repetition_penalty": bundle.manifest.generation.repetition_penalty,
-            "eos_token_ids": bundle.manifest.generation.eos_token_ids,
-            "max_new_tokens": config.max_new_tokens,
-            "allow_repetition": config.allow_repetition,
-            "system_prompt": bundle.manifest.system_prompt,
-            "prompt": config.prompt,
-        },
-        "fit": config.fit,
-        "files": len(source.files),
-        "limit": config.limit,
-        "device": device,
-        "versions": installed_versions(packages),
     }

@@ -25,6 +25,8 @@ DECODER_SHARE = 0.4
 VISION_THREADS = ROWS_PER_BLOCK
 #: CPUs that a reading or image-decoding task claims.
 TASK_CPUS = 0.25
+#: With one, cores wait from a batch's last image to the next one's first: 7 % of a job on two cores.
+CALLS_PER_VISION_WORKER = 2
 #: One for the task that cuts blocks, which claims a whole CPU, and one each for reading and decoding.
 FOR_TASKS = 1 + 2 * TASK_CPUS
 #: One task of a kind for so many CPUs. Each needs a process, whose start takes a CPU two seconds from
@@ -54,6 +56,25 @@ class Plan:
     def calls_per_decoder(self) -> int:
         """Batches that a decoder works on at a time: enough to fill its slots and have some waiting."""
         return math.ceil(1.5 * self.slots / ROWS_PER_BLOCK) + 1
+
+    def bytes_under_way(self, manifest: Manifest) -> float:
+        """What may wait between the stages: twice the pixels and features of the rows that workers hold.
+
+        Without a limit, images are decoded ahead of the vision workers until half of Ray's store is full of them.
+        """
+        row = 3 * manifest.layout.image_size**2 + 4 * math.prod(manifest.feature_shape)
+        blocks = self.vision_workers * (CALLS_PER_VISION_WORKER + 1) + self.decoder_workers * self.calls_per_decoder
+        return 2.0 * blocks * ROWS_PER_BLOCK * row
+
+    @property
+    def at_once(self) -> dict[str, int]:
+        """Pieces of work of each stage that can go on at a time, each by one thread of its own."""
+        return {
+            "read": self.tasks_at_once,
+            "image": self.tasks_at_once,
+            "vision": self.vision_workers * self.vision_threads,
+            "decoder": self.decoder_workers,
+        }
 
     def __str__(self) -> str:
         return (

@@ -5,6 +5,7 @@ It runs in short tasks, in many processes, so this module imports no ONNX Runtim
 
 import faulthandler
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,8 +14,11 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from qvl_batch.busy import seconds_column
 from qvl_batch.config import Fit
 from qvl_batch.images import image_key, pixels_or_failure
+from qvl_batch.rowset import Row
+from qvl_batch.sample import sample_columns
 from qvl_batch.schema import Failure
 from qvl_batch.source import FAILURE, IMAGE, OWN, failure_columns, failures_of, with_columns
 
@@ -23,10 +27,12 @@ PIXELS, IMAGE_KEY = f"{OWN}pixels", f"{OWN}image_key"
 SECONDS = 120.0
 
 
-def prepare(table: pa.Table, image_size: int, fit: Fit) -> pa.Table:
+def prepare(table: pa.Table, image_size: int, fit: Fit, sample: frozenset[Row] = frozenset()) -> pa.Table:
     """Decode and fit images: the column `IMAGE` becomes `PIXELS`, uint8 (size, size, 3) as bytes, and
-    `IMAGE_KEY`. An image that the table has several times is decoded once.
+    `IMAGE_KEY`. An image that the table has several times is decoded once. Rows of the sample get what
+    is shown of them.
     """
+    began = time.perf_counter()
     failures = failures_of(table)
     keys: list[bytes | None] = []
     fitted: dict[bytes, NDArray[np.uint8] | Failure] = {}
@@ -45,7 +51,9 @@ def prepare(table: pa.Table, image_size: int, fit: Fit) -> pa.Table:
         ),
         IMAGE_KEY: pa.array(keys, pa.binary()),
         **failure_columns([row if isinstance(row, Failure) else None for row in results]),
+        **sample_columns(table, results, sample),
     }
+    columns |= seconds_column("image", time.perf_counter() - began, table.num_rows)
     return with_columns(table.drop_columns([IMAGE, *FAILURE]), columns)
 
 

@@ -1,11 +1,11 @@
-"""What a person sees of a job: a line while it runs, a summary at its end, and `_run.json`."""
+"""What a person sees of a job: a line while it runs, a summary at its end, and the record `_run.json`."""
 
 import importlib.metadata
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,15 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from qvl_batch.bundle import Bundle
+from qvl_batch.busy import Stage, advice
+from qvl_batch.config import CaptionConfig
 from qvl_batch.sink import Tally
+from qvl_batch.source import Source
 
 #: Without a terminal, progress is a line every so many seconds.
 SECONDS_PER_LINE = 10.0
+MILLION, HOUR = 1_000_000, 3600
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +30,8 @@ class Report:
 
     `seconds` is the time from the start of the pipeline to the last answer written. The first
     `workers_seconds` of it went until an image entered the vision graph, most of it on starting
-    workers; `startup_seconds` went before it, most of it on starting Ray.
+    workers; `startup_seconds` went before it, most of it on starting Ray. `sample` is rows to show,
+    and `details` whatever else the record has of this run.
     """
 
     output: Path
@@ -34,6 +40,10 @@ class Report:
     seconds: float = 0.0
     startup_seconds: float = 0.0
     workers_seconds: float = 0.0
+    price_per_hour: float | None = None
+    stages: Mapping[str, Stage] = field(default_factory=dict)
+    sample: Sequence[dict[str, Any]] = ()
+    details: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -57,6 +67,23 @@ class Report:
         seconds = self.seconds - self.workers_seconds
         return self.tally.rows / seconds if seconds > 0 else 0.0
 
+    @property
+    def hours_per_million(self) -> float | None:
+        """Hours that a million images take at the steady rate."""
+        rate = self.steady_images_per_second
+        return MILLION / rate / HOUR if rate else None
+
+    @property
+    def cost_per_million(self) -> float | None:
+        """What they cost, if there is a price."""
+        hours, price = self.hours_per_million, self.price_per_hour
+        return None if hours is None or price is None else hours * price
+
+    @property
+    def busy(self) -> dict[str, float]:
+        """Share of its time that each stage was busy."""
+        return {name: stage.busy for name, stage in self.stages.items()}
+
     def record(self) -> dict[str, Any]:
         """Contents of `_run.json`: counts are of all answers, times and speeds of this run."""
         total = self.total
@@ -74,6 +101,12 @@ class Report:
             "images_per_second": round(self.images_per_second, 3),
             "steady_images_per_second": round(self.steady_images_per_second, 3),
             "tokens_per_second": round(self.tokens_per_second, 3),
+            "hours_per_million": _rounded(self.hours_per_million),
+            "price_per_hour": self.price_per_hour,
+            "cost_per_million": _rounded(self.cost_per_million),
+            "stages": {name: stage.record(self.tally.rows) for name, stage in self.stages.items()},
+            "advice": advice(self.busy),
+            **self.details,
             "output": str(self.output),
             **self.settings,
         }
@@ -88,13 +121,53 @@ class Report:
             f"errors    {failed:,}",
             *(f"          {count:,} {kind}" for kind, count in total.errors.most_common()),
         ]
-        if self.tally.rows:
-            lines += [
-                f"speed     {self.images_per_second:.2f} images/s, {self.tokens_per_second:.1f} tokens/s",
-                f"time      {self.seconds:.1f} s, {self.workers_seconds:.1f} s of it to start workers",
-                f"          {self.startup_seconds:.1f} s before it to start Ray",
-            ]
-        return "\n".join([*lines, f"answers   {self.output}"])
+        return "\n".join([*lines, *(self._speeds() if self.tally.rows else []), f"answers   {self.output}"])
+
+    def _speeds(self) -> list[str]:
+        """Lines on this run."""
+        lines = [
+            f"speed     {self.images_per_second:.2f} images/s, {self.tokens_per_second:.1f} tokens/s",
+            f"time      {self.seconds:.1f} s, {self.workers_seconds:.1f} s of it to start workers",
+            f"          {self.startup_seconds:.1f} s before it to start Ray",
+        ]
+        if self.stages:
+            lines += ["busy      " + ", ".join(f"{name} {share:.0%}" for name, share in self.busy.items())]
+        if (hours := self.hours_per_million) is not None:
+            cost = self.cost_per_million
+            price = "" if cost is None else f", {cost:,.2f} at {self.price_per_hour:,.2f} an hour"
+            lines += [f"million   {hours:,.1f} hours{price}"]
+        return lines
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 3)
+
+
+def recorded_settings(config: CaptionConfig, source: Source, bundle: Bundle, device: str) -> dict[str, Any]:
+    """What the answers depend on, and what their speed does."""
+    packages = ("qvl-batch", "ray", "onnxruntime-gpu", "onnxruntime", "tokenizers", "pyarrow", "pillow")
+    return {
+        "bundle": {
+            "path": str(bundle.path),
+            "sha256": bundle.sha256,
+            "source": asdict(bundle.manifest.source),
+            "dtype": bundle.manifest.dtype,
+        },
+        "decoding": {
+            "method": "greedy",
+            "repetition_penalty": bundle.manifest.generation.repetition_penalty,
+            "eos_token_ids": bundle.manifest.generation.eos_token_ids,
+            "max_new_tokens": config.max_new_tokens,
+            "allow_repetition": config.allow_repetition,
+            "system_prompt": bundle.manifest.system_prompt,
+            "prompt": config.prompt,
+        },
+        "fit": config.fit,
+        "files": len(source.files),
+        "limit": config.limit,
+        "device": device,
+        "versions": installed_versions(packages),
+    }
 
 
 def installed_versions(packages: Iterable[str]) -> dict[str, str]:

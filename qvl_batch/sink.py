@@ -122,13 +122,15 @@ class AnswerWriter:
         self._waiting: list[pa.Table] = []
         self._last_write = time.monotonic()
 
-    def add(self, table: pa.Table) -> None:
-        """Take answers: columns of the schema, and `FILE` and `ROW`, in any order of rows."""
+    def add(self, table: pa.Table) -> Tally:
+        """Take answers: columns of the schema, and `FILE` and `ROW`, in any order of rows. Their counts."""
         self._waiting.append(table)
-        self.tally += Tally.of(table)
+        tally = Tally.of(table)
+        self.tally += tally
         full = sum(part.num_rows for part in self._waiting) >= ROWS_PER_FILE
         if full or time.monotonic() - self._last_write > SECONDS_PER_FILE:
             self.flush()
+        return tally
 
     def flush(self) -> None:
         """Write what has arrived, in the order of the input: to one file, or where it replaces errors."""

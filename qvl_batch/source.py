@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from qvl_batch.config import CaptionConfig
 from qvl_batch.errors import InputError
-from qvl_batch.rowset import Row, RowSet, Span
+from qvl_batch.rowset import PIECE, Row, RowSet, Span
 from qvl_batch.schema import Failure, InputColumns, input_columns
 
 #: Columns of the pipeline's own, next to the user's, have this prefix.
@@ -80,6 +80,12 @@ class Source:
     def without(self, done: RowSet) -> "Source":
         """The source less those rows, of which it keeps no copy."""
         return replace(self, done=done)
+
+    def spans(self) -> Iterator[tuple[int, Span]]:
+        """Rows to read, in order: number of a file, and rows of it that follow each other."""
+        for file, rows in enumerate(self.wanted):
+            for at in range(0, rows, PIECE):
+                yield from ((file, span) for span in self.done.missing(file, at, min(at + PIECE, rows)))
 
     def units(self) -> Iterator[Unit]:
         """What there is to read, in order. A hundred million rows may be a million row groups, so no list of them

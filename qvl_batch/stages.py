@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from qvl_batch.answerer import Answerer, Question
 from qvl_batch.bundle import Bundle
+from qvl_batch.busy import seconds_column
 from qvl_batch.features import ImageFeatures, Pixels
 from qvl_batch.prepare import IMAGE_KEY, PIXELS
 from qvl_batch.schema import ANSWER_FIELDS, Failure
@@ -75,6 +76,7 @@ class VisionStage:
         table = table.drop_columns([PIXELS, *FAILURE])
         worker = pa.array([self._name] * table.num_rows, pa.string())
         added = {FEATURES: pa.array(features, pa.large_binary()), STARTED: started, WORKERS["vision"]: worker}
+        added |= seconds_column("vision", self._features.clock.take(), table.num_rows)
         return with_columns(table, added | failure_columns(failed))
 
 
@@ -109,4 +111,6 @@ class DecodeStage:
         answers = [answer.record() for answer in self._answerer.answer(questions, self._max_new_tokens)]
         columns = {f.name: pa.array([answer[f.name] for answer in answers], f.type) for f in ANSWER_FIELDS}
         columns[WORKERS["decoder"]] = pa.array([self._name] * table.num_rows, pa.string())
+        for work, clock in self._answerer.clocks.items():
+            columns |= seconds_column(work, clock.take(), table.num_rows)
         return with_columns(table.drop_columns([FEATURES, PROMPT, IMAGE_KEY, *FAILURE]), columns)

@@ -1,5 +1,6 @@
 """What the tests share: the tiny checkpoint, its bundle, and a Ray folder of their own."""
 
+import os
 import shutil
 import sys
 import tempfile
@@ -7,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from selenium import webdriver
 
 from export.checkpoint import Checkpoint, load_checkpoint
 from export.package import ExportConfig, export_bundle
@@ -34,6 +36,23 @@ def tiny_checkpoint() -> Checkpoint:
     return load_checkpoint(TINY)
 
 
+@pytest.fixture(scope="session")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
+    """A browser without a window."""
+    program, service = shutil.which("chromium"), shutil.which("chromedriver")
+    if program is None or service is None:
+        pytest.skip("chromium and chromedriver are not installed (Debian: apt-get install chromium chromium-driver)")
+    options = webdriver.ChromeOptions()
+    options.binary_location = program
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
+        options.add_argument(argument)
+    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('chromium')}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options, webdriver.ChromeService(service, env={**os.environ, "LC_ALL": "C.UTF-8"}))
+    yield driver
+    driver.quit()
+
+
 @pytest.fixture
 def copied_bundle(tiny_bundle: Bundle, tmp_path: Path) -> Path:
     """A copy of the bundle to damage."""
@@ -43,8 +62,6 @@ def copied_bundle(tiny_bundle: Bundle, tmp_path: Path) -> Path:
 @pytest.fixture
 def ray_env() -> Iterator[dict[str, str]]:
     """Environment for a job of its own: a short folder, since sockets' paths may not be long."""
-    import os  # noqa: PLC0415
-
     folder = tempfile.mkdtemp(prefix="qvl")
     env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     yield env | {"RAY_TMPDIR": folder}

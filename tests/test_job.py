@@ -1,7 +1,9 @@
 """The job as a user runs it: a process of its own, Ray and all."""
 
+import html
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -32,6 +34,18 @@ def _caption(env, *options, check=True):
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=check, timeout=240)
 
 
+def _shown(folder):
+    """Figures of a job, and the rows of its page: id, prompt, answer, and whether there is an image."""
+    page = (folder / "report.html").read_text()
+    rows = []
+    for card in page.split("<article")[1:]:
+        texts = [
+            re.search(rf'<p class="{name}"[^>]*>(.*?)</p>', card, re.DOTALL) for name in ("id", "prompt", "answer")
+        ]
+        rows.append((*(html.unescape(text[1]) if text else None for text in texts), "data:image/jpeg" in card))
+    return json.loads((folder / "_run.json").read_text()), page, rows
+
+
 def _answers(folder):
     table = pa.concat_tables([pq.read_table(path) for path in sorted(folder.glob("part-*.parquet"))])
     return sorted(table.to_pylist(), key=lambda row: str(row["id"]))
@@ -45,8 +59,9 @@ def demo():
 def test_the_demo_is_answered_right_and_as_pytorch_answers_it(tiny_bundle, tiny_checkpoint, demo, ray_env, tmp_path):
     output = tmp_path / "answers"
     result = _caption(
-        ray_env, "--bundle", tiny_bundle.path, "--input", QUESTIONS, "--output", output, "--keep-columns", "expected"
-    )
+        ray_env, "--bundle", tiny_bundle.path, "--input", QUESTIONS, "--output", output, "--keep-columns", "expected",
+        "--price-per-hour", 1.5,
+    )  # fmt: skip
     rows = _answers(output)
     assert list(rows[0]) == ["id", "expected", *ANSWER_COLUMNS]
     assert [row["id"] for row in rows] == [row["id"] for row in demo]
@@ -56,7 +71,7 @@ def test_the_demo_is_answered_right_and_as_pytorch_answers_it(tiny_bundle, tiny_
     assert right >= 0.95 * len(rows)
     assert {row["finish_reason"] for row in rows} == {"stop"}
 
-    run = json.loads((output / "_run.json").read_text())
+    run, page, shown = _shown(output)
     assert (run["rows"], run["finish_reasons"], run["errors"]) == (64, {"stop": 64}, {})
     assert run["answer_tokens"] == sum(row["answer_tokens"] for row in rows)
     assert run["bundle"]["sha256"] == tiny_bundle.sha256
@@ -64,6 +79,22 @@ def test_the_demo_is_answered_right_and_as_pytorch_answers_it(tiny_bundle, tiny_
     for line in ("rows      64 (64 stop)", "errors    0", f"answers   {output}"):
         assert line in result.stdout
     assert "images/s" in result.stderr
+
+    assert set(run["stages"]) == {"read", "image", "vision", "decoder"}
+    for stage in run["stages"].values():
+        assert stage["seconds"] > 0
+        assert 0 < stage["busy"] <= 1
+    parts = run["stages"]["decoder"]["parts"].values()
+    assert sum(part["seconds"] for part in parts) == pytest.approx(run["stages"]["decoder"]["seconds"], abs=0.01)
+    assert [sum(run["timeline"][name]) for name in ("rows", "answer_tokens", "errors")] == [64, run["answer_tokens"], 0]
+    hours = 1e6 / run["steady_images_per_second"] / 3600
+    assert (run["hours_per_million"], run["cost_per_million"]) == pytest.approx((hours, 1.5 * hours), rel=1e-3)
+    for line in ("busy      read ", "million   "):
+        assert line in result.stdout
+    assert "✓ All 64 rows answered" in page
+    given = {row["id"]: (row["prompt"], answer["answer"]) for row, answer in zip(demo, rows, strict=True)}
+    assert len({id_ for id_, *_ in shown}) == 24
+    assert all((prompt, answer) == given[id_] and image for id_, prompt, answer, image in shown)
 
 
 def test_rows_that_fail_say_why_and_the_others_are_answered(tiny_bundle, demo, ray_env, tmp_path):
@@ -92,6 +123,20 @@ def test_rows_that_fail_say_why_and_the_others_are_answered(tiny_bundle, demo, r
     assert rows[6]["prompt_tokens"] > 600
     assert "errors    5\n          3 image: ImageError\n          2 layout: PromptError" in result.stdout
 
+    run, page, shown = _shown(tmp_path / "out")
+    assert {kind: len(each) for kind, each in run["error_examples"].items()} == run["errors"]
+    messages = {str(row["error_message"]) for row in rows if row["extra"] in failed}
+    assert {each["message"] for kind in run["error_examples"].values() for each in kind} == messages
+    assert all(html.escape(message, quote=False)[:30] in page for message in messages)
+    # All rows, in the order of the input; those whose prompt failed have an image.
+    assert [row[0] for row in shown] == [str(row["id"]) for row in rows]
+    assert [row[2] for row in shown] == [None if row["extra"] in failed else row["answer"] or "(empty)" for row in rows]
+    assert [row[3] for row in shown] == [row["extra"] not in (1, 2, 3) for row in rows]
+    assert shown[5][1] == ("word " * 2000)[:1000] + "…"
+    assert "7 of 12 rows answered, 5 failed" in page
+    assert run["stages"]["vision"]["at_once"] == 2
+    assert run["stages"]["decoder"]["at_once"] == 2
+
 
 def test_an_empty_input_gives_an_empty_answer(tiny_bundle, demo, ray_env, tmp_path):
     pq.write_table(pa.Table.from_pylist(demo[:1]).slice(0, 0), tmp_path / "empty.parquet")
@@ -99,6 +144,7 @@ def test_an_empty_input_gives_an_empty_answer(tiny_bundle, demo, ray_env, tmp_pa
     (part,) = (tmp_path / "out").glob("part-*.parquet")
     assert pq.read_schema(part).names == ["id", *ANSWER_COLUMNS]
     assert json.loads((tmp_path / "out" / "_run.json").read_text())["rows"] == 0
+    assert "No rows to answer" in (tmp_path / "out" / "report.html").read_text()
 
 
 @pytest.mark.parametrize(
@@ -178,6 +224,7 @@ def test_a_job_that_is_stopped_keeps_its_answers_and_goes_on(sent, tiny_bundle, 
     last = rest.strip().splitlines()[-1]
     assert last == f"caption: stopped; {len(before)} of 128 rows are answered; the same command goes on"
     assert 0 < len(before) < 128
+    assert not {"_run.json", "report.html"} & {path.name for path in output.iterdir()}
 
     other = _caption(ray_env, *options, "--max-new-tokens", 9, check=False)
     assert (other.returncode, "with another --max-new-tokens (128 there, 9 now)" in other.stderr) == (1, True)
@@ -189,10 +236,18 @@ def test_a_job_that_is_stopped_keeps_its_answers_and_goes_on(sent, tiny_bundle, 
     answers = {row["id"]: row["answer"] for row in rows}
     assert all(answers[row["id"]] == row["answer"] for row in before)
     assert all(len({answers[f"{again}-{row['id']}"] for again in range(2)}) == 1 for row in demo)
-    assert json.loads((output / "_run.json").read_text())["rows"] == 128
-    result = _caption(ray_env, *options)
+    run, page, shown = _shown(output)
+    left = 128 - len(before)
+    assert (run["rows"], run["rows_of_this_run"], sum(run["timeline"]["rows"])) == (128, left, left)
+    assert f"{len(before)} rows had been answered by earlier runs" in page
+    ids = {row[0] for row in shown}
+    assert len(ids) == min(24, left)
+    assert not ids & {row["id"] for row in before}
+    written = {name: (output / name).read_bytes() for name in ("_run.json", "report.html")}
+    result = _caption(ray_env, *options, "--price-per-hour", 7)
     assert "resuming  128 rows are answered already, 0 are left" in result.stderr
     assert "workers" not in result.stderr
+    assert {name: (output / name).read_bytes() for name in written} == written
 
 
 def test_rows_added_to_the_input_are_answered_and_failed_ones_again(tiny_bundle, demo, ray_env, tmp_path):
@@ -231,7 +286,7 @@ def test_rows_that_end_their_workers_fail_and_the_job_goes_on(tiny_bundle, demo,
     rows[5]["image"] = {"bytes": rows[5]["image"]["bytes"] + POISON_IMAGE, "path": None}
     rows[13]["prompt"] = POISON_PROMPT
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
-    env = ray_env | {"PYTHONPATH": str(ROOT / "tests" / "poison")}
+    env = ray_env | {"PYTHONPATH": os.pathsep.join([str(ROOT / "tests" / "poison"), str(ROOT)])}
     options = ["--bundle", tiny_bundle.path, "--input", tmp_path / "rows.parquet", "--output", tmp_path / "out"]
     result = _caption(env, *options)
     answers = {row["id"]: row for row in _answers(tmp_path / "out")}

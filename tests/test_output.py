@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from qvl_batch.errors import OutputError
-from qvl_batch.output import JOB, LOCK, RUN, Job, OutputFolder
+from qvl_batch.output import JOB, LOCK, REPORT, RUN, Job, OutputFolder
 from qvl_batch.schema import ANSWER_FIELDS, ID, Answer, Failure
 from qvl_batch.sink import PARTIAL, AnswerWriter, PartRecord
 from qvl_batch.source import FILE, ROW, InputFile, with_columns
@@ -241,11 +241,43 @@ def test_an_input_without_rows_has_a_table_without_rows(tmp_path):
         with _open(tmp_path, empty) as folder:
             assert folder.done.count == 0
             folder.write_none()
-            folder.write_run({"rows": np.int64(0).item()})
+            folder.write_report({"rows": np.int64(0).item()}, "<p>none</p>")
     (part,) = tmp_path.glob("part-*")
     assert pq.read_table(part).schema.names == SCHEMA.names
     assert json.loads((tmp_path / RUN).read_text()) == {"rows": 0}
-    assert {path.name for path in tmp_path.iterdir()} == {part.name, JOB, RUN, LOCK}
+    assert {path.name for path in tmp_path.iterdir()} == {part.name, JOB, RUN, REPORT, LOCK}
+
+
+def test_a_report_is_of_the_answers_that_are_there_and_goes_with_them(tmp_path):
+    with _open(tmp_path) as folder:
+        assert not folder.reported()
+        _write(folder, _answers((1, 4)))
+    bins = {"seconds_per_bin": 0.25, "rows": [0, 1, 20], "shares": [0.5, -1e-3], "none": []}
+    record = {"rows": 1, "timeline": bins, "text": "[\n 1,\n 2\n]", "names": ["a", "b"]}
+    with _open(tmp_path) as folder:
+        assert not folder.reported()
+        # A folder whose name is no UTF-8 can be told all the same.
+        folder.write_report(record, "of /data/\udcff")
+        assert folder.reported()
+    assert (tmp_path / REPORT).read_bytes() == b"of /data/?"
+    assert json.loads((tmp_path / RUN).read_text()) == record
+    assert '"rows": [0, 1, 20],\n' in (tmp_path / RUN).read_text()
+    with _open(tmp_path) as folder:
+        assert folder.reported()
+        _write(folder, _answers((1, 3)))
+    # Its run was killed before it could write another.
+    with _open(tmp_path) as folder:
+        assert not folder.reported()
+    with _open(tmp_path, overwrite=True):
+        assert {path.name for path in tmp_path.iterdir()} == {JOB, LOCK}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_report_of_something_else_is_refused_and_kept(overwrite, tmp_path):
+    (tmp_path / REPORT).write_text("precious")
+    with pytest.raises(OutputError, match=r"report.html is of something else"), _open(tmp_path, overwrite=overwrite):
+        pass
+    assert (tmp_path / REPORT).read_text() == "precious"
 
 
 def test_a_disk_that_is_full_stops_the_job_with_a_line(tmp_path, monkeypatch):
@@ -256,6 +288,9 @@ def test_a_disk_that_is_full_stops_the_job_with_a_line(tmp_path, monkeypatch):
         monkeypatch.setattr("qvl_batch.sink.os.fsync", full)
         with pytest.raises(OutputError, match="cannot be written: No space left on device"):
             _write(folder, _answers((1, 4)))
+        with pytest.raises(OutputError, match="cannot be written: No space left on device"):
+            folder.write_report({"rows": 0}, "")
+    assert not (tmp_path / REPORT).exists()
     monkeypatch.undo()
     with _open(tmp_path) as folder:
         assert folder.done.count == 0

@@ -1,15 +1,13 @@
 """The report of a comparison in a real browser."""
 
-import os
 import shutil
-from urllib.request import pathname2url
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from browser import complaints, luminance, set_scheme, set_screen, show
 from conftest import QUESTIONS, TINY
 from faults import without_normalisation
-from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select
@@ -41,43 +39,12 @@ def outcome(tiny_bundle, tmp_path_factory):
     return compare(config)
 
 
-@pytest.fixture(scope="module")
-def chromium(tmp_path_factory):
-    programs = [shutil.which(name) for name in ("chromium", "chromedriver")]
-    if None in programs:
-        pytest.skip("chromium and chromedriver are not installed (Debian: apt-get install chromium chromium-driver)")
-    options = webdriver.ChromeOptions()
-    options.binary_location = programs[0]
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
-        options.add_argument(argument)
-    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('chromium')}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options, webdriver.ChromeService(programs[1], env={**os.environ, "LC_ALL": "C.UTF-8"}))
-    yield driver
-    driver.quit()
-
-
 @pytest.fixture
 def page(chromium, outcome):
-    """The report, just opened, on a screen of 1200 x 900, without a network."""
-    chromium.execute_cdp_cmd("Network.enable", {})
-    offline = {"offline": True, "latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
-    chromium.execute_cdp_cmd("Network.emulateNetworkConditions", offline)
-    _screen(chromium, 1200, 900)
-    _scheme(chromium, "light")
-    chromium.get("file://" + pathname2url(str(outcome.page.resolve())))
+    """The report, just opened."""
+    show(chromium, outcome.page)
     yield chromium
-    assert [entry for entry in chromium.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")] == []
-
-
-def _screen(driver, width, height):
-    metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
-    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-
-
-def _scheme(driver, scheme):
-    media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
-    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+    assert complaints(chromium) == []
 
 
 def _visible(driver):
@@ -171,18 +138,12 @@ def test_what_a_row_says_is_text(page):
 
 
 def test_the_page_fits_a_phone_and_the_dark(page, tmp_path):
-    def luminance(selector, name):
-        script = (
-            "return getComputedStyle(document.querySelector(arguments[0]))[arguments[1]].match(/[\\d.]+/g).map(Number)"
-        )
-        return sum(page.execute_script(script, selector, name)[:3])
-
-    assert luminance("body", "backgroundColor") > luminance("body", "color")
-    _scheme(page, "dark")
-    _screen(page, 390, 844)
+    assert luminance(page, "body", "backgroundColor") > luminance(page, "body", "color")
+    set_scheme(page, "dark")
+    set_screen(page, 390, 844)
     for selector in ("body", ".card", ".badge"):
         background = "body" if selector == "body" else selector
-        assert luminance(selector, "color") - luminance(background, "backgroundColor") > 250, selector
+        assert luminance(page, selector, "color") - luminance(page, background, "backgroundColor") > 250, selector
     assert page.execute_script("return document.documentElement.scrollWidth") <= 390
     picture = tmp_path / "phone.png"
     assert page.save_screenshot(str(picture))

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 
 import pytest
 from conftest import ROOT
@@ -105,6 +106,12 @@ def test_every_command_has_help(command):
     arguments = [sys.executable, *command, "--help"]
     result = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=True)
     assert "usage:" in result.stdout
+
+
+def test_what_the_worker_reads_is_installed_with_it():
+    installed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["qvl_batch"]
+    found = {path.name for path in (ROOT / "qvl_batch").iterdir() if path.is_file() and path.suffix != ".py"}
+    assert set(installed) == found > {"py.typed"}
 
 
 def test_the_notebook_example_runs(tiny_bundle, tmp_path, monkeypatch, capsys):

@@ -1,0 +1,180 @@
+"""What is said of a run is what happened, in bounded memory however long it lasts."""
+
+import math
+import random
+from collections import Counter
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from qvl_batch.arrivals import EXAMPLES, Arrivals
+from qvl_batch.busy import BUSY, Stage, seconds_column
+from qvl_batch.config import CaptionConfig
+from qvl_batch.errors import ConfigError
+from qvl_batch.plan import Plan
+from qvl_batch.report import Report
+from qvl_batch.rowset import RowSet
+from qvl_batch.sample import ASKED, CHARACTERS, ROWS, SIDE, THUMBNAIL, choose, sample_columns
+from qvl_batch.schema import ANSWER_FIELDS, ID, Answer, Failure
+from qvl_batch.sink import Tally
+from qvl_batch.source import FILE, PROMPT, ROW, Source
+from qvl_batch.stages import STARTED, WORKERS
+from qvl_batch.timeline import BINS, SECONDS, Timeline
+
+PLAN = Plan(
+    vision_workers=3, vision_threads=2, vision_cpus=1, decoder_workers=4, decoder_threads=1, decoder_cpus=1,
+    slots=8, slot_bytes=1, slots_in_memory=9, tasks_at_once=5,
+)  # fmt: skip
+
+
+def test_bins_are_few_and_keep_every_count_however_long_a_run():
+    timeline, chance = Timeline("rows", "errors"), random.Random(1)  # noqa: S311
+    events = sorted((chance.uniform(0, 10**6), chance.randrange(9)) for _ in range(5_000))
+    events = [(0.0, 3), (0.1, 4), *events]
+    for at, rows in events:
+        timeline.add(at, rows=rows, errors=rows % 2)
+        assert len(timeline.bins["rows"]) == len(timeline.bins["errors"]) <= BINS
+    width = timeline.seconds_per_bin
+    assert width == SECONDS * 2 ** math.ceil(math.log2(10**6 / SECONDS / BINS))
+    expected = [0] * (int(events[-1][0] / width) + 1)
+    for at, rows in events:
+        expected[int(at / width)] += rows
+    assert timeline.bins["rows"] == expected
+    assert sum(timeline.bins["errors"]) == sum(rows % 2 for _, rows in events)
+    assert timeline.record() == {"seconds_per_bin": width, **timeline.bins}
+
+
+def test_a_jump_over_many_doublings_loses_nothing():
+    timeline = Timeline("rows")
+    timeline.add(1.0, rows=5)
+    timeline.add(1e9, rows=7)
+    assert timeline.bins["rows"][0] == 5
+    assert sum(timeline.bins["rows"]) == 12
+    assert len(timeline.bins["rows"]) <= BINS
+
+
+def _source(*left):
+    """A source of files of so many rows, of which only some are left."""
+    files = tuple(rows for rows, _ in left)
+    done = RowSet(files)
+    for file, (rows, each) in enumerate(left):
+        done.add(file, 0, rows)
+        for row in each:
+            done.remove(file, row)
+    return Source((), None, (), files, done)
+
+
+def test_the_sample_is_of_rows_that_are_left_and_always_the_same():
+    source = _source((500, [*range(5, 9), *range(20, 420)]), (3, []), (3, [0]), (700, range(100, 700)))
+    left = {(0, row) for row in [*range(5, 9), *range(20, 420)]} | {(2, 0)} | {(3, row) for row in range(100, 700)}
+    sample = choose(source)
+    assert len(sample) == ROWS
+    assert sample <= left
+    assert {file for file, _ in sample} >= {0, 3}
+    assert choose(source) == sample
+    small = _source((4, [2, 3]), (9, [8]))
+    assert choose(small) == {(0, 2), (0, 3), (1, 8)}
+    assert choose(_source()) == frozenset()
+
+
+def test_only_the_sample_has_small_thumbnails_and_short_prompts():
+    pixels = [np.random.default_rng(0).integers(0, 255, (672, 672, 3), np.uint8)] * 3 + [Failure("image", "E", "m")]
+    table = pa.table({FILE: [0] * 4, ROW: range(4), PROMPT: pa.array(["x" * 100_000, "b", None, "d"])})
+    columns = sample_columns(table, pixels, frozenset({(0, 0), (0, 2), (0, 3), (9, 1)}))
+    thumbnails = columns[THUMBNAIL].to_pylist()
+    assert [value is not None for value in thumbnails] == [True, False, True, False]
+    assert thumbnails[0][:2] == b"\xff\xd8"
+    assert len(thumbnails[0]) < 3 * SIDE**2 / 3
+    assert columns[ASKED].to_pylist() == ["x" * CHARACTERS + "…", None, None, "d"]
+
+
+def _table(first, answers, started=1e12):
+    """A table of answers to rows `first`, ... of file 0, as it comes to the driver."""
+    rows = len(answers)
+    columns = {FILE: [0] * rows, ROW: range(first, first + rows), ID: [f"row-{first + i}" for i in range(rows)]}
+    columns |= {f.name: pa.array([answer.record()[f.name] for answer in answers], f.type) for f in ANSWER_FIELDS}
+    columns |= {STARTED: [started] * rows, THUMBNAIL: [b"jpeg"] * rows, ASKED: ["why?"] * rows}
+    columns |= {column: [stage] * rows for stage, column in WORKERS.items()}
+    columns |= {n: c for at, work in enumerate(BUSY) for n, c in seconds_column(work, at + 1.0, rows).items()}
+    return pa.table(columns)
+
+
+def _arrived(arrivals, *tables):
+    for table in tables:
+        arrivals.add(table, Tally.of(table))
+    return arrivals
+
+
+YES, NO = Answer("yes", "stop", 9, 2), Answer.failed(Failure("image", "ImageError", "m" * 5_000))
+
+
+def test_the_driver_keeps_the_sample_and_a_few_errors_of_each_kind():
+    sample = frozenset({(0, 3), (0, 12), (0, 99)})
+    other = Answer.failed(Failure("layout", "PromptError", "no"))
+    arrivals = _arrived(
+        Arrivals(sample), _table(10, [YES, other, NO]), *(_table(at, [NO, YES]) for at in range(0, 10, 2))
+    )
+    assert [(row["id"], row["finish_reason"]) for row in arrivals.rows] == [("row-3", "stop"), ("row-12", "error")]
+    assert arrivals.rows[0]["prompt"] == "why?"
+    assert {kind: len(each) for kind, each in arrivals.examples.items()} == {
+        "image: ImageError": EXAMPLES, "layout: PromptError": 1
+    }  # fmt: skip
+    assert arrivals.examples["layout: PromptError"] == [{"id": "row-11", "message": "no"}]
+    assert all(len(each["message"]) == CHARACTERS + 1 for each in arrivals.examples["image: ImageError"])
+    assert sum(arrivals.timeline.bins["rows"]) == 13
+    assert sum(arrivals.timeline.bins["errors"]) == 7
+    assert sum(arrivals.timeline.bins["answer_tokens"]) == 12
+    assert arrivals.workers == {stage: {stage: 13} for stage in WORKERS}
+
+
+def test_the_stages_of_a_run_have_their_work_and_their_time():
+    arrivals = Arrivals(frozenset())
+    _arrived(arrivals, _table(0, [YES] * 3, started=arrivals.began + 50), _table(3, [YES], started=arrivals.began + 20))
+    assert arrivals.seconds_to_first_image == pytest.approx(20)
+    stages = arrivals.stages(PLAN, 120.0)
+    found = {name: (stage.seconds, stage.at_once, round(stage.duration, 3)) for name, stage in stages.items()}
+    assert found == {
+        "read": (2.0, 5, 120.0), "image": (4.0, 5, 120.0), "vision": (6.0, 6, 100.0), "decoder": (18.0, 4, 100.0)
+    }  # fmt: skip
+    assert stages["decoder"].parts == {"prefill": 8.0, "decode": 10.0}
+    # No image was good enough for the graph to begin with: nothing can be said, and nothing fails.
+    assert Arrivals(frozenset()).stages(PLAN, 5.0)["vision"].busy == 0.0
+
+
+def _report(**changes):
+    tally = Tally(rows=3_600, answer_tokens=9, finish_reasons=Counter(stop=3_600))
+    stages = {
+        "vision": Stage({"vision": 900.0}, 1, 1_000.0),
+        "decoder": Stage({"prefill": 1.0, "decode": 2.0}, 1, 30.0),
+    }
+    told = {"tally": tally, "seconds": 1_100.0, "workers_seconds": 100.0, "stages": stages}
+    return Report("out", Tally(), **(told | changes))
+
+
+def test_time_and_price_of_a_million_images_are_those_of_the_steady_rate():
+    report = _report(price_per_hour=2.5)
+    assert report.steady_images_per_second == 3.6
+    assert report.hours_per_million == pytest.approx(1e6 / 3.6 / 3600)
+    assert report.cost_per_million == pytest.approx(2.5 * 1e6 / 3.6 / 3600)
+    assert "million   77.2 hours, 192.90 at 2.50 an hour" in str(report)
+    assert "busy      vision 90%, decoder 10%" in str(report)
+    record = report.record()
+    assert (record["hours_per_million"], record["price_per_hour"], record["cost_per_million"]) == (77.16, 2.5, 192.901)
+    assert record["stages"]["vision"]["busy"] == 0.9
+    assert record["advice"].startswith("Vision is what the job waits for")
+
+
+def test_without_a_price_or_without_rows_nothing_is_made_up():
+    free = _report()
+    assert (free.cost_per_million, "million   77.2 hours\n" in str(free)) == (None, True)
+    assert _report(price_per_hour=0.0).cost_per_million == 0.0
+    none = Report("out", Tally(rows=5), price_per_hour=1.0)
+    assert (none.hours_per_million, none.cost_per_million, none.record()["stages"]) == (None, None, {})
+    assert not {"busy", "million"} & set(str(none).split())
+
+
+@pytest.mark.parametrize("price", [-0.01, math.nan, math.inf, -math.inf])
+def test_a_price_is_a_number_from_0_on(price, tmp_path):
+    with pytest.raises(ConfigError, match="--price-per-hour must be a number from 0 on, not"):
+        CaptionConfig(bundle=tmp_path, input=("x",), output=tmp_path, price_per_hour=price)
