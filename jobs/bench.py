@@ -276,7 +276,7 @@ def _processor() -> str:
 
 
 def _rows(config: BenchConfig) -> Rows:
-    settings = CaptionConfig(bundle=config.bundle, input=(str(config.input),), output=Path())
+    settings = CaptionConfig(bundle=config.bundle, input=(str(config.input),), output="")
     source = open_source(settings)
     tables = (
         table for unit in source.units() for table in read_unit(unit, source.columns, None, config.rows, Fetcher(()))

@@ -5,31 +5,32 @@ python jobs/show.py ANSWERS [--rows 20]
 
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import tyro
 from rich.console import Console
 from rich.table import Table
 
-from qvl_batch.sink import PARTS
+from qvl_batch.errors import ConfigError
+from qvl_batch.folder import folder_at
+from qvl_batch.sink import PARTS, read_part
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShowConfig:
     """Print some answers of a folder, and how many match what was expected."""
 
-    answers: Annotated[Path, tyro.conf.Positional]
-    """Folder that `jobs/caption.py` wrote."""
+    answers: Annotated[str, tyro.conf.Positional]
+    """Folder that `jobs/caption.py` wrote, or its address."""
     rows: int = 20
     """Rows to print."""
 
 
 def show(config: ShowConfig, console: Console) -> None:
     """Print a table and a line of counts."""
-    rows = [row for path in sorted(config.answers.glob(PARTS)) for row in pq.read_table(path).to_pylist()]
+    folder = folder_at(config.answers)
+    rows = [row for name in folder.names(PARTS) for row in read_part(folder, name).to_pylist()]
     judged = [row for row in rows if row.get("expected") is not None]
     table = Table("id", "prompt", "answer", *(["expected", ""] if judged else []))
     for row in rows[: config.rows]:
@@ -52,12 +53,12 @@ def _cells(row: dict[str, Any], *, judged: bool) -> list[str]:
 def main() -> int:
     """Run the command."""
     config = tyro.cli(ShowConfig)
-    if not any(config.answers.glob(PARTS)):
-        print(f"show: {config.answers} holds no answers", file=sys.stderr)
-        return 1
     try:
+        if not folder_at(config.answers).names(PARTS):
+            print(f"show: {config.answers} holds no answers", file=sys.stderr)
+            return 1
         show(config, Console())
-    except (OSError, ValueError, pa.ArrowException) as error:
+    except (OSError, ValueError, pa.ArrowException, ConfigError) as error:
         print(f"show: {config.answers} cannot be read: {error}", file=sys.stderr)
         return 1
     return 0

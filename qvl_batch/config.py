@@ -25,8 +25,8 @@ class CaptionConfig:
     """Folder of the bundle that `python -m export` made. Every node must see it at this path."""
     input: tuple[str, ...]
     """Parquet files, folders of them, or globs."""
-    output: Path
-    """Folder for the answers, on the machine that runs this script."""
+    output: str
+    """Folder for the answers, on the machine that runs this script, or an address: s3://... or gs://..."""
     prompt: str | None = None
     """Ask this of every image; the prompt column is then not read."""
     id_column: str = "id"

@@ -4,7 +4,7 @@
     DIR/_job.json        what the answers depend on: bundle, settings, input files in order of number
     DIR/_run.json        figures of the last run that came to its end, if there was anything left for it to do
     DIR/report.html      the same as a page
-    DIR/_lock            locked by the job that is writing, if one is
+    DIR/_lock*           of the job that is writing, if one is
 
 A job that was stopped, or killed at any moment, is gone on with by the same command: rows that a
 part answers are done. There is nothing besides the parts that could be behind or ahead of them.
@@ -14,28 +14,26 @@ was done when a run succeeds, and a job resumed on two CPUs stood still. Here id
 rows are known by where they stand.
 """
 
-import fcntl
 import json
-import os
 import re
-import socket
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import IO, Any, Self
+from functools import partial
+from typing import Any, Self
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from qvl_batch.errors import OutputError
+from qvl_batch.folder import Folder
 from qvl_batch.rowset import Row, RowSet
-from qvl_batch.sink import PARTIAL, PARTS, PartRecord, Tally, write_part, write_whole
+from qvl_batch.sink import PARTS, PartRecord, Tally, cannot_write, read_part, write_part
 from qvl_batch.source import InputFile, rows_of, with_columns
 
-JOB, RUN, REPORT, LOCK = "_job.json", "_run.json", "report.html", "_lock"
+JOB, RUN, REPORT = "_job.json", "_run.json", "report.html"
 FORMAT = 1
 #: Footers that are read at a time: on a network's file system each waits.
 READERS = 16
@@ -54,38 +52,38 @@ class Job:
     files: tuple[InputFile, ...]
 
     @classmethod
-    def of(cls, output: Path) -> "Job | None":
+    def of(cls, folder: Folder) -> "Job | None":
         """The job whose answers a folder holds, None if it holds none.
 
         Raises:
             OutputError: there are answers, but nothing says whose.
         """
-        path = output / JOB
+        path = f"{folder}/{JOB}"
         try:
-            found = json.loads(path.read_text())
+            found = json.loads(folder.read(JOB))
             if found.pop("format") != FORMAT:
                 raise OutputError(f"{path} is of another version of qvl-batch; give another --output, or --overwrite")
             return cls(found["settings"], tuple(InputFile(**file) for file in found["files"]))
         except (FileNotFoundError, NotADirectoryError):
-            if next(output.glob(PARTS), None):
+            if folder.names(PARTS):
                 raise OutputError(
-                    f"{output} holds answers, and no {JOB} that says to what: give another --output, or --overwrite"
+                    f"{folder} holds answers, and no {JOB} that says to what: give another --output, or --overwrite"
                 ) from None
             return None
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise OutputError(f"{path} cannot be read: {error}; give another --output, or --overwrite") from error
 
-    def write(self, output: Path) -> None:
+    def write(self, folder: Folder) -> None:
         """Say in the folder whose it is."""
         record = {"format": FORMAT, "settings": self.settings, "files": [asdict(file) for file in self.files]}
-        write_whole(output / JOB, json.dumps(record, indent=1).encode() + b"\n")
+        folder.write(JOB, json.dumps(record, indent=1).encode() + b"\n")
 
 
 class OutputFolder:
-    """The folder of one job, locked as long as the context lasts.
+    """The folder of one job, held as long as the context lasts.
 
     Args:
-        path: of the folder; it need not exist.
+        folder: where; it need not exist.
         job: what is to be answered.
         schema: of the answers.
         overwrite: delete what the folder holds.
@@ -96,40 +94,39 @@ class OutputFolder:
             written to.
     """
 
-    def __init__(self, path: Path, job: Job, schema: pa.Schema, *, overwrite: bool, retry_errors: bool = False) -> None:
-        self.path, self.schema = path, schema
+    def __init__(
+        self, folder: Folder, job: Job, schema: pa.Schema, *, overwrite: bool, retry_errors: bool = False
+    ) -> None:
+        self.folder, self.schema = folder, schema
         self._job, self._overwrite, self._retry_errors = job, overwrite, retry_errors
         self.done = RowSet(file.rows for file in job.files)
         #: Rows to answer again, and the file that holds the error of each.
-        self.failed: dict[Row, Path] = {}
+        self.failed: dict[Row, str] = {}
         #: Counts of the answers that are there.
         self.tally = Tally()
-        self._lock: IO[str] | None = None
+        self._holding = ExitStack()
 
     def __enter__(self) -> Self:
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = _locked(self.path)
-            self._refuse_foreign_report()
-            if self._overwrite:
-                self._clear()
-            self._begin()
-            self._read_parts()
-        except BaseException as error:
-            self.__exit__()
-            if isinstance(error, OSError):
-                raise OutputError(f"{self.path} cannot be written: {error.strerror}") from error
-            raise
+            with ExitStack() as holding:
+                holding.enter_context(self.folder.held())
+                self._refuse_foreign_report()
+                if self._overwrite:
+                    self._clear()
+                self._begin()
+                self._read_parts()
+                self._holding = holding.pop_all()
+        except OSError as error:
+            raise cannot_write(self.folder, error) from error
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._lock is not None:
-            self._lock.close()
+        self._holding.close()
 
     def reported(self) -> bool:
         """Whether there is a `_run.json` of the answers that are there."""
         try:
-            return bool(json.loads((self.path / RUN).read_text())["rows"] == self.tally.rows)
+            return bool(json.loads(self.folder.read(RUN))["rows"] == self.tally.rows)
         except (OSError, ValueError, KeyError, TypeError):
             return False
 
@@ -144,41 +141,38 @@ class OutputFolder:
         text = re.sub(r"\[\n[\d\s.,-]+\]", lambda numbers: f"[{' '.join(numbers[0][1:-1].split())}]", text)
         try:
             # A path that is no UTF-8 may be named in it.
-            write_whole(self.path / REPORT, page.encode(errors="replace"))
-            write_whole(self.path / RUN, text.encode() + b"\n")
+            self.folder.write(REPORT, page.encode(errors="replace"))
+            self.folder.write(RUN, text.encode() + b"\n")
         except OSError as error:
-            raise OutputError(f"{self.path} cannot be written: {error.strerror}") from error
+            raise cannot_write(self.folder, error) from error
 
     def write_none(self) -> None:
         """No rows in, no rows out, but still a table that says so."""
-        write_part(self.path / "part-000000-000000000000.parquet", self.schema.empty_table(), {})
+        write_part(self.folder, "part-000000-000000000000.parquet", self.schema.empty_table(), {})
 
     def _refuse_foreign_report(self) -> None:
-        if (self.path / REPORT).exists() and not (self.path / JOB).exists():
-            raise OutputError(f"{self.path / REPORT} is of something else: delete it, or give another --output")
+        if self.folder.names(REPORT) and not self.folder.names(JOB):
+            raise OutputError(f"{self.folder}/{REPORT} is of something else: delete it, or give another --output")
 
     def _clear(self) -> None:
         # The report is known as the job's by what says whose the parts are. That goes before them: parts
         # alone are refused.
-        for name in (REPORT, JOB, RUN):
-            (self.path / name).unlink(missing_ok=True)
-        for part in self.path.glob(PARTS):
-            part.unlink()
+        for name in (REPORT, JOB, RUN, *self.folder.names(PARTS)):
+            self.folder.remove(name)
 
     def _begin(self) -> None:
-        """Make sure that the answers are this job's, and sweep up what a killed one left."""
-        held = Job.of(self.path)
+        """Make sure that the answers are this job's."""
+        held = Job.of(self.folder)
         if held is not None:
-            check_same_settings(self.path, "answers", held.settings, self._job.settings)
+            check_same_settings(self.folder, "answers", held.settings, self._job.settings)
             if held.files != self._job.files[: len(held.files)]:
-                raise OutputError(f"another job has just begun in {self.path}: try again")
-        for partial in self.path.glob(f"{PARTIAL}*"):
-            partial.unlink()
+                raise OutputError(f"another job has just begun in {self.folder}: try again")
         if held != self._job:
-            self._job.write(self.path)
+            self._job.write(self.folder)
 
     def _read_parts(self) -> None:
-        for path, record in _records(sorted(self.path.glob(PARTS))):
+        for name, record in _records(self.folder):
+            path = f"{self.folder}/{name}"
             try:
                 known = sum(self.done.add(file, *span) for file, each in record.rows.items() for span in each)
             except IndexError as error:
@@ -187,18 +181,18 @@ class OutputFolder:
                 raise OutputError(f"{path} answers {known:,} rows that another file answers too: delete one of them")
             self.tally += record.tally
             if self._retry_errors and record.tally.finish_reasons["error"]:
-                self._take_errors_out(path, record)
+                self._take_errors_out(name, record)
 
-    def _take_errors_out(self, path: Path, record: PartRecord) -> None:
-        answers = with_columns(pq.read_table(path), record.places())
+    def _take_errors_out(self, name: str, record: PartRecord) -> None:
+        answers = with_columns(read_part(self.folder, name), record.places())
         errors = answers.filter(pc.equal(answers["finish_reason"], "error"))
         self.tally -= Tally.of(errors)
         for place in rows_of(errors):
             self.done.remove(*place)
-            self.failed[place] = path
+            self.failed[place] = name
 
 
-def check_same_settings(output: Path, what: str, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+def check_same_settings(output: object, what: str, found: dict[str, Any], wanted: dict[str, Any]) -> None:
     """Refuse to mix results that depend on different settings.
 
     Raises:
@@ -212,31 +206,14 @@ def check_same_settings(output: Path, what: str, found: dict[str, Any], wanted: 
             )
 
 
-def _records(paths: Sequence[Path]) -> Iterator[tuple[Path, PartRecord]]:
+def _records(folder: Folder) -> Iterator[tuple[str, PartRecord]]:
     """What parts say of themselves, read a few at a time: those of a hundred million rows would take a gigabyte."""
+    names = folder.names(PARTS)
     with ThreadPoolExecutor(READERS) as pool:
-        for at in range(0, len(paths), 4 * READERS):
-            some = paths[at : at + 4 * READERS]
-            yield from zip(some, pool.map(PartRecord.read, some), strict=True)
+        for at in range(0, len(names), 4 * READERS):
+            some = names[at : at + 4 * READERS]
+            yield from zip(some, pool.map(partial(PartRecord.read, folder), some), strict=True)
 
 
 def _short(value: object) -> str:
     return textwrap.shorten(json.dumps(value), 80)
-
-
-def _locked(folder: Path) -> IO[str]:
-    """The folder's lock. The system takes it away when this process ends, however that happens."""
-    stream = (folder / LOCK).open("a+")
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        stream.seek(0)
-        holder = stream.read().strip() or "unknown"
-        stream.close()
-        raise OutputError(
-            f"another job is writing to {folder} ({holder}): wait for it, or give another --output"
-        ) from None
-    stream.truncate(0)
-    stream.write(f"process {os.getpid()} on {socket.gethostname()}")
-    stream.flush()
-    return stream

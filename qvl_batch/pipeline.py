@@ -35,6 +35,7 @@ from qvl_batch.busy import timed
 from qvl_batch.config import CaptionConfig
 from qvl_batch.errors import ConfigError, JobError
 from qvl_batch.fetch import Fetcher
+from qvl_batch.folder import folder_at
 from qvl_batch.output import Job, OutputFolder
 from qvl_batch.page import render
 from qvl_batch.plan import CALLS_PER_VISION_WORKER, ROWS_PER_BLOCK, TASK_CPUS, Plan, make_plan
@@ -84,23 +85,22 @@ def run(config: CaptionConfig, say: Callable[[str], None] = lambda _: None) -> R
         KeyboardInterrupt: stopped; the same. Its text says how far the job is.
     """
     began = time.time()
-    held = None if config.overwrite else Job.of(config.output)
+    output = folder_at(config.output)
+    held = None if config.overwrite else Job.of(output)
     source = open_source(config, held.files if held else ())
     bundle = Bundle.load(config.bundle)
     device = resolve_device(config.device)
     fetcher = Fetcher(config.allow_images_from)
     job = Job(_answers_depend_on(config, bundle), source.files)
     schema = source.columns.output_schema()
-    with OutputFolder(
-        config.output, job, schema, overwrite=config.overwrite, retry_errors=config.retry_errors
-    ) as folder:
+    with OutputFolder(output, job, schema, overwrite=config.overwrite, retry_errors=config.retry_errors) as folder:
         left = source.without(folder.done)
         say(f"input     {source.rows:,} rows in {len(source.files):,} files")
         if folder.tally.rows:
             say(f"resuming  {folder.tally.rows:,} rows are answered already, {left.rows:,} are left")
         say(f"bundle    {bundle.manifest.source.name}, {bundle.manifest.dtype}, decoder on {device}")
         settings = recorded_settings(config, source, bundle, device)
-        report = Report(folder.path, folder.tally, price_per_hour=config.price_per_hour, settings=settings)
+        report = Report(str(output), folder.tally, price_per_hour=config.price_per_hour, settings=settings)
         if left.rows:
             report = replace(report, startup_seconds=time.time() - began)
             report = _work(config, left, fetcher, bundle, folder, report, say)
@@ -130,7 +130,7 @@ def _work(
         arrivals = Arrivals(sample)
         try:
             with (
-                AnswerWriter(folder.path, folder.schema, folder.failed) as writer,
+                AnswerWriter(folder.folder, folder.schema, folder.failed) as writer,
                 progress_line(left.rows) as progress,
             ):
                 for table in _answers(config, left, sample, fetcher, bundle, plan):

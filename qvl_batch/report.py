@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -34,7 +33,7 @@ class Report:
     and `details` whatever else the record has of this run.
     """
 
-    output: Path
+    output: str
     before: Tally
     tally: Tally = field(default_factory=Tally)
     seconds: float = 0.0
@@ -107,7 +106,7 @@ class Report:
             "stages": {name: stage.record(self.tally.rows) for name, stage in self.stages.items()},
             "advice": advice(self.busy),
             **self.details,
-            "output": str(self.output),
+            "output": self.output,
             **self.settings,
         }
 

@@ -1,19 +1,16 @@
 """Answers to files, which appear only whole.
 
-A file is written under a temporary name, synced, and moved to its final name, which follows
-from the first of its rows. A reader never sees half a file. Its footer says which rows of the
-input it answers, so that answers and the record of them cannot differ, whatever was killed when.
+A file's name follows from the first of its rows. Its footer says which rows of the input it
+answers, so that answers and the record of them cannot differ, whatever was killed when.
 Only the driver writes: answers are small, and with one writer nothing is left behind that could
 write after the job has ended.
 """
 
 import json
-import os
 import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Self
 
 import numpy as np
@@ -22,6 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from qvl_batch.errors import OutputError
+from qvl_batch.folder import Folder
 from qvl_batch.rowset import Row, Span, spans
 from qvl_batch.source import FILE, ROW, rows_of, with_columns
 
@@ -31,7 +29,6 @@ FOOTER = b"qvl_batch"
 ROWS_PER_FILE = 1024
 #: Answers wait at most so long to be written: what a crash of the machine can cost.
 SECONDS_PER_FILE = 10.0
-PARTIAL = ".partial-"
 
 
 @dataclass(slots=True)
@@ -85,22 +82,23 @@ class PartRecord:
         return json.dumps({"rows": list(self.rows.items()), "tally": tally}).encode()
 
     @classmethod
-    def read(cls, path: Path) -> "PartRecord":
+    def read(cls, folder: Folder, name: str) -> "PartRecord":
         """Of a file.
 
         Raises:
             OutputError: it is no file of answers, or damaged.
         """
         try:
-            found = json.loads(pq.read_metadata(path).metadata[FOOTER])
+            with folder.open(name) as file:
+                found = json.loads(pq.read_metadata(file).metadata[FOOTER])
             rows = {int(file): [(int(start), int(stop)) for start, stop in each] for file, each in found["rows"]}
             counts = found["tally"]
-            for name in ("finish_reasons", "errors"):
-                counts[name] = Counter(counts[name])
+            for kind in ("finish_reasons", "errors"):
+                counts[kind] = Counter(counts[kind])
             return cls(rows, Tally(**counts))
         except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
             raise OutputError(
-                f"{path} is damaged, or no file of answers ({error}): delete it to answer its rows again"
+                f"{folder}/{name} is damaged, or no file of answers ({error}): delete it to answer its rows again"
             ) from error
 
 
@@ -110,15 +108,15 @@ class AnswerWriter:
     answers that have arrived are written.
 
     Args:
-        output: the folder.
+        folder: where to, held by this job.
         schema: of the files.
         failed: rows that are answered again, by number of their file and index, and the files that hold
             their errors: there the new answer takes the error's place.
     """
 
-    def __init__(self, output: Path, schema: pa.Schema, failed: Mapping[Row, Path] | None = None) -> None:
+    def __init__(self, folder: Folder, schema: pa.Schema, failed: Mapping[Row, str] | None = None) -> None:
         self.tally = Tally()
-        self._output, self._schema, self._failed = output, schema, failed or {}
+        self._folder, self._schema, self._failed = folder, schema, failed or {}
         self._waiting: list[pa.Table] = []
         self._last_write = time.monotonic()
 
@@ -136,31 +134,31 @@ class AnswerWriter:
         """Write what has arrived, in the order of the input: to one file, or where it replaces errors."""
         if self._waiting:
             table = _sorted(pa.concat_tables(self._waiting))
-            parts: dict[Path | None, list[int]] = {}
+            parts: dict[str | None, list[int]] = {}
             for index, place in enumerate(rows_of(table)):
                 parts.setdefault(self._failed.get(place), []).append(index)
-            for path, indices in parts.items():
+            for name, indices in parts.items():
                 answers = table.take(indices)
                 try:
-                    self._write_new(answers) if path is None else self._replace_errors(path, answers)
+                    self._write_new(answers) if name is None else self._replace_errors(name, answers)
                 except OSError as error:
-                    raise OutputError(f"{self._output} cannot be written: {error.strerror}") from error
+                    raise cannot_write(self._folder, error) from error
             self._waiting = []
         self._last_write = time.monotonic()
 
     def _write_new(self, answers: pa.Table) -> None:
         files, rows = answers[FILE].to_numpy(), answers[ROW].to_numpy()
         by_file = {int(file): spans(rows[files == file]) for file in np.unique(files)}
-        path = self._output / f"part-{files[0]:06d}-{rows[0]:012d}.parquet"
-        write_part(path, answers.select(self._schema.names).cast(self._schema), by_file)
+        name = f"part-{files[0]:06d}-{rows[0]:012d}.parquet"
+        write_part(self._folder, name, answers.select(self._schema.names).cast(self._schema), by_file)
 
-    def _replace_errors(self, path: Path, answers: pa.Table) -> None:
-        record = PartRecord.read(path)
-        held = with_columns(pq.read_table(path, schema=self._schema), record.places())
+    def _replace_errors(self, name: str, answers: pa.Table) -> None:
+        record = PartRecord.read(self._folder, name)
+        held = with_columns(read_part(self._folder, name).cast(self._schema), record.places())
         answered = set(rows_of(answers))
         kept = held.filter(pa.array([place not in answered for place in rows_of(held)]))
         table = _sorted(pa.concat_tables([kept, answers.select(kept.column_names).cast(kept.schema)]))
-        write_part(path, table.select(self._schema.names), record.rows)
+        write_part(self._folder, name, table.select(self._schema.names), record.rows)
 
     def __enter__(self) -> Self:
         return self
@@ -173,29 +171,24 @@ def _sorted(answers: pa.Table) -> pa.Table:
     return answers.sort_by([(FILE, "ascending"), (ROW, "ascending")])
 
 
-def write_part(path: Path, answers: pa.Table, rows: dict[int, list[Span]]) -> None:
+def read_part(folder: Folder, name: str) -> pa.Table:
+    """The answers of a file."""
+    return pq.read_table(pa.BufferReader(folder.read(name)))
+
+
+def write_part(folder: Folder, name: str, answers: pa.Table, rows: dict[int, list[Span]]) -> None:
     """Write answers to rows of the input, by number of their file."""
     footer = PartRecord(rows, Tally.of(answers)).footer()
-    write_table(path, answers.replace_schema_metadata({FOOTER: footer}))
+    folder.write(name, parquet(answers.replace_schema_metadata({FOOTER: footer})))
 
 
-def write_table(path: Path, table: pa.Table) -> None:
-    """Write a parquet file as `write_whole` does."""
+def parquet(table: pa.Table) -> bytes:
+    """A table as a parquet file."""
     buffer = pa.BufferOutputStream()
     pq.write_table(table, buffer, compression="zstd")
-    write_whole(path, buffer.getvalue())
+    return bytes(buffer.getvalue())
 
 
-def write_whole(path: Path, data: bytes | pa.Buffer) -> None:
-    """Write a file so that it is there whole or not at all, even if the machine stops."""
-    partial = path.with_name(f"{PARTIAL}{os.getpid()}-{path.name}")
-    with partial.open("wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.rename(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+def cannot_write(folder: Folder, error: OSError) -> OutputError:
+    """What to say of a folder that cannot be written to."""
+    return OutputError(f"{folder} cannot be written: {error.strerror or error}")

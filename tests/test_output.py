@@ -10,9 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from qvl_batch.errors import OutputError
-from qvl_batch.output import JOB, LOCK, REPORT, RUN, Job, OutputFolder
+from qvl_batch.folder import LOCK, PARTIAL, LocalFolder
+from qvl_batch.output import JOB, REPORT, RUN, Job, OutputFolder
 from qvl_batch.schema import ANSWER_FIELDS, ID, Answer, Failure
-from qvl_batch.sink import PARTIAL, AnswerWriter, PartRecord
+from qvl_batch.sink import AnswerWriter, PartRecord, read_part
 from qvl_batch.source import FILE, ROW, InputFile, with_columns
 
 FILES = (InputFile("/in/a.parquet", 10, 6), InputFile("/in/b.parquet", 20, 5))
@@ -21,7 +22,7 @@ SCHEMA = pa.schema([pa.field(ID, pa.int64()), *ANSWER_FIELDS])
 
 
 def _open(path, job=JOB_OF_FILES, *, overwrite=False, retry_errors=False):
-    return OutputFolder(path, job, SCHEMA, overwrite=overwrite, retry_errors=retry_errors)
+    return OutputFolder(LocalFolder(path), job, SCHEMA, overwrite=overwrite, retry_errors=retry_errors)
 
 
 def _answers(*rows):
@@ -33,7 +34,7 @@ def _answers(*rows):
 
 
 def _write(folder, *tables):
-    with AnswerWriter(folder.path, SCHEMA) as writer:
+    with AnswerWriter(folder.folder, SCHEMA) as writer:
         for table in tables:
             writer.add(table)
 
@@ -70,11 +71,14 @@ def test_files_that_were_added_are_work_left(tmp_path):
     with _open(tmp_path, more) as folder:
         assert folder.done.missing(2, 0, 2) == [(0, 2)]
         assert folder.done.missing(1, 0, 5) == [(0, 4)]
-    assert Job.of(tmp_path) == more
+    assert Job.of(LocalFolder(tmp_path)) == more
 
 
 def _rows(path):
-    tables = [with_columns(pq.read_table(part), PartRecord.read(part).places()) for part in sorted(path.glob("part-*"))]
+    folder = LocalFolder(path)
+    tables = [
+        with_columns(read_part(folder, name), PartRecord.read(folder, name).places()) for name in folder.names("part-*")
+    ]
     return {(row[FILE], row[ROW]): row["finish_reason"] for table in tables for row in table.to_pylist()}
 
 
@@ -87,7 +91,7 @@ def test_rows_that_failed_are_answered_again_in_their_place(tmp_path):
         assert _left(folder) == [(0, (0, 1)), (0, (2, 3)), (0, (4, 5)), (1, (0, 1)), (1, (2, 3)), (1, (4, 5))]
         assert folder.tally.finish_reasons == {"stop": 5}
         assert folder.tally.rows == folder.done.count == 5
-        with AnswerWriter(folder.path, SCHEMA, folder.failed) as writer:
+        with AnswerWriter(folder.folder, SCHEMA, folder.failed) as writer:
             again = _answers((0, 2), (1, 2), (0, 0), (1, 0))
             right = pa.array(["yes", None, "yes", None]), pa.array(["stop", "error", "stop", "error"])
             for name, column in zip(("answer", "finish_reason"), right, strict=True):
@@ -106,7 +110,7 @@ def test_rows_that_failed_are_answered_again_in_their_place(tmp_path):
         assert folder.failed == {}
     for path in tmp_path.glob("part-*"):
         table = pq.read_table(path)
-        assert table["id"].to_pylist() == PartRecord.read(path).places()[ROW].to_pylist()
+        assert table["id"].to_pylist() == PartRecord.read(LocalFolder(path.parent), path.name).places()[ROW].to_pylist()
 
 
 @pytest.mark.parametrize(
@@ -136,7 +140,7 @@ def test_answers_of_another_job_are_not_added_to(settings, message, tmp_path):
 def test_answers_without_a_job_are_refused_and_kept(tmp_path):
     (tmp_path / "part-000000-000000000000.parquet").write_bytes(b"precious")
     with pytest.raises(OutputError, match=r"no _job.json that says to what: give another --output, or --overwrite"):
-        Job.of(tmp_path)
+        Job.of(LocalFolder(tmp_path))
     with pytest.raises(OutputError, match="no _job"), _open(tmp_path):
         pass
     assert (tmp_path / "part-000000-000000000000.parquet").read_bytes() == b"precious"
@@ -146,13 +150,13 @@ def test_answers_without_a_job_are_refused_and_kept(tmp_path):
 def test_a_job_that_cannot_be_read_is_named(text, tmp_path):
     (tmp_path / JOB).write_text(text)
     with pytest.raises(OutputError, match=r"_job.json cannot be read: .*--overwrite"):
-        Job.of(tmp_path)
+        Job.of(LocalFolder(tmp_path))
 
 
 def test_a_job_of_another_version_is_named(tmp_path):
     (tmp_path / JOB).write_text('{"format": 2}')
     with pytest.raises(OutputError, match="is of another version"):
-        Job.of(tmp_path)
+        Job.of(LocalFolder(tmp_path))
 
 
 def test_what_a_killed_job_left_is_swept_up(tmp_path):
@@ -180,7 +184,7 @@ def _twice(path):
 
 def _rows_beyond(path):
     table = pq.read_table(path)
-    record = PartRecord({1: [(3, 9)]}, PartRecord.read(path).tally)
+    record = PartRecord({1: [(3, 9)]}, PartRecord.read(LocalFolder(path.parent), path.name).tally)
     pq.write_table(table.replace_schema_metadata({b"qvl_batch": record.footer()}), path)
 
 
@@ -230,7 +234,7 @@ def test_a_folder_is_one_jobs_until_it_ends_however_it_ends(tmp_path):
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file" / "out"):
-        assert Job.of(path) is None
+        assert Job.of(LocalFolder(path)) is None
         with pytest.raises(OutputError, match=r"file.* cannot be written"), _open(path):
             pass
 
@@ -285,7 +289,7 @@ def test_a_disk_that_is_full_stops_the_job_with_a_line(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with _open(tmp_path) as folder:
-        monkeypatch.setattr("qvl_batch.sink.os.fsync", full)
+        monkeypatch.setattr("qvl_batch.folder.os.fsync", full)
         with pytest.raises(OutputError, match="cannot be written: No space left on device"):
             _write(folder, _answers((1, 4)))
         with pytest.raises(OutputError, match="cannot be written: No space left on device"):

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT
 
+from qvl_batch.folder import LocalFolder
 from qvl_batch.output import Job
 from qvl_batch.schema import ANSWER_FIELDS, ID, Answer
 from qvl_batch.sink import ROWS_PER_FILE, PartRecord, Tally
@@ -21,6 +22,7 @@ SCRIPT = """
 import re, sys
 from pathlib import Path
 from qvl_batch.config import CaptionConfig
+from qvl_batch.folder import folder_at
 from qvl_batch.output import Job, OutputFolder
 from qvl_batch.source import open_source
 
@@ -28,11 +30,12 @@ def peak():
     return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 
 folder = Path(sys.argv[1])
-config = CaptionConfig(bundle=folder, input=(str(folder / "input"),), output=folder / "out")
+config = CaptionConfig(bundle=folder, input=(str(folder / "input"),), output=str(folder / "out"))
 before = peak()
-held = Job.of(config.output)
+output = folder_at(config.output)
+held = Job.of(output)
 source = open_source(config, held.files)
-with OutputFolder(config.output, held, source.columns.output_schema(), overwrite=False) as answers:
+with OutputFolder(output, held, source.columns.output_schema(), overwrite=False) as answers:
     left = source.without(answers.done)
     units = sum(1 for part in left.parts(200_000) for unit in part)
     print(source.rows, answers.done.count, left.rows, units, peak() - before)
@@ -54,7 +57,7 @@ def _write_input(folder):
 def _write_footers(folder, files):
     """Parts without their rows, each of which says that it answers rows in several spans; half of all rows."""
     folder.mkdir()
-    Job({}, tuple(files)).write(folder)
+    Job({}, tuple(files)).write(LocalFolder(folder))
     empty = pa.schema([pa.field(ID, pa.string()), *ANSWER_FIELDS]).empty_table()
     some = pa.Table.from_pylist([Answer("yes", "stop", 600, 3).record()] * ROWS_PER_FILE, pa.schema(ANSWER_FIELDS))
     tally = Tally.of(some)

@@ -119,7 +119,7 @@ class Job:
             config = CaptionConfig(
                 bundle=self.bundle,
                 input=(str(path),),
-                output=Path(folder) / "answers",
+                output=str(Path(folder) / "answers"),
                 max_new_tokens=self.new_tokens,
                 allow_repetition=True,  # a made-up model says what it says
                 slots=self.slots,

@@ -79,7 +79,7 @@ class CompareConfig:
         return CaptionConfig(
             bundle=self.bundle,
             input=self.input,
-            output=self.output,
+            output=str(self.output),
             prompt=self.prompt,
             id_column=self.id_column,
             image_column=self.image_column,

@@ -21,9 +21,10 @@ from comparison.measures import Measures, measured
 from comparison.questions import Question
 from comparison.traces import INPUT_STAGES, Trace
 from qvl_batch.errors import OutputError
+from qvl_batch.folder import LocalFolder
 from qvl_batch.output import check_same_settings
 from qvl_batch.schema import Failure, failure_record
-from qvl_batch.sink import write_table, write_whole
+from qvl_batch.sink import parquet
 
 COMPARISON, SUMMARY, PAGE = "comparison.parquet", "summary.json", "report.html"
 PARTS, SETTINGS = "_parts", "settings.json"
@@ -156,9 +157,9 @@ class Records:
             elif any((output / name).exists() for name in (COMPARISON, SUMMARY, PAGE)):
                 raise OutputError(f"{output} holds a report already: give another --output, or --overwrite")
             parts.mkdir(parents=True, exist_ok=True)
-            write_whole(parts / SETTINGS, json.dumps(settings, indent=1).encode())
+            LocalFolder(parts).write(SETTINGS, json.dumps(settings, indent=1).encode())
             chunks = 0
-            while _part(parts, chunks).is_file():
+            while (parts / _part(chunks)).is_file():
                 chunks += 1
         except (OSError, ValueError) as error:
             raise OutputError(f"{output} cannot be used: {error}; give another --output") from error
@@ -166,7 +167,7 @@ class Records:
 
     def write(self, chunk: int, rows: list[dict[str, Any]]) -> None:
         """Write the rows of a chunk."""
-        write_table(_part(self.output / PARTS, chunk), pa.Table.from_pylist(rows, self.schema))
+        LocalFolder(self.output / PARTS).write(_part(chunk), parquet(pa.Table.from_pylist(rows, self.schema)))
 
     def read(self) -> list[dict[str, Any]]:
         """All rows, in the order of the input."""
@@ -180,13 +181,14 @@ class Records:
         schema = self.schema.remove(self.schema.get_field_index(THUMBNAIL.name)).append(
             pa.field("difference", pa.string())
         )
-        write_table(self.output / COMPARISON, pa.Table.from_pylist(rows, schema))
-        write_whole(self.output / SUMMARY, json.dumps(summary, indent=1, allow_nan=False).encode() + b"\n")
-        write_whole(self.output / PAGE, page.encode())
+        folder = LocalFolder(self.output)
+        folder.write(COMPARISON, parquet(pa.Table.from_pylist(rows, schema)))
+        folder.write(SUMMARY, json.dumps(summary, indent=1, allow_nan=False).encode() + b"\n")
+        folder.write(PAGE, page.encode())
 
 
-def _part(parts: Path, chunk: int) -> Path:
-    return parts / f"part-{chunk:06d}.parquet"
+def _part(chunk: int) -> str:
+    return f"part-{chunk:06d}.parquet"
 
 
 def _clear(output: Path) -> None:
