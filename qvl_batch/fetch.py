@@ -15,11 +15,12 @@ from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as TimeOut
 from dataclasses import dataclass
 from http import HTTPStatus
+from http.client import HTTPConnection, HTTPResponse, HTTPSConnection
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
 from urllib.parse import unquote, urlsplit
-from urllib.request import HTTPRedirectHandler, build_opener
+from urllib.request import HTTPHandler, HTTPRedirectHandler, HTTPSHandler, Request, build_opener, getproxies
 
 import fsspec
 
@@ -101,7 +102,7 @@ class Fetcher:
             raise ImageError(f"{location} is in no place of --allow-images-from")
         if address.scheme in HTTP and not place.is_ip:
             _check_public(address)
-        return _patiently(location, lambda: _download(location, address.scheme))
+        return _patiently(location, lambda: _download(location, address.scheme, is_public=not place.is_ip))
 
     def _read(self, location: str, folder: Path) -> bytes:
         try:
@@ -169,13 +170,17 @@ def _check_public(address: _Address) -> None:
         found = socket.getaddrinfo(address.host, address.port or address.scheme, type=socket.SOCK_STREAM)
     except OSError as error:
         raise ImageError(f"{address.host} is not known: {error}") from error
-    private = {each[4][0] for each in found if not ipaddress.ip_address(each[4][0]).is_global}
-    if private:
-        raise ImageError(f"{address.host} leads to {min(map(str, private))}, which is in a private network")
+    for each in found:
+        _check_global(address.host, str(each[4][0]))
 
 
-def _download(location: str, scheme: str) -> bytes:
-    opened = _open_http(location) if scheme in HTTP else fsspec.filesystem(scheme).open(location, "rb")
+def _check_global(host: str, ip: str) -> None:
+    if not ipaddress.ip_address(ip).is_global:
+        raise ImageError(f"{host} leads to {ip}, which is in a private network")
+
+
+def _download(location: str, scheme: str, *, is_public: bool) -> bytes:
+    opened = _open_http(location, is_public) if scheme in HTTP else fsspec.filesystem(scheme).open(location, "rb")
     with opened as stream:
         data: bytes = stream.read(MAX_BYTES + 1)
     if len(data) > MAX_BYTES:
@@ -190,9 +195,37 @@ class _NoRedirects(HTTPRedirectHandler):
         return None
 
 
-def _open_http(location: str) -> Any:
+class _Public(HTTPConnection):
+    """Leads where a name leads now, which may not be where it led when it was checked."""
+
+    def connect(self) -> None:
+        super().connect()
+        try:
+            _check_global(self.host, self.sock.getpeername()[0])
+        except ImageError:
+            self.close()
+            raise
+
+
+class _PublicTls(_Public, HTTPSConnection):
+    """The same over TLS."""
+
+
+class _PublicHandler(HTTPHandler):
+    def http_open(self, request: Request) -> HTTPResponse:
+        return self.do_open(_Public, request)
+
+
+class _PublicTlsHandler(HTTPSHandler):
+    def https_open(self, request: Request) -> HTTPResponse:
+        return self.do_open(_PublicTls, request)
+
+
+def _open_http(location: str, is_public: bool) -> Any:
+    # A proxy looks names up by itself, and may be in a private network.
+    handlers = (_PublicHandler, _PublicTlsHandler) if is_public and not getproxies() else ()
     try:
-        return build_opener(_NoRedirects).open(location, timeout=SECONDS)  # scheme and host are checked
+        return build_opener(_NoRedirects, *handlers).open(location, timeout=SECONDS)  # scheme and host are checked
     except HTTPError as error:
         if error.code < HTTPStatus.INTERNAL_SERVER_ERROR and error.code not in BUSY:
             where = f", to {error.headers['Location']}; redirects are not followed" if error.headers["Location"] else ""

@@ -80,7 +80,7 @@ def test_nothing_is_allowed_unasked(images):
     ],
 )
 def test_addresses_elsewhere_are_refused(location, tmp_path, monkeypatch):
-    monkeypatch.setattr("qvl_batch.fetch._download", lambda *_: b"fetched")
+    monkeypatch.setattr("qvl_batch.fetch._download", lambda *_, **__: b"fetched")
     monkeypatch.setattr("qvl_batch.fetch._check_public", lambda _: None)
     fetcher = Fetcher(["https://host/images/"])
     assert fetcher.fetch("https://host/images/a%20b/c?d=e", tmp_path) == b"fetched"
@@ -170,6 +170,14 @@ def test_what_may_pass_is_tried_again(server, tmp_path):
 def test_a_name_that_leads_into_a_private_network_is_refused(server, tmp_path):
     place = f"http://localhost:{server.split(':')[1]}/images"
     with pytest.raises(ImageError, match=r"localhost leads to (127.0.0.1|::1), which is in a private network"):
+        Fetcher([place]).fetch(f"{place}/a", tmp_path)
+    assert not ASKED
+
+
+def test_a_name_that_leads_elsewhere_once_it_was_checked_is_refused(server, tmp_path, monkeypatch):
+    monkeypatch.setattr("qvl_batch.fetch._check_public", lambda _: None)
+    place = f"http://localhost:{server.split(':')[1]}/images"
+    with pytest.raises(ImageError, match=r"localhost leads to 127.0.0.1, which is in a private network"):
         Fetcher([place]).fetch(f"{place}/a", tmp_path)
     assert not ASKED
 
