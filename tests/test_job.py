@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pyarrow as pa
@@ -18,6 +19,7 @@ from conftest import QUESTIONS, ROOT, TINY
 from reference import question
 from soak import soak
 
+from benchmark.memory import family
 from comparison.reference import PyTorch
 from qvl_batch import Captioner
 
@@ -304,7 +306,9 @@ def _free_port():
         return probe.getsockname()[1]
 
 
-def test_jobs_can_be_submitted_to_a_cluster(tiny_bundle, ray_env, tmp_path):
+@pytest.fixture
+def submit(ray_env, tmp_path):
+    """Submits a script to a cluster of this machine's, as `ray job submit` does."""
     # The cluster finds `python` and its packages where the tests do.
     path = f"{Path(sys.executable).parent}:{ray_env['PATH']}"
     env = ray_env | {"RAY_AUTH_MODE": "token", "HOME": str(tmp_path), "PATH": path}
@@ -316,35 +320,51 @@ def test_jobs_can_be_submitted_to_a_cluster(tiny_bundle, ray_env, tmp_path):
          f"--dashboard-port={dashboard}", "--disable-usage-stats"],
         env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
-    try:
-        address = f"http://127.0.0.1:{dashboard}"
+    command = [ray, "job", "submit", "--address", f"http://127.0.0.1:{dashboard}", "--working-dir", ".", "--", "python"]
+
+    def run(*script):
         for _ in range(60):
-            ready = subprocess.run(
-                [ray, "job", "list", "--address", address], env=env, check=False, capture_output=True
+            result = subprocess.run(
+                [*command, *map(str, script)],
+                cwd=ROOT,
+                env=env,
+                check=False,
+                capture_output=True,
+                text=True,
+                timeout=240,
             )
-            if ready.returncode == 0:
+            said = result.stdout + result.stderr
+            # Until the cluster has started.
+            if not ("Failed to connect to Ray" in said or "No available agent" in said):
                 break
             time.sleep(1)
-        submit = [
-            ray, "job", "submit", "--address", address, "--working-dir", ".", "--", "python", "jobs/caption.py",
-            "--bundle", str(tiny_bundle.path), "--input", str(QUESTIONS), "--output", str(tmp_path / "out"),
-            "--limit", "16",
-        ]  # fmt: skip
-        result = subprocess.run(submit, cwd=ROOT, env=env, check=False, capture_output=True, text=True, timeout=240)
-        assert result.returncode == 0, result.stdout + result.stderr
-        assert "rows      16" in result.stdout
-        assert len(_answers(tmp_path / "out")) == 16
-        submit[submit.index("jobs/caption.py") :] = [
-            "jobs/compare.py", "--bundle", str(tiny_bundle.path), "--checkpoint", str(TINY),
-            "--input", str(QUESTIONS), "--output", str(tmp_path / "comparison"), "--limit", "3",
-        ]  # fmt: skip
-        result = subprocess.run(submit, cwd=ROOT, env=env, check=False, capture_output=True, text=True, timeout=240)
-        assert result.returncode == 0, result.stdout + result.stderr
-        assert "equal     3 of 3 answers" in result.stdout
-        assert (tmp_path / "comparison" / "report.html").is_file()
-    finally:
-        os.killpg(head.pid, signal.SIGTERM)
-        head.wait(timeout=60)
+        assert result.returncode == 0, said
+        return result.stdout
+
+    yield run
+    for process in family(head.pid):  # asked to end, it takes half a minute
+        with suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+    head.wait(timeout=60)
+
+
+def test_jobs_can_be_submitted_to_a_cluster(tiny_bundle, submit, tmp_path):
+    said = submit(
+        "jobs/caption.py", "--bundle", tiny_bundle.path, "--input", QUESTIONS, "--output", tmp_path / "out",
+        "--limit", 16,
+    )  # fmt: skip
+    assert "rows      16" in said
+    assert len(_answers(tmp_path / "out")) == 16
+
+
+@pytest.mark.long
+def test_comparisons_can_be_submitted_to_a_cluster(tiny_bundle, submit, tmp_path):
+    said = submit(
+        "jobs/compare.py", "--bundle", tiny_bundle.path, "--checkpoint", TINY, "--input", QUESTIONS,
+        "--output", tmp_path / "comparison", "--limit", 3,
+    )  # fmt: skip
+    assert "equal     3 of 3 answers" in said
+    assert (tmp_path / "comparison" / "report.html").is_file()
 
 
 @pytest.mark.parametrize("nodes", [2, pytest.param(4, marks=pytest.mark.long)])
