@@ -4,7 +4,7 @@
                 (tasks)  (tasks)    (actors)      (actors)      (driver)
 
 The stages are in `prepare` and `stages`; here they are strung together and given their share of the machine.
-This is the only module, apart from the jobs, that imports ray.
+This module and `workers` are the only ones, apart from the jobs, that import ray.
 """
 
 import logging
@@ -40,7 +40,7 @@ from qvl_batch.output import Job, OutputFolder
 from qvl_batch.page import render
 from qvl_batch.plan import CALLS_PER_VISION_WORKER, ROWS_PER_BLOCK, TASK_CPUS, Plan, make_plan
 from qvl_batch.prepare import prepare
-from qvl_batch.quarantine import AttemptsInMemory, Guarded
+from qvl_batch.quarantine import Guarded
 from qvl_batch.reader import read_unit
 from qvl_batch.report import Report, progress_line, recorded_settings
 from qvl_batch.rowset import Row
@@ -49,7 +49,7 @@ from qvl_batch.sample import choose
 from qvl_batch.schema import InputColumns
 from qvl_batch.sink import AnswerWriter
 from qvl_batch.source import Source, Unit, open_source
-from qvl_batch.stages import DecodeStage, VisionStage
+from qvl_batch.workers import DecoderWorker, RemoteAttempts, VisionWorker, worker_name
 
 #: With fewer, the actors would leave no CPU to the tasks that feed them.
 LEAST_CPUS = 2
@@ -184,7 +184,7 @@ def _dataset(
     tasks = TaskPoolStrategy(size=plan.tasks_at_once)
     cache = (config.vision_cache.resolve(), config.vision_cache_gb) if config.vision_cache else None
 
-    attempts = _RemoteAttempts(ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(AttemptsInMemory).remote())
+    attempts = RemoteAttempts()
     image_size = bundle.manifest.layout.image_size
 
     def read(units: pa.Table) -> Iterator[pa.Table]:
@@ -202,9 +202,9 @@ def _dataset(
         .repartition(target_num_rows_per_block=ROWS_PER_BLOCK)
         .map_batches(prepare_guarded, batch_format="pyarrow", compute=tasks, num_cpus=TASK_CPUS)
         .map_batches(
-            _VisionWorker,
+            VisionWorker,
             batch_format="pyarrow",
-            fn_constructor_args=(attempts, bundle.path, plan.vision_threads, _worker_name, cache, VISION_NICENESS),
+            fn_constructor_args=(attempts, bundle.path, plan.vision_threads, worker_name, cache, VISION_NICENESS),
             compute=ActorPoolStrategy(
                 size=plan.vision_workers,
                 max_tasks_in_flight_per_actor=CALLS_PER_VISION_WORKER + 1,
@@ -214,7 +214,7 @@ def _dataset(
             num_cpus=plan.vision_cpus,
         )
         .map_batches(
-            _DecoderWorker,
+            DecoderWorker,
             batch_format="pyarrow",
             fn_constructor_args=(
                 attempts,
@@ -223,7 +223,7 @@ def _dataset(
                 plan.decoder_threads,
                 config.max_new_tokens,
                 config.allow_repetition,
-                _worker_name,
+                worker_name,
             ),
             compute=ActorPoolStrategy(
                 size=plan.decoder_workers,
@@ -234,51 +234,6 @@ def _dataset(
             num_cpus=plan.decoder_cpus,
         )
     )
-
-
-class _RemoteAttempts:
-    """`Attempts` in an actor, which outlives the workers."""
-
-    def __init__(self, actor: Any) -> None:
-        self._actor = actor
-
-    def begin(self, stage: str, rows: Sequence[Row]) -> bool:
-        return bool(ray.get(self._actor.begin.remote(stage, rows)))
-
-    def begin_alone(self, stage: str, row: Row) -> bool:
-        return bool(ray.get(self._actor.begin_alone.remote(stage, row)))
-
-    def survived(self, stage: str, row: Row) -> None:
-        self._actor.survived.remote(stage, row)
-
-    def done(self, stage: str, rows: Sequence[Row]) -> None:
-        self._actor.done.remote(stage, rows)
-
-
-class _Worker:
-    """A stage in an actor of its own."""
-
-    name: str
-    stage: Callable[..., Any]
-
-    def __init__(self, attempts: _RemoteAttempts, *made_of: Any) -> None:
-        self._guarded = Guarded(type(self).stage(*made_of), self.name, attempts)
-
-    def __call__(self, table: pa.Table) -> pa.Table:
-        return self._guarded(table)
-
-
-class _VisionWorker(_Worker):
-    name, stage = "vision", VisionStage
-
-
-class _DecoderWorker(_Worker):
-    name, stage = "decode", DecodeStage
-
-
-def _worker_name() -> str:
-    """Machine, node of the cluster and process of an actor."""
-    return f"{socket.gethostname()}/{ray.get_runtime_context().get_node_id()[:8]}/{os.getpid()}"
 
 
 @contextmanager

@@ -144,7 +144,7 @@ def _name(process: int) -> str | None:
         command = (Path("/proc") / str(process) / "cmdline").read_text()
     except OSError:
         return None
-    names = ("jobs/caption.py", "_VisionWorker", "_DecoderWorker", "raylet", "gcs_server", "ray::")
+    names = ("jobs/caption.py", "VisionWorker", "DecoderWorker", "raylet", "gcs_server", "ray::")
     shown = ("driver", "vision worker", "decoder", "raylet", "gcs", "task or other actor")
     known = (label for name, label in zip(names, shown, strict=True) if name in command)
     return next(known, "helper of Ray's") if command else None

@@ -73,7 +73,7 @@ def test_two_bundles_are_compared_without_torch():
 @pytest.mark.parametrize(
     ("library", "modules"),
     [
-        ("ray", {"pipeline"}),
+        ("ray", {"pipeline", "workers"}),
         ("onnxruntime", {"runtime"}),
         ("torch", set()),
         ("onnx", set()),
