@@ -3,6 +3,7 @@
 # test-long  run those that take minutes each
 # soak     kill random processes of a job 50 times, go on each time, and compare with an unbroken run
 # fuzz     decode 10,000 damaged images, each to pixels or to an error
+# real-size  export a checkpoint of 3.75 G parameters, and trace larger ones (20 minutes, 25 GB of disk)
 # compare  compare the tiny bundle with its checkpoint in PyTorch, layer by layer
 # lint     ruff and mypy
 # bench    measure engine and Ray job against transformers' generate on a made-up model (40 minutes)
@@ -22,7 +23,7 @@ COMPARISON := build/comparison
 BENCH := build/bench
 OPENVINO := build/openvino
 
-.PHONY: demo test test-long soak fuzz compare lint bench openvino train clean browser
+.PHONY: demo test test-long soak fuzz real-size compare lint bench openvino train clean browser
 .DELETE_ON_ERROR:
 
 demo: $(BUNDLE)/bundle.json
@@ -41,6 +42,9 @@ soak: $(BUNDLE)/bundle.json
 
 fuzz: $(READY)
 	$(BIN)/python tests/fuzz.py
+
+real-size: $(READY)
+	$(BIN)/python tests/real_size.py
 
 compare: $(BUNDLE)/bundle.json
 	$(BIN)/python jobs/compare.py --bundle $(BUNDLE) --checkpoint $(TINY) --input $(QUESTIONS) \

@@ -1,23 +1,61 @@
-"""Write a checkpoint of a named shape with made-up weights, for measuring speed.
+"""Write a checkpoint of a named shape with made-up weights, for measuring speed and trying real size.
 
     python datasets/make_model.py OUTPUT [--shape bench]
 
 It has the layout of a real one, around the tiny checkpoint's tokenizer; its answers mean nothing.
-Weights are drawn from a seed, scaled so that states keep their size from layer to layer.
+Weights are drawn from a seed, scaled so that states keep their size from layer to layer, and go to
+disk in bf16 a shard at a time, so that a large shape takes no more memory than a small one.
 """
 
 import argparse
 import json
 import shutil
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import save_file
+from torch import Tensor
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 TINY = Path(__file__).parent / "tiny-qwen2.5-vl"
 SEED = 5
+#: Bytes of a file of weights, about.
+SHARD = 1 << 30
 #: Fields of `config.json` and of its `vision_config` that differ from the tiny checkpoint's.
-SHAPES = {
+Shape = tuple[dict[str, Any], dict[str, Any]]
+
+
+def _qwen(hidden: int, inner: int, layers: int, heads: int, kv_heads: int, vocabulary: int, vision_inner: int) -> Shape:
+    """Shape of a published Qwen2.5-VL, from its `config.json`."""
+    return (
+        {
+            "hidden_size": hidden,
+            "intermediate_size": inner,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads,
+            "vocab_size": vocabulary,
+            "max_window_layers": layers,
+            "max_position_embeddings": 128_000,
+            "rope_theta": 1e6,
+            "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+            "tie_word_embeddings": hidden == 2048,  # the 3B alone
+        },
+        {
+            "hidden_size": 1280,
+            "intermediate_size": vision_inner,
+            "depth": 32,
+            "num_heads": 16,
+            "fullatt_block_indexes": [7, 15, 23, 31],
+            "out_hidden_size": hidden,
+        },
+    )
+
+
+SHAPES: dict[str, Shape] = {
     # 70 M parameters: large enough that matrix products, and not calls, take the time on a CPU.
     "bench": (
         {
@@ -38,30 +76,70 @@ SHAPES = {
             "out_hidden_size": 512,
         },
     ),
+    "3b": _qwen(2048, 11008, 36, 16, 2, 151_936, 3420),
+    "7b": _qwen(3584, 18944, 28, 28, 4, 152_064, 3420),
+    "32b": _qwen(5120, 27648, 64, 40, 8, 152_064, 3456),
+    "72b": _qwen(8192, 29568, 80, 64, 8, 152_064, 3456),
 }
 
 
 def make_model(output: Path, shape: str) -> int:
     """Write the checkpoint; returns its number of parameters."""
+    skeleton = write_config(output, shape)
+    shards: list[dict[str, Tensor]] = [{}]
+    places: dict[str, int] = {}
+    count = 0
+    for name, weight in _made_up(skeleton):
+        if sum(tensor.nbytes for tensor in shards[-1].values()) + weight.nbytes > SHARD and shards[-1]:
+            _save(output, shards[-1], len(shards))
+            shards[-1] = {}
+            shards.append({})
+        shards[-1][name], places[name] = weight, len(shards)
+        count += weight.numel()
+    _save(output, shards[-1], len(shards))
+    names = {number: f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)}
+    for number, name in names.items():
+        (output / _partial(number)).rename(output / name)
+    index = {"metadata": {"total_size": 2 * count}, "weight_map": {name: names[at] for name, at in places.items()}}
+    (output / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+    return count
+
+
+def write_config(output: Path, shape: str) -> Any:
+    """Write all but the weights; returns the model without them."""
     text, vision = SHAPES[shape]
     shutil.copytree(TINY, output, ignore=shutil.ignore_patterns("*.safetensors"))
     settings = json.loads((output / "config.json").read_text())
     settings |= text
     settings["vision_config"] |= vision
     (output / "config.json").write_text(json.dumps(settings, indent=1))
-    torch.manual_seed(SEED)
-    model = Qwen2_5_VLForConditionalGeneration._from_config(
-        Qwen2_5_VLConfig.from_pretrained(output), dtype=torch.float32
-    )
-    for name, parameter in model.named_parameters():
+    with torch.device("meta"):
+        model = Qwen2_5_VLForConditionalGeneration._from_config(Qwen2_5_VLConfig.from_pretrained(output))
+    model.tie_weights()
+    return model
+
+
+def _made_up(skeleton: Any) -> Iterator[tuple[str, Tensor]]:
+    """Weights in bf16, by the names that files have them under."""
+    for name, parameter in skeleton.named_parameters():
+        # By name, so that no weight depends on the others.
+        generator = torch.Generator().manual_seed(SEED + zlib.crc32(name.encode()))
+        weight = torch.empty(parameter.shape, dtype=torch.bfloat16)
         if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+            weight.normal_(0, parameter[0].numel() ** -0.5, generator=generator)
         elif "bias" in name:
-            torch.nn.init.normal_(parameter, std=0.02)
-    model.to(torch.bfloat16).save_pretrained(output / "saved")
-    (output / "saved" / "model.safetensors").rename(output / "model.safetensors")
-    shutil.rmtree(output / "saved")
-    return sum(parameter.numel() for parameter in model.parameters())
+            weight.normal_(0, 0.02, generator=generator)
+        else:
+            weight.fill_(1)  # a norm's
+        yield name.replace("model.language_model.", "model.").replace("model.visual.", "visual."), weight
+
+
+def _partial(number: int) -> str:
+    return f"model-{number:05d}.partial"
+
+
+def _save(output: Path, tensors: dict[str, Tensor], number: int) -> None:
+    save_file(tensors, output / _partial(number), metadata={"format": "pt"})
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """Reading a checkpoint, and refusing what the exported graphs could not be exact for.
 
-What enters: a directory in the layout that Hugging Face gives Qwen2.5-VL. What leaves: its model
-in fp32, tokenizer, image processor and generation settings.
+What enters: a directory in the layout that Hugging Face gives Qwen2.5-VL. What leaves: its weights,
+tokenizer, image processor and generation settings, and, if it is asked for, its whole model in fp32.
 """
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration as Model
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils import logging as transformers_logging
 
+from export.weights import Weights
 from qvl_batch.bundle import Generation, Source, combined_sha256, file_sha256
 from qvl_batch.errors import ExportError
 
@@ -29,13 +31,24 @@ CARRIED = (
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint in memory; `model` is in fp32 and in evaluation mode."""
+    """A checkpoint."""
 
     path: Path
-    model: Any
+    weights: Weights
     tokenizer: Any
     image_processor: Any
     generation: Generation
+
+    @property
+    def config(self) -> Any:
+        """Of the model."""
+        return self.weights.skeleton.config
+
+    @cached_property
+    def model(self) -> Any:
+        """The whole of it in memory, in fp32 and in evaluation mode."""
+        model = Model.from_pretrained(self.path, config=self.config, dtype=torch.float32, local_files_only=True)
+        return model.eval()
 
     @property
     def source(self) -> Source:
@@ -68,13 +81,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     vision = config.vision_config
     if (processor.patch_size, processor.merge_size) != (vision.patch_size, vision.spatial_merge_size):
         raise ExportError(f"{path}: preprocessor_config.json and config.json differ in patch or merge size")
-    model, loading = Model.from_pretrained(
-        path, config=config, dtype=torch.float32, output_loading_info=True, local_files_only=True
-    )
-    missing = sorted(loading["missing_keys"])
-    if missing:
-        raise ExportError(f"{path} lacks {len(missing)} weights, the first of them {missing[0]}")
-    return Checkpoint(path, model.eval(), tokenizer, processor, _generation(model, tokenizer))
+    return Checkpoint(path, Weights(path, config), tokenizer, processor, _generation(path, config, tokenizer))
 
 
 def checkpoint_source(path: Path) -> Source:
@@ -131,8 +138,11 @@ def _load(path: Path, what: str, load: Any) -> Any:
         raise ExportError(f"{path}: the {what} cannot be loaded: {first_line}") from error
 
 
-def _generation(model: Any, tokenizer: Any) -> Generation:
-    settings: GenerationConfig = model.generation_config
+def _generation(path: Path, config: Any, tokenizer: Any) -> Generation:
+    if (path / "generation_config.json").is_file():
+        settings = _load(path, "generation config", GenerationConfig.from_pretrained)
+    else:
+        settings = GenerationConfig.from_model_config(config)
     eos = settings.eos_token_id
     if eos is None:
         eos = tokenizer.eos_token_id

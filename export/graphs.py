@@ -1,6 +1,6 @@
 """From a model in memory to three ONNX files and two weight files.
 
-What enters: the model and the layout contract. What leaves, in one directory: `vision.onnx`,
+What enters: the weights and the layout contract. What leaves, in one directory: `vision.onnx`,
 `decoder.onnx` and, in fp32, `decoder_full.onnx`, of which the last two read one weight file.
 """
 
@@ -13,20 +13,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
 from export.decoder import CachedDecoder, DecoderWeights, FullDecoder
+from export.lazy import LazyWeights, decoder_parts, vision_parts, without_weights
 from export.quantize import quantize
 from export.vision import VisionTower
+from export.weights import Weights
 from qvl_batch.bundle import DECODER, DECODER_FULL, VISION, Dtype, GraphSpec, Layout, TensorSpec, part_names
 from qvl_batch.errors import ExportError
 
 OPSET = 21
 #: Initializers smaller than this stay in the graph, where shape inference can read them.
 EXTERNAL_BYTES = 1024
+#: Of a tensor in its file, so that it can be mapped into memory.
+ALIGNMENT = 4096
 #: Sizes of the example that the decoders are traced with: no two equal, none 0 or 1, which a
 #: trace would take for constants.
 TRACE_ROWS, TRACE_TOKENS, TRACE_CACHE = 3, 7, 11
@@ -55,24 +60,39 @@ def layer_names(config: Any) -> list[str]:
 
 
 def export_vision(
-    model: Any, layout: Layout, mean: list[float], std: list[float], precision: Precision, out: Path
+    weights: Weights, layout: Layout, mean: list[float], std: list[float], precision: Precision, out: Path
 ) -> None:
     """Write `vision.onnx` and its weights."""
-    tower = VisionTower(model.model.visual, layout.image_size, mean, std)
-    pixels = torch.zeros((2, layout.image_size, layout.image_size, 3), dtype=torch.uint8)
-    graph = _trace(tower, (pixels,), ["pixels"], ["image_features"], ({0: "B"},))
+    graph = trace_vision(weights.skeleton, layout, mean, std)
+    LazyWeights(weights, vision_parts(weights.skeleton, std)).fill(graph)
     quantize(graph, precision.vision, _layer_of, precision.fp32_layers)
     _write({VISION: graph}, out)
 
 
-def export_decoders(model: Any, layout: Layout, precision: Precision, out: Path) -> None:
+def export_decoders(weights: Weights, layout: Layout, precision: Precision, out: Path) -> None:
     """Write `decoder.onnx`, and `decoder_full.onnx` in fp32, and the weights of both once."""
+    graphs = trace_decoders(weights.skeleton, layout, full=precision.decoder == "fp32")
+    lazy = LazyWeights(weights, decoder_parts(weights.skeleton))
+    for graph in graphs.values():
+        lazy.fill(graph)
+    quantize(graphs[DECODER], precision.decoder, _layer_of, precision.fp32_layers)
+    _write(graphs, out)
+
+
+def trace_vision(model: Any, layout: Layout, mean: list[float], std: list[float]) -> ir.Model:
+    """The vision graph, without weights if the model has none."""
+    tower = VisionTower(model.model.visual, layout.image_size, mean, std)
+    pixels = torch.zeros((2, layout.image_size, layout.image_size, 3), dtype=torch.uint8)
+    return _trace(tower, (pixels,), ["pixels"], ["image_features"], ({0: "B"},))
+
+
+def trace_decoders(model: Any, layout: Layout, *, full: bool) -> dict[str, ir.Model]:
+    """The decoder, and if asked for the full one, by their files; without weights if the model has none."""
     weights = DecoderWeights(model)
     graphs = {DECODER: _trace_cached(CachedDecoder(weights, model), model)}
-    quantize(graphs[DECODER], precision.decoder, _layer_of, precision.fp32_layers)
-    if precision.decoder == "fp32":
+    if full:
         graphs[DECODER_FULL] = _trace_full(FullDecoder(weights, model, layout.side), model)
-    _write(graphs, out)
+    return graphs
 
 
 def _layer_of(weight: str) -> str:
@@ -147,7 +167,7 @@ def _trace(
 ) -> ir.Model:
     with _quiet():
         program = torch.onnx.export(
-            module.eval(),
+            without_weights(module).eval(),
             example,
             dynamo=True,
             opset_version=OPSET,
@@ -180,14 +200,27 @@ def _write(graphs: dict[str, ir.Model], out: Path) -> None:
             known = tensors.setdefault(str(value.name), value.const_value)
             if known is not value.const_value and not _same(known, value.const_value):
                 raise ExportError(f"{name}: initializer {value.name} is not the other graph's")
-    location = f"{next(iter(graphs))}.data"
-    external = ir.external_data.convert_tensors_to_external(list(tensors.values()), out, location)
-    by_name = dict(zip(tensors, external, strict=True))
+    by_name = _write_tensors(tensors, out / f"{next(iter(graphs))}.data")
     for name, graph in graphs.items():
         for value in graph.graph.initializers.values():
             if value.name in by_name:
                 value.const_value = by_name[value.name]
         ir.save(graph, out / name)
+
+
+def _write_tensors(tensors: dict[str, ir.TensorProtocol], path: Path) -> dict[str, ir.ExternalTensor]:
+    """Write tensors one after the other, each made when its turn comes."""
+    written: dict[str, ir.ExternalTensor] = {}
+    with path.open("wb") as file:
+        for name, tensor in tensors.items():
+            file.seek(-(-file.tell() // ALIGNMENT) * ALIGNMENT)
+            offset = file.tell()
+            file.write(np.ascontiguousarray(tensor.numpy()).data)
+            length = file.tell() - offset
+            written[name] = ir.ExternalTensor(
+                path.name, offset, length, tensor.dtype, shape=ir.Shape(tensor.shape), name=name, base_dir=path.parent
+            )
+    return written
 
 
 def _same(a: ir.TensorProtocol, b: ir.TensorProtocol) -> bool:

@@ -21,7 +21,7 @@ class Linear(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight.t().contiguous())
-        self.bias = bias
+        self.bias = None if bias is None else nn.Parameter(bias)
 
     @classmethod
     def of(cls, linear: nn.Linear) -> "Linear":

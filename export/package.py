@@ -101,7 +101,7 @@ def plan_layout(checkpoint: Checkpoint, config: ExportConfig) -> Layout:
         ExportError: the image size does not fit the patches or the processor, or the contract
             leaves no room for prompt and answer.
     """
-    model, vision = checkpoint.model.config, checkpoint.model.config.vision_config
+    model, vision = checkpoint.config, checkpoint.config.vision_config
     unit = vision.patch_size * vision.spatial_merge_size
     size, processor = config.image_size, checkpoint.image_processor.size
     if size <= 0 or size % unit:
@@ -136,7 +136,7 @@ def plan_layout(checkpoint: Checkpoint, config: ExportConfig) -> Layout:
 
 
 def _precision(checkpoint: Checkpoint, config: ExportConfig) -> Precision:
-    known = layer_names(checkpoint.model.config)
+    known = layer_names(checkpoint.config)
     for name in config.fp32_layers:
         if name not in known:
             raise ExportError(f"--fp32-layers {name!r}: there is no such layer; there are {', '.join(known)}")
@@ -173,13 +173,13 @@ def _fill(
         started = time.perf_counter()
 
     processor = checkpoint.image_processor
-    export_vision(checkpoint.model, layout, processor.image_mean, processor.image_std, precision, staging)
+    export_vision(checkpoint.weights, layout, processor.image_mean, processor.image_std, precision, staging)
     done(VISION)
-    export_decoders(checkpoint.model, layout, precision, staging)
+    export_decoders(checkpoint.weights, layout, precision, staging)
     names = [name for name in (VISION, DECODER, DECODER_FULL) if (staging / name).is_file()]
     done(", ".join(names[1:]))
     graphs = {name: graph_spec(staging / name) for name in names}
-    check_contract(layout, checkpoint.model.config.text_config.hidden_size, staging)
+    check_contract(layout, checkpoint.config.text_config.hidden_size, staging)
     parity = None
     if not config.skip_parity:
         parity = check_parity(checkpoint, layout, precision, staging)
@@ -202,7 +202,7 @@ def _fill(
         fp32_layers=precision.fp32_layers,
         system_prompt=config.system_prompt,
         layout=layout,
-        decoder=_decoder_shape(checkpoint.model.config.text_config),
+        decoder=_decoder_shape(checkpoint.config.text_config),
         generation=checkpoint.generation,
         graphs=graphs,
         parity=parity,

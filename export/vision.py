@@ -68,11 +68,9 @@ class VisionTower(nn.Module):
         self.register_buffer("cos", self._ordered_half(cos))
         self.register_buffer("sin", self._ordered_half(sin))
 
-        # (D, C, frames, h, w) -> (h * w * C, D), the frames added: pixels stay in (h, w, C) order
-        weight = visual.patch_embed.proj.weight.sum(dim=2).permute(2, 3, 1, 0)
         # Of a whole patch: subtracting three numbers again and again takes eight times as long.
         self.register_buffer("mean", (255 * torch.tensor(mean)).repeat(self.patch**2))
-        self.patch_embed = nn.Parameter((weight / (255 * torch.tensor(std))[:, None]).reshape(-1, self.hidden))
+        self.patch_embed = nn.Parameter(patch_weights(visual.patch_embed, std))
         self.blocks = nn.ModuleList(Block(block, self.heads) for block in visual.blocks)
         self.merger_norm = visual.merger.ln_q.weight
         self.merger_in, self.merger_out = Linear.of(visual.merger.mlp[0]), Linear.of(visual.merger.mlp[2])
@@ -125,6 +123,16 @@ class VisionTower(nn.Module):
         """One half (the other is its copy) of a rotary table, in window order: (N, head_dim / 2)."""
         groups = table.reshape(self.merged_side**2, self.merge**2, -1)[self.order]
         return groups.reshape(-1, table.shape[-1])[:, : table.shape[-1] // 2].contiguous()
+
+
+def patch_weights(patch_embed: Any, std: list[float]) -> Tensor:
+    """Weights of the patch embedding, for pixels of 0 to 255 about the mean.
+
+    (D, C, frames, h, w) to (h * w * C, D), the frames added: pixels stay in (h, w, C) order.
+    """
+    weight: Tensor = patch_embed.proj.weight.sum(dim=2).permute(2, 3, 1, 0)
+    divisor = 255 * torch.tensor(std, device=weight.device)
+    return (weight / divisor[:, None]).reshape(-1, weight.shape[-1])
 
 
 class Block(nn.Module):

@@ -1,0 +1,151 @@
+"""Weights in a graph that was traced without them, each made when it is written.
+
+A module built on a skeleton is traced with placeholders in place of its parameters. Their values are
+made by building the same kind of module on the real one: a `Part` at a time, out of `Weights`.
+
+1. Every parameter of the traced module is in one part, under the same name.
+2. Nothing that the tracer computed of a placeholder may stay in a graph: placeholders are NaN, and
+   a constant with a NaN in it is refused.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from export.decoder import Layer
+from export.layers import Linear
+from export.vision import Block, patch_weights
+from export.weights import Weights
+from qvl_batch.errors import ExportError
+
+Tensors = dict[str, Tensor]
+#: Bits of a quiet NaN in float32; the 22 lowest may be any.
+_FIRST_NAN = 0x7FC00000
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Parameters of a traced module whose names begin with `prefix`, made of one module of the checkpoint."""
+
+    prefix: str
+    module: str
+    make: Callable[[Any], Tensors]
+
+    def of(self, module: Any) -> Tensors:
+        """The parameters, by name; on a skeleton's module, of their shapes."""
+        with torch.no_grad():
+            made = self.make(module)
+        return {f"{self.prefix}.{name}" if name else self.prefix: tensor for name, tensor in made.items()}
+
+
+def vision_parts(model: Any, std: list[float]) -> list[Part]:
+    """Parts of `VisionTower`."""
+    visual = model.model.visual
+    heads = visual.config.num_heads
+    return [
+        Part("patch_embed", "model.visual.patch_embed", lambda module: {"": patch_weights(module, std)}),
+        *(
+            Part(f"blocks.{k}", f"model.visual.blocks.{k}", lambda block: _parameters(Block(block, heads)))
+            for k in range(len(visual.blocks))
+        ),
+        Part("merger_norm", "model.visual.merger.ln_q", _weight),
+        Part("merger_in", "model.visual.merger.mlp.0", _linear),
+        Part("merger_out", "model.visual.merger.mlp.2", _linear),
+    ]
+
+
+def decoder_parts(model: Any) -> list[Part]:
+    """Parts of `DecoderWeights`, as an attribute `weights`."""
+    layers = range(len(model.model.language_model.layers))
+    return [
+        Part("weights.embed", "model.language_model.embed_tokens", _weight),
+        *(
+            Part(f"weights.stack.{k}", f"model.language_model.layers.{k}", lambda layer: _parameters(Layer(layer)))
+            for k in layers
+        ),
+        Part("weights.norm", "model.language_model.norm", _weight),
+        Part("weights.head", "lm_head", _weight),
+    ]
+
+
+def without_weights(module: nn.Module) -> nn.Module:
+    """The module with placeholders for parameters on the meta device: of their shapes, in no memory."""
+    placeholders: dict[int, nn.Parameter] = {}
+    for owner in module.modules():
+        for name, parameter in list(owner.named_parameters(recurse=False, remove_duplicate=False)):
+            if parameter.is_meta:
+                nothing = _nan(len(placeholders)).expand(parameter.shape)
+                # Tied parameters stay one.
+                setattr(owner, name, placeholders.setdefault(id(parameter), nn.Parameter(nothing, requires_grad=False)))
+    return module
+
+
+def _nan(number: int) -> Tensor:
+    """A NaN (1,) of its own bits: the tracer makes one of initializers that are equal."""
+    return torch.tensor([_FIRST_NAN + number], dtype=torch.int32).view(torch.float32)
+
+
+class LazyWeights:
+    """Values for the initializers of graphs; those of one name are one, in whichever graph.
+
+    Args:
+        weights: of the checkpoint.
+        parts: of the traced modules.
+    """
+
+    def __init__(self, weights: Weights, parts: Iterable[Part]) -> None:
+        self._weights, self._parts = weights, list(parts)
+        self._tensors: dict[str, ir.LazyTensor] = {}
+        self._made: tuple[str, Tensors] = ("", {})
+
+    def fill(self, graph: ir.Model) -> None:
+        """Let each initializer have its value when it is asked for.
+
+        Raises:
+            ExportError: a constant was computed of a placeholder.
+        """
+        for name, value in graph.graph.initializers.items():
+            part = next((p for p in self._parts if name == p.prefix or name.startswith(f"{p.prefix}.")), None)
+            if part is not None:
+                value.const_value = self._tensor(name, value, part)
+            elif value.const_value is not None and not _is_number(value.const_value.numpy()):
+                raise ExportError(f"the tracer computed {name} of a weight: this version of torch cannot be used")
+
+    def _tensor(self, name: str, value: ir.Value, part: Part) -> ir.LazyTensor:
+        if name not in self._tensors:
+            assert value.dtype is not None
+            assert value.shape is not None
+
+            def make() -> ir.TensorProtocol:
+                return ir.tensor(self._values(part)[name].detach().contiguous().numpy(), name=name)
+
+            self._tensors[name] = ir.LazyTensor(make, value.dtype, value.shape, name=name)
+        return self._tensors[name]
+
+    def _values(self, part: Part) -> Tensors:
+        """Parameters of a part; the last one's are kept, as its tensors are asked for one after the other."""
+        if self._made[0] != part.prefix:
+            self._made = ("", {})
+            self._made = (part.prefix, part.of(self._weights.module(part.module)))
+        return self._made[1]
+
+
+def _is_number(values: Any) -> bool:
+    return values.dtype.kind != "f" or not np.isnan(values).any()
+
+
+def _weight(module: Any) -> Tensors:
+    return {"": module.weight}
+
+
+def _linear(module: Any) -> Tensors:
+    return _parameters(Linear.of(module))
+
+
+def _parameters(module: nn.Module) -> Tensors:
+    return dict(module.named_parameters())

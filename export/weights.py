@@ -1,0 +1,122 @@
+"""Weights of a checkpoint, out of its files a module at a time.
+
+What enters: safetensors files and the model's config. What leaves: a skeleton, which is the model
+without its weights, and modules of it with theirs, in fp32. So a checkpoint of any size is exported
+in the memory that its largest module takes.
+
+This module knows nothing of graphs.
+"""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import Qwen2_5_VLForConditionalGeneration as Model
+
+from qvl_batch.errors import ExportError
+
+#: Names in files, in the two ways that checkpoints have them, by the model's own.
+_IN_FILES = {"model.language_model.": "model.", "model.visual.": "visual."}
+EMBEDDING, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
+
+
+class Weights:
+    """Weights of a checkpoint.
+
+    Args:
+        path: its folder.
+        config: of its model.
+
+    Raises:
+        ExportError: files are missing or damaged, or lack weights that the model has.
+    """
+
+    def __init__(self, path: Path, config: Any) -> None:
+        self._path = path
+        self._files = _names_of_tensors(path)
+        self.skeleton = skeleton(config)
+        #: Number of parameters.
+        self.count = sum(parameter.numel() for parameter in self.skeleton.parameters())
+        missing = sorted(name for name, _ in self.skeleton.named_parameters() if self._name_in_files(name) is None)
+        if missing:
+            raise ExportError(f"{path} lacks {len(missing)} weights, the first of them {missing[0]}")
+
+    def module(self, name: str) -> nn.Module:
+        """A copy of one of the skeleton's modules, with its weights.
+
+        Raises:
+            ExportError: a weight cannot be read, or has another shape.
+        """
+        module: nn.Module = copy.deepcopy(self.skeleton.get_submodule(name)).to_empty(device="cpu")
+        with torch.no_grad():
+            for key, parameter in module.named_parameters():
+                weight = self._read(f"{name}.{key}")
+                if weight.shape != parameter.shape:
+                    shapes = f"{tuple(weight.shape)}, where its config says {tuple(parameter.shape)}"
+                    raise ExportError(f"{self._path}: {name}.{key} is {shapes}")
+                parameter.copy_(weight)
+        return module
+
+    def streamed(self) -> Any:
+        """The model as transformers runs it, of which each module has its weights while it runs, and no longer."""
+        model = copy.deepcopy(self.skeleton)
+        for name in _units(model):
+            module = model.get_submodule(name)
+            module.register_forward_pre_hook(lambda module, _, name=name: self._lend(module, name))
+            module.register_forward_hook(lambda module, *_: self._take_back(module))
+        return model
+
+    def _lend(self, module: nn.Module, name: str) -> None:
+        module.load_state_dict(self.module(name).state_dict(), assign=True)
+
+    def _take_back(self, module: nn.Module) -> None:
+        module.to("meta")
+
+    def _name_in_files(self, name: str) -> str | None:
+        names = [name, *(name.replace(own, other, 1) for own, other in _IN_FILES.items() if name.startswith(own))]
+        found = next((each for each in names if each in self._files), None)
+        if found is None and name == HEAD and self.skeleton.config.tie_word_embeddings:
+            return self._name_in_files(EMBEDDING)
+        return found
+
+    def _read(self, name: str) -> Tensor:
+        found = self._name_in_files(name)
+        assert found is not None, name
+        # Opened for each: what was read stays mapped, and counts, as long as a file is open.
+        with safe_open(self._files[found], "pt") as file:
+            tensor: Tensor = file.get_tensor(found)
+        return tensor
+
+
+def _units(model: Any) -> list[str]:
+    """Modules that hold all weights between them, as large as a layer."""
+    visual, text = "model.visual", "model.language_model"
+    blocks = [f"{visual}.blocks.{k}" for k in range(len(model.model.visual.blocks))]
+    layers = [f"{text}.layers.{k}" for k in range(len(model.model.language_model.layers))]
+    ends = [f"{text}.norm", "lm_head"]
+    return [f"{visual}.patch_embed", *blocks, f"{visual}.merger", f"{text}.embed_tokens", *layers, *ends]
+
+
+def _names_of_tensors(path: Path) -> dict[str, Path]:
+    """The file that each tensor is in."""
+    names: dict[str, Path] = {}
+    for file in sorted(path.glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt") as opened:
+                names |= dict.fromkeys(opened.keys(), file)
+        except (OSError, SafetensorError) as error:
+            raise ExportError(f"{file} cannot be read: {error}; download it again") from error
+    return names
+
+
+def skeleton(config: Any) -> Any:
+    """The model on the meta device, but for its rotary frequencies, which no file holds."""
+    with torch.device("meta"):
+        model = Model._from_config(config, dtype=torch.float32)  # noqa: SLF001  (there is no other way without weights)
+    model.tie_weights()
+    model.model.visual.rotary_pos_emb = type(model.model.visual.rotary_pos_emb)(config.vision_config)
+    model.model.language_model.rotary_emb = type(model.model.language_model.rotary_emb)(config.text_config)
+    return model.eval()

@@ -1,0 +1,113 @@
+"""Export a checkpoint of real size with made-up weights, and trace the shapes that are larger still.
+
+    python tests/real_size.py [--work-dir build/real-size] [--shape 3b] [--on-paper 7b 32b 72b]
+
+The export must take at most 1.3 times the memory of the checkpoint's weights, parity gate included.
+Larger shapes are traced without weights: every parameter must be in a graph, in its shape.
+Exit status 1 says that something is not as it should be.
+"""
+
+import argparse
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+from conftest import ROOT, TINY
+from make_model import SHAPES, make_model, write_config
+from transformers import Qwen2_5_VLConfig
+
+from export.checkpoint import load_checkpoint
+from export.graphs import trace_decoders, trace_vision
+from export.lazy import Part, decoder_parts, vision_parts
+from export.package import ExportConfig, plan_layout
+from export.weights import skeleton
+from qvl_batch.bundle import DECODER, Bundle
+
+#: Most memory that an export may take, over the bytes of the checkpoint's weights.
+MOST = 1.3
+GIGABYTE = 1e9
+
+
+def export(checkpoint: Path, output: Path) -> bool:
+    """Export, print what it took, and say whether that is within bounds."""
+    weights = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
+    began = time.time()
+    command = [sys.executable, "-m", "export", checkpoint, "--output", output, "--overwrite"]
+    with subprocess.Popen([*map(str, command)], cwd=ROOT) as process:
+        own = mapped = 0
+        while process.poll() is None:
+            now = _memory(process.pid)
+            own, mapped = max(own, now.get("RssAnon", 0)), max(mapped, now.get("RssFile", 0))
+            time.sleep(0.2)
+    if process.returncode:
+        return False
+    bundle = Bundle.load(output)
+    large = {name: file.size for name, file in bundle.manifest.files.items() if file.size > 2 * GIGABYTE}
+    print(
+        f"weights {weights / GIGABYTE:.2f} GB, memory {own / GIGABYTE:.2f} GB ({own / weights:.2f} of it), "
+        f"files mapped up to {mapped / GIGABYTE:.2f} GB, {time.time() - began:.0f} s; "
+        f"files over 2 GB: {', '.join(f'{name} {size / GIGABYTE:.1f}' for name, size in large.items())}"
+    )
+    return own <= MOST * weights
+
+
+def on_paper(shape: str) -> bool:
+    """Trace a shape without weights, and say whether all of its parameters are in the graphs."""
+    began = time.time()
+    tiny = load_checkpoint(TINY)  # its tokenizer is the shape's too
+    layout = plan_layout(tiny, ExportConfig(checkpoint=TINY, output=Path(shape)))
+    mean, std = tiny.image_processor.image_mean, tiny.image_processor.image_std
+    with tempfile.TemporaryDirectory() as folder:
+        write_config(Path(folder) / shape, shape)
+        model = skeleton(Qwen2_5_VLConfig.from_pretrained(Path(folder) / shape))
+    vision, decoder = trace_vision(model, layout, mean, std), trace_decoders(model, layout, full=False)[DECODER]
+    wrong = [*_wrong(vision, vision_parts(model, std), model), *_wrong(decoder, decoder_parts(model), model)]
+    count = sum(parameter.numel() for parameter in model.parameters())
+    figures = f"{count / 1e9:.1f} G parameters, {len(wrong)} of another shape in the graphs"
+    print(f"{shape} on paper: {figures}, {time.time() - began:.0f} s", *wrong[:5], sep="\n  ")
+    return not wrong
+
+
+def _wrong(graph: ir.Model, parts: list[Part], model: Any) -> list[str]:
+    """Parameters that a graph does not have as the checkpoint does."""
+    found = {name: tuple(map(int, value.shape or ())) for name, value in graph.graph.initializers.items()}
+    made = {name: tensor for part in parts for name, tensor in part.of(model.get_submodule(part.module)).items()}
+    tied = {"weights.head", "weights.embed"} if model.config.tie_word_embeddings else set()
+    return [
+        f"{name} is {found.get(name)}, not {tuple(tensor.shape)}"
+        for name, tensor in made.items()
+        if found.get(name) != tuple(tensor.shape) and not (name in tied and tied & found.keys())
+    ]
+
+
+def _memory(process: int) -> dict[str, int]:
+    """Bytes of a process's memory, by kind; nothing if it has just ended."""
+    try:
+        lines = (Path("/proc") / str(process) / "status").read_text().splitlines()
+    except OSError:
+        return {}
+    return {line.split(":")[0]: 1024 * int(line.split()[1]) for line in lines if line.startswith("Rss")}
+
+
+def main() -> int:
+    """Run the command."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--work-dir", type=Path, default=Path("build/real-size"))
+    parser.add_argument("--shape", choices=SHAPES, default="3b")
+    parser.add_argument("--on-paper", nargs="*", choices=SHAPES, default=["7b", "32b", "72b"])
+    options = parser.parse_args()
+    checkpoint = options.work_dir / options.shape
+    if not (checkpoint / "model.safetensors.index.json").is_file():
+        shutil.rmtree(checkpoint, ignore_errors=True)
+        print(f"{make_model(checkpoint, options.shape):,} parameters in {checkpoint}", flush=True)
+    right = export(checkpoint, options.work_dir / f"{options.shape}-bundle")
+    return 0 if all([right, *map(on_paper, options.on_paper)]) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,114 @@
+"""A checkpoint of any size is read a module at a time, and what is read is what transformers reads."""
+
+import json
+import shutil
+
+import make_model
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from conftest import TINY
+from safetensors.torch import load_file, save_file
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+from export.lazy import LazyWeights, without_weights
+from export.weights import Weights
+from qvl_batch.errors import ExportError
+
+CONFIG = Qwen2_5_VLConfig.from_pretrained(TINY)
+MODULES = ("model.visual.blocks.1", "model.visual.merger", "model.language_model.layers.2", "lm_head")
+
+
+def _copy(tmp_path, tensors):
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(TINY, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    for number, part in enumerate(tensors):
+        save_file(part, folder / f"model-{number}.safetensors")
+    return folder
+
+
+def _tensors():
+    return load_file(TINY / "model.safetensors")
+
+
+@pytest.mark.parametrize("names", ["as published", "as transformers has them"])
+def test_weights_may_be_in_shards_and_under_either_name(names, tiny_checkpoint, tmp_path):
+    tensors = _tensors()
+    if names != "as published":
+        own = {"model.": "model.language_model.", "visual.": "model.visual."}
+        tensors = {
+            next(new + k[len(old) :] for old, new in own.items() if k.startswith(old)): t for k, t in tensors.items()
+        }
+    keys = sorted(tensors)
+    folder = _copy(tmp_path, [{key: tensors[key] for key in keys[at::3]} for at in range(3)])
+    weights = Weights(folder, CONFIG)
+    for name in MODULES:
+        expected = tiny_checkpoint.model.get_submodule(name).state_dict()
+        found = weights.module(name).state_dict()
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], expected[key]) for key in found)
+        assert all(tensor.dtype == torch.float32 for tensor in found.values())
+
+
+def test_a_weight_of_another_shape_is_named(tmp_path):
+    tensors = _tensors()
+    tensors["model.layers.1.mlp.up_proj.weight"] = torch.zeros(3, 4)
+    with pytest.raises(ExportError, match=r"layers.1.mlp.up_proj.weight is \(3, 4\), where its config says \("):
+        Weights(_copy(tmp_path, [tensors]), CONFIG).module("model.language_model.layers.1")
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    folder = _copy(tmp_path, [_tensors()])
+    (folder / "model-0.safetensors").write_bytes(b"\0" * 100)
+    with pytest.raises(ExportError, match=r"model-0.safetensors cannot be read: .*; download it again"):
+        Weights(folder, CONFIG)
+
+
+def test_the_streamed_model_is_the_model_and_keeps_nothing(tiny_checkpoint):
+    ids = torch.tensor([[5, 6, 7, 8]])
+    model = tiny_checkpoint.weights.streamed()
+    with torch.inference_mode():
+        found = model(input_ids=ids, use_cache=False).logits
+        expected = tiny_checkpoint.model(input_ids=ids, use_cache=False).logits
+        again = model(input_ids=ids, use_cache=False).logits
+    assert torch.equal(found, expected)
+    assert torch.equal(again, expected)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert all(parameter.is_meta for parameter in tiny_checkpoint.weights.skeleton.parameters())
+
+
+def test_placeholders_take_no_memory_differ_and_stay_tied():
+    module = torch.nn.Module()
+    module.first, module.second = (torch.nn.Parameter(torch.empty(1 << 20, 1 << 20, device="meta")) for _ in range(2))
+    module.tied = module.first
+    without_weights(module)
+    assert module.first.shape == (1 << 20, 1 << 20)
+    assert module.tied is module.first
+    bits = [parameter[0, 0].view(torch.int32).item() for parameter in (module.first, module.second)]
+    assert bits[0] != bits[1]
+    assert all(torch.isnan(parameter[0, 0]) for parameter in (module.first, module.second))
+
+
+def test_a_constant_that_was_computed_of_a_placeholder_is_refused(tiny_checkpoint):
+    tensor = ir.tensor(np.array([1, np.nan], np.float32), name="folded")
+    value = ir.Value(name="folded", shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+    graph = ir.Graph([], [], nodes=[], initializers=[value], name="g", opset_imports={"": 21})
+    with pytest.raises(ExportError, match="the tracer computed folded of a weight"):
+        LazyWeights(tiny_checkpoint.weights, []).fill(ir.Model(graph, ir_version=10))
+
+
+def test_a_made_up_checkpoint_is_one_and_is_always_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(make_model, "SHAPES", {"small": ({"num_hidden_layers": 2}, {"depth": 2})})
+    monkeypatch.setattr(make_model, "SHARD", 1 << 19)
+    counts = {make_model.make_model(tmp_path / name, "small") for name in ("a", "b")}
+    files = sorted(path.name for path in (tmp_path / "a").glob("*.safetensors"))
+    assert len(files) > 1
+    index = json.loads((tmp_path / "a" / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == set(files)
+    assert all((tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in files)
+    model, loading = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "a", output_loading_info=True)
+    assert not loading["missing_keys"]
+    assert not loading["unexpected_keys"]
+    assert counts == {sum(parameter.numel() for parameter in model.parameters())}
+    assert index["metadata"]["total_size"] == 2 * counts.pop()
