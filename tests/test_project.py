@@ -125,8 +125,8 @@ def test_the_notebook_example_runs(tiny_bundle, tmp_path, monkeypatch, capsys):
 
 
 def test_commands_in_the_readme_exist():
-    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    assert set(re.findall(r"make (\w+)\b(?!=)", README)) - {"PYTHON"} <= targets
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"make ([\w-]+)\b(?!=)", README)) - {"PYTHON"} <= targets
     for path in re.findall(r"\b(?:jobs|datasets|export)/[\w/.-]+\.\w+", README):
         assert (ROOT / path).exists(), path
 
