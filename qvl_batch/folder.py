@@ -11,6 +11,7 @@ This module knows nothing of what the files hold.
 
 import fcntl
 import json
+import logging
 import os
 import socket
 import threading
@@ -27,6 +28,7 @@ from qvl_batch.errors import ConfigError, OutputError
 from qvl_batch.fetch import STORES
 
 PARTIAL, LOCK = ".partial-", "_lock"
+logger = logging.getLogger(__name__)
 #: Seconds from one renewal of an object's lock to the next, and without one until its holder counts as dead.
 RENEWAL, LEASE = 10.0, 60.0
 
@@ -211,6 +213,8 @@ class StoreFolder:
     def _wait_for(self, lock: str) -> None:
         """Return when a lock's holder has ended or is dead; a living one renews it meanwhile."""
         before, until = self._holder(lock), time.monotonic() + self._lease
+        if not (before.get("ended") or _died_here(before)):
+            logger.warning("%s is held by %s: %g s to see if it lives", self, before.get("holder"), self._lease)
         while not (before.get("ended") or _died_here(before)) and time.monotonic() < until:
             if self._holder(lock) != before:
                 raise _held_by(self, before.get("holder"))

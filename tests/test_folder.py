@@ -97,10 +97,11 @@ def _dead(address, machine="elsewhere"):
     _Bytes().pipe_file(f"{address.removeprefix('memory:/')}/{LOCK}-000004", json.dumps(record).encode())
 
 
-def test_a_lock_of_a_dead_job_does_not_block(address):
+def test_a_lock_of_a_dead_job_does_not_block(address, caplog):
     _dead(address)
     began = time.monotonic()
     with _store(address).held():
+        assert f"{address} is held by process 7 on elsewhere: 1 s to see if it lives" in caplog.text
         assert _store(address).names(f"{LOCK}*") == [f"{LOCK}-000005"]
     assert time.monotonic() - began >= LEASE
     with _store(address, lease=1e9).held():  # one that ended is not waited for
