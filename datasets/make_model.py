@@ -18,7 +18,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import Qwen2_5_VLConfig
+
+from export.weights import published_name, skeleton
 
 TINY = Path(__file__).parent / "tiny-qwen2.5-vl"
 SEED = 5
@@ -85,11 +87,11 @@ SHAPES: dict[str, Shape] = {
 
 def make_model(output: Path, shape: str) -> int:
     """Write the checkpoint; returns its number of parameters."""
-    skeleton = write_config(output, shape)
+    model = write_config(output, shape)
     shards: list[dict[str, Tensor]] = [{}]
     places: dict[str, int] = {}
     count = 0
-    for name, weight in _made_up(skeleton):
+    for name, weight in _made_up(model):
         if sum(tensor.nbytes for tensor in shards[-1].values()) + weight.nbytes > SHARD and shards[-1]:
             _save(output, shards[-1], len(shards))
             shards[-1] = {}
@@ -113,15 +115,12 @@ def write_config(output: Path, shape: str) -> Any:
     settings |= text
     settings["vision_config"] |= vision
     (output / "config.json").write_text(json.dumps(settings, indent=1))
-    with torch.device("meta"):
-        model = Qwen2_5_VLForConditionalGeneration._from_config(Qwen2_5_VLConfig.from_pretrained(output))
-    model.tie_weights()
-    return model
+    return skeleton(Qwen2_5_VLConfig.from_pretrained(output))
 
 
-def _made_up(skeleton: Any) -> Iterator[tuple[str, Tensor]]:
+def _made_up(model: Any) -> Iterator[tuple[str, Tensor]]:
     """Weights in bf16, by the names that files have them under."""
-    for name, parameter in skeleton.named_parameters():
+    for name, parameter in model.named_parameters():
         # By name, so that no weight depends on the others.
         generator = torch.Generator().manual_seed(SEED + zlib.crc32(name.encode()))
         weight = torch.empty(parameter.shape, dtype=torch.bfloat16)
@@ -131,7 +130,7 @@ def _made_up(skeleton: Any) -> Iterator[tuple[str, Tensor]]:
             weight.normal_(0, 0.02, generator=generator)
         else:
             weight.fill_(1)  # a norm's
-        yield name.replace("model.language_model.", "model.").replace("model.visual.", "visual."), weight
+        yield published_name(name), weight
 
 
 def _partial(number: int) -> str:

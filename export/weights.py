@@ -18,8 +18,8 @@ from transformers import Qwen2_5_VLForConditionalGeneration as Model
 
 from qvl_batch.errors import ExportError
 
-#: Names in files, in the two ways that checkpoints have them, by the model's own.
-_IN_FILES = {"model.language_model.": "model.", "model.visual.": "visual."}
+#: Beginnings of names in published files, by the model's own. Other files have the model's.
+_PUBLISHED = {"model.language_model.": "model.", "model.visual.": "visual."}
 EMBEDDING, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -38,8 +38,6 @@ class Weights:
         self._path = path
         self._files = _names_of_tensors(path)
         self.skeleton = skeleton(config)
-        #: Number of parameters.
-        self.count = sum(parameter.numel() for parameter in self.skeleton.parameters())
         missing = sorted(name for name, _ in self.skeleton.named_parameters() if self._name_in_files(name) is None)
         if missing:
             raise ExportError(f"{path} lacks {len(missing)} weights, the first of them {missing[0]}")
@@ -76,8 +74,7 @@ class Weights:
         module.to("meta")
 
     def _name_in_files(self, name: str) -> str | None:
-        names = [name, *(name.replace(own, other, 1) for own, other in _IN_FILES.items() if name.startswith(own))]
-        found = next((each for each in names if each in self._files), None)
+        found = next((each for each in (name, published_name(name)) if each in self._files), None)
         if found is None and name == HEAD and self.skeleton.config.tie_word_embeddings:
             return self._name_in_files(EMBEDDING)
         return found
@@ -89,6 +86,12 @@ class Weights:
         with safe_open(self._files[found], "pt") as file:
             tensor: Tensor = file.get_tensor(found)
         return tensor
+
+
+def published_name(name: str) -> str:
+    """The name that published files have a parameter of the model under."""
+    own = next((own for own in _PUBLISHED if name.startswith(own)), "")
+    return _PUBLISHED.get(own, "") + name.removeprefix(own)
 
 
 def _units(model: Any) -> list[str]:

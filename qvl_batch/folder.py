@@ -123,10 +123,10 @@ class StoreFolder:
     """A folder of an object store.
 
     Its lock is an object `_lock-N` that only one job can create (the store must be able to refuse a put
-    where something is), and that this job renews. One that was
-    not renewed for `LEASE` seconds is dead; who takes over creates `_lock-N+1`. N never becomes less: what
-    remains of a job that ended is a lock that says so. Before each write a job looks whether its own is
-    still the last: if its machine stood still and another job took over, it stops.
+    where something is), and that this job renews. One that was not renewed for `LEASE` seconds is dead;
+    who takes over creates `_lock-N+1`. N never becomes less: what remains of a job that ended is a lock
+    that says so. Before each write a job looks whether its own is still the last: if its machine stood
+    still and another job took over, it stops.
 
     Args:
         files: speaks to the store.

@@ -6,12 +6,12 @@ All of it may hold what strangers wrote: ids, prompts, answers, paths, messages.
 
 import base64
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from qvl_batch.timeline import paired
@@ -36,21 +36,35 @@ def render(record: dict[str, Any], sample: Sequence[dict[str, Any]]) -> str:
         record: of the run.
         sample: rows with `id`, `prompt`, `thumbnail` and the columns of an answer.
     """
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=printable,
-    )
-    environment.filters |= {"count": lambda number: f"{number:,}", "percent": percent, "span": span, "figure": figure}
-    return environment.get_template(TEMPLATE).render(
+    filters = {"percent": percent, "span": span, "figure": figure}
+    return template(Path(__file__).parent / TEMPLATE, filters, finalize=printable).render(
         run=record,
         failed=record["finish_reasons"].get("error", 0),
         chart=Chart.of(record) if record["rows_of_this_run"] else None,
         cards=[_card(row) for row in sample],
     )
+
+
+def template(
+    path: Path, filters: dict[str, Callable[..., Any]], finalize: Callable[[object], object] | None = None
+) -> Template:
+    """The template of a page: what is put into it is escaped, and must be there.
+
+    Args:
+        path: of the template.
+        filters: besides `count`, a number with separators.
+        finalize: applied to each value before it is put in.
+    """
+    environment = Environment(
+        loader=FileSystemLoader(path.parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=finalize,
+    )
+    environment.filters |= {"count": lambda number: f"{number:,}"} | filters
+    return environment.get_template(path.name)
 
 
 @dataclass(frozen=True, slots=True)

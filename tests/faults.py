@@ -1,9 +1,10 @@
 """Damage done to a bundle, so that a comparison can be seen to find it."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -73,6 +74,13 @@ def _graph(bundle: Path, name: str) -> Iterator[onnx.GraphProto]:
     yield model.graph
     onnx.save(model, bundle / name)
     seal(bundle)
+
+
+def edit_manifest(bundle: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change what `bundle.json` says."""
+    manifest = json.loads((bundle / MANIFEST).read_text())
+    change(manifest)
+    (bundle / MANIFEST).write_text(json.dumps(manifest))
 
 
 def seal(bundle: Path) -> None:

@@ -19,13 +19,11 @@ from typing import Any
 import onnx_ir as ir
 from conftest import ROOT, TINY
 from make_model import SHAPES, make_model, write_config
-from transformers import Qwen2_5_VLConfig
 
 from export.checkpoint import load_checkpoint
 from export.graphs import trace_decoders, trace_vision
 from export.lazy import Part, decoder_parts, vision_parts
 from export.package import ExportConfig, plan_layout
-from export.weights import skeleton
 from qvl_batch.bundle import DECODER, Bundle
 
 #: Most memory that an export may take, over the bytes of the checkpoint's weights.
@@ -63,8 +61,7 @@ def on_paper(shape: str) -> bool:
     layout = plan_layout(tiny, ExportConfig(checkpoint=TINY, output=Path(shape)))
     mean, std = tiny.image_processor.image_mean, tiny.image_processor.image_std
     with tempfile.TemporaryDirectory() as folder:
-        write_config(Path(folder) / shape, shape)
-        model = skeleton(Qwen2_5_VLConfig.from_pretrained(Path(folder) / shape))
+        model = write_config(Path(folder) / shape, shape)
     vision, decoder = trace_vision(model, layout, mean, std), trace_decoders(model, layout, full=False)[DECODER]
     wrong = [*_wrong(vision, vision_parts(model, std), model), *_wrong(decoder, decoder_parts(model), model)]
     count = sum(parameter.numel() for parameter in model.parameters())

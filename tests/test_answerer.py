@@ -1,14 +1,13 @@
 """Numbers that mean nothing and answers that run away are found row by row, and run again in fp32 if it is there."""
 
 import dataclasses
-import json
 import shutil
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from conftest import QUESTIONS
-from faults import seal, spoil
+from faults import edit_manifest, seal, spoil
 from reference import letterboxed
 
 from qvl_batch.answerer import Answerer, Question, repeated_phrase
@@ -39,12 +38,6 @@ def expected(tiny_bundle, questions):
     return answers
 
 
-def _edit(path, change):
-    manifest = json.loads((path / "bundle.json").read_text())
-    change(manifest)
-    (path / "bundle.json").write_text(json.dumps(manifest))
-
-
 def _never_ends(manifest):
     manifest["generation"]["eos_token_ids"] = []
 
@@ -52,7 +45,7 @@ def _never_ends(manifest):
 def _with_fp32(path, exact):
     """Let a bundle hold another one for rows that fail."""
     shutil.copytree(exact.path, path / FP32)
-    _edit(path, lambda m: m["files"].update({f"{FP32}/bundle.json": {"size": 0, "sha256": ""}}))
+    edit_manifest(path, lambda m: m["files"].update({f"{FP32}/bundle.json": {"size": 0, "sha256": ""}}))
     seal(path)
     return Bundle.load(path)
 
@@ -103,7 +96,7 @@ def test_features_that_are_all_the_same_mean_nothing(copied_bundle):
 
 
 def test_an_answer_that_runs_away_fails_unless_that_is_allowed(copied_bundle, questions):
-    _edit(copied_bundle, _never_ends)
+    edit_manifest(copied_bundle, _never_ends)
     bundle = Bundle.load(copied_bundle)
     kept = _answers(bundle, questions, 60, allow_repetition=True)
     assert {answer.finish_reason for answer in kept} == {"length"}
@@ -117,7 +110,7 @@ def test_an_answer_that_runs_away_fails_unless_that_is_allowed(copied_bundle, qu
 
 
 def test_an_answer_that_runs_away_is_run_again_in_fp32(copied_bundle, tiny_bundle, questions, expected):
-    _edit(copied_bundle, _never_ends)
+    edit_manifest(copied_bundle, _never_ends)
     found = _answers(_with_fp32(copied_bundle, tiny_bundle), questions, 60)
     again = [index for index, answer in enumerate(found) if answer.finish_reason == "stop"]
     assert again

@@ -1,12 +1,11 @@
 """A bundle that is not whole, or breaks its contract, is refused by name before any work."""
 
 import dataclasses
-import json
 import shutil
 
 import onnx
 import pytest
-from faults import seal
+from faults import edit_manifest, seal
 
 from qvl_batch.bundle import DECODER, DECODER_FULL, FORMAT_VERSION, TOKENIZER, VISION, Bundle
 from qvl_batch.errors import BundleError
@@ -14,12 +13,6 @@ from qvl_batch.external_data import FIELDS, external_locations
 from qvl_batch.layout import RowLayout
 from qvl_batch.runtime import Session
 from qvl_batch.vision import VisionEncoder
-
-
-def _edit(path, change):
-    manifest = json.loads((path / "bundle.json").read_text())
-    change(manifest)
-    (path / "bundle.json").write_text(json.dumps(manifest))
 
 
 def test_a_whole_bundle_loads(copied_bundle, tiny_bundle):
@@ -48,7 +41,7 @@ def test_a_folder_that_is_no_bundle_is_refused(tmp_path):
     ],
 )
 def test_a_wrong_manifest_is_refused(change, message, copied_bundle):
-    _edit(copied_bundle, change)
+    edit_manifest(copied_bundle, change)
     with pytest.raises(BundleError, match=message):
         Bundle.load(copied_bundle)
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from comparison.summary import STAGES
+from qvl_batch.page import template
 
 Row = dict[str, Any]
 TEMPLATE = "page.html.jinja"
@@ -31,17 +31,10 @@ def render(rows: Sequence[Row], summary: dict[str, Any], gallery: int) -> str:
         summary: of the comparison.
         gallery: rows to show.
     """
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"percent": _percent, "figure": _figure, "count": lambda number: f"{number:,}"}
     shown = _chosen(rows, gallery)
     prompts = Counter(row["prompt"] or "" for row in shown).most_common(MOST_PROMPTS)
-    return environment.get_template(TEMPLATE).render(
+    filters = {"percent": _percent, "figure": _figure}
+    return template(Path(__file__).parent / TEMPLATE, filters).render(
         summary=summary,
         stages=_stages(rows, summary["bounds"]["max_drift"]),
         depths=_depths(summary),
