@@ -8,12 +8,11 @@ fails.
 This module knows nothing of where rows come from.
 """
 
-import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
-from qvl_batch.bundle import Bundle
+from qvl_batch.bundle import Bundle, InFp32
 from qvl_batch.decoder import Decoder
 from qvl_batch.engine import Completion, Engine, Request, decoder_clocks
 from qvl_batch.errors import NumericError, RepetitionError, RowError
@@ -52,12 +51,11 @@ class Answerer:
 
     def __init__(self, bundle: Bundle, slots: int, threads: int, *, allow_repetition: bool = False) -> None:
         self._layout = RowLayout(bundle)
-        self._bundle, self._threads, self._allow_repetition = bundle, threads, allow_repetition
+        self._threads, self._allow_repetition = threads, allow_repetition
         #: Seconds of the decoder's work, by kind.
         self.clocks = decoder_clocks()
         self._engine = self._new_engine(bundle, slots)
-        self._fp32: Engine | None = None
-        self._lock = threading.Lock()
+        self._fp32 = InFp32(bundle, lambda exact: self._new_engine(exact, FP32_SLOTS))
 
     def answer(self, questions: Sequence[Question], max_new_tokens: int) -> list[Answer]:
         """Answer questions, in order; all of them are in the engine at once.
@@ -78,9 +76,8 @@ class Answerer:
     def close(self) -> None:
         """Stop when what was asked is answered."""
         self._engine.close()
-        with self._lock:
-            if self._fp32:
-                self._fp32.close()
+        if self._fp32.made:
+            self._fp32.made.close()
 
     def _request(self, question: Question, max_new_tokens: int) -> Request | Failure:
         if isinstance(question.features, Failure):
@@ -94,7 +91,7 @@ class Answerer:
     def _complete(self, requests: Sequence[Request]) -> list[Completion | RowError]:
         outcomes = self._run(self._engine, requests)
         failed = [index for index, outcome in enumerate(outcomes) if isinstance(outcome, RowError)]
-        engine = self._engine_in_fp32() if failed else None
+        engine = self._fp32.get() if failed else None
         if engine:
             again = self._run(engine, [requests[index] for index in failed])
             for index, outcome in zip(failed, again, strict=True):
@@ -124,13 +121,6 @@ class Answerer:
             return Answer.failed(Failure.of(outcome))
         text = self._layout.text(outcome.token_ids)
         return Answer(text, outcome.finish_reason, prompt_tokens, len(outcome.token_ids))
-
-    def _engine_in_fp32(self) -> Engine | None:
-        with self._lock:
-            bundle = None if self._fp32 else self._bundle.in_fp32()
-            if bundle:
-                self._fp32 = self._new_engine(bundle, FP32_SLOTS)
-            return self._fp32
 
     def _new_engine(self, bundle: Bundle, slots: int) -> Engine:
         decoder = Decoder(bundle, slots, self._threads)

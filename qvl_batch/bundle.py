@@ -11,10 +11,11 @@ This module runs no graph and imports neither torch, transformers nor onnxruntim
 import hashlib
 import json
 import math
-from collections.abc import Container, Iterable
+import threading
+from collections.abc import Callable, Container, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
-from typing import Literal, Self
+from typing import Generic, Literal, Self, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -30,6 +31,7 @@ TOKENIZER = "tokenizer.json"
 #: Folder of a bundle in reduced precision that may hold the same checkpoint as a bundle in fp32.
 FP32 = "fp32"
 
+Made = TypeVar("Made")
 #: Of weights and products: fp32; int8 weights and activations; int8 or int4 weights only.
 Dtype = Literal["fp32", "int8", "int8wo", "int4wo"]
 
@@ -219,6 +221,29 @@ class Bundle:
         if name not in self.manifest.files:
             raise BundleError(f"{self.path} has no {name}: export the checkpoint again")
         return self.path / name
+
+
+class InFp32(Generic[Made]):
+    """What is made of a bundle in fp32, when it is first asked for; threads may share it.
+
+    Args:
+        bundle: that may hold its checkpoint in fp32 too.
+        make: of the bundle in fp32.
+    """
+
+    def __init__(self, bundle: Bundle, make: Callable[[Bundle], Made]) -> None:
+        self._bundle, self._make = bundle, make
+        #: None until it is asked for, and where there is no bundle in fp32.
+        self.made: Made | None = None
+        self._lock = threading.Lock()
+
+    def get(self) -> Made | None:
+        """The same for all who ask; None where there is no bundle in fp32."""
+        with self._lock:
+            bundle = self._bundle.in_fp32() if self.made is None else None
+            if bundle is not None:
+                self.made = self._make(bundle)
+            return self.made
 
 
 def part_names(vision: int, decoder: int) -> list[str]:

@@ -7,13 +7,10 @@ where the bundle holds the checkpoint in fp32 too.
 This module knows nothing of prompts or of where images come from.
 """
 
-import threading
-from typing import Self
-
 import numpy as np
 from numpy.typing import NDArray
 
-from qvl_batch.bundle import VISION, Bundle
+from qvl_batch.bundle import VISION, Bundle, InFp32
 from qvl_batch.errors import BundleError, NumericError
 from qvl_batch.runtime import Session
 
@@ -30,9 +27,7 @@ class VisionEncoder:
 
     def __init__(self, bundle: Bundle, threads: int) -> None:
         self.layout = bundle.manifest.layout
-        self._bundle, self._threads = bundle, threads
-        self._fp32: Self | None = None
-        self._lock = threading.Lock()
+        self._fp32 = InFp32(bundle, lambda exact: VisionEncoder(exact, threads))
         self._session = Session(bundle.file(VISION), threads)
         expected = list(bundle.manifest.feature_shape)
         found = self._session.outputs.get("image_features", [])[1:]
@@ -48,7 +43,7 @@ class VisionEncoder:
         try:
             return self._encode(image)
         except NumericError:
-            again = self._in_fp32()
+            again = self._fp32.get()
             if again is None:
                 raise
         return again.encode(image)
@@ -60,10 +55,3 @@ class VisionEncoder:
         if features.min() == features.max():  # a norm lost everything
             raise NumericError("the image features are all the same", stage="vision")
         return features
-
-    def _in_fp32(self) -> Self | None:
-        with self._lock:
-            bundle = None if self._fp32 else self._bundle.in_fp32()
-            if bundle:
-                self._fp32 = type(self)(bundle, self._threads)
-            return self._fp32
