@@ -1,7 +1,9 @@
 """The language model as two graphs over one set of weights.
 
 `CachedDecoder` is what the worker runs, for prefill and for every decode step: fused operators,
-a KV cache that the caller owns, logits of each row's last valid token only.
+a KV cache that the caller owns, logits of each row's last valid token only. No value that follows
+from a shape meets a tensor's values in it: on a GPU each such meeting would be a copy between host
+and device, and a graph with one cannot be captured.
 
 `FullDecoder` is the plain contract: token ids, mask and image embeddings in, all logits out,
 standard operators alone, M-RoPE positions derived inside. Quantization tools calibrate on it and
@@ -10,6 +12,10 @@ parity is argued from it.
 B rows, S tokens, D hidden size, V vocabulary, L_max tokens a row's cache holds. In both,
 `image_embeds` (B, S, D) takes the place of a token's embedding at the image's tokens, and is
 ignored elsewhere.
+
+The residual stream may be kept in a larger unit, a power of two: whoever adds to it adds so much
+less, and its norms, which see directions only, take the difference back out of their epsilon. So
+the same numbers come out, and updates in fp16 have so much more room before they overflow.
 
 This module knows nothing of tokenizers or of files.
 """
@@ -23,6 +29,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from export.layers import GatedMlp, Linear
 from export.operators import group_query_attention, rms_norm, rotary_embedding, skip_rms_norm
+from qvl_batch.bundle import Layout
 
 
 class DecoderWeights(nn.Module):
@@ -30,13 +37,15 @@ class DecoderWeights(nn.Module):
 
     Args:
         model: `Qwen2_5_VLForConditionalGeneration`.
+        unit: of the residual stream, a power of two.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, unit: int = 1) -> None:
         super().__init__()
         text = model.model.language_model
+        self.unit = unit
         self.embed = text.embed_tokens.weight
-        self.stack = nn.ModuleList(Layer(layer) for layer in text.layers)
+        self.stack = nn.ModuleList(Layer(layer, unit) for layer in text.layers)
         self.norm = text.norm.weight
         # A tied head stays tied: one initializer, read by the Gather and by the last product.
         self.head = model.lm_head.weight
@@ -52,15 +61,15 @@ class DecoderWeights(nn.Module):
 
 
 class Layer(nn.Module):
-    """Weights of one decoder layer."""
+    """Weights of one decoder layer, which adds to a residual stream in `unit`."""
 
-    def __init__(self, layer: Any) -> None:
+    def __init__(self, layer: Any, unit: int = 1) -> None:
         super().__init__()
         attention = layer.self_attn
         self.norm1, self.norm2 = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
         self.qkv = nn.ModuleList(map(Linear.of, (attention.q_proj, attention.k_proj, attention.v_proj)))
-        self.out = Linear.of(attention.o_proj)
-        self.mlp = GatedMlp(layer.mlp)
+        self.out = Linear.of(attention.o_proj).in_unit(unit)
+        self.mlp = GatedMlp(layer.mlp, unit)
 
 
 class _Decoder(nn.Module):
@@ -75,78 +84,153 @@ class _Decoder(nn.Module):
         self.weights = weights
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = config.hidden_size // self.heads
-        self.eps = config.rms_norm_eps
+        self.eps = config.rms_norm_eps / weights.unit**2
         self.image_token_id = model.config.image_token_id
         self.register_buffer("inv_freq", rotary.inv_freq)
         self.register_buffer("axis", _axis_of_frequency(rotary.mrope_section))
 
     def _embed(self, input_ids: Tensor, is_image: Tensor, image_embeds: Tensor) -> Tensor:
-        return torch.where(is_image[..., None], image_embeds, F.embedding(input_ids, self.weights.embed))
+        hidden = torch.where(is_image[..., None], image_embeds, F.embedding(input_ids, self.weights.embed))
+        return hidden if self.weights.unit == 1 else hidden / self.weights.unit
 
-    def _rotary_tables(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """M-RoPE (3, B, S) to cosines and sines, each (B, S, head_dim / 2).
+    def _rotary_tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """M-RoPE (3, ...) to cosines and sines, each (..., head_dim / 2).
 
         Frequency i turns by the position along the axis (time, row, column) whose section it
         falls in: Qwen2-VL, arXiv 2409.12191, section 2.1.
         """
-        turns = position_ids.float().index_select(0, self.axis).permute(1, 2, 0) * self.inv_freq
+        turns = positions.float().index_select(0, self.axis).movedim(0, -1) * self.inv_freq
         return turns.cos(), turns.sin()
 
 
 class CachedDecoder(_Decoder):
-    """Prefill of whole rows (S > 1, empty cache) or one decode step (S = 1)."""
+    """Prefill of whole rows (S > 1, empty cache) or one decode step (S = 1).
+
+    Args:
+        weights: of both graphs.
+        model: `Qwen2_5_VLForConditionalGeneration`.
+        layout: where the image stands in every row, from which positions follow.
+        standard_attention: over the cache in standard operators, for a device whose fused operator has
+            no kernel in fp32.
+        penalty: repetition penalty; of 1, the graph has nothing of it.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    columns: Tensor
+
+    def __init__(
+        self,
+        weights: DecoderWeights,
+        model: Any,
+        layout: Layout,
+        *,
+        standard_attention: bool = False,
+        penalty: float = 1.0,
+    ) -> None:
+        super().__init__(weights, model)
+        self.penalty = penalty
+        self.image = range(layout.image_start, layout.image_start + layout.image_tokens)
+        self.standard_attention = standard_attention
+        cos, sin = self._rotary_tables(mrope_positions(layout))
+        self.register_buffer("cos", cos)
+        self.register_buffer("sin", sin)
+        self.register_buffer("columns", torch.arange(layout.max_seq_len))
 
     def forward(
         self,
         input_ids: Tensor,
-        position_ids: Tensor,
+        cache_position: Tensor,
         image_embeds: Tensor,
         seqlens_k: Tensor,
         total_sequence_length: Tensor,
         past: list[Tensor],
+        seen: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """Run B rows, right-padded to S.
 
         Args:
             input_ids: int64 (B, S).
-            position_ids: int64 (3, B, S), M-RoPE.
+            cache_position: int64 (B, S), each token's place in its row, from 0; rotary positions follow
+                from it, and which tokens are the image's.
             image_embeds: (B, S, D).
             seqlens_k: int32 (B,), valid tokens of each row after this call, less one.
             total_sequence_length: int32 scalar, the largest number of valid tokens.
             past: key and value of layer 0, of layer 1, ..., each (B, kv_heads, L_max, head_dim).
+            seen: bool (B, V), tokens that each row held before this call, where there is a penalty.
 
         Returns:
-            `next_token` int64 (B,), the argmax at each row's last valid token, or -1 where a logit or
-            a hidden state of the row is not finite; `logits` (B, V) there; then the present keys and
-            values in the order of `past`. After the last layer's attention only that token goes on.
+            `next_token` int64 (B,), the argmax at each row's last valid token, after the penalty, or -1
+            where a logit or a hidden state of the row is not finite; `logits` (B, V) there, before the
+            penalty; then the present keys and values in the order of `past`, and tokens seen by then.
+            After the last layer's attention only that last token goes on.
         """
-        # An image token that the model itself answers with is a token like any other.
-        is_prefill = torch.tensor(input_ids.shape[1]) > 1
-        hidden = self._embed(input_ids, (input_ids == self.image_token_id) & is_prefill, image_embeds)
-        cos, sin = (t.reshape(-1, self.head_dim // 2) for t in self._rotary_tables(position_ids))
-        rows = torch.arange(input_ids.numel()).reshape(input_ids.shape)
+        is_image = (cache_position >= self.image.start) & (cache_position < self.image.stop)
+        hidden = self._embed(input_ids, is_image, image_embeds)
         layers = self.weights.layers
         present: list[Tensor] = []
         normed = rms_norm(hidden, layers[0].norm1, self.eps)
         for index, layer in enumerate(layers):
             q, k, v = (linear(normed) for linear in layer.qkv)
-            q = rotary_embedding(q, rows, cos, sin, self.heads)
-            k = rotary_embedding(k, rows, cos, sin, self.kv_heads)
+            q = rotary_embedding(q, cache_position, self.cos, self.sin, self.heads)
+            k = rotary_embedding(k, cache_position, self.cos, self.sin, self.kv_heads)
             cache = (past[2 * index], past[2 * index + 1])
             heads = (self.heads, self.kv_heads)
-            update, cache = group_query_attention(q, k, v, cache, seqlens_k, total_sequence_length, heads)
+            if self.standard_attention:
+                update, cache = self._attend(q, k, v, cache, cache_position)
+            else:
+                update, cache = group_query_attention(q, k, v, cache, seqlens_k, total_sequence_length, heads)
             present += cache
             if index == len(layers) - 1:
                 # Rounding to integers can hide what is not finite from the logits, but not from here.
                 states = hidden.mean((1, 2))
-                update, hidden = _last_valid(update, seqlens_k), _last_valid(hidden, seqlens_k)
+                last = seqlens_k.long() - cache_position[:, 0]
+                update, hidden = _at(update, last), _at(hidden, last)
             normed, hidden = skip_rms_norm(layer.out(update), hidden, layer.norm2, self.eps)
             following = layers[index + 1].norm1 if index + 1 < len(layers) else self.weights.norm
             normed, hidden = skip_rms_norm(layer.mlp(normed), hidden, following, self.eps)
         logits = self.weights.logits(normed[:, 0])
         # A mean is finite if all are; argmax gives a token among NaNs too.
         is_finite = (states + logits.mean(-1)).abs() < math.inf
-        return torch.where(is_finite, logits.argmax(-1), -1), logits, *present
+        scores = logits
+        if seen is not None:
+            seen = self._seen(seen, input_ids, cache_position <= seqlens_k[:, None])
+            scores = torch.where(seen, torch.where(logits < 0, logits * self.penalty, logits / self.penalty), logits)
+            present.append(seen)
+        return torch.where(is_finite, scores.argmax(-1), -1), logits, *present
+
+    def _seen(self, seen: Tensor, input_ids: Tensor, is_valid: Tensor) -> Tensor:
+        """Tokens seen (B, V) with those of this call: what makes a token less likely, prompt included.
+
+        A logit becomes `logit / penalty` if positive, else `logit * penalty`: Keskar et al. 2019,
+        arXiv 1909.05858, section 4.1, as transformers' `RepetitionPenaltyLogitsProcessor` has it.
+        """
+        ids = torch.where(is_valid, input_ids, input_ids[:, :1])
+        return seen.scatter(1, ids, ids >= 0)
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, cache: tuple[Tensor, Tensor], cache_position: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """What `group_query_attention` does, in standard operators."""
+        first, last = cache_position[:, :1], cache_position[:, -1:]
+        is_new = (self.columns >= first) & (self.columns <= last)
+        source = torch.minimum(torch.maximum(self.columns - first, torch.tensor(0)), last - first)
+
+        def appended(new: Tensor, past: Tensor) -> Tensor:
+            new = self._by_heads(new, self.kv_heads)
+            index = source[:, None, :, None].expand(-1, self.kv_heads, -1, self.head_dim)
+            return torch.where(is_new[:, None, :, None], new.gather(2, index), past)
+
+        key, value = appended(k, cache[0]), appended(v, cache[1])
+        visible = self.columns <= cache_position[..., None]
+        # What an earlier row left behind is masked, but may not be a number.
+        written = torch.where((self.columns <= last)[:, None, :, None], value, 0.0)
+        attended = attend(self._by_heads(q, self.heads), key, written, visible[:, None])
+        return attended.transpose(1, 2).reshape(q.shape), (key, value)
+
+    def _by_heads(self, x: Tensor, heads: int) -> Tensor:
+        """(B, S, heads * head_dim) to (B, heads, S, head_dim)."""
+        return x.reshape(x.shape[0], -1, heads, self.head_dim).transpose(1, 2)
 
 
 class FullDecoder(_Decoder):
@@ -168,7 +252,7 @@ class FullDecoder(_Decoder):
             normed = rms_norm(hidden, layer.norm1, self.eps)
             qkv = (linear(normed) for linear in layer.qkv)
             q, k, v = (t.reshape(batch, length, -1, self.head_dim).transpose(1, 2) for t in qkv)
-            update = self._attend(_rotate(q, cos, sin), _rotate(k, cos, sin), v, visible)
+            update = attend(_rotate(q, cos, sin), _rotate(k, cos, sin), v, visible)
             hidden = hidden + layer.out(update.transpose(1, 2).reshape(batch, length, -1))
             hidden = hidden + layer.mlp(rms_norm(hidden, layer.norm2, self.eps))
         normed = rms_norm(hidden, self.weights.norm, self.eps)
@@ -192,14 +276,35 @@ class FullDecoder(_Decoder):
         image = torch.stack([start, start + patch // side, start + patch % side])
         return is_image, torch.where(is_image, image, text)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
-        """Grouped-query attention on (B, heads, S, head_dim), softmax in fp32."""
-        batch, _, length, head_dim = q.shape
-        q = q.reshape(batch, self.kv_heads, -1, length, head_dim)
-        scores = q @ k[:, :, None].transpose(-1, -2) / math.sqrt(head_dim)
-        scores = torch.where(visible[:, None], scores.float(), torch.finfo(torch.float32).min)
-        mixed = scores.softmax(-1).to(v.dtype) @ v[:, :, None]
-        return mixed.reshape(batch, self.heads, length, head_dim)
+
+def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
+    """Grouped-query attention of (B, heads, S, head_dim) over (B, kv_heads, L, head_dim), softmax in fp32.
+
+    `visible` bool (B, 1, S, L) says which keys each query sees.
+    """
+    batch, heads, length, head_dim = q.shape
+    q = q.reshape(batch, k.shape[1], -1, length, head_dim)
+    scores = q @ k[:, :, None].transpose(-1, -2) / math.sqrt(head_dim)
+    scores = torch.where(visible[:, None], scores.float(), torch.finfo(torch.float32).min)
+    mixed = scores.softmax(-1).to(v.dtype) @ v[:, :, None]
+    return mixed.reshape(batch, heads, length, head_dim)
+
+
+def mrope_positions(layout: Layout) -> Tensor:
+    """M-RoPE positions int64 (3, S) of any row, since the image stands at P in all of them.
+
+    Text counts on by one along all three axes. Merged patch k of the image stands at time P,
+    row P + k / side, column P + k % side. Text after it goes on at P + side.
+
+    Qwen2-VL, arXiv 2409.12191, section 2.1.
+    """
+    start, side = layout.image_start, layout.side
+    stop = start + layout.image_tokens
+    positions = torch.arange(layout.max_seq_len).repeat(3, 1)
+    patch = torch.arange(layout.image_tokens)
+    positions[:, start:stop] = start + torch.stack([torch.zeros_like(patch), patch // side, patch % side])
+    positions[:, stop:] += side - layout.image_tokens
+    return positions
 
 
 def _axis_of_frequency(mrope_section: list[int]) -> Tensor:
@@ -213,7 +318,6 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
-def _last_valid(hidden: Tensor, seqlens_k: Tensor) -> Tensor:
-    """(B, S, D) to (B, 1, D): token `seqlens_k` of a prefill, the only token of a decode step."""
-    last = torch.minimum(seqlens_k.long(), torch.tensor(hidden.shape[1] - 1))
-    return hidden.gather(1, last[:, None, None].expand(-1, 1, hidden.shape[2]))
+def _at(hidden: Tensor, index: Tensor) -> Tensor:
+    """(B, S, D) to (B, 1, D), each row's token at `index` (B,)."""
+    return hidden.gather(1, index[:, None, None].expand(-1, 1, hidden.shape[2]))

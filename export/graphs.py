@@ -20,11 +20,23 @@ import torch
 from torch import Tensor, nn
 
 from export.decoder import CachedDecoder, DecoderWeights, FullDecoder
+from export.half import stream_unit, to_half
 from export.lazy import LazyWeights, decoder_parts, vision_parts, without_weights
 from export.quantize import quantize
-from export.vision import VisionTower
+from export.vision import PATCHES_AT_ONCE, VisionTower
 from export.weights import Weights
-from qvl_batch.bundle import DECODER, DECODER_FULL, VISION, Dtype, GraphSpec, Layout, TensorSpec, part_names
+from qvl_batch.bundle import (
+    DECODER,
+    DECODER_FULL,
+    HALVES,
+    VISION,
+    Dtype,
+    GraphDevice,
+    GraphSpec,
+    Layout,
+    TensorSpec,
+    part_names,
+)
 from qvl_batch.errors import ExportError
 
 OPSET = 21
@@ -34,7 +46,7 @@ EXTERNAL_BYTES = 1024
 ALIGNMENT = 4096
 #: Sizes of the example that the decoders are traced with: no two equal, none 0 or 1, which a
 #: trace would take for constants.
-TRACE_ROWS, TRACE_TOKENS, TRACE_CACHE = 3, 7, 11
+TRACE_ROWS, TRACE_TOKENS = 3, 7
 _LAYERS = {
     r"patch_embed": "patch embedding",
     r"blocks\.(\d+)\.": "vision block {}",
@@ -46,11 +58,19 @@ _LAYERS = {
 
 @dataclass(frozen=True, slots=True)
 class Precision:
-    """Element types of the products of each tower, and layers (see `layer_names`) that stay in fp32."""
+    """Element types of the products of each tower, layers (see `layer_names`) that stay in fp32, and what
+    the decoder is for.
+    """
 
     decoder: Dtype = "fp32"
     vision: Dtype = "fp32"
     fp32_layers: tuple[str, ...] = ()
+    device: GraphDevice = "cpu"
+
+    @property
+    def has_full(self) -> bool:
+        """The plain contract graph is there too, which shares its weights with a decoder in fp32."""
+        return self.decoder == "fp32"
 
 
 def layer_names(config: Any) -> list[str]:
@@ -63,36 +83,54 @@ def export_vision(
     weights: Weights, layout: Layout, mean: list[float], std: list[float], precision: Precision, out: Path
 ) -> None:
     """Write `vision.onnx` and its weights."""
-    graph = trace_vision(weights.skeleton, layout, mean, std)
-    LazyWeights(weights, vision_parts(weights.skeleton, std)).fill(graph)
-    quantize(graph, precision.vision, _layer_of, precision.fp32_layers)
+    graph = trace_vision(weights.skeleton, layout, mean, std, precision)
+    LazyWeights(weights, vision_parts(weights.skeleton, std, stream_unit(precision.vision))).fill(graph)
+    _reduce(graph, precision.vision, precision.fp32_layers)
     _write({VISION: graph}, out)
 
 
-def export_decoders(weights: Weights, layout: Layout, precision: Precision, out: Path) -> None:
+def export_decoders(weights: Weights, layout: Layout, precision: Precision, penalty: float, out: Path) -> None:
     """Write `decoder.onnx`, and `decoder_full.onnx` in fp32, and the weights of both once."""
-    graphs = trace_decoders(weights.skeleton, layout, full=precision.decoder == "fp32")
-    lazy = LazyWeights(weights, decoder_parts(weights.skeleton))
+    graphs = trace_decoders(weights.skeleton, layout, precision, penalty)
+    lazy = LazyWeights(weights, decoder_parts(weights.skeleton, stream_unit(precision.decoder)))
     for graph in graphs.values():
         lazy.fill(graph)
-    quantize(graphs[DECODER], precision.decoder, _layer_of, precision.fp32_layers)
+    _reduce(graphs[DECODER], precision.decoder, precision.fp32_layers)
     _write(graphs, out)
 
 
-def trace_vision(model: Any, layout: Layout, mean: list[float], std: list[float]) -> ir.Model:
-    """The vision graph, without weights if the model has none."""
-    tower = VisionTower(model.model.visual, layout.image_size, mean, std)
+def trace_vision(
+    model: Any, layout: Layout, mean: list[float], std: list[float], precision: Precision | None = None
+) -> ir.Model:
+    """The vision graph in fp32, as `precision` takes it, without weights if the model has none."""
+    dtype = (precision or Precision()).vision
+    # A GPU wants all of an image at once.
+    at_once = layout.image_size**2 if dtype in HALVES else PATCHES_AT_ONCE
+    tower = VisionTower(model.model.visual, layout.image_size, mean, std, stream_unit(dtype), at_once)
     pixels = torch.zeros((2, layout.image_size, layout.image_size, 3), dtype=torch.uint8)
     return _trace(tower, (pixels,), ["pixels"], ["image_features"], ({0: "B"},))
 
 
-def trace_decoders(model: Any, layout: Layout, *, full: bool) -> dict[str, ir.Model]:
-    """The decoder, and if asked for the full one, by their files; without weights if the model has none."""
-    weights = DecoderWeights(model)
-    graphs = {DECODER: _trace_cached(CachedDecoder(weights, model), model)}
-    if full:
+def trace_decoders(
+    model: Any, layout: Layout, precision: Precision | None = None, penalty: float = 1.0
+) -> dict[str, ir.Model]:
+    """The decoder in fp32, as `precision` takes it, and if there is one the full decoder, by their files;
+    without weights if the model has none. `penalty` is the repetition penalty.
+    """
+    precision = precision or Precision()
+    weights = DecoderWeights(model, stream_unit(precision.decoder))
+    standard = precision.device == "cuda" and precision.decoder == "fp32"
+    cached = CachedDecoder(weights, model, layout, standard_attention=standard, penalty=penalty)
+    graphs = {DECODER: _trace_cached(cached, model, layout)}
+    if precision.has_full:
         graphs[DECODER_FULL] = _trace_full(FullDecoder(weights, model, layout.side), model)
     return graphs
+
+
+def _reduce(graph: ir.Model, dtype: Dtype, keep: tuple[str, ...]) -> None:
+    """Bring a graph from fp32 to another type."""
+    quantize(graph, dtype, _layer_of, keep)
+    to_half(graph, dtype, _layer_of, keep)
 
 
 def _layer_of(weight: str) -> str:
@@ -120,32 +158,36 @@ def graph_spec(path: Path) -> GraphSpec:
     )
 
 
-def _trace_cached(decoder: CachedDecoder, model: Any) -> ir.Model:
+def _trace_cached(decoder: CachedDecoder, model: Any, layout: Layout) -> ir.Model:
     layers = len(decoder.weights.layers)
     rows, tokens = TRACE_ROWS, TRACE_TOKENS
-    past = [torch.zeros(rows, decoder.kv_heads, TRACE_CACHE, decoder.head_dim) for _ in range(2 * layers)]
+    length = layout.max_seq_len
+    past = [torch.zeros(rows, decoder.kv_heads, length, decoder.head_dim) for _ in range(2 * layers)]
     example = (
         torch.zeros((rows, tokens), dtype=torch.int64),
-        torch.zeros((3, rows, tokens), dtype=torch.int64),
+        torch.zeros((rows, tokens), dtype=torch.int64),
         torch.zeros((rows, tokens, model.config.text_config.hidden_size)),
         torch.full((rows,), tokens - 1, dtype=torch.int32),
         torch.tensor(tokens, dtype=torch.int32),
         past,
+        None if decoder.penalty == 1 else torch.zeros((rows, model.config.text_config.vocab_size), dtype=torch.bool),
     )
+    seen = [] if decoder.penalty == 1 else ["seen"]
     cache_names = [f"{kind}.{i}" for i in range(layers) for kind in ("key", "value")]
     return _trace(
         decoder,
         example,
-        ["input_ids", "position_ids", "image_embeds", "seqlens_k", "total_sequence_length"]
-        + [f"past_{name}" for name in cache_names],
-        ["next_token", "logits"] + [f"present_{name}" for name in cache_names],
+        ["input_ids", "cache_position", "image_embeds", "seqlens_k", "total_sequence_length"]
+        + [f"past_{name}" for name in cache_names + seen],
+        ["next_token", "logits"] + [f"present_{name}" for name in cache_names + seen],
         (
             {0: "B", 1: "S"},
-            {1: "B", 2: "S"},
+            {0: "B", 1: "S"},
             {0: "B", 1: "S"},
             {0: "B"},
             {},
-            [{0: "B", 2: "L_max"}] * len(past),
+            [{0: "B"}] * len(past),
+            {0: "B"} if seen else None,
         ),
     )
 
@@ -160,7 +202,7 @@ def _trace_full(decoder: FullDecoder, model: Any) -> ir.Model:
 
 def _trace(
     module: nn.Module,
-    example: tuple[Tensor | list[Tensor], ...],
+    example: tuple[Tensor | list[Tensor] | None, ...],
     inputs: list[str],
     outputs: list[str],
     dynamic: tuple[Any, ...],
@@ -215,7 +257,7 @@ def _write_tensors(tensors: dict[str, ir.TensorProtocol], path: Path) -> dict[st
         for name, tensor in tensors.items():
             file.seek(-(-file.tell() // ALIGNMENT) * ALIGNMENT)
             offset = file.tell()
-            file.write(np.ascontiguousarray(tensor.numpy()).data)
+            file.write(np.ascontiguousarray(tensor.numpy()).view(np.uint8).data)
             length = file.tell() - offset
             written[name] = ir.ExternalTensor(
                 path.name, offset, length, tensor.dtype, shape=ir.Shape(tensor.shape), name=name, base_dir=path.parent

@@ -34,9 +34,13 @@ class Linear(nn.Module):
         biases = [None] * count if linear.bias is None else linear.bias.chunk(count)
         return list(map(cls, linear.weight.chunk(count), biases))
 
-    def without_bias(self) -> "Linear":
-        """The product alone."""
-        return Linear(self.weight.t(), None)
+    def in_unit(self, unit: int) -> "Linear":
+        """The same layer with outputs in a larger unit, a power of two: exact, short of the smallest numbers."""
+        return Linear(self.weight.t() / unit, None if self.bias is None else self.bias / unit)
+
+    def with_bias(self, bias: Tensor | None) -> "Linear":
+        """The same product with another bias."""
+        return Linear(self.weight.t(), bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) to (..., out)."""
@@ -45,13 +49,15 @@ class Linear(nn.Module):
 
 
 class GatedMlp(nn.Module):
-    """`down(silu(gate(x)) * up(x))`."""
+    """`down(silu(gate(x)) * up(x))`, in `unit` from the inner states on."""
 
     __call__: Callable[..., Tensor]
 
-    def __init__(self, mlp: Any) -> None:
+    def __init__(self, mlp: Any, unit: int = 1) -> None:
         super().__init__()
-        self.gate, self.up, self.down = Linear.of(mlp.gate_proj), Linear.of(mlp.up_proj), Linear.of(mlp.down_proj)
+        self.gate, self.up = Linear.of(mlp.gate_proj), Linear.of(mlp.up_proj).in_unit(unit)
+        down = Linear.of(mlp.down_proj)
+        self.down = down.with_bias(None if down.bias is None else down.bias / unit)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) to (..., D)."""

@@ -43,14 +43,14 @@ class Part:
         return {f"{self.prefix}.{name}" if name else self.prefix: tensor for name, tensor in made.items()}
 
 
-def vision_parts(model: Any, std: list[float]) -> list[Part]:
-    """Parts of `VisionTower`."""
+def vision_parts(model: Any, std: list[float], unit: int = 1) -> list[Part]:
+    """Parts of `VisionTower`, whose residual stream is in `unit`."""
     visual = model.model.visual
     heads = visual.config.num_heads
     return [
-        Part("patch_embed", "model.visual.patch_embed", lambda module: {"": patch_weights(module, std)}),
+        Part("patch_embed", "model.visual.patch_embed", lambda module: {"": patch_weights(module, std, unit)}),
         *(
-            Part(f"blocks.{k}", f"model.visual.blocks.{k}", lambda block: _parameters(Block(block, heads)))
+            Part(f"blocks.{k}", f"model.visual.blocks.{k}", lambda block: _parameters(Block(block, heads, unit)))
             for k in range(len(visual.blocks))
         ),
         Part("merger_norm", "model.visual.merger.ln_q", _weight),
@@ -59,13 +59,19 @@ def vision_parts(model: Any, std: list[float]) -> list[Part]:
     ]
 
 
-def decoder_parts(model: Any) -> list[Part]:
-    """Parts of `DecoderWeights`, as an attribute `weights`."""
+def decoder_parts(model: Any, unit: int = 1) -> list[Part]:
+    """Parts of `DecoderWeights` with a residual stream in `unit`, as an attribute `weights`."""
     layers = range(len(model.model.language_model.layers))
+
+    def layer(module: Any) -> Tensors:
+        return _parameters(Layer(module, unit))
+
     return [
         Part("weights.embed", "model.language_model.embed_tokens", _weight),
         *(
-            Part(f"weights.stack.{k}", f"model.language_model.layers.{k}", lambda layer: _parameters(Layer(layer)))
+            Part(
+                f"weights.stack.{k}", f"model.language_model.layers.{k}", lambda layer: _parameters(Layer(layer, unit))
+            )
             for k in layers
         ),
         Part("weights.norm", "model.language_model.norm", _weight),

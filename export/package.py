@@ -26,12 +26,14 @@ from qvl_batch.bundle import (
     DECODER_FULL,
     FORMAT_VERSION,
     FP32,
+    HALVES,
     MANIFEST,
     TOKENIZER,
     VISION,
     DecoderShape,
     Dtype,
     File,
+    GraphDevice,
     Layout,
     Manifest,
     file_sha256,
@@ -51,9 +53,12 @@ class ExportConfig:
     output: Path
     """Folder of the bundle to write. It must not exist yet."""
     dtype: Dtype = "fp32"
-    """Decoder: fp32; int8 weights and activations; int8 or int4 weights only (wo)."""
+    """Decoder: fp32; bf16 or fp16 with an fp32 residual stream, for a GPU; int8 weights and activations, int8 or int4
+    weights only (wo), for a CPU."""
     vision_dtype: Dtype | None = None
-    """Vision tower; without it, as --dtype."""
+    """Vision tower; without it, as --dtype. In fp32 it runs on CPU and GPU."""
+    device: GraphDevice | None = None
+    """What the decoder is for. Without it, what --dtype is for; fp32 is for the CPU, and may be for a GPU."""
     fp32_layers: tuple[str, ...] = ()
     """Layers to leave in fp32, by their names in a comparison's layer plot, such as "decoder layer 3"."""
     with_fp32: bool = False
@@ -140,7 +145,11 @@ def _precision(checkpoint: Checkpoint, config: ExportConfig) -> Precision:
     for name in config.fp32_layers:
         if name not in known:
             raise ExportError(f"--fp32-layers {name!r}: there is no such layer; there are {', '.join(known)}")
-    precision = Precision(config.dtype, config.vision_dtype or config.dtype, config.fp32_layers)
+    made_for: GraphDevice = "cuda" if config.dtype in HALVES else "cpu"
+    device = config.device or made_for
+    if device != made_for and config.dtype != "fp32":
+        raise ExportError(f"--dtype {config.dtype} is for --device {made_for}, not for {device}")
+    precision = Precision(config.dtype, config.vision_dtype or config.dtype, config.fp32_layers, device)
     if config.with_fp32 and precision.decoder == precision.vision == "fp32":
         raise ExportError("--with-fp32 goes with a reduced --dtype or --vision-dtype: this bundle is in fp32 already")
     return precision
@@ -175,17 +184,17 @@ def _fill(
     processor = checkpoint.image_processor
     export_vision(checkpoint.weights, layout, processor.image_mean, processor.image_std, precision, staging)
     done(VISION)
-    export_decoders(checkpoint.weights, layout, precision, staging)
+    export_decoders(checkpoint.weights, layout, precision, checkpoint.generation.repetition_penalty, staging)
     names = [name for name in (VISION, DECODER, DECODER_FULL) if (staging / name).is_file()]
     done(", ".join(names[1:]))
     graphs = {name: graph_spec(staging / name) for name in names}
-    check_contract(layout, checkpoint.config.text_config.hidden_size, staging)
+    check_contract(layout, checkpoint.config.text_config.hidden_size, staging, precision)
     parity = None
     if not config.skip_parity:
         parity = check_parity(checkpoint, layout, precision, staging)
         done(
             f"parity: features {parity.features:.1e}, logits {parity.logits:.1e}, "
-            f"tokens {parity.tokens_equal}/{parity.tokens}"
+            f"first token {parity.first_token_kl:.0e} nats, tokens {parity.tokens_equal}/{parity.tokens}"
         )
     if config.with_fp32:
         (staging / FP32).mkdir()
@@ -198,6 +207,7 @@ def _fill(
         format_version=FORMAT_VERSION,
         source=checkpoint.source,
         dtype=precision.decoder,
+        device=precision.device,
         vision_dtype=precision.vision,
         fp32_layers=precision.fp32_layers,
         system_prompt=config.system_prompt,
@@ -222,6 +232,8 @@ def _decoder_shape(config: Any) -> DecoderShape:
     return DecoderShape(
         layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
         head_dim=config.hidden_size // config.num_attention_heads,
         vocab_size=config.vocab_size,

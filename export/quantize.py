@@ -46,11 +46,11 @@ def quantize(model: ir.Model, dtype: Dtype, layers: Callable[[str], str], keep: 
 
     Args:
         model: changed in place.
-        dtype: of the products; `fp32` changes nothing.
+        dtype: of the products; what is no integer changes nothing.
         layers: name of the layer that a weight belongs to, by the weight's name.
         keep: layers to leave in fp32.
     """
-    if dtype == "fp32":
+    if not dtype.startswith("int"):
         return
     tape = _Tape(model)
     quantized = _w8a8 if dtype == "int8" else partial(_weight_only, bits=4 if dtype == "int4wo" else 8)

@@ -44,6 +44,8 @@ class VisionTower(nn.Module):
         visual: the checkpoint's vision tower.
         image_size: pixels a side, a multiple of patch size x merge size.
         mean, std: normalisation of the checkpoint's image processor, for values in 0 to 1.
+        unit: of the residual stream, as in `export.decoder`.
+        patches_at_once: of a part.
     """
 
     mean: Tensor
@@ -52,16 +54,25 @@ class VisionTower(nn.Module):
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, visual: Any, image_size: int, mean: list[float], std: list[float]) -> None:
+    def __init__(
+        self,
+        visual: Any,
+        image_size: int,
+        mean: list[float],
+        std: list[float],
+        unit: int = 1,
+        patches_at_once: int = PATCHES_AT_ONCE,
+    ) -> None:
         super().__init__()
         config = visual.config
         self.patch, self.merge = config.patch_size, config.spatial_merge_size
         self.merged_side = image_size // (self.patch * self.merge)
         self.heads, self.hidden = config.num_heads, config.hidden_size
+        self.eps = NORM_EPS / unit**2
         self.full_blocks = set(config.fullatt_block_indexes)
         grid = torch.tensor([[1, image_size // self.patch, image_size // self.patch]])
         order, windows = window_order(grid, config)
-        self.parts = split_windows(windows, PATCHES_AT_ONCE)
+        self.parts = split_windows(windows, patches_at_once)
         self.register_buffer("order", order)
         self.register_buffer("inverse", torch.argsort(order))
         cos, sin = visual.rotary_pos_emb(torch.zeros(1), get_vision_position_ids(grid, self.merge))
@@ -70,8 +81,8 @@ class VisionTower(nn.Module):
 
         # Of a whole patch: subtracting three numbers again and again takes eight times as long.
         self.register_buffer("mean", (255 * torch.tensor(mean)).repeat(self.patch**2))
-        self.patch_embed = nn.Parameter(patch_weights(visual.patch_embed, std))
-        self.blocks = nn.ModuleList(Block(block, self.heads) for block in visual.blocks)
+        self.patch_embed = nn.Parameter(patch_weights(visual.patch_embed, std, unit))
+        self.blocks = nn.ModuleList(Block(block, self.heads, unit) for block in visual.blocks)
         self.merger_norm = visual.merger.ln_q.weight
         self.merger_in, self.merger_out = Linear.of(visual.merger.mlp[0]), Linear.of(visual.merger.mlp[2])
 
@@ -81,7 +92,7 @@ class VisionTower(nn.Module):
         tables = list(zip(_split(self.cos, sizes, 0), _split(self.sin, sizes, 0), strict=True))
         blocks = cast("list[Block]", self.blocks)
         hidden = [patches @ self.patch_embed for patches in _split(self._patches(pixels), sizes, 1)]
-        normed = [rms_norm(x, blocks[0].norm1, NORM_EPS) for x in hidden]
+        normed = [rms_norm(x, blocks[0].norm1, self.eps) for x in hidden]
         for index, block in enumerate(blocks):
             qkv = [block.queries_keys_values(x, *table) for x, table in zip(normed, tables, strict=True)]
             if index in self.full_blocks:
@@ -90,7 +101,7 @@ class VisionTower(nn.Module):
             else:
                 attended = [self._within(windows, *x) for windows, x in zip(self.parts, qkv, strict=True)]
             following = blocks[index + 1].norm1 if index + 1 < len(blocks) else self.merger_norm
-            done = [block.after_attention(*x, following) for x in zip(attended, hidden, strict=True)]
+            done = [block.after_attention(*x, following, self.eps) for x in zip(attended, hidden, strict=True)]
             normed, hidden = map(list, zip(*done, strict=True))
         merged = [self._merge(x) for x in normed]
         return torch.cat(merged, dim=1).index_select(1, self.inverse)
@@ -125,29 +136,32 @@ class VisionTower(nn.Module):
         return groups.reshape(-1, table.shape[-1])[:, : table.shape[-1] // 2].contiguous()
 
 
-def patch_weights(patch_embed: Any, std: list[float]) -> Tensor:
-    """Weights of the patch embedding, for pixels of 0 to 255 about the mean.
+def patch_weights(patch_embed: Any, std: list[float], unit: int = 1) -> Tensor:
+    """Weights of the patch embedding, for pixels of 0 to 255 about the mean, to a residual stream in `unit`.
 
     (D, C, frames, h, w) to (h * w * C, D), the frames added: pixels stay in (h, w, C) order.
     """
     weight: Tensor = patch_embed.proj.weight.sum(dim=2).permute(2, 3, 1, 0)
-    divisor = 255 * torch.tensor(std, device=weight.device)
+    divisor = unit * 255 * torch.tensor(std, device=weight.device)
     return (weight / divisor[:, None]).reshape(-1, weight.shape[-1])
 
 
 class Block(nn.Module):
-    """One vision block: attention within windows or over the whole image, then a gated MLP."""
+    """One vision block: attention within windows or over the whole image, then a gated MLP.
 
-    def __init__(self, block: Any, heads: int) -> None:
+    It adds to a residual stream in `unit`.
+    """
+
+    def __init__(self, block: Any, heads: int, unit: int = 1) -> None:
         super().__init__()
         self.heads = heads
         self.norm1, self.norm2 = block.norm1.weight, block.norm2.weight
         q, k, v = Linear.parts(block.attn.qkv, 3)
         out = block.attn.proj
-        self.qkv = nn.ModuleList((q, k, v.without_bias()))
+        self.qkv = nn.ModuleList((q, k, v.with_bias(None)))
         # A bias of all values is one of their means too: it passes through attention as it is.
-        self.proj = Linear(out.weight, out.bias + out.weight @ v.bias)
-        self.mlp = GatedMlp(block.mlp)
+        self.proj = Linear(out.weight, out.bias + out.weight @ v.bias).in_unit(unit)
+        self.mlp = GatedMlp(block.mlp, unit)
 
     def queries_keys_values(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Normed (B, n, D) and its part of the rotary tables to three (B, n, D)."""
@@ -155,10 +169,10 @@ class Block(nn.Module):
         first = torch.zeros(1, dtype=torch.int64)
         return rotary_embedding(q, first, cos, sin, self.heads), rotary_embedding(k, first, cos, sin, self.heads), v
 
-    def after_attention(self, attended: Tensor, hidden: Tensor, following: Tensor) -> tuple[Tensor, Tensor]:
+    def after_attention(self, attended: Tensor, hidden: Tensor, following: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """(B, n, D) of attention and of the residual stream to what the next block takes: normed, and plain."""
-        normed, hidden = skip_rms_norm(self.proj(attended), hidden, self.norm2, NORM_EPS)
-        return skip_rms_norm(self.mlp(normed), hidden, following, NORM_EPS)
+        normed, hidden = skip_rms_norm(self.proj(attended), hidden, self.norm2, eps)
+        return skip_rms_norm(self.mlp(normed), hidden, following, eps)
 
 
 def window_order(grid: Tensor, config: Any) -> tuple[Tensor, Windows]:

@@ -17,6 +17,7 @@ from qvl_batch.decoder import Decoder
 from qvl_batch.engine import Completion, Engine, Request, decoder_clocks
 from qvl_batch.errors import NumericError, RepetitionError, RowError
 from qvl_batch.layout import RowLayout
+from qvl_batch.runtime import memory_on
 from qvl_batch.schema import Answer, Failure
 from qvl_batch.vision import Features
 
@@ -123,7 +124,7 @@ class Answerer:
         return Answer(text, outcome.finish_reason, prompt_tokens, len(outcome.token_ids))
 
     def _new_engine(self, bundle: Bundle, slots: int) -> Engine:
-        decoder = Decoder(bundle, slots, self._threads)
+        decoder = Decoder(bundle, slots, self._threads, memory=memory_on(bundle.manifest.device))
         return Engine(decoder, bundle.manifest.generation.eos_token_ids, self.clocks)
 
 

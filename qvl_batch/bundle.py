@@ -22,7 +22,7 @@ from pydantic import TypeAdapter, ValidationError
 from qvl_batch.errors import BundleError
 from qvl_batch.external_data import external_locations
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 MANIFEST = "bundle.json"
 VISION = "vision.onnx"
 DECODER = "decoder.onnx"
@@ -32,8 +32,11 @@ TOKENIZER = "tokenizer.json"
 FP32 = "fp32"
 
 Made = TypeVar("Made")
-#: Of weights and products: fp32; int8 weights and activations; int8 or int4 weights only.
-Dtype = Literal["fp32", "int8", "int8wo", "int4wo"]
+#: Of weights and products: fp32; half precision; int8 weights and activations; int8 or int4 weights only.
+Dtype = Literal["fp32", "bf16", "fp16", "int8", "int8wo", "int4wo"]
+HALVES: tuple[Dtype, ...] = ("bf16", "fp16")
+#: What a graph can be made for.
+GraphDevice = Literal["cpu", "cuda"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +64,6 @@ class Layout:
         return math.isqrt(self.image_tokens)
 
     @property
-    def position_delta(self) -> int:
-        """M-RoPE position less index in the row, for text after the image (-552 at 672 px)."""
-        return self.side - self.image_tokens
-
-    @property
     def room(self) -> int:
         """Tokens that are left for a prompt and its answer together."""
         fixed = len(self.head_ids) + self.image_tokens + len(self.bridge_ids) + len(self.tail_ids)
@@ -83,6 +81,8 @@ class DecoderShape:
 
     layers: int
     hidden_size: int
+    intermediate_size: int
+    heads: int
     kv_heads: int
     head_dim: int
     vocab_size: int
@@ -131,21 +131,37 @@ class GraphSpec:
 
 @dataclass(frozen=True, slots=True)
 class Parity:
-    """What the parity gate measured: largest error over largest magnitude, and greedy tokens."""
+    """What the parity gate measured.
+
+    Of features and logits the largest error over the largest magnitude; of greedy tokens, how many are
+    PyTorch's; the largest Kullback-Leibler divergence of PyTorch's first token from the graph's, in nats;
+    and the smallest cosine between an image token's features on both sides.
+    """
 
     features: float
     logits: float
     tokens: int
     tokens_equal: int
+    first_token_kl: float
+    feature_cosine: float
+
+    @property
+    def agreement(self) -> float:
+        """Share of greedy tokens that are PyTorch's."""
+        return self.tokens_equal / self.tokens
 
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """Contents of `bundle.json`; `dtype` is the decoder's, but for `fp32_layers` of either tower."""
+    """Contents of `bundle.json`; `dtype` is the decoder's, but for `fp32_layers` of either tower.
+
+    `device` is what the decoder is made for. The vision tower in fp32 runs on either.
+    """
 
     format_version: int
     source: Source
     dtype: Dtype
+    device: GraphDevice
     vision_dtype: Dtype
     fp32_layers: tuple[str, ...]
     system_prompt: str | None
@@ -161,6 +177,10 @@ class Manifest:
     def feature_shape(self) -> tuple[int, int]:
         """Of an image's features, (T_img, D)."""
         return self.layout.image_tokens, self.decoder.hidden_size
+
+    def bytes_of(self, graph: str) -> int:
+        """Size of a graph with its weights."""
+        return sum(file.size for name, file in self.files.items() if name in (graph, f"{graph}.data"))
 
     @property
     def vision_sha256(self) -> str:

@@ -15,7 +15,7 @@ from qvl_batch.config import DEFAULT_MAX_NEW_TOKENS, Device, Fit
 from qvl_batch.errors import ConfigError, ImageError
 from qvl_batch.features import ImageFeatures
 from qvl_batch.images import image_key, pixels_or_failure
-from qvl_batch.runtime import resolve_device, usable_cpus
+from qvl_batch.runtime import resolve_device, resolve_vision_device, usable_cpus
 from qvl_batch.schema import Answer, Failure
 from qvl_batch.vision import VisionEncoder
 
@@ -34,7 +34,8 @@ class Captioner:
 
     Args:
         bundle: folder of the bundle.
-        device: where the decoder runs.
+        device: where the decoder runs; `auto` is what the bundle was made for.
+        vision_device: where the vision tower runs; `auto` is a GPU for one in half precision, else the CPU.
         slots: rows answered at a time.
         fit: how an image that is not square becomes square.
         allow_repetition: an answer that repeats itself until it is cut is an answer, and no failure.
@@ -50,19 +51,21 @@ class Captioner:
         bundle: str | Path,
         *,
         device: Device = "auto",
+        vision_device: Device = "auto",
         slots: int = 8,
         fit: Fit = "letterbox",
         allow_repetition: bool = False,
     ) -> None:
-        resolve_device(device)
         if slots < 1:
             raise ConfigError(f"slots must be at least 1, not {slots}")
         if fit not in get_args(Fit):
             raise ConfigError(f"fit {fit!r} is none of {', '.join(get_args(Fit))}")
         self._bundle = Bundle.load(bundle)
+        resolve_device(device, self._bundle.manifest)
+        encoder_device = resolve_vision_device(vision_device, self._bundle.manifest)
         self._fit: Fit = fit
         threads = usable_cpus()
-        self._features = ImageFeatures(VisionEncoder(self._bundle, threads))
+        self._features = ImageFeatures(VisionEncoder(self._bundle, threads, encoder_device))
         self._answerer = Answerer(self._bundle, slots, threads, allow_repetition=allow_repetition)
 
     def caption(

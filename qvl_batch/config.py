@@ -47,7 +47,9 @@ class CaptionConfig:
     fit: Fit = "letterbox"
     """How an image that is not square becomes square."""
     device: Device = "auto"
-    """Where the decoder runs. This version has the CPU only: `auto` takes it, and `cuda` is refused."""
+    """Where the decoder runs: `auto` takes what the bundle was made for, another is refused."""
+    vision_device: Device = "auto"
+    """Where the vision tower runs: `auto` takes a GPU for one in half precision, else the CPU."""
     vision_workers: int | None = None
     """Processes that run the vision graph. Without it, as many as the machine has work for."""
     decoder_workers: int | None = None
@@ -57,7 +59,7 @@ class CaptionConfig:
     vision_cache_gb: float = 20.0
     """Largest size of that folder in gigabytes; features that were used longest ago go first."""
     slots: int | None = None
-    """Rows that a decoder answers at a time. Without it, as many as memory allows, up to 32."""
+    """Rows that a decoder answers at a time. Without it, as many as memory allows, up to 32, on a GPU up to 128."""
     limit: int | None = None
     """Answer only the first so many rows."""
     price_per_hour: float | None = None

@@ -2,7 +2,7 @@
 
 What enters: token ids and image features of rows. What leaves: the next token of each, by
 argmax after the repetition penalty, or -1 where something is not finite. Arrays are allocated once
-and bound by address.
+and bound by address, in whichever memory the graph runs.
 
 This module knows nothing of prompts as text, of when to stop, or of who is waiting.
 """
@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qvl_batch.bundle import DECODER, Bundle
+from qvl_batch.bundle import DECODER, Bundle, Manifest
+from qvl_batch.errors import BundleError
 from qvl_batch.kv_cache import KvCache
-from qvl_batch.layout import mrope_positions
-from qvl_batch.runtime import Binding, Session
+from qvl_batch.memory import Buffer, HostMemory, Memory, RealDevice, on_this_machine
+from qvl_batch.runtime import NO_GRAPH, Binding, Session
 from qvl_batch.vision import Features
 
 Tokens = NDArray[np.int64]
@@ -26,6 +27,9 @@ Tokens = NDArray[np.int64]
 NO_TOKEN = -1
 #: Images whose beginnings of rows are kept for other rows of theirs.
 SHELVES = 2
+#: Rows that are best prefilled together, by device. More keep live rows waiting. On a CPU they cost no less
+#: time each; a GPU is not busy with one.
+PREFILL_ROWS: dict[RealDevice, int] = {"cpu": 2, "cuda": 8}
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,23 +48,58 @@ class Decoder:
         slots: rows that can be alive at a time.
         threads: threads that one operator may use.
         keep_logits: leave each call's logits in `logits`, float32 (B, V), until the next call.
+        memory: of the device that it runs on. On a GPU all arrays are there, tokens alone cross the bus in a
+            step, and the step of each number of rows is captured as a CUDA graph when it first runs.
+        graph: contents to load in place of the bundle's graph.
+
+    Raises:
+        BundleError: the graph cannot be loaded, or is in half precision throughout.
+        DeviceError: the device has no room for weights or cache.
     """
 
-    def __init__(self, bundle: Bundle, slots: int, threads: int, *, keep_logits: bool = False) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        slots: int,
+        threads: int,
+        *,
+        keep_logits: bool = False,
+        memory: Memory | None = None,
+        graph: bytes | None = None,
+    ) -> None:
         manifest = bundle.manifest
         self.logits = np.zeros((0, manifest.decoder.vocab_size), np.float32)
         self.layout, self.slots = manifest.layout, slots
-        self._session = Session(bundle.file(DECODER), threads)
-        self._cache = KvCache(manifest, slots, SHELVES)
-        self._positions = mrope_positions(manifest.layout)
-        self._hidden_size, self._vocab_size = manifest.decoder.hidden_size, manifest.decoder.vocab_size
-        self._penalty = RepetitionPenalty.of(manifest.generation.repetition_penalty, slots, manifest.decoder.vocab_size)
-        self._reads_logits = keep_logits or self._penalty is not None
+        self.memory: Memory = memory or HostMemory()
+        #: Rows that are best given to `prefill` at a time.
+        self.prefill_rows = PREFILL_ROWS[self.memory.device]
+        self._captures = self.memory.device == "cuda"
+        self._session = Session(bundle.file(DECODER), threads, graph, self.memory, captures=self._captures)
+        kinds = self._session.inputs
+        if kinds.get("image_embeds") != "float":
+            raise BundleError(f"{bundle.path / DECODER} has no residual stream in fp32: export the checkpoint again")
+        self._cache = KvCache(manifest, slots, SHELVES, kinds["past_key.0"], self.memory)
+        self._hidden_size = manifest.decoder.hidden_size
+        self._seen = SeenTokens(manifest, slots, self.memory) if "past_seen" in kinds else None
+        if (self._seen is None) != (manifest.generation.repetition_penalty == 1):
+            raise BundleError(f"{bundle.path / DECODER} has another repetition penalty: export the checkpoint again")
         self._lengths = np.zeros(slots, np.int32)
+        self._buffers = {
+            "input_ids": self.memory.zeros((slots, 1), "int64"),
+            "cache_position": self.memory.zeros((slots, 1), "int64"),
+            "seqlens_k": self.memory.zeros((slots,), "int32"),
+            # No image goes into a decode step.
+            "image_embeds": self.memory.zeros((slots, 1, self._hidden_size), "float", on_host=False),
+        }
+        self._total = np.zeros((), np.int32)
+        self._outputs = {"next_token": self.memory.zeros((slots,), "int64")}
+        if keep_logits:
+            self._outputs["logits"] = self.memory.zeros((slots, manifest.decoder.vocab_size), "float")
 
     def prefill(self, first: int, rows: Sequence[PrefillRow]) -> Tokens:
         """Fill slots `first`, `first + 1`, ... with `rows`; returns int64 (B,) of first tokens."""
-        return self._fill(first, rows, self.prefill_inputs(rows))
+        seen = self._seen.nothing.rows(0, len(rows)) if self._seen else None
+        return self._fill(first, rows, self.prefill_inputs(rows), seen)
 
     @property
     def prefix_tokens(self) -> int:
@@ -78,46 +117,43 @@ class Decoder:
         """
         self._cache.move(self.slots + shelf, slot, self.prefix_tokens)
         inputs = self.prefill_inputs([row])
-        for name, axis in (("input_ids", 1), ("position_ids", 2), ("image_embeds", 1)):
-            inputs[name] = np.ascontiguousarray(np.split(inputs[name], [self.prefix_tokens], axis)[1])
-        return self._fill(slot, [row], inputs)
+        for name in ("input_ids", "cache_position", "image_embeds"):
+            inputs[name] = inputs[name][:, self.prefix_tokens :]
+        return self._fill(slot, [row], inputs, seen=self._seen.prefix if self._seen else None)
 
     def step(self, tokens: Tokens) -> Tokens:
         """Append `tokens` int64 (B,) to slots 0 to B - 1; returns the tokens that follow."""
         rows = len(tokens)
-        buffers = self._steps[rows - 1]
         lengths = self._lengths[:rows]
-        buffers.inputs["input_ids"][:, 0] = tokens
-        buffers.inputs["position_ids"][...] = (lengths + self.layout.position_delta)[:, None]
-        buffers.inputs["seqlens_k"][...] = lengths
+        self._host("input_ids")[:rows, 0] = tokens
+        self._host("cache_position")[:rows, 0] = lengths
+        self._host("seqlens_k")[:rows] = lengths
         lengths += 1
-        buffers.inputs["total_sequence_length"][...] = lengths.max()
-        if self._penalty:
-            self._penalty.add(tokens)
-        buffers.binding.run()
-        return self._pick(0, buffers.outputs)
+        # A captured step keeps the length that it was captured with; each row's own is in `seqlens_k`.
+        self._total[...] = self.layout.max_seq_len if self._captures else lengths.max()
+        self._steps[rows - 1].run()
+        return self._pick(rows)
 
     def move(self, source: int, target: int) -> None:
         """Let the row in slot `source` go on in slot `target`."""
         self._cache.move(source, target, int(self._lengths[source]))
         self._lengths[target] = self._lengths[source]
-        if self._penalty:
-            self._penalty.move(source, target)
+        if self._seen:
+            self._seen.move(source, target)
 
     @cached_property
-    def _steps(self) -> "list[_StepBuffers]":
-        return [self._step_buffers(rows) for rows in range(1, self.slots + 1)]
+    def _steps(self) -> list[Binding]:
+        """A decode step of each number of rows, bound once."""
+        total = {"total_sequence_length": on_this_machine(self._total)}
+        return [
+            self._bind(0, rows, {name: each.rows(0, rows) for name, each in self._buffers.items()} | total, graph=rows)
+            for rows in range(1, self.slots + 1)
+        ]
 
-    def _step_buffers(self, rows: int) -> "_StepBuffers":
-        inputs: dict[str, NDArray[Any]] = {
-            "input_ids": np.zeros((rows, 1), np.int64),
-            "position_ids": np.zeros((3, rows, 1), np.int64),
-            "image_embeds": np.zeros((rows, 1, self._hidden_size), np.float32),
-            "seqlens_k": np.zeros((rows,), np.int32),
-            "total_sequence_length": np.zeros((), np.int32),
-        }
-        outputs = self._outputs(rows)
-        return _StepBuffers(inputs, outputs, self._bind(0, inputs, outputs))
+    def _host(self, name: str) -> NDArray[Any]:
+        host = self._buffers[name].host
+        assert host is not None
+        return host
 
     def prefill_inputs(self, rows: Sequence[PrefillRow]) -> dict[str, NDArray[Any]]:
         """What the graph takes for `rows`, the cache aside, right-padded to the longest row."""
@@ -129,83 +165,62 @@ class Decoder:
         for index, row in enumerate(rows):
             ids[index, : len(row.input_ids)] = row.input_ids
             embeds[index, start:stop] = row.features
-        positions = np.repeat(self._positions[:, None, : shape[1]], len(rows), axis=1)
         return {
             "input_ids": ids,
-            "position_ids": positions,
+            "cache_position": np.tile(np.arange(shape[1]), (len(rows), 1)),
             "image_embeds": embeds,
             "seqlens_k": lengths - 1,
             "total_sequence_length": np.array(shape[1], np.int32),
         }
 
-    def _fill(self, first: int, rows: Sequence[PrefillRow], inputs: dict[str, NDArray[Any]]) -> Tokens:
+    def _fill(
+        self, first: int, rows: Sequence[PrefillRow], inputs: dict[str, NDArray[Any]], seen: Buffer | None
+    ) -> Tokens:
         self._lengths[first : first + len(rows)] = [len(row.input_ids) for row in rows]
-        if self._penalty:
-            self._penalty.reset(first, [row.input_ids for row in rows])
-        outputs = self._outputs(len(rows))
-        self._bind(first, inputs, outputs).run()
-        return self._pick(first, outputs)
+        total = {"total_sequence_length": on_this_machine(inputs.pop("total_sequence_length"))}
+        held = {name: self.memory.holding(name, values) for name, values in inputs.items()}
+        self._bind(first, len(rows), held | total, seen=seen).run()
+        return self._pick(len(rows))
 
-    def _outputs(self, rows: int) -> dict[str, NDArray[Any]]:
-        """Where a run leaves next tokens int64 (B,), and logits (B, V) where something reads them."""
-        logits = {"logits": np.zeros((rows, self._vocab_size), np.float32)} if self._reads_logits else {}
-        return {"next_token": np.zeros((rows,), np.int64)} | logits
+    def _bind(
+        self, first: int, rows: int, inputs: dict[str, Buffer], *, seen: Buffer | None = None, graph: int = NO_GRAPH
+    ) -> Binding:
+        """Bind a run of so many rows, from slot `first` on; `seen` are tokens before it, if not the slots' own."""
+        outputs = {name: each.rows(0, rows) for name, each in self._outputs.items()}
+        inputs = inputs | self._cache.past(first, rows)
+        outputs |= self._cache.present(first, rows)
+        if self._seen:
+            inputs["past_seen"] = seen or self._seen.of_slots.rows(first, rows)
+            outputs["present_seen"] = self._seen.of_slots.rows(first, rows)
+        return self._session.bind(inputs, outputs, graph)
 
-    def _bind(self, first: int, inputs: dict[str, NDArray[Any]], outputs: dict[str, NDArray[Any]]) -> Binding:
-        rows = len(outputs["next_token"])
-        return self._session.bind(inputs | self._cache.past(first, rows), outputs | self._cache.present(first, rows))
-
-    def _pick(self, first: int, outputs: dict[str, NDArray[Any]]) -> Tokens:
-        tokens: Tokens = outputs["next_token"].copy()
-        if self._reads_logits:
-            self.logits = outputs["logits"]
-        if self._penalty:
-            chosen = self._penalty.scores(first, self.logits).argmax(-1)
-            return np.where(tokens == NO_TOKEN, NO_TOKEN, chosen)
+    def _pick(self, rows: int) -> Tokens:
+        found = {name: each.host[:rows] for name, each in self._outputs.items() if each.host is not None}
+        self.logits = found.get("logits", self.logits)
+        tokens: Tokens = found["next_token"].copy()
         return tokens
 
 
-class RepetitionPenalty:
-    """Makes tokens that a row already holds, prompt included, less likely.
+class SeenTokens:
+    """Which tokens the row in each slot holds, for the repetition penalty; graphs read and write them.
 
-    A logit becomes `logit / penalty` if positive, else `logit * penalty`: Keskar et al. 2019,
-    arXiv 1909.05858, section 4.1, as transformers' `RepetitionPenaltyLogitsProcessor` has it.
+    Args:
+        manifest: of the bundle.
+        slots: rows that can be alive at a time.
+        memory: of the device that the graph runs on.
     """
 
-    def __init__(self, penalty: float, slots: int, vocab_size: int) -> None:
-        self.penalty = penalty
-        self._seen = np.zeros((slots, vocab_size), np.bool_)
-
-    @classmethod
-    def of(cls, penalty: float, slots: int, vocab_size: int) -> "RepetitionPenalty | None":
-        """None where a penalty of 1 would change nothing."""
-        return None if penalty == 1.0 else cls(penalty, slots, vocab_size)
-
-    def reset(self, first: int, rows: Sequence[Sequence[int]]) -> None:
-        """Begin slots `first`, `first + 1`, ... with the tokens of `rows`."""
-        self._seen[first : first + len(rows)] = False
-        for slot, ids in enumerate(rows, start=first):
-            self._seen[slot, ids] = True
-
-    def add(self, tokens: Tokens) -> None:
-        """Add a token (B,) to each of the first B slots."""
-        self._seen[np.arange(len(tokens)), tokens] = True
+    def __init__(self, manifest: Manifest, slots: int, memory: Memory) -> None:
+        size, layout = manifest.decoder.vocab_size, manifest.layout
+        self._memory = memory
+        #: bool (N, V).
+        self.of_slots = memory.zeros((slots, size), "bool", on_host=False)
+        #: Before any token (N, V), and after those at the beginning of every row (1, V).
+        self.nothing = memory.zeros((slots, size), "bool", on_host=False)
+        self.prefix = memory.zeros((1, size), "bool")
+        assert self.prefix.host is not None
+        self.prefix.host[0, [*layout.head_ids, layout.image_token_id]] = True
 
     def move(self, source: int, target: int) -> None:
         """Copy one slot's tokens to another."""
-        self._seen[target] = self._seen[source]
-
-    def scores(self, first: int, logits: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Penalised logits (B, V) of slots `first`, `first + 1`, ..."""
-        seen = self._seen[first : first + len(logits)]
-        penalised = np.where(logits < 0, logits * np.float32(self.penalty), logits / np.float32(self.penalty))
-        return np.where(seen, penalised, logits)
-
-
-@dataclass(frozen=True, slots=True)
-class _StepBuffers:
-    """Arrays of a decode step of one batch size, bound once."""
-
-    inputs: dict[str, NDArray[Any]]
-    outputs: dict[str, NDArray[Any]]
-    binding: Binding
+        self._memory.move(self.of_slots, source, target)

@@ -29,10 +29,6 @@ from qvl_batch.vision import Features
 
 logger = logging.getLogger(__name__)
 
-#: Rows prefilled between two decode steps. More at a time keep live rows waiting and, on a CPU,
-#: cost no less time each.
-PREFILL_ROWS = 2
-
 
 def decoder_clocks() -> dict[str, Clock]:
     """For the seconds of each kind of work that a decoder does."""
@@ -137,7 +133,7 @@ class Engine:
         """Prefill waiting rows into free slots; wait for one if none is live. False when all is done."""
         if not self._receive():
             return False
-        free = min(self._decoder.slots - len(self._live), PREFILL_ROWS)
+        free = min(self._decoder.slots - len(self._live), self._decoder.prefill_rows)
         if not free:
             return True
         rest = [item for item in self._waiting if item[0].image in self._shelves][:free]

@@ -1,4 +1,4 @@
-"""Rows of token ids and their M-RoPE positions, as the bundle's layout contract has them.
+"""Rows of token ids, as the bundle's layout contract has them.
 
 Letters used for dimensions, here and everywhere:
 
@@ -12,11 +12,9 @@ What enters: prompts. What leaves: token ids of whole rows, and back again, answ
 This module knows nothing of images or of graphs.
 """
 
-import numpy as np
-from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from qvl_batch.bundle import TOKENIZER, Bundle, Layout
+from qvl_batch.bundle import TOKENIZER, Bundle
 from qvl_batch.errors import BundleError, PromptError
 
 
@@ -78,20 +76,3 @@ class RowLayout:
             return None
         text: str = self._tokenizer.decode([token_id], skip_special_tokens=False)
         return text
-
-
-def mrope_positions(layout: Layout) -> NDArray[np.int64]:
-    """M-RoPE positions int64 (3, S) of any row, since the image stands at P in all of them.
-
-    Text counts on by one along all three axes. Merged patch k of the image stands at time P,
-    row P + k / side, column P + k % side. Text after it goes on at P + side.
-
-    Qwen2-VL, arXiv 2409.12191, section 2.1.
-    """
-    start, side = layout.image_start, layout.side
-    stop = start + layout.image_tokens
-    positions = np.tile(np.arange(layout.max_seq_len, dtype=np.int64), (3, 1))
-    patch = np.arange(layout.image_tokens)
-    positions[:, start:stop] = start + np.stack([np.zeros_like(patch), patch // side, patch % side])
-    positions[:, stop:] += layout.position_delta
-    return positions

@@ -14,7 +14,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
@@ -33,23 +33,31 @@ from qvl_batch.arrivals import Arrivals
 from qvl_batch.bundle import Bundle
 from qvl_batch.busy import timed
 from qvl_batch.config import CaptionConfig
-from qvl_batch.errors import ConfigError, JobError
+from qvl_batch.errors import ConfigError, DeviceError, JobError
 from qvl_batch.fetch import Fetcher
 from qvl_batch.folder import folder_at
+from qvl_batch.memory import RealDevice
 from qvl_batch.output import Job, OutputFolder
 from qvl_batch.page import render
-from qvl_batch.plan import CALLS_PER_VISION_WORKER, ROWS_PER_BLOCK, TASK_CPUS, Plan, make_plan
+from qvl_batch.plan import CALLS_PER_VISION_WORKER, ROWS_PER_BLOCK, TASK_CPUS, Card, Plan, make_plan
 from qvl_batch.prepare import prepare
 from qvl_batch.quarantine import Guarded
 from qvl_batch.reader import read_unit
 from qvl_batch.report import Report, progress_line, recorded_settings
 from qvl_batch.rowset import Row
-from qvl_batch.runtime import resolve_device, usable_cpus
+from qvl_batch.runtime import require_cuda, resolve_device, resolve_vision_device, usable_cpus
 from qvl_batch.sample import choose
 from qvl_batch.schema import InputColumns
 from qvl_batch.sink import AnswerWriter
 from qvl_batch.source import Source, Unit, open_source
-from qvl_batch.workers import DecoderWorker, RemoteAttempts, VisionWorker, worker_name
+from qvl_batch.workers import (
+    DecoderWorker,
+    JoinedWorker,
+    RemoteAttempts,
+    VisionWorker,
+    card_of_this_process,
+    worker_name,
+)
 
 #: With fewer, the actors would leave no CPU to the tasks that feed them.
 LEAST_CPUS = 2
@@ -89,7 +97,7 @@ def run(config: CaptionConfig, say: Callable[[str], None] = lambda _: None) -> R
     held = None if config.overwrite else Job.of(output)
     source = open_source(config, held.files if held else ())
     bundle = Bundle.load(config.bundle)
-    device = resolve_device(config.device)
+    devices = _devices(config, bundle)
     fetcher = Fetcher(config.allow_images_from)
     job = Job(_answers_depend_on(config, bundle), source.files)
     schema = source.columns.output_schema()
@@ -98,12 +106,13 @@ def run(config: CaptionConfig, say: Callable[[str], None] = lambda _: None) -> R
         say(f"input     {source.rows:,} rows in {len(source.files):,} files")
         if folder.tally.rows:
             say(f"resuming  {folder.tally.rows:,} rows are answered already, {left.rows:,} are left")
-        say(f"bundle    {bundle.manifest.source.name}, {bundle.manifest.dtype}, decoder on {device}")
-        settings = recorded_settings(config, source, bundle, device)
+        where = ", ".join(f"{stage} on {device}" for stage, device in devices.items())
+        say(f"bundle    {bundle.manifest.source.name}, {bundle.manifest.dtype}, {where}")
+        settings = recorded_settings(config, source, bundle, devices)
         report = Report(str(output), folder.tally, price_per_hour=config.price_per_hour, settings=settings)
         if left.rows:
             report = replace(report, startup_seconds=time.time() - began)
-            report = _work(config, left, fetcher, bundle, folder, report, say)
+            report = _work(config, devices, left, fetcher, bundle, folder, report, say)
         elif not source.rows:
             folder.write_none()
         if left.rows or not folder.reported():
@@ -112,8 +121,27 @@ def run(config: CaptionConfig, say: Callable[[str], None] = lambda _: None) -> R
     return report
 
 
+def _devices(config: CaptionConfig, bundle: Bundle) -> dict[str, RealDevice]:
+    """Where decoder and vision tower run.
+
+    Raises:
+        DeviceError: they cannot, or not together.
+    """
+    device = resolve_device(config.device, bundle.manifest)
+    vision_device = resolve_vision_device(config.vision_device, bundle.manifest)
+    if vision_device == "cuda" and device == "cpu":
+        raise DeviceError(
+            "a job runs the vision tower on a GPU only beside a decoder there: export with --dtype bf16, or take "
+            "--vision-device cpu and a vision tower in fp32 or int8"
+        )
+    if device == "cuda" and "RAY_ADDRESS" not in os.environ:
+        require_cuda("--device cuda")
+    return {"decoder": device, "vision": vision_device}
+
+
 def _work(
     config: CaptionConfig,
+    devices: Mapping[str, RealDevice],
     left: Source,
     fetcher: Fetcher,
     bundle: Bundle,
@@ -124,7 +152,8 @@ def _work(
     """Answer what is left; the report of it, from one of what was before."""
     began = time.time()
     with _ray() as nodes:
-        plan = make_plan(config, bundle.manifest, nodes)
+        cards = _cards() if devices["decoder"] == "cuda" else ()
+        plan = make_plan(config, bundle.manifest, nodes, cards, devices["vision"])
         say(f"workers   {plan}")
         sample = choose(left)
         arrivals = Arrivals(sample)
@@ -195,45 +224,77 @@ def _dataset(
         work = partial(prepare, image_size=image_size, fit=config.fit, sample=sample)
         return Guarded(work, "image", attempts)(table)
 
+    vision = (bundle.path, plan.vision_threads, worker_name, cache, VISION_NICENESS)
+    decoder = (
+        bundle.path,
+        plan.slots,
+        plan.decoder_threads,
+        config.max_new_tokens,
+        config.allow_repetition,
+        worker_name,
+    )
+    gpus = 1 if plan.card else 0
+
     reads = min(len(units), math.ceil(sum(unit.rows for unit in units) / ROWS_PER_READ))
-    return (
+    prepared = (
         ray.data.from_items([asdict(unit) for unit in units], override_num_blocks=reads)
         .map_batches(read, batch_size=1, batch_format="pyarrow", compute=tasks, num_cpus=TASK_CPUS)
         .repartition(target_num_rows_per_block=ROWS_PER_BLOCK)
         .map_batches(prepare_guarded, batch_format="pyarrow", compute=tasks, num_cpus=TASK_CPUS)
-        .map_batches(
-            VisionWorker,
-            batch_format="pyarrow",
-            fn_constructor_args=(attempts, bundle.path, plan.vision_threads, worker_name, cache, VISION_NICENESS),
-            compute=ActorPoolStrategy(
-                size=plan.vision_workers,
-                max_tasks_in_flight_per_actor=CALLS_PER_VISION_WORKER + 1,
-                max_concurrent_calls_per_actor=CALLS_PER_VISION_WORKER,
-                enable_true_multi_threading=True,
-            ),
-            num_cpus=plan.vision_cpus,
-        )
-        .map_batches(
-            DecoderWorker,
-            batch_format="pyarrow",
-            fn_constructor_args=(
-                attempts,
-                bundle.path,
-                plan.slots,
-                plan.decoder_threads,
-                config.max_new_tokens,
-                config.allow_repetition,
-                worker_name,
-            ),
-            compute=ActorPoolStrategy(
-                size=plan.decoder_workers,
-                max_tasks_in_flight_per_actor=plan.calls_per_decoder,
-                max_concurrent_calls_per_actor=plan.calls_per_decoder,
-                enable_true_multi_threading=True,
-            ),
-            num_cpus=plan.decoder_cpus,
-        )
     )
+    decoders = _actors(plan.decoder_workers, plan.calls_per_decoder, plan.calls_per_decoder)
+    if plan.is_joined:
+        return prepared.map_batches(
+            JoinedWorker,
+            batch_format="pyarrow",
+            fn_constructor_args=(attempts, (*vision[:-1], 0, "cuda"), decoder),
+            compute=decoders,
+            num_cpus=plan.decoder_cpus,
+            num_gpus=gpus,
+        )
+    return prepared.map_batches(
+        VisionWorker,
+        batch_format="pyarrow",
+        fn_constructor_args=(attempts, *vision),
+        compute=_actors(plan.vision_workers, CALLS_PER_VISION_WORKER, CALLS_PER_VISION_WORKER + 1),
+        num_cpus=plan.vision_cpus,
+    ).map_batches(
+        DecoderWorker,
+        batch_format="pyarrow",
+        fn_constructor_args=(attempts, *decoder),
+        compute=decoders,
+        num_cpus=plan.decoder_cpus,
+        num_gpus=gpus,
+    )
+
+
+def _actors(count: int, calls: int, waiting: int) -> ActorPoolStrategy:
+    """So many actors, which take `calls` batches at a time, and to which `waiting` are assigned."""
+    return ActorPoolStrategy(
+        size=count,
+        max_tasks_in_flight_per_actor=waiting,
+        max_concurrent_calls_per_actor=calls,
+        enable_true_multi_threading=True,
+    )
+
+
+def _cards() -> list[Card]:
+    """GPUs of the cluster.
+
+    Raises:
+        DeviceError: there is none, or it cannot be asked.
+    """
+    count = int(ray.cluster_resources().get("GPU", 0))
+    if not count:
+        raise DeviceError(
+            "the decoder needs a GPU, and Ray sees none on any node of the cluster: start Ray where there is one "
+            "(`ray status` lists GPUs), or export the checkpoint for the CPU (--dtype fp32 or int8)"
+        )
+    probe = ray.remote(num_cpus=0, num_gpus=1)(card_of_this_process)
+    try:
+        return list(ray.get([probe.remote() for _ in range(count)]))
+    except ray.exceptions.RayError as error:
+        raise _job_error(error) from error
 
 
 @contextmanager

@@ -5,6 +5,9 @@ those that feed them wait for one another (with one CPU for them, a job of one l
 stood still for ten seconds before its first image); and more processes than cores only share
 them out thinner. A task that claims a whole CPU needs it on one node: so many are left for each
 node, and then, wherever Ray puts the actors, some node has them.
+
+A decoder on a GPU has the card to itself, but for the vision tower if that is on a GPU too: then
+one actor does both, and what it does not hold is cache.
 """
 
 import math
@@ -12,9 +15,12 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qvl_batch.bundle import Manifest
+from qvl_batch.bundle import DECODER, HALVES, VISION, Manifest
 from qvl_batch.config import CaptionConfig
+from qvl_batch.decoder import PREFILL_ROWS, SHELVES
+from qvl_batch.errors import ConfigError, DeviceError
 from qvl_batch.kv_cache import slot_bytes
+from qvl_batch.memory import RealDevice
 
 #: Rows that travel together. Small, so that several batches are in the engine at once.
 ROWS_PER_BLOCK = 8
@@ -35,11 +41,32 @@ CPUS_PER_TASK = 4
 #: A decoder's cache takes at most this part of the machine's memory, and by default this many slots:
 #: a step reads all weights for any number of rows, but beyond these the rows' own caches take longer.
 CACHE_SHARE, DEFAULT_SLOTS = 0.25, 32
+#: On a GPU a step of so many rows still takes little more than its weights' way to the cores.
+DEFAULT_CUDA_SLOTS = 128
+#: Of a card: the part that is never planned for, and what CUDA, its libraries and captured steps take.
+CARD_RESERVE, CUDA_BYTES = 0.05, 1_500_000_000
+#: Images that a decoder's actor encodes at a time on its GPU: one runs while the next one's pixels come.
+CUDA_VISION_THREADS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """A GPU: its name, and bytes of its memory, free and in all."""
+
+    name: str
+    free: int
+    total: int
+
+    def __str__(self) -> str:
+        return f"{self.name}, {self.free / 1e9:.1f} of {self.total / 1e9:.1f} GB free"
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Workers, threads each (of a vision worker: images at a time), Ray CPUs each, and slots of a decoder."""
+    """Workers, threads each (of a vision worker: images at a time), Ray CPUs each, and slots of a decoder.
+
+    `card` is the GPU with the least memory of those that decoders run on.
+    """
 
     vision_workers: int
     vision_threads: int
@@ -51,6 +78,7 @@ class Plan:
     slot_bytes: int
     slots_in_memory: int
     tasks_at_once: int
+    card: Card | None
 
     @property
     def calls_per_decoder(self) -> int:
@@ -63,8 +91,14 @@ class Plan:
         Without a limit, images are decoded ahead of the vision workers until half of Ray's store is full of them.
         """
         row = 3 * manifest.layout.image_size**2 + 4 * math.prod(manifest.feature_shape)
-        blocks = self.vision_workers * (CALLS_PER_VISION_WORKER + 1) + self.decoder_workers * self.calls_per_decoder
+        calls = 0 if self.is_joined else self.vision_workers * (CALLS_PER_VISION_WORKER + 1)
+        blocks = calls + self.decoder_workers * self.calls_per_decoder
         return 2.0 * blocks * ROWS_PER_BLOCK * row
+
+    @property
+    def is_joined(self) -> bool:
+        """The decoder's actors run the vision tower too."""
+        return not self.vision_cpus
 
     @property
     def at_once(self) -> dict[str, int]:
@@ -77,44 +111,113 @@ class Plan:
         }
 
     def __str__(self) -> str:
+        vision = f"{_count(self.vision_workers, 'vision worker')} of {_count(self.vision_threads, 'thread')}"
+        slots = f"{_count(self.slots, 'slot')} of {self.slot_bytes / 1e6:.1f} MB"
+        if self.card is None:
+            return (
+                f"{vision}, {_count(self.decoder_workers, 'decoder')} of {_count(self.decoder_threads, 'thread')} and "
+                f"{slots} ({CACHE_SHARE:.0%} of memory holds {self.slots_in_memory:,}; "
+                f"by default at most {DEFAULT_SLOTS})"
+            )
         return (
-            f"{_count(self.vision_workers, 'vision worker')} of {_count(self.vision_threads, 'thread')}, "
-            f"{_count(self.decoder_workers, 'decoder')} of {_count(self.decoder_threads, 'thread')} and "
-            f"{_count(self.slots, 'slot')} of {self.slot_bytes / 1e6:.1f} MB "
-            f"({CACHE_SHARE:.0%} of memory holds {self.slots_in_memory:,}; by default at most {DEFAULT_SLOTS})"
+            f"{'vision on the same GPU' if self.is_joined else vision}, {_count(self.decoder_workers, 'decoder')} of "
+            f"a GPU ({self.card}) and {slots} (beside weights and work, it holds {self.slots_in_memory:,}; "
+            f"by default at most {DEFAULT_CUDA_SLOTS})"
         )
 
 
-def make_plan(config: CaptionConfig, manifest: Manifest, nodes: Sequence[int]) -> Plan:
+def make_plan(
+    config: CaptionConfig,
+    manifest: Manifest,
+    nodes: Sequence[int],
+    cards: Sequence[Card] = (),
+    vision_device: RealDevice = "cpu",
+) -> Plan:
     """Plan a job.
 
     Args:
         config: where it names workers or slots, they stand.
         manifest: of the bundle.
         nodes: CPUs of each node, at least 2 of one.
+        cards: GPUs, of which a decoder takes one each; none if it runs on the CPU.
+        vision_device: where the vision tower runs. On a GPU, that of a decoder.
+
+    Raises:
+        ConfigError: more decoders or slots are asked for than the GPUs hold.
+        DeviceError: the smallest GPU does not hold the model.
     """
     cpus, node_cpus = sum(nodes), max(nodes)
-    decoders = config.decoder_workers or 1
-    decoder_threads = max(1, min(round(DECODER_SHARE * cpus / decoders), node_cpus))
-    for_vision = math.ceil((1 - DECODER_SHARE) * cpus)
-    vision = config.vision_workers or math.ceil(for_vision / VISION_THREADS)
-    vision_threads = max(1, min(for_vision // vision, node_cpus))
-    in_memory = _slots_in_memory(manifest, decoders)
+    joined = vision_device == "cuda"
+    decoders = config.decoder_workers or max(1, len(cards))
+    if cards and decoders > len(cards):
+        raise ConfigError(f"--decoder-workers {decoders}: a decoder takes a GPU, and there are {len(cards)}")
+    card = min(cards, key=lambda each: each.free) if cards else None
+    decoder_threads = 1 if card else max(1, min(round(DECODER_SHARE * cpus / decoders), node_cpus))
+    for_vision = max(1, cpus - decoders) if card else math.ceil((1 - DECODER_SHARE) * cpus)
+    vision = decoders if joined else config.vision_workers or math.ceil(for_vision / VISION_THREADS)
+    vision_threads = CUDA_VISION_THREADS if joined else max(1, min(for_vision // vision, node_cpus))
+    if card is None:
+        in_memory, most = _slots_in_memory(manifest, decoders), DEFAULT_SLOTS
+    else:
+        in_memory, most = slots_on_card(card, manifest, vision_too=joined), DEFAULT_CUDA_SLOTS
+        if config.slots and config.slots > in_memory:
+            raise ConfigError(f"--slots {config.slots}: the GPU ({card}) holds {in_memory} beside weights and work")
     # All actors together claim what is left of the CPUs, in proportion to their threads.
     left = sum(max(each - FOR_TASKS, 0) for each in nodes)
-    per_thread = left / (decoders * decoder_threads + vision * vision_threads)
+    per_thread = left / (decoders * decoder_threads + (0 if joined else vision * vision_threads))
     return Plan(
         vision_workers=vision,
         vision_threads=vision_threads,
-        vision_cpus=_floor(vision_threads * per_thread),
+        vision_cpus=0.0 if joined else _floor(vision_threads * per_thread),
         decoder_workers=decoders,
         decoder_threads=decoder_threads,
-        decoder_cpus=_floor(decoder_threads * per_thread),
-        slots=config.slots or max(1, min(DEFAULT_SLOTS, in_memory)),
+        decoder_cpus=min(1.0, _floor(decoder_threads * per_thread)) if card else _floor(decoder_threads * per_thread),
+        slots=config.slots or max(1, min(most, in_memory)),
         slot_bytes=slot_bytes(manifest),
         slots_in_memory=in_memory,
         tasks_at_once=math.ceil(cpus / CPUS_PER_TASK),
+        card=card,
     )
+
+
+def slots_on_card(card: Card, manifest: Manifest, *, vision_too: bool) -> int:
+    """Slots that a GPU holds beside the weights, a prefill's states, and what CUDA takes for itself.
+
+    Raises:
+        DeviceError: not one.
+    """
+    taken = bytes_beside_slots(manifest, vision_too=vision_too)
+    left = card.free - CARD_RESERVE * card.total - taken
+    slots = int(left / slot_bytes(manifest)) - SHELVES
+    if slots < 1:
+        advice = "run the vision tower on the CPU (--vision-device cpu), or " if vision_too else ""
+        raise DeviceError(
+            f"the GPU ({card}) is too small: weights and work take {taken / 1e9:.1f} GB and each row's cache "
+            f"{slot_bytes(manifest) / 1e6:.0f} MB; {advice}export in half precision, with a smaller --max-seq-len, "
+            "or take a larger card"
+        )
+    return slots
+
+
+def bytes_beside_slots(manifest: Manifest, *, vision_too: bool) -> int:
+    """Bytes on a GPU but for the slots: weights, states of the largest prefill and of an image, and CUDA's own.
+
+    Of a token's states in a layer, those that are alive together: residual stream, its norm and an update of it in
+    fp32; and in the graph's type, queries, keys and values twice (before and after rotation, which is in fp32 for
+    two of three), and gate, up and their product.
+    """
+    shape, layout = manifest.decoder, manifest.layout
+    size = 2 if manifest.dtype in HALVES else 4
+    attention = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
+    token = 4 * 4 * shape.hidden_size + (size + 4) * attention + 3 * size * shape.intermediate_size
+    prefill = PREFILL_ROWS["cuda"] * layout.max_seq_len * token
+    logits = PREFILL_ROWS["cuda"] * shape.vocab_size * (size + 4)
+    if manifest.dtype not in HALVES:  # attention in standard operators has all its scores in memory
+        prefill += 2 * 4 * PREFILL_ROWS["cuda"] * shape.heads * layout.max_seq_len**2
+    weights = manifest.bytes_of(DECODER)
+    # A block's states of four patches to a token are about as wide as a decoder layer's.
+    vision = manifest.bytes_of(VISION) + CUDA_VISION_THREADS * 4 * layout.image_tokens * token if vision_too else 0
+    return weights + prefill + logits + vision + CUDA_BYTES
 
 
 def _slots_in_memory(manifest: Manifest, decoders: int) -> int:

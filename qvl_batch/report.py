@@ -142,7 +142,9 @@ def _rounded(value: float | None) -> float | None:
     return None if value is None else round(value, 3)
 
 
-def recorded_settings(config: CaptionConfig, source: Source, bundle: Bundle, device: str) -> dict[str, Any]:
+def recorded_settings(
+    config: CaptionConfig, source: Source, bundle: Bundle, devices: Mapping[str, str]
+) -> dict[str, Any]:
     """What the answers depend on, and what their speed does."""
     packages = ("qvl-batch", "ray", "onnxruntime-gpu", "onnxruntime", "tokenizers", "pyarrow", "pillow")
     return {
@@ -164,7 +166,7 @@ def recorded_settings(config: CaptionConfig, source: Source, bundle: Bundle, dev
         "fit": config.fit,
         "files": len(source.files),
         "limit": config.limit,
-        "device": device,
+        "devices": dict(devices),
         "versions": installed_versions(packages),
     }
 

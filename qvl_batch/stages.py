@@ -17,6 +17,7 @@ from qvl_batch.answerer import Answerer, Question
 from qvl_batch.bundle import Bundle
 from qvl_batch.busy import seconds_column
 from qvl_batch.features import ImageFeatures, Pixels
+from qvl_batch.memory import RealDevice
 from qvl_batch.prepare import IMAGE_KEY, PIXELS
 from qvl_batch.schema import ANSWER_FIELDS, Failure
 from qvl_batch.source import FAILURE, OWN, PROMPT, failure_columns, failures_of, with_columns
@@ -40,6 +41,7 @@ class VisionStage:
         name: called once, names this worker.
         cache: folder of kept features, and its largest size in gigabytes; None for none.
         niceness: what this process adds to its own.
+        device: where the graph runs.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class VisionStage:
         name: Callable[[], str],
         cache: tuple[Path, float] | None = None,
         niceness: int = 0,
+        device: RealDevice = "cpu",
     ) -> None:
         os.nice(niceness)
         self._name = name()
@@ -59,7 +62,7 @@ class VisionStage:
             folder, gigabytes = cache
             manifest = loaded.manifest
             kept = VisionCache(folder, manifest.vision_sha256, manifest.feature_shape, int(gigabytes * 1e9))
-        self._features = ImageFeatures(VisionEncoder(loaded, threads=1), kept, at_once=threads)
+        self._features = ImageFeatures(VisionEncoder(loaded, 1, device), kept, at_once=threads)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Encode the images of a table."""

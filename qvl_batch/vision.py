@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from qvl_batch.bundle import VISION, Bundle, InFp32
 from qvl_batch.errors import BundleError, NumericError
-from qvl_batch.runtime import Session
+from qvl_batch.memory import RealDevice
+from qvl_batch.runtime import Session, memory_on
 
 Features = NDArray[np.float32]
 
@@ -23,19 +24,26 @@ class VisionEncoder:
     Args:
         bundle: where the graph is.
         threads: threads that one operator may use.
+        device: where it runs.
+        graph: contents to load in place of the bundle's graph.
+
+    Raises:
+        BundleError: the graph cannot be loaded, or breaks the contract.
+        DeviceError: the device cannot be used, or has no room.
     """
 
-    def __init__(self, bundle: Bundle, threads: int) -> None:
+    def __init__(self, bundle: Bundle, threads: int, device: RealDevice = "cpu", *, graph: bytes | None = None) -> None:
         self.layout = bundle.manifest.layout
         self._fp32 = InFp32(bundle, lambda exact: VisionEncoder(exact, threads))
-        self._session = Session(bundle.file(VISION), threads)
+        self._session = Session(bundle.file(VISION), threads, graph, memory_on(device, "--vision-device cuda"))
         expected = list(bundle.manifest.feature_shape)
         found = self._session.outputs.get("image_features", [])[1:]
         if found != expected:
             raise BundleError(f"{bundle.path / VISION} gives features of shape {found}, the contract says {expected}")
 
     def encode(self, image: NDArray[np.uint8]) -> Features:
-        """Features of an image. One a run: on a CPU, more in one take more memory and longer each.
+        """Features of an image. One a run: on a CPU, more in one take more memory and longer each, and
+        one is work enough for a GPU.
 
         Raises:
             NumericError: the features mean nothing.

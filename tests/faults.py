@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from qvl_batch.bundle import MANIFEST, VISION, file_sha256
+from qvl_batch.bundle import DECODER, MANIFEST, VISION, file_sha256
 
 
 def without_normalisation(bundle: Path) -> None:
@@ -31,6 +31,18 @@ def merge_groups_in_raster_order(bundle: Path) -> None:
         (order,) = transpose.attribute
         assert list(order.ints) == [0, 1, 4, 2, 5, 3, 6, 7]
         order.ints[:] = [0, 1, 2, 4, 5, 3, 6, 7]
+
+
+def positions_of_one_dimension(bundle: Path) -> None:
+    """The decoder's rotary tables are those of a row of text."""
+    with _graph(bundle, DECODER) as graph:
+        initializers = {initializer.name: initializer for initializer in graph.initializer}
+        cos, sin = (_weights(bundle, initializers[name]) for name in ("cos", "sin"))
+        # Before the image all axes are alike: the second token turns by each frequency once.
+        turns = np.arange(len(cos))[:, None] * np.arctan2(sin[1], cos[1])
+        for table, values in ((cos, np.cos(turns)), (sin, np.sin(turns))):
+            table[:] = values
+            table.flush()
 
 
 def quantize_layer(bundle: Path, graph: str, prefix: str, bits: int = 4) -> None:

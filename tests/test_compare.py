@@ -15,7 +15,13 @@ import pytest
 import torch
 from checkpoints import make_checkpoint
 from conftest import QUESTIONS, ROOT, TINY
-from faults import merge_groups_in_raster_order, quantize_layer, spoil, without_normalisation
+from faults import (
+    merge_groups_in_raster_order,
+    positions_of_one_dimension,
+    quantize_layer,
+    spoil,
+    without_normalisation,
+)
 from reference import question
 
 from comparison import run as comparison_run
@@ -29,7 +35,7 @@ from comparison.summary import Bounds, difference, summarize
 from comparison.traces import Trace, first_difference
 from export.checkpoint import load_checkpoint
 from export.package import ExportConfig, export_bundle
-from qvl_batch.bundle import DECODER, DECODER_FULL, VISION, Bundle, Layout
+from qvl_batch.bundle import DECODER, DECODER_FULL, VISION, Bundle
 from qvl_batch.decoder import Decoder
 from qvl_batch.errors import BundleError, ConfigError, DeviceError, InputError, JobError, OutputError
 
@@ -104,13 +110,6 @@ def test_less_agreement_than_asked_for_is_an_error_that_says_how_much(copied_bun
     assert "resuming  8 are compared already" in again.stderr
 
 
-def _no_positions(monkeypatch):
-    flat = property(lambda _: 0)
-    monkeypatch.setattr(Layout, "position_delta", flat)
-    one_d = lambda layout: np.tile(np.arange(layout.max_seq_len), (3, 1))  # noqa: E731
-    monkeypatch.setattr("qvl_batch.decoder.mrope_positions", one_d)
-
-
 def _moved_image(monkeypatch):
     plain = Decoder.prefill_inputs
 
@@ -136,7 +135,7 @@ def test_damage_turns_the_report_red_and_the_layer_plot_points_at_it(
     damage, begins_at, own, copied_bundle, monkeypatch, tmp_path
 ):
     {
-        "1-D positions": lambda: _no_positions(monkeypatch),
+        "1-D positions": lambda: positions_of_one_dimension(copied_bundle),
         "no normalisation": lambda: without_normalisation(copied_bundle),
         "merge groups in raster order": lambda: merge_groups_in_raster_order(copied_bundle),
         "image moved by one": lambda: _moved_image(monkeypatch),

@@ -1,18 +1,24 @@
 """However rows meet in the engine, each gets the answer it would get alone."""
 
 import dataclasses
+import json
+import shutil
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import QUESTIONS
+from conftest import QUESTIONS, TINY
 from reference import letterboxed, question
 
 from comparison.reference import PyTorch
+from export.checkpoint import load_checkpoint
+from export.package import ExportConfig, export_bundle
 from qvl_batch.bundle import Bundle
 from qvl_batch.decoder import Decoder, PrefillRow
 from qvl_batch.engine import Engine, Request
+from qvl_batch.errors import BundleError
 from qvl_batch.layout import RowLayout
 from qvl_batch.vision import VisionEncoder
 
@@ -103,7 +109,7 @@ def test_a_shared_beginning_leaves_the_cache_as_a_whole_prefill_does(tiny_bundle
         expected = decoder.logits.copy()
         assert decoder.prefill_rest(2, 1, row) == whole
         assert np.abs(decoder.logits - expected).max() <= 1e-6 * np.abs(expected).max()
-        for array in decoder._cache._arrays.values():
+        for array in (buffer.host for buffer in decoder._cache._arrays.values()):
             length = len(row.input_ids)
             assert np.allclose(array[2, :, :length], array[1, :, :length], rtol=1e-5, atol=1e-5)
 
@@ -118,22 +124,38 @@ def test_a_row_may_fill_the_contract_to_its_last_token(tiny_bundle, requests):
     assert len(prompt) + 3 == contract.max_seq_len
 
 
-@pytest.mark.parametrize("penalty", [1.05, 1.7])
-def test_the_repetition_penalty_is_that_of_transformers(penalty, tiny_bundle, tiny_checkpoint, requests, questions):
-    generation = dataclasses.replace(tiny_bundle.manifest.generation, repetition_penalty=penalty)
-    bundle = Bundle(tiny_bundle.path, dataclasses.replace(tiny_bundle.manifest, generation=generation))
+@pytest.fixture(scope="module", params=[1.05, 1.7])
+def penalised(request, tmp_path_factory):
+    """A checkpoint with a repetition penalty, and its bundle."""
+    folder = tmp_path_factory.mktemp("penalised")
+    checkpoint = Path(shutil.copytree(TINY, folder / "checkpoint"))
+    settings = json.loads((TINY / "generation_config.json").read_text())
+    (checkpoint / "generation_config.json").write_text(json.dumps(settings | {"repetition_penalty": request.param}))
+    parity = export_bundle(ExportConfig(checkpoint=checkpoint, output=folder / "bundle")).parity
+    assert parity is not None
+    assert parity.agreement == 1
+    return load_checkpoint(checkpoint), Bundle.load(folder / "bundle")
+
+
+def test_the_repetition_penalty_is_that_of_transformers(penalised, requests, questions, alone):
+    checkpoint, bundle = penalised
     rows = list(zip(questions, requests, strict=True))[:6]
-    found = _run(bundle, [dataclasses.replace(request, max_new_tokens=12) for _, request in rows], slots=4)
-    pytorch = PyTorch(dataclasses.replace(tiny_checkpoint, generation=generation), 576, max_new_tokens=12)
+    # The same image twice, so that some rows begin where another one's beginning was kept.
+    asked = [dataclasses.replace(request, max_new_tokens=12, image=b"%d" % k) for k, (_, request) in enumerate(rows)]
+    found = _run(bundle, asked + asked, slots=4)
+    pytorch = PyTorch(checkpoint, 576, max_new_tokens=12)
     expected = [trace.text for trace in pytorch.answer([question(row) for row, _ in rows])]
-    layout = RowLayout(tiny_bundle)
-    assert [layout.text(result.token_ids) for result in found] == expected
+    layout = RowLayout(bundle)
+    assert [layout.text(result.token_ids) for result in found] == expected * 2
+    if bundle.manifest.generation.repetition_penalty > 1.5:
+        assert _run(bundle, requests, slots=4) != alone
 
 
-def test_a_penalty_changes_answers(tiny_bundle, requests, alone):
+def test_a_manifest_with_another_penalty_is_refused(tiny_bundle):
     generation = dataclasses.replace(tiny_bundle.manifest.generation, repetition_penalty=1.7)
     bundle = Bundle(tiny_bundle.path, dataclasses.replace(tiny_bundle.manifest, generation=generation))
-    assert _run(bundle, requests, slots=4) != alone
+    with pytest.raises(BundleError, match="has another repetition penalty: export the checkpoint again"):
+        Decoder(bundle, 1, threads=1)
 
 
 def test_features_are_those_of_transformers(tiny_checkpoint, questions, requests):

@@ -11,11 +11,12 @@ import pytest
 import torch
 from checkpoints import make_checkpoint
 from conftest import ROOT, TINY
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 import export.decoder
 import export.vision
 from export.checkpoint import load_checkpoint
-from export.decoder import DecoderWeights, FullDecoder
+from export.decoder import DecoderWeights, FullDecoder, mrope_positions
 from export.package import ExportConfig, export_bundle
 from export.vision import split_windows
 from qvl_batch.bundle import DECODER, DECODER_FULL, VISION, Bundle
@@ -112,6 +113,18 @@ def test_positions_in_the_graph_are_those_of_transformers():
     is_image, positions = full._image_and_positions(ids, mask)
     assert torch.equal(positions[:, valid], expected[:, valid])
     assert torch.equal(is_image, ids == model.config.image_token_id)
+
+
+def test_positions_of_the_contract_are_those_of_transformers(tiny_bundle):
+    config = Qwen2_5_VLConfig.from_pretrained(TINY)
+    with torch.device("meta"):
+        model = Qwen2_5_VLForConditionalGeneration._from_config(config)
+    ids = torch.tensor([tiny_bundle.manifest.layout.row_ids([5, 6, 7, 8])])
+    grid = torch.tensor([[1, 48, 48]])
+    expected, delta = model.model.get_rope_index(ids, (ids == config.image_token_id).int(), image_grid_thw=grid)
+    found = mrope_positions(tiny_bundle.manifest.layout)
+    assert torch.equal(found[:, : ids.shape[1]], expected[:, 0])
+    assert found[0, -1] - (found.shape[1] - 1) == delta.item() == -552
 
 
 def _one_dimensional(mrope_section):

@@ -3,16 +3,14 @@
 import dataclasses
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 import pytest
-import torch
 from conftest import TINY
-from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import AutoTokenizer
 
 from export.chat import chat_turn
 from qvl_batch.bundle import Bundle
 from qvl_batch.errors import PromptError
-from qvl_batch.layout import RowLayout, mrope_positions
+from qvl_batch.layout import RowLayout
 
 IMAGE = "<|image_pad|>"
 
@@ -107,14 +105,3 @@ def test_many_threads_may_share_a_layout(layout):
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(layout.row_ids, prompts)) == expected
         assert len(set(pool.map(layout.text, expected))) == len(prompts)
-
-
-def test_positions_are_those_of_transformers(layout):
-    config = Qwen2_5_VLConfig.from_pretrained(TINY)
-    with torch.device("meta"):
-        model = Qwen2_5_VLForConditionalGeneration._from_config(config)
-    ids = torch.tensor([layout.row_ids("Is the star left of the square?")])
-    grid = torch.tensor([[1, 48, 48]])
-    expected, delta = model.model.get_rope_index(ids, (ids == config.image_token_id).int(), image_grid_thw=grid)
-    assert np.array_equal(mrope_positions(layout.layout)[:, : ids.shape[1]], expected[:, 0])
-    assert layout.layout.position_delta == delta.item() == -552

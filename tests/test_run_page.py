@@ -52,7 +52,7 @@ def _record(**changes):
         "output": "/data/answers",
         "bundle": {"path": "/data/bundle", "sha256": "ab" * 32, "source": {"name": "model"}, "dtype": "int8"},
         "decoding": {"method": "greedy", "prompt": None, "max_new_tokens": 128},
-        "fit": "letterbox", "files": 3, "limit": None, "device": "cpu",
+        "fit": "letterbox", "files": 3, "limit": None, "devices": {"decoder": "cpu", "vision": "cpu"},
         "versions": {"ray": "2.60.0"}, "plan": {"vision_workers": 1, "slots": 32},
     }  # fmt: skip
     return record | changes

@@ -16,7 +16,7 @@ from benchmark.rows import Rows, timed
 from qvl_batch.bundle import Bundle
 from qvl_batch.config import CaptionConfig
 from qvl_batch.decoder import Decoder, PrefillRow
-from qvl_batch.engine import PREFILL_ROWS, Engine, Request
+from qvl_batch.engine import Engine, Request
 from qvl_batch.images import decode_image, fit_image
 from qvl_batch.layout import RowLayout
 from qvl_batch.runtime import usable_cpus
@@ -72,8 +72,9 @@ class Ours:
 
     def prefill(self, batch: Sequence[PrefillRow]) -> Any:
         """Prefill slots from 0 on as the engine does, a few rows at a time; first tokens int64 (B,)."""
-        groups = range(0, len(batch), PREFILL_ROWS)
-        return np.concatenate([self.decoder.prefill(at, batch[at : at + PREFILL_ROWS]) for at in groups])
+        width = self.decoder.prefill_rows
+        groups = range(0, len(batch), width)
+        return np.concatenate([self.decoder.prefill(at, batch[at : at + width]) for at in groups])
 
     def stages(self, rows: Rows) -> dict[str, float]:
         """Milliseconds an image of each stage, alone; decode is all of an answer's steps."""

@@ -59,8 +59,12 @@ class LayerProbe:
 
     def __init__(self, bundle: Bundle, decoder: Decoder, threads: int) -> None:
         self._decoder = decoder
-        shape, layout = bundle.manifest.decoder, bundle.manifest.layout
-        self._cache = (1, shape.kv_heads, layout.max_seq_len, shape.head_dim)
+        inputs = bundle.manifest.graphs[DECODER].inputs
+        self._past: dict[str, Array] = {}
+        for name, spec in inputs.items():
+            if name.startswith("past_"):
+                kind = np.bool_ if spec.dtype == "bool" else np.float32
+                self._past[name] = np.zeros((1, *map(int, spec.shape[1:])), kind)
         self._vision = _Tower(bundle.file(VISION), threads)
         self._language = _Tower(bundle.file(DECODER), threads)
 
@@ -87,8 +91,7 @@ class LayerProbe:
 
     def _row(self, input_ids: list[int], features: Array) -> dict[str, Array]:
         inputs = self._decoder.prefill_inputs([PrefillRow(input_ids, features)])
-        past = {name: np.zeros(self._cache, np.float32) for name in self._language.inputs if name.startswith("past_")}
-        return inputs | past
+        return inputs | self._past
 
 
 class _Tower:

@@ -13,7 +13,6 @@ from rapidfuzz.distance import Levenshtein
 from scipy.special import log_softmax
 
 from comparison.traces import Array, Trace, first_difference
-from qvl_batch.decoder import RepetitionPenalty
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,11 +92,17 @@ def _margin(trace: Trace, index: int | None, other: int | None, penalty: float) 
     """How much more the token at `index` scored than `other`."""
     if index is None or other is None or index >= len(trace.token_ids):
         return None
-    scores = trace.logits[index][None]
-    if rule := RepetitionPenalty.of(penalty, 1, scores.shape[1]):
-        rule.reset(0, [[*trace.input_ids, *trace.token_ids[:index]]])
-        scores = rule.scores(0, scores)
-    return float(scores[0, trace.token_ids[index]] - scores[0, other])
+    seen = {*trace.input_ids, *trace.token_ids[:index]}
+    score, others = (
+        _penalised(trace.logits[index][token], penalty if token in seen else 1.0)
+        for token in (trace.token_ids[index], other)
+    )
+    return score - others
+
+
+def _penalised(logit: float, penalty: float) -> float:
+    """Score of a token that a row holds already: see `export.decoder`."""
+    return float(logit * penalty if logit < 0 else logit / penalty)
 
 
 def _at(tokens: list[int], index: int | None) -> int | None:

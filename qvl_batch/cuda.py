@@ -1,0 +1,113 @@
+"""The few calls of the CUDA runtime that are made beside ONNX Runtime's own: memory, copies, a stream.
+
+What enters: addresses and sizes in bytes. What leaves: the same, or a `DeviceError` with CUDA's own words.
+
+This module knows nothing of graphs or of what the bytes mean.
+"""
+
+import ctypes
+
+from qvl_batch.errors import DeviceError
+
+OUT_OF_MEMORY = 2
+#: `cudaMemcpyDefault`: addresses say on which side they are.
+ANY_DIRECTION = 4
+NON_BLOCKING = 1
+NAME_BYTES, PROPERTIES_BYTES = 256, 8192
+
+
+class Cuda:
+    """A GPU, and a stream on it in which all that is asked of this object happens in order.
+
+    Args:
+        version: major version of the CUDA runtime that ONNX Runtime was built for.
+        device: number of the GPU among those that this process sees.
+
+    Raises:
+        DeviceError: no such library, no driver, or no such GPU.
+    """
+
+    def __init__(self, version: int, device: int = 0) -> None:
+        name = f"libcudart.so.{version}"
+        try:
+            self._library = ctypes.CDLL(name)
+        except OSError as error:
+            raise DeviceError(
+                f"the libraries of CUDA {version} cannot be loaded ({error}): "
+                f"install them with pip install 'onnxruntime-gpu[cuda,cudnn]'"
+            ) from error
+        self._library.cudaGetErrorString.restype = ctypes.c_char_p
+        self.device = device
+        self._call("cudaSetDevice", ctypes.c_int(device))
+        stream = ctypes.c_void_p()
+        self._call("cudaStreamCreateWithFlags", ctypes.byref(stream), ctypes.c_uint(NON_BLOCKING))
+        #: Address of the stream, for ONNX Runtime to run in.
+        self.stream = stream.value or 0
+
+    @property
+    def name(self) -> str:
+        """Of the card."""
+        # The name is the first field of `cudaDeviceProp`, in all versions.
+        properties = ctypes.create_string_buffer(PROPERTIES_BYTES)
+        self._call("cudaGetDeviceProperties", properties, ctypes.c_int(self.device))
+        return properties.raw[:NAME_BYTES].split(b"\0")[0].decode(errors="replace")
+
+    def memory(self) -> tuple[int, int]:
+        """Free and total bytes of the card."""
+        free, total = ctypes.c_size_t(), ctypes.c_size_t()
+        self._call("cudaMemGetInfo", ctypes.byref(free), ctypes.byref(total))
+        return free.value, total.value
+
+    def allocate(self, size: int) -> int:
+        """Address of so many bytes on the GPU, all zero. They live as long as the process.
+
+        Raises:
+            DeviceError: the card has no more memory.
+        """
+        address = ctypes.c_void_p()
+        self._call("cudaMalloc", ctypes.byref(address), ctypes.c_size_t(size))
+        self._call("cudaMemsetAsync", address, ctypes.c_int(0), ctypes.c_size_t(size), ctypes.c_void_p(self.stream))
+        return address.value or 0
+
+    def allocate_host(self, size: int) -> int:
+        """Address of so many bytes in host memory that the GPU reads and writes directly."""
+        address = ctypes.c_void_p()
+        self._call("cudaHostAlloc", ctypes.byref(address), ctypes.c_size_t(size), ctypes.c_uint(0))
+        return address.value or 0
+
+    def copy(self, target: int, source: int, size: int) -> None:
+        """Copy bytes from one address to another, either of which may be in host memory."""
+        self._call("cudaMemcpyAsync", _at(target), _at(source), ctypes.c_size_t(size), *self._in_stream())
+
+    def copy_rows(self, target: int, source: int, pitch: int, width: int, rows: int) -> None:
+        """Copy the first `width` bytes of each of so many rows, which lie `pitch` bytes apart on both sides."""
+        sizes = [ctypes.c_size_t(size) for size in (pitch, width, rows)]
+        self._call(
+            "cudaMemcpy2DAsync", _at(target), sizes[0], _at(source), sizes[0], sizes[1], sizes[2], *self._in_stream()
+        )
+
+    def synchronize(self) -> None:
+        """Wait until all that was asked for has happened."""
+        self._call("cudaStreamSynchronize", ctypes.c_void_p(self.stream))
+
+    def _in_stream(self) -> tuple[ctypes.c_int, ctypes.c_void_p]:
+        return ctypes.c_int(ANY_DIRECTION), ctypes.c_void_p(self.stream)
+
+    def _call(self, name: str, *arguments: object) -> None:
+        code = getattr(self._library, name)(*arguments)
+        if code == OUT_OF_MEMORY:
+            raise out_of_memory()
+        if code:
+            raise DeviceError(f"{name} failed on the GPU: {self._library.cudaGetErrorString(code).decode()}")
+
+
+def out_of_memory() -> DeviceError:
+    """What to say of a card that is full."""
+    return DeviceError(
+        "the GPU has no memory left: lower --slots, run the vision tower on the CPU (--vision-device cpu), "
+        "or stop other programs on the card"
+    )
+
+
+def _at(address: int) -> ctypes.c_void_p:
+    return ctypes.c_void_p(address)
