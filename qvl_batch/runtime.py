@@ -100,6 +100,15 @@ def require_cuda(option: str) -> int:
     return int(ort.cuda_version.split(".")[0])
 
 
+def has_cuda() -> bool:
+    """Whether ONNX Runtime has a CUDA provider and the machine a driver."""
+    try:
+        require_cuda("")
+    except DeviceError:
+        return False
+    return True
+
+
 def open_cuda(option: str) -> Cuda:
     """The GPU of this process.
 

@@ -1,7 +1,8 @@
 """A bundle's side of a comparison: the worker's own vision encoder, layout and engine.
 
 Answers go through the engine with several rows in its slots, as in a job; only the decoder is
-one that also remembers the logits each token was chosen from.
+one that also remembers the logits each token was chosen from. What is made for a GPU runs there if
+there is one, and else on the CPU, where half precision is emulated.
 """
 
 from collections.abc import Sequence
@@ -13,12 +14,15 @@ import numpy as np
 from comparison.layers import LayerProbe
 from comparison.questions import Question
 from comparison.traces import Array, States, Trace
-from qvl_batch.bundle import Bundle
+from export.half import emulated_graph
+from qvl_batch.bundle import DECODER, HALVES, VISION, Bundle
+from qvl_batch.config import Device
 from qvl_batch.decoder import Decoder, PrefillRow, Tokens
 from qvl_batch.engine import Completion, Engine, Request
 from qvl_batch.errors import NumericError, RowError
 from qvl_batch.layout import RowLayout
-from qvl_batch.runtime import usable_cpus
+from qvl_batch.memory import Memory, RealDevice
+from qvl_batch.runtime import has_cuda, memory_on, usable_cpus
 from qvl_batch.schema import Failure
 from qvl_batch.vision import VisionEncoder
 
@@ -38,8 +42,10 @@ class RecordingDecoder(Decoder):
     engine that does not run anything else.
     """
 
-    def __init__(self, bundle: Bundle, slots: int, threads: int) -> None:
-        super().__init__(bundle, slots, threads, keep_logits=True)
+    def __init__(
+        self, bundle: Bundle, slots: int, threads: int, memory: Memory | None = None, graph: bytes | None = None
+    ) -> None:
+        super().__init__(bundle, slots, threads, keep_logits=True, memory=memory, graph=graph)
         self.records: list[_Record] = []
         self._in_slot = [_Record() for _ in range(slots)]
 
@@ -77,15 +83,29 @@ class BundleSide:
         max_new_tokens: longest answer in tokens.
         max_seq_len: longest row in tokens, at most the contract's.
         layers: also load what `states` and `probe` need.
+        device: where what is made for a GPU runs.
+
+    Raises:
+        DeviceError: CUDA was asked for and cannot be used.
     """
 
-    def __init__(self, bundle: Bundle, max_new_tokens: int, max_seq_len: int, *, layers: bool) -> None:
+    def __init__(
+        self, bundle: Bundle, max_new_tokens: int, max_seq_len: int, *, layers: bool, device: Device = "auto"
+    ) -> None:
         threads = usable_cpus()
         self.layout = RowLayout(bundle)
         self._eos = bundle.manifest.generation.eos_token_ids
         self._max_new_tokens, self._max_seq_len = max_new_tokens, max_seq_len
-        self._vision = VisionEncoder(bundle, threads)
-        self._decoder = RecordingDecoder(bundle, SLOTS, threads)
+        types = {VISION: bundle.manifest.vision_dtype, DECODER: bundle.manifest.dtype}
+        on_gpu = device == "cuda" or (device == "auto" and has_cuda())
+        graphs = {
+            name: emulated_graph(bundle.file(name)) if dtype in HALVES and not on_gpu else None
+            for name, dtype in types.items()
+        }
+        where: RealDevice = "cuda" if types[VISION] in HALVES and on_gpu else "cpu"
+        memory = memory_on("cuda" if bundle.manifest.device == "cuda" and on_gpu else "cpu")
+        self._vision = VisionEncoder(bundle, threads, where, graph=graphs[VISION])
+        self._decoder = RecordingDecoder(bundle, SLOTS, threads, memory, graphs[DECODER])
         self._probe = LayerProbe(bundle, self._decoder, threads) if layers else None
 
     @property

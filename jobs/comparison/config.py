@@ -49,7 +49,8 @@ class CompareConfig:
     tie_margin: float = 1e-3
     """Two tokens are tied if neither side's logits set them further apart than this."""
     device: Device = "auto"
-    """Where PyTorch runs: `auto` takes a GPU if there is one. Bundles run on the CPU."""
+    """Where PyTorch runs, and bundles that are made for a GPU: `auto` takes a GPU if there is one. Bundles in half
+    precision are emulated on a CPU."""
     gallery: int = 200
     """Rows to show on the page: those that differ or failed first, then others at random."""
     overwrite: bool = False

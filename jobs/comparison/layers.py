@@ -24,7 +24,8 @@ import onnx
 from numpy.typing import NDArray
 
 from comparison.traces import Array, States
-from qvl_batch.bundle import DECODER, VISION, Bundle, part_names
+from export.half import emulated_graph, stream_unit
+from qvl_batch.bundle import DECODER, HALVES, VISION, Bundle, Dtype, part_names
 from qvl_batch.decoder import Decoder, PrefillRow
 from qvl_batch.errors import BundleError
 from qvl_batch.runtime import Session
@@ -65,8 +66,8 @@ class LayerProbe:
             if name.startswith("past_"):
                 kind = np.bool_ if spec.dtype == "bool" else np.float32
                 self._past[name] = np.zeros((1, *map(int, spec.shape[1:])), kind)
-        self._vision = _Tower(bundle.file(VISION), threads)
-        self._language = _Tower(bundle.file(DECODER), threads)
+        self._vision = _Tower(bundle.file(VISION), threads, bundle.manifest.vision_dtype)
+        self._language = _Tower(bundle.file(DECODER), threads, bundle.manifest.dtype)
 
     def states(self, pixels: NDArray[np.uint8], input_ids: list[int]) -> States:
         """States as they come, of one row."""
@@ -95,10 +96,14 @@ class LayerProbe:
 
 
 class _Tower:
-    """One instrumented graph."""
+    """One instrumented graph, on the CPU."""
 
-    def __init__(self, path: Path, threads: int) -> None:
-        model = onnx.load(path, load_external_data=False)
+    def __init__(self, path: Path, threads: int, dtype: Dtype) -> None:
+        if dtype in HALVES:
+            model = onnx.load_from_string(emulated_graph(path))
+        else:
+            model = onnx.load(path, load_external_data=False)
+        self._unit = stream_unit(dtype)
         self.inputs = [value.name for value in model.graph.input]
         self._states = instrument(model, path)
         self._session = Session(path, threads, model.SerializeToString())
@@ -107,10 +112,11 @@ class _Tower:
         """States of the single row in `inputs`, and `output` last; `given` states take their places."""
         feeds: dict[str, Any] = {USE_GIVEN: np.array(given is not None)}
         for depth, names in enumerate(self._states):
-            parts = [np.zeros((1,), np.float32)] * len(names) if given is None else self._split(given[depth], names)
+            nothing = [np.zeros((1,), np.float32)] * len(names)
+            parts = nothing if given is None else self._split(given[depth] / self._unit, names)
             feeds |= {f"given.{depth}.{part}": state[None] for part, state in enumerate(parts)}
         found = iter(self._session.run([*chain(*self._states), output], inputs | feeds))
-        states = [np.concatenate([next(found)[0] for _ in names]) for names in self._states]
+        states = [self._unit * np.concatenate([next(found)[0] for _ in names]) for names in self._states]
         return [*states, next(found)[0]]
 
     def _split(self, state: Array, names: list[str]) -> list[Array]:

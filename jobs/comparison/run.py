@@ -145,14 +145,14 @@ class _Sides:
     @cached_property
     def candidate(self) -> BundleSide:
         """The bundle in question."""
-        return BundleSide(self.bundle, self.config.max_new_tokens, self.max_seq_len, layers=self.config.layers)
+        return self._side_of(self.bundle)
 
     @cached_property
     def reference(self) -> Side:
         """PyTorch, or the other bundle."""
         config = self.config
         if self.other:
-            return BundleSide(self.other, config.max_new_tokens, self.max_seq_len, layers=config.layers)
+            return self._side_of(self.other)
         assert config.checkpoint is not None
         from comparison.reference import PyTorch  # noqa: PLC0415  (bundles are compared without torch)
         from export.checkpoint import load_checkpoint  # noqa: PLC0415
@@ -165,6 +165,10 @@ class _Sides:
             max_seq_len=self.max_seq_len,
             device=config.device,
         )
+
+    def _side_of(self, bundle: Bundle) -> BundleSide:
+        config = self.config
+        return BundleSide(bundle, config.max_new_tokens, self.max_seq_len, layers=config.layers, device=config.device)
 
     @cached_property
     def reference_source(self) -> Source:

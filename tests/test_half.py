@@ -1,0 +1,276 @@
+"""Half precision is half where it may be, and answers like the checkpoint, also one that fp16 by itself cannot hold."""
+
+import json
+import shutil
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import QUESTIONS, TINY
+from reference import letterboxed, question
+from safetensors.torch import load_file, save_file
+
+import export.graphs
+from comparison.config import CompareConfig
+from comparison.reference import PyTorch
+from comparison.run import compare
+from export import half
+from export.checkpoint import load_checkpoint
+from export.graphs import Precision
+from export.half import emulated, emulated_graph, to_half
+from export.package import ExportConfig, export_bundle
+from export.parity import refuse_beyond_bounds
+from qvl_batch.bundle import DECODER, DECODER_FULL, HALVES, VISION, Bundle, Parity
+from qvl_batch.decoder import NO_TOKEN, Decoder, PrefillRow
+from qvl_batch.engine import Engine, Request
+from qvl_batch.errors import BundleError, ExportError
+from qvl_batch.layout import RowLayout
+from qvl_batch.vision import VisionEncoder
+
+ROWS = pq.read_table(QUESTIONS).slice(0, 12).to_pylist()
+#: In fp32 in every graph: the residual stream and its norms, rotation, and what picks a token.
+FP32 = {"SkipSimplifiedLayerNormalization", "RotaryEmbedding", "Pow", "ReduceMean", "ArgMax", "Where", "Sub"}
+IN_HALF = {"MatMul", "Gemm", "GroupQueryAttention", "MultiHeadAttention", "Sigmoid"}
+#: Kullback-Leibler divergence of the first token, cosine and agreement as README and gate have them, with room.
+COSTS = {"bf16": (2e-3, 0.999), "fp16": (2e-5, 0.9999)}
+FLOATS = {ir.DataType.FLOAT, *half.HALF.values()}
+
+
+def _bundle(tmp_path_factory, dtype, checkpoint=TINY, **options):
+    output = tmp_path_factory.mktemp("half") / dtype
+    export_bundle(ExportConfig(checkpoint=checkpoint, output=output, dtype=dtype, **options))
+    return Bundle.load(output)
+
+
+@pytest.fixture(scope="module", params=HALVES)
+def reduced(request, tmp_path_factory):
+    return _bundle(tmp_path_factory, request.param)
+
+
+def _answers(bundle, memory=None, **options):
+    """Tokens of the first rows, both graphs emulated."""
+    graphs = {name: emulated_graph(bundle.file(name)) for name in (VISION, DECODER)}
+    vision, layout = VisionEncoder(bundle, 2, graph=graphs[VISION]), RowLayout(bundle)
+    decoder = Decoder(bundle, 3, 2, graph=graphs[DECODER], memory=memory)
+    with Engine(decoder, bundle.manifest.generation.eos_token_ids) as engine:
+        rows = [(layout.row_ids(row["prompt"]), vision.encode(letterboxed(row["image"]["bytes"]))) for row in ROWS]
+        futures = [engine.submit(Request(ids, features, 32, **options)) for ids, features in rows]
+        return [layout.text(future.result(timeout=120).token_ids) for future in futures]
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_checkpoint):
+    return [trace.text for trace in PyTorch(tiny_checkpoint, 576).answer([question(row) for row in ROWS])]
+
+
+def _types(values):
+    return {value.dtype for value in values if value is not None and value.dtype in FLOATS}
+
+
+def test_graphs_are_in_half_precision_node_by_node(reduced):
+    wanted = half.HALF[reduced.manifest.dtype]
+    for name in (VISION, DECODER):
+        graph = ir.load(reduced.file(name)).graph
+        seen = set()
+        for node in graph:
+            types = _types([*node.inputs, *node.outputs])
+            patches = any(value.name == "patch_embed" for value in node.inputs if value is not None)
+            if node.op_type in FP32 or patches:
+                assert types <= {ir.DataType.FLOAT}, node
+            elif node.op_type in IN_HALF:
+                assert types == {wanted}, node
+            seen.add(node.op_type)
+        assert {"SkipSimplifiedLayerNormalization", "RotaryEmbedding", "MatMul", "Sigmoid"} <= seen
+        weights = {v.name: v.dtype for v in graph.initializers.values() if v.name.endswith(".weight")}
+        assert set(weights.values()) == {wanted}
+    assert graph.initializers["weights.embed"].dtype == wanted
+
+
+def test_inputs_and_outputs_are_in_fp32_but_for_the_cache(reduced):
+    kinds = {"bf16": "bfloat16", "fp16": "float16"}
+    for name in (VISION, DECODER):
+        spec = reduced.manifest.graphs[name]
+        for tensor, found in (spec.inputs | spec.outputs).items():
+            is_cache = tensor.startswith(("past_", "present_"))
+            if found.dtype not in ("int64", "int32", "uint8"):
+                assert found.dtype == (kinds[reduced.manifest.dtype] if is_cache else "float"), tensor
+    assert (reduced.manifest.device, DECODER_FULL in reduced.manifest.files) == ("cuda", False)
+
+
+def test_the_gate_says_what_it_costs(reduced):
+    parity = reduced.manifest.parity
+    kl, cosine = COSTS[reduced.manifest.dtype]
+    assert 0 < parity.first_token_kl < kl
+    assert cosine < parity.feature_cosine < 1
+    assert parity.agreement > 0.97
+
+
+def test_answers_are_those_of_pytorch(reduced, expected):
+    assert _answers(reduced) == expected
+
+
+def test_a_comparison_emulates_it_layer_by_layer(reduced, tmp_path):
+    config = CompareConfig(
+        bundle=reduced.path, checkpoint=TINY, input=(str(QUESTIONS),), output=tmp_path, limit=4, layers=True,
+        max_drift=0.05, device="cpu",
+    )  # fmt: skip
+    outcome = compare(config)
+    assert outcome.passed, str(outcome)
+    own = [depth["own"]["median"] for depth in outcome.summary["layers"]["depths"] if depth["name"] != "embedding"]
+    assert all(1e-5 < error < 0.05 for error in own[1:])
+
+
+def test_emulation_rounds_where_the_graph_holds_a_half():
+    values = [ir.Value(name=n, shape=ir.Shape([4, 4]), type=ir.TensorType(ir.DataType.FLOAT)) for n in ("x", "y")]
+    weight = np.random.default_rng(0).normal(size=(4, 4)).astype(np.float32)
+    tensor = ir.tensor(weight, name="w.weight")
+    w = ir.Value(name="w.weight", shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+    node = ir.node("MatMul", [values[0], w], outputs=[values[1]])
+    graph = ir.Graph([values[0]], [values[1]], nodes=[node], initializers=[w], name="g", opset_imports={"": 21})
+    model = ir.Model(graph, ir_version=10)
+    to_half(model, "bf16", str, ())
+    session = ort.InferenceSession(ir.to_proto(emulated(model)).SerializeToString())
+    x = np.random.default_rng(1).normal(size=(4, 4)).astype(np.float32)
+    found = session.run(None, {"x": x})[0]
+
+    def rounded(v):
+        return v.astype(ml_dtypes.bfloat16).astype(np.float32)
+
+    assert np.array_equal(found, rounded(rounded(x) @ rounded(weight)))
+    assert not np.array_equal(found, x @ weight)
+
+
+def test_layers_can_be_left_in_fp32(tmp_path):
+    kept = ("vision block 1", "decoder layer 2", "head")
+    config = ExportConfig(checkpoint=TINY, output=tmp_path / "bundle", dtype="bf16", fp32_layers=kept, image_size=224)
+    assert export_bundle(config).fp32_layers == kept
+    for name, prefixes in ((VISION, ("blocks.1.",)), (DECODER, ("weights.stack.2.", "weights.head", "weights.embed"))):
+        products = [n for n in ir.load(tmp_path / "bundle" / name).graph if n.op_type in ("MatMul", "Gemm")]
+        for node in products:
+            in_fp32 = node.inputs[1].name.startswith((*prefixes, "patch_embed"))
+            assert _types([*node.inputs, *node.outputs]) == {ir.DataType.FLOAT if in_fp32 else half.HALF["bf16"]}
+
+
+#: By which the residual streams of a checkpoint are made longer, so that fp16 does not hold them.
+LONGER = 4096
+
+
+@pytest.fixture(scope="module")
+def overflowing(tmp_path_factory):
+    """The tiny checkpoint with longer states: the same function, as norms take the length out again."""
+    folder = tmp_path_factory.mktemp("overflowing") / "checkpoint"
+    shutil.copytree(TINY, folder)
+    tensors = load_file(TINY / "model.safetensors")
+    adds = ("o_proj.weight", "down_proj.weight", "down_proj.bias", "attn.proj.weight", "attn.proj.bias")
+    for name in tensors:
+        if name.endswith((*adds, "patch_embed.proj.weight", "merger.mlp.2.weight", "merger.mlp.2.bias")):
+            tensors[name] = tensors[name].float() * LONGER
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].float() * LONGER
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    return folder
+
+
+def test_pure_fp16_cannot_answer_it(overflowing):
+    checkpoint = load_checkpoint(overflowing)
+    row = PyTorch(checkpoint, 576)._inputs([question(ROWS[0])])
+    model = checkpoint.model.half()
+    with torch.inference_mode():
+        inputs = {k: v.half() if v.is_floating_point() else v for k, v in row.items()}
+        logits = model(**inputs).logits
+    assert not torch.isfinite(logits[0, -1]).all()
+
+
+def test_our_fp16_answers_it(overflowing, expected, tmp_path_factory):
+    assert _answers(_bundle(tmp_path_factory, "fp16", overflowing)) == expected
+
+
+def test_without_its_larger_unit_fp16_says_so_and_answers_nothing(
+    overflowing, tiny_bundle, monkeypatch, tmp_path_factory
+):
+    monkeypatch.setattr(export.graphs, "stream_unit", lambda _: 1)
+    with pytest.raises(ExportError, match="parity gate: vision features are off by nan"):
+        _bundle(tmp_path_factory, "fp16", overflowing, image_size=224)
+    bundle = _bundle(tmp_path_factory, "fp16", overflowing, skip_parity=True, vision_dtype="fp32")
+    decoder = Decoder(bundle, 1, 2, graph=emulated_graph(bundle.file(DECODER)))
+    features = LONGER * VisionEncoder(tiny_bundle, 2).encode(letterboxed(ROWS[0]["image"]["bytes"]))
+    ids = RowLayout(bundle).row_ids(ROWS[0]["prompt"])
+    assert decoder.prefill(0, [PrefillRow(ids, features)]).tolist() == [NO_TOKEN]
+
+
+def test_weights_that_fp16_does_not_hold_are_named(tmp_path):
+    checkpoint = Path(shutil.copytree(TINY, tmp_path / "checkpoint"))
+    tensors = load_file(TINY / "model.safetensors")
+    tensors["model.layers.1.mlp.gate_proj.weight"] = torch.full_like(
+        tensors["model.layers.1.mlp.gate_proj.weight"], 1e5, dtype=torch.float32
+    )
+    save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ExportError, match=r"weights.stack.1.mlp.gate.weight has values up to 1e\+05, which float16"):
+        export_bundle(
+            ExportConfig(checkpoint=checkpoint, output=tmp_path / "bundle", dtype="fp16", vision_dtype="fp32")
+        )
+
+
+EXACT = Parity(0.0, 0.0, 96, 96, 0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("figure", "value", "message"),
+    [
+        ("features", 0.2, "vision features are off by 2.00e-01 of their largest magnitude .allowed: 1e-01"),
+        ("feature_cosine", 0.99, "an image token's features have cosine 0.990000 .allowed: 0.999"),
+        ("logits", np.nan, "logits are off by nan"),
+        ("first_token_kl", 0.1, "the first token's distribution diverges by 1.00e-01 nats .allowed: 5e-02"),
+        ("tokens_equal", 80, "80 of 96 greedy tokens are equal .allowed: 90%"),
+    ],
+)
+def test_the_gate_refuses_each_figure_that_is_out_of_bounds(figure, value, message):
+    precision = Precision("bf16", "bf16", device="cuda")
+    refuse_beyond_bounds(EXACT, precision)
+    parity = Parity(*(value if name == figure else getattr(EXACT, name) for name in Parity.__slots__))
+    with pytest.raises(ExportError, match=message):
+        refuse_beyond_bounds(parity, precision)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "bf16", "device": "cpu"}, "--dtype bf16 is for --device cuda, not for cpu"),
+        ({"dtype": "int8", "device": "cuda"}, "--dtype int8 is for --device cpu, not for cuda"),
+    ],
+)
+def test_a_device_that_does_not_run_it_is_refused(options, message, tmp_path):
+    with pytest.raises(ExportError, match=message):
+        export_bundle(ExportConfig(checkpoint=TINY, output=tmp_path / "bundle", **options))
+
+
+def test_pure_half_precision_is_refused_by_the_worker(reduced, tmp_path):
+    path = Path(shutil.copytree(reduced.path, tmp_path / "bundle"))
+    model = ir.load(path / DECODER)
+    (embeds,) = (value for value in model.graph.inputs if value.name == "image_embeds")
+    embeds.dtype = half.HALF[reduced.manifest.dtype]
+    cast = ir.node("Cast", [embeds], {"to": ir.DataType.FLOAT})
+    for use in list(embeds.uses()):
+        if use.node is not cast:
+            use.node.replace_input_with(use.idx, cast.outputs[0])
+    model.graph.insert_before(next(iter(model.graph)), cast)
+    bundle = Bundle(path, reduced.manifest)
+    with pytest.raises(BundleError, match="has no residual stream in fp32: export the checkpoint again"):
+        Decoder(bundle, 1, 1, graph=_cast_free(model))
+
+
+def _cast_free(model):
+    """The graph with everything but its input `image_embeds` emulated, so that a CPU loads it."""
+    (embeds,) = (value for value in model.graph.inputs if value.name == "image_embeds")
+    kind = embeds.dtype
+    graph = ir.from_proto(ir.to_proto(emulated(model)))
+    (embeds,) = (value for value in graph.graph.inputs if value.name == "image_embeds")
+    embeds.dtype = kind
+    return ir.to_proto(graph).SerializeToString()
