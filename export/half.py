@@ -36,7 +36,8 @@ PRODUCTS, ATTENTION = {"MatMul", "Gemm"}, {"GroupQueryAttention", "MultiHeadAtte
 PASSING = {"Add", "Sigmoid", "Mul", "Gelu", "Reshape", "Slice", "Split", "Concat", "Gather", "GatherElements"}
 #: Prefixes of what is in fp32 always.
 ALWAYS_FP32 = ("patch_embed",)
-EMBEDDING = "weights.embed"
+#: Names of the embedding, of which the second is that of a tied head.
+EMBEDDINGS = ("weights.embed", "weights.head")
 
 
 def stream_unit(dtype: Dtype) -> int:
@@ -116,7 +117,7 @@ def _nodes_in_half(model: ir.Model, layers: Callable[[str], str], keep: Collecti
             is_constant = weight in model.graph.initializers
             if is_constant and not weight.startswith(ALWAYS_FP32) and layers(weight) not in keep:
                 chosen.add(node)
-        elif node.op_type in ATTENTION or EMBEDDING in (value.name for value in node.inputs if value is not None):
+        elif node.op_type in ATTENTION or _is_embedding_in_half(node, layers, keep):
             chosen.add(node)
         elif node.op_type in PASSING:
             made = [value.producer() for value in node.inputs if value is not None and value.dtype == FP32]
@@ -124,6 +125,15 @@ def _nodes_in_half(model: ir.Model, layers: Callable[[str], str], keep: Collecti
             if computed and chosen.issuperset(computed):
                 chosen.add(node)
     return chosen
+
+
+def _is_embedding_in_half(node: ir.Node, layers: Callable[[str], str], keep: Collection[str]) -> bool:
+    """Whether a node looks up an embedding, unless that is also a head in fp32: it would be cast in every run."""
+    table = node.inputs[0]
+    if node.op_type != "Gather" or table is None or table.name not in EMBEDDINGS:
+        return False
+    is_tied = any(use.node.op_type in PRODUCTS for use in table.uses())
+    return not is_tied or layers(str(table.name)) not in keep
 
 
 class _Casts:

@@ -55,7 +55,7 @@ def vision_parts(model: Any, std: list[float], unit: int = 1) -> list[Part]:
         ),
         Part("merger_norm", "model.visual.merger.ln_q", _weight),
         Part("merger_in", "model.visual.merger.mlp.0", _linear),
-        Part("merger_out", "model.visual.merger.mlp.2", _linear),
+        Part("merger_out", "model.visual.merger.mlp.2", lambda linear: _parameters(Linear.of(linear).in_unit(unit))),
     ]
 
 

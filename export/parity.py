@@ -96,6 +96,11 @@ def check_parity(checkpoint: Checkpoint, layout: Layout, precision: Precision, d
     rows = _rows(checkpoint, layout)
     features = _graph_features(rows, directory, precision)
     tokens, first_logits = _graph_tokens(layout, rows, features, directory, precision, steps)
+    if not np.isfinite(features).all() or (tokens < 0).any():
+        raise ExportError(
+            "parity gate: numbers of the graphs are not finite, as this precision does not hold the checkpoint's "
+            "(--dtype bf16 or fp32 does); no bundle was written"
+        )
     references = [_reference(checkpoint, row, found) for row, found in zip(rows, tokens, strict=True)]
     prompts = [reference.logits[: len(row.ids)] for reference, row in zip(references, rows, strict=True)]
     firsts = np.stack([logits[-1] for logits in prompts])

@@ -84,7 +84,8 @@ class VisionTower(nn.Module):
         self.patch_embed = nn.Parameter(patch_weights(visual.patch_embed, std, unit))
         self.blocks = nn.ModuleList(Block(block, self.heads, unit) for block in visual.blocks)
         self.merger_norm = visual.merger.ln_q.weight
-        self.merger_in, self.merger_out = Linear.of(visual.merger.mlp[0]), Linear.of(visual.merger.mlp[2])
+        self.unit = unit
+        self.merger_in, self.merger_out = Linear.of(visual.merger.mlp[0]), Linear.of(visual.merger.mlp[2]).in_unit(unit)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """(B, H, W, 3) uint8 to (B, T_img, D)."""
@@ -104,7 +105,9 @@ class VisionTower(nn.Module):
             done = [block.after_attention(*x, following, self.eps) for x in zip(attended, hidden, strict=True)]
             normed, hidden = map(list, zip(*done, strict=True))
         merged = [self._merge(x) for x in normed]
-        return torch.cat(merged, dim=1).index_select(1, self.inverse)
+        features = torch.cat(merged, dim=1).index_select(1, self.inverse)
+        # A quotient, as those stay in fp32 where products do not.
+        return features if self.unit == 1 else features / (1 / self.unit)
 
     def _within(self, windows: Windows, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention within windows, of (B, n, D) each; to (B, n, D)."""

@@ -181,12 +181,12 @@ class CudaMemory:
 
     def upload(self, buffer: Buffer) -> None:
         """Copy the host's side, if there is one."""
-        if buffer.host is not None and buffer.device == self.device:
+        if buffer.host is not None and buffer.host.ctypes.data != buffer.address:
             self.card.copy(buffer.address, buffer.host.ctypes.data, buffer.size)
 
     def download(self, buffer: Buffer) -> None:
         """Copy to the host's side, if there is one."""
-        if buffer.host is not None and buffer.device == self.device:
+        if buffer.host is not None and buffer.host.ctypes.data != buffer.address:
             self.card.copy(buffer.host.ctypes.data, buffer.address, buffer.size)
 
     def synchronize(self) -> None:

@@ -1,0 +1,212 @@
+"""What a GPU would be asked to do, as far as that can be seen without one."""
+
+import ctypes
+import dataclasses
+
+import numpy as np
+import pytest
+from conftest import QUESTIONS, ROOT, TINY
+from pyarrow import parquet as pq
+from reference import letterboxed
+
+from export.half import emulated_graph
+from export.package import ExportConfig, export_bundle
+from qvl_batch.bundle import DECODER, Bundle
+from qvl_batch.config import CaptionConfig
+from qvl_batch.decoder import SHELVES, Decoder
+from qvl_batch.engine import Engine, Request
+from qvl_batch.errors import ConfigError, DeviceError
+from qvl_batch.kv_cache import slot_bytes
+from qvl_batch.layout import RowLayout
+from qvl_batch.memory import CudaMemory
+from qvl_batch.plan import Card, bytes_beside_slots, make_plan, slots_on_card
+from qvl_batch.runtime import _OUT_OF_MEMORY, _providers, has_cuda, open_cuda, resolve_device, resolve_vision_device
+from qvl_batch.vision import VisionEncoder
+
+GIB = 1 << 30
+
+
+class CardOfHostMemory:
+    """A stand-in for a GPU: its memory is this machine's, apart from what a program sees as its own."""
+
+    stream = 4711
+
+    def __init__(self):
+        self.blocks, self.copied = {}, 0
+
+    def allocate(self, size):
+        block = (ctypes.c_char * size)()
+        self.blocks[ctypes.addressof(block)] = block
+        return ctypes.addressof(block)
+
+    allocate_host = allocate
+
+    def _check(self, address, size):
+        assert any(0 <= address - start <= len(block) - size for start, block in self.blocks.items())
+
+    def copy(self, target, source, size):
+        self._check(target, size)
+        self._check(source, size)
+        self.copied += size
+        ctypes.memmove(target, source, size)
+
+    def copy_rows(self, target, source, pitch, width, rows):
+        for row in range(rows):
+            self.copy(target + row * pitch, source + row * pitch, width)
+
+    def synchronize(self):
+        pass
+
+
+@pytest.fixture(scope="module")
+def half_bundle(tmp_path_factory):
+    output = tmp_path_factory.mktemp("cuda") / "bf16"
+    export_bundle(ExportConfig(checkpoint=TINY, output=output, dtype="bf16", skip_parity=True))
+    return Bundle.load(output)
+
+
+@pytest.fixture(scope="module")
+def requests(tiny_bundle):
+    vision, layout = VisionEncoder(tiny_bundle, threads=2), RowLayout(tiny_bundle)
+    rows = pq.read_table(QUESTIONS).slice(0, 6).to_pylist()
+    features = [vision.encode(letterboxed(row["image"]["bytes"])) for row in rows]
+    prompts = [row["prompt"] for row in rows]
+    # Two prompts about each image, so that beginnings are kept and moved.
+    pairs = [(f, b"%d" % k, p) for k, f in enumerate(features) for p in prompts[:2]]
+    return [Request(layout.row_ids(prompt), f, 24, image) for f, image, prompt in pairs]
+
+
+def _run(decoder, bundle, requests):
+    with Engine(decoder, bundle.manifest.generation.eos_token_ids) as engine:
+        futures = [engine.submit(request) for request in requests]
+        return [future.result(timeout=120) for future in futures]
+
+
+def test_rows_in_memory_apart_are_answered_the_same(half_bundle, requests):
+    graph = emulated_graph(half_bundle.file(DECODER))
+    expected = _run(Decoder(half_bundle, 3, 2, graph=graph), half_bundle, requests)
+    memory = CudaMemory(CardOfHostMemory(), device="cpu")
+    decoder = Decoder(half_bundle, 3, 2, graph=graph, memory=memory)
+    assert _run(decoder, half_bundle, requests) == expected
+    assert len({completion.token_ids[0] for completion in expected}) > 1
+
+
+def test_a_step_copies_tokens_and_their_places_and_nothing_else(half_bundle, requests):
+    card = CardOfHostMemory()
+    memory = CudaMemory(card, device="cpu")
+    decoder = Decoder(half_bundle, 4, 2, graph=emulated_graph(half_bundle.file(DECODER)), memory=memory)
+    decoder.prefill(0, [dataclasses.replace(requests[0])])
+    before, blocks = card.copied, len(card.blocks)
+    decoder.step(np.array([5]))
+    assert card.copied - before == 8 + 8 + 4 + 8  # token, place, length, next token
+    assert len(card.blocks) == blocks
+
+
+def test_slots_of_the_cache_are_where_they_should_be(half_bundle):
+    memory = CudaMemory(CardOfHostMemory())
+    buffer = memory.zeros((5, 2, 8, 4), "bfloat16", on_host=False)
+    assert (buffer.row_bytes, buffer.size) == (128, 640)
+    part = buffer.rows(2, 3)
+    assert (part.shape, part.address, part.host) == ((3, 2, 8, 4), buffer.address + 256, None)
+    whole = (ctypes.c_uint16 * 320).from_address(buffer.address)
+    array = np.frombuffer(whole, np.uint16).reshape(5, 2, 8, 4)
+    array[3] = np.arange(64).reshape(2, 8, 4)
+    memory.move(buffer, 3, 1, 5)
+    assert np.array_equal(array[1, :, :5], array[3, :, :5])
+    assert not array[1, :, 5:].any()
+    manifest = half_bundle.manifest
+    shape = manifest.decoder
+    assert slot_bytes(manifest) == 2 * shape.layers * shape.kv_heads * 1024 * shape.head_dim * 2
+
+
+def test_a_decoder_in_fp32_for_a_gpu_answers_as_the_one_for_a_cpu(tiny_bundle, requests, tmp_path):
+    config = ExportConfig(checkpoint=TINY, output=tmp_path / "bundle", device="cuda")
+    assert export_bundle(config).device == "cuda"
+    bundle = Bundle.load(tmp_path / "bundle")
+    expected = _run(Decoder(tiny_bundle, 3, 2), tiny_bundle, requests)
+    assert _run(Decoder(bundle, 3, 2), bundle, requests) == expected
+
+
+def test_sessions_ask_for_one_stream_no_tf32_and_captured_steps():
+    (name, options), second = _providers(CudaMemory(CardOfHostMemory()), captures=True)
+    assert (name, second) == ("CUDAExecutionProvider", "CPUExecutionProvider")
+    assert options["user_compute_stream"] == "4711"
+    assert (options["use_tf32"], options["enable_cuda_graph"]) == ("0", "1")
+
+
+@pytest.mark.parametrize(
+    ("requested", "device", "dtype", "found"),
+    [
+        ("auto", "cuda", "bf16", "cuda"),
+        ("auto", "cpu", "fp32", "cpu"),
+        ("cuda", "cuda", "fp32", "cuda"),
+        ("cpu", "cuda", "bf16", "--device cpu: this bundle's decoder is in bf16 and made for cuda"),
+    ],
+)
+def test_the_decoder_runs_where_it_was_made_for(requested, device, dtype, found, tiny_bundle):
+    manifest = dataclasses.replace(tiny_bundle.manifest, device=device, dtype=dtype)
+    if found.startswith("--"):
+        with pytest.raises(DeviceError, match=found):
+            resolve_device(requested, manifest)
+    else:
+        assert resolve_device(requested, manifest) == found
+
+
+@pytest.mark.parametrize(
+    ("requested", "dtype", "found"),
+    [
+        ("auto", "fp32", "cpu"), ("cuda", "fp32", "cuda"), ("auto", "fp16", "cuda"), ("auto", "int8", "cpu"),
+        ("cuda", "int8", "--vision-device cuda: this bundle's vision tower is in int8, which runs on cpu"),
+        ("cpu", "bf16", "--vision-device cpu: this bundle's vision tower is in bf16, which runs on cuda"),
+    ],
+)  # fmt: skip
+def test_the_vision_tower_runs_where_its_precision_does(requested, dtype, found, tiny_bundle):
+    manifest = dataclasses.replace(tiny_bundle.manifest, vision_dtype=dtype)
+    if found.startswith("--"):
+        with pytest.raises(DeviceError, match=found):
+            resolve_vision_device(requested, manifest)
+    else:
+        assert resolve_vision_device(requested, manifest) == found
+
+
+@pytest.mark.skipif(has_cuda(), reason="this machine has an NVIDIA driver")
+def test_no_gpu_is_an_error_that_says_what_is_missing():
+    with pytest.raises(DeviceError, match=r"--device cuda: there is no NVIDIA driver on this machine .libcuda.so.1"):
+        open_cuda("--device cuda")
+
+
+def _plan(bundle, cards, vision_device="cpu", **options):
+    config = CaptionConfig(bundle=bundle.path, input=("x",), output=str(ROOT), **options)
+    return make_plan(config, bundle.manifest, [16], cards, vision_device)
+
+
+def test_slots_are_what_a_card_holds_beside_weights_and_work(half_bundle):
+    manifest, card = half_bundle.manifest, Card("H100", 3 * GIB, 4 * GIB)
+    slots = slots_on_card(card, manifest, vision_too=True)
+    taken = bytes_beside_slots(manifest, vision_too=True)
+    held = taken + (slots + SHELVES) * slot_bytes(manifest)
+    assert held <= card.free - 0.05 * card.total < held + slot_bytes(manifest)
+    assert slots_on_card(card, manifest, vision_too=False) > slots
+    plan = _plan(half_bundle, [Card("H100", 70 * GIB, 80 * GIB), card])
+    assert (plan.slots, plan.decoder_workers, plan.card) == (128, 2, card)
+    assert "a GPU (H100, 3.2 of 4.3 GB free) and 128 slots of 1.0 MB" in str(plan)
+    joined = _plan(half_bundle, [card], "cuda")
+    assert joined.is_joined
+    assert "vision on the same GPU" in str(joined)
+    assert joined.at_once["vision"] == 2
+
+
+def test_too_much_for_a_card_is_refused_with_what_would_do(half_bundle):
+    small = Card("T4", 2 * GIB, 2 * GIB)
+    with pytest.raises(DeviceError, match=r"the GPU .T4, 1.1 of 2.1 GB free. is too small: .*--vision-device cpu"):
+        _plan(half_bundle, [dataclasses.replace(small, free=GIB)], "cuda")
+    with pytest.raises(ConfigError, match=r"--slots 9999: the GPU .T4, .* holds \d+ beside weights"):
+        _plan(half_bundle, [small], slots=9999)
+    with pytest.raises(ConfigError, match="--decoder-workers 2: a decoder takes a GPU, and there are 1"):
+        _plan(half_bundle, [small], decoder_workers=2)
+
+
+def test_a_full_card_is_known_by_what_onnx_runtime_says():
+    assert _OUT_OF_MEMORY.search("BFCArena::AllocateRawInternal Failed to allocate memory for requested buffer of 8")
+    assert _OUT_OF_MEMORY.search("CUDA failure 2: out of memory ; GPU=0")
+    assert not _OUT_OF_MEMORY.search("INVALID_ARGUMENT : unexpected shape")
