@@ -114,6 +114,7 @@ def test_answers_are_those_of_pytorch(reduced, expected):
     assert _answers(reduced) == expected
 
 
+@pytest.mark.long
 def test_a_comparison_emulates_it_layer_by_layer(reduced, tmp_path):
     config = CompareConfig(
         bundle=reduced.path, checkpoint=TINY, input=(str(QUESTIONS),), output=tmp_path, limit=4, layers=True,
@@ -192,6 +193,7 @@ def test_our_fp16_answers_it(overflowing, expected, tmp_path_factory):
     assert _answers(_bundle(tmp_path_factory, "fp16", overflowing)) == expected
 
 
+@pytest.mark.long
 def test_without_its_larger_unit_fp16_says_so_and_answers_nothing(overflowing, monkeypatch, tmp_path_factory):
     monkeypatch.setattr(export.graphs, "stream_unit", lambda _: 1)
     with pytest.raises(ExportError, match="parity gate: numbers of the graphs are not finite"):
