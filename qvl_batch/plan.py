@@ -78,7 +78,7 @@ class Plan:
     slot_bytes: int
     slots_in_memory: int
     tasks_at_once: int
-    card: Card | None
+    card: Card | None = None
 
     @property
     def calls_per_decoder(self) -> int:
