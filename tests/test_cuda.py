@@ -120,7 +120,7 @@ def test_slots_of_the_cache_are_where_they_should_be(half_bundle):
 
 
 def test_a_decoder_in_fp32_for_a_gpu_answers_as_the_one_for_a_cpu(tiny_bundle, requests, tmp_path):
-    config = ExportConfig(checkpoint=TINY, output=tmp_path / "bundle", device="cuda")
+    config = ExportConfig(checkpoint=TINY, output=tmp_path / "bundle", device="cuda", skip_parity=True)
     assert export_bundle(config).device == "cuda"
     bundle = Bundle.load(tmp_path / "bundle")
     expected = _run(Decoder(tiny_bundle, 3, 2), tiny_bundle, requests)

@@ -138,7 +138,8 @@ def test_options_named_in_texts_exist():
     for path in (path for path in texts if path.stem != "bench"):
         named = set(re.findall(r"--[a-z][a-z0-9-]+", path.read_text()))
         others = {"--max-seq-len", "--working-dir", "--address", "--help", "--entrypoint-num-gpus", "--rows"}
-        others |= {"--dtype", "--reduced-bundle", "--with-fp32"}
+        others |= {"--dtype", "--vision-dtype", "--reduced-bundle", "--with-fp32"}
+        others |= {"--id", "--query-gpu", "--format"}  # nvidia-smi
         assert named <= options | others, path.name
 
 

@@ -7,6 +7,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
+from qvl_batch.memory import on_this_machine
 from qvl_batch.runtime import Session
 from qvl_batch.subnormals import _C, subnormals_flushed
 
@@ -45,7 +46,7 @@ def test_no_thread_of_a_run_computes_with_subnormals(threads, tmp_path):
         before.submit(lambda: None).result()
         session = Session(path, threads)
         assert before.submit(session.run, ["y"], {"x": smallest}).result()[0].max() == 0
-        before.submit(session.bind({"x": smallest}, {"y": found}).run).result()
+        before.submit(session.bind({"x": on_this_machine(smallest)}, {"y": on_this_machine(found)}).run).result()
         assert found.max() == 0
         assert before.submit(_tenth, smallest).result().min() > 0
     assert _tenth(smallest).min() > 0
