@@ -146,6 +146,7 @@ def test_emulation_rounds_where_the_graph_holds_a_half():
     assert not np.array_equal(found, x @ weight)
 
 
+@pytest.mark.long
 def test_layers_can_be_left_in_fp32(tmp_path):
     kept = ("vision block 1", "decoder layer 2", "head")
     config = ExportConfig(checkpoint=TINY, output=tmp_path / "bundle", dtype="bf16", fp32_layers=kept, image_size=224)
