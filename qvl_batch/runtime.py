@@ -46,8 +46,7 @@ def resolve_device(requested: Device, manifest: Manifest) -> RealDevice:
         DeviceError: the bundle is not for the device asked for.
         ConfigError: there is no such device.
     """
-    if requested not in get_args(Device):
-        raise ConfigError(f"device {requested!r} is none of {', '.join(get_args(Device))}")
+    _check_known(requested, "device")
     if requested not in ("auto", manifest.device):
         made, wanted = manifest.device, "--dtype bf16" if requested == "cuda" else "--dtype fp32 or int8"
         raise DeviceError(
@@ -64,8 +63,7 @@ def resolve_vision_device(requested: Device, manifest: Manifest) -> RealDevice:
         DeviceError: the tower does not run on the device asked for.
         ConfigError: there is no such device.
     """
-    if requested not in get_args(Device):
-        raise ConfigError(f"vision device {requested!r} is none of {', '.join(get_args(Device))}")
+    _check_known(requested, "vision device")
     only: RealDevice | None = None
     if manifest.vision_dtype != "fp32":
         only = "cuda" if manifest.vision_dtype in HALVES else "cpu"
@@ -77,6 +75,11 @@ def resolve_vision_device(requested: Device, manifest: Manifest) -> RealDevice:
             f"{only}; export the checkpoint with --vision-dtype fp32, or leave out --vision-device"
         )
     return requested
+
+
+def _check_known(requested: Device, what: str) -> None:
+    if requested not in get_args(Device):
+        raise ConfigError(f"{what} {requested!r} is none of {', '.join(get_args(Device))}")
 
 
 def require_cuda(option: str) -> int:
@@ -178,13 +181,12 @@ class Session:
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
         self.memory: Memory = memory or HostMemory()
         providers = _providers(self.memory, captures=captures)
-        try:
-            with subnormals_flushed():  # or the first session would set this thread for good
-                self._session = ort.InferenceSession(model or path, options, providers=providers)
-        except Exception as error:  # ONNX Runtime's own classes, which differ between its builds
-            if _OUT_OF_MEMORY.search(str(error)):
-                raise out_of_memory() from error
-            raise BundleError(f"{path} cannot be loaded: {error}") from error
+        with _full_card_named():
+            try:
+                with subnormals_flushed():  # or the first session would set this thread for good
+                    self._session = ort.InferenceSession(model or path, options, providers=providers)
+            except Exception as error:  # ONNX Runtime's own classes, which differ between its builds
+                raise BundleError(f"{path} cannot be loaded: {error}") from error
         if providers[0] != CPU and CUDA not in self._session.get_providers():
             raise DeviceError(
                 "ONNX Runtime could not start its CUDA provider (its own lines above say why): "

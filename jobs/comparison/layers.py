@@ -104,7 +104,6 @@ class _Tower:
         else:
             model = onnx.load(path, load_external_data=False)
         self._unit = stream_unit(dtype)
-        self.inputs = [value.name for value in model.graph.input]
         self._states = instrument(model, path)
         self._session = Session(path, threads, model.SerializeToString())
 
