@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qvl_batch.bundle import DECODER, Bundle, Manifest
+from qvl_batch.bundle import DECODER, HALVES, Bundle, Manifest
 from qvl_batch.errors import BundleError
 from qvl_batch.kv_cache import KvCache
 from qvl_batch.memory import Buffer, HostMemory, Memory, RealDevice, on_this_machine
@@ -48,8 +48,9 @@ class Decoder:
         slots: rows that can be alive at a time.
         threads: threads that one operator may use.
         keep_logits: leave each call's logits in `logits`, float32 (B, V), until the next call.
-        memory: of the device that it runs on. On a GPU all arrays are there, tokens alone cross the bus in a
-            step, and the step of each number of rows is captured as a CUDA graph when it first runs.
+        memory: of the device that it runs on. On a GPU all arrays are there, and tokens alone cross the bus in a
+            step. In half precision the step of each number of rows is captured as a CUDA graph when it first
+            runs; in fp32 products of attention copy addresses to the GPU, which a captured step would repeat.
         graph: contents to load in place of the bundle's graph.
 
     Raises:
@@ -73,7 +74,7 @@ class Decoder:
         self.memory: Memory = memory or HostMemory()
         #: Rows that are best given to `prefill` at a time.
         self.prefill_rows = PREFILL_ROWS[self.memory.device]
-        self._captures = self.memory.device == "cuda"
+        self._captures = self.memory.device == "cuda" and manifest.dtype in HALVES
         self._session = Session(bundle.file(DECODER), threads, graph, self.memory, captures=self._captures)
         kinds = self._session.inputs
         if kinds.get("image_embeds") != "float":

@@ -31,6 +31,8 @@ _ERRORS_ONLY = 3
 SPIN_MICROSECONDS = 50
 #: Of a run that is not captured, nor played back, as a CUDA graph.
 NO_GRAPH = -1
+# Of what belongs to no session: it warns of an unknown kind of plug-in whenever CUDA is asked for.
+ort.set_default_logger_severity(_ERRORS_ONLY)
 _OUT_OF_MEMORY = re.compile(r"out of memory|Failed to allocate memory|CUBLAS_STATUS_ALLOC_FAILED", re.IGNORECASE)
 
 

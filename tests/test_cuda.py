@@ -2,26 +2,28 @@
 
 import ctypes
 import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
-from conftest import QUESTIONS, ROOT, TINY
-from pyarrow import parquet as pq
-from reference import letterboxed
+from answers import complete, demo_rows, requests_of
+from conftest import ROOT, TINY
+from stand_in.build import PROVIDER, build
 
 from export.half import emulated_graph
 from export.package import ExportConfig, export_bundle
-from qvl_batch.bundle import DECODER, Bundle
+from qvl_batch.bundle import DECODER, VISION, Bundle
 from qvl_batch.config import CaptionConfig
 from qvl_batch.decoder import SHELVES, Decoder
-from qvl_batch.engine import Engine, Request
 from qvl_batch.errors import ConfigError, DeviceError
 from qvl_batch.kv_cache import slot_bytes
-from qvl_batch.layout import RowLayout
 from qvl_batch.memory import CudaMemory
 from qvl_batch.plan import Card, bytes_beside_slots, make_plan, slots_on_card
 from qvl_batch.runtime import _OUT_OF_MEMORY, _providers, has_cuda, open_cuda, resolve_device, resolve_vision_device
-from qvl_batch.vision import VisionEncoder
 
 GIB = 1 << 30
 
@@ -67,27 +69,21 @@ def half_bundle(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def requests(tiny_bundle):
-    vision, layout = VisionEncoder(tiny_bundle, threads=2), RowLayout(tiny_bundle)
-    rows = pq.read_table(QUESTIONS).slice(0, 6).to_pylist()
-    features = [vision.encode(letterboxed(row["image"]["bytes"])) for row in rows]
-    prompts = [row["prompt"] for row in rows]
+    images = requests_of(tiny_bundle, demo_rows(6), 24)
     # Two prompts about each image, so that beginnings are kept and moved.
-    pairs = [(f, b"%d" % k, p) for k, f in enumerate(features) for p in prompts[:2]]
-    return [Request(layout.row_ids(prompt), f, 24, image) for f, image, prompt in pairs]
-
-
-def _run(decoder, bundle, requests):
-    with Engine(decoder, bundle.manifest.generation.eos_token_ids) as engine:
-        futures = [engine.submit(request) for request in requests]
-        return [future.result(timeout=120) for future in futures]
+    return [
+        dataclasses.replace(request, input_ids=asked.input_ids, image=b"%d" % number)
+        for number, request in enumerate(images)
+        for asked in images[:2]
+    ]
 
 
 def test_rows_in_memory_apart_are_answered_the_same(half_bundle, requests):
     graph = emulated_graph(half_bundle.file(DECODER))
-    expected = _run(Decoder(half_bundle, 3, 2, graph=graph), half_bundle, requests)
+    expected = complete(Decoder(half_bundle, 3, 2, graph=graph), half_bundle, requests)
     memory = CudaMemory(CardOfHostMemory(), device="cpu")
     decoder = Decoder(half_bundle, 3, 2, graph=graph, memory=memory)
-    assert _run(decoder, half_bundle, requests) == expected
+    assert complete(decoder, half_bundle, requests) == expected
     assert len({completion.token_ids[0] for completion in expected}) > 1
 
 
@@ -95,7 +91,7 @@ def test_a_step_copies_tokens_and_their_places_and_nothing_else(half_bundle, req
     card = CardOfHostMemory()
     memory = CudaMemory(card, device="cpu")
     decoder = Decoder(half_bundle, 4, 2, graph=emulated_graph(half_bundle.file(DECODER)), memory=memory)
-    decoder.prefill(0, [dataclasses.replace(requests[0])])
+    decoder.prefill(0, requests[:1])
     before, blocks = card.copied, len(card.blocks)
     decoder.step(np.array([5]))
     assert card.copied - before == 8 + 8 + 4 + 8  # token, place, length, next token
@@ -119,12 +115,18 @@ def test_slots_of_the_cache_are_where_they_should_be(half_bundle):
     assert slot_bytes(manifest) == 2 * shape.layers * shape.kv_heads * 1024 * shape.head_dim * 2
 
 
-def test_a_decoder_in_fp32_for_a_gpu_answers_as_the_one_for_a_cpu(tiny_bundle, requests, tmp_path):
-    config = ExportConfig(checkpoint=TINY, output=tmp_path / "bundle", device="cuda", skip_parity=True)
-    assert export_bundle(config).device == "cuda"
-    bundle = Bundle.load(tmp_path / "bundle")
-    expected = _run(Decoder(tiny_bundle, 3, 2), tiny_bundle, requests)
-    assert _run(Decoder(bundle, 3, 2), bundle, requests) == expected
+@pytest.fixture(scope="module")
+def fp32_bundle(tmp_path_factory):
+    output = tmp_path_factory.mktemp("cuda") / "fp32"
+    export_bundle(ExportConfig(checkpoint=TINY, output=output, device="cuda", skip_parity=True))
+    return Bundle.load(output)
+
+
+@pytest.mark.long
+def test_a_decoder_in_fp32_for_a_gpu_answers_as_the_one_for_a_cpu(tiny_bundle, fp32_bundle, requests):
+    assert fp32_bundle.manifest.device == "cuda"
+    expected = complete(Decoder(tiny_bundle, 3, 2), tiny_bundle, requests)
+    assert complete(Decoder(fp32_bundle, 3, 2), fp32_bundle, requests) == expected
 
 
 def test_sessions_ask_for_one_stream_no_tf32_and_captured_steps():
@@ -210,3 +212,58 @@ def test_a_full_card_is_known_by_what_onnx_runtime_says():
     assert _OUT_OF_MEMORY.search("BFCArena::AllocateRawInternal Failed to allocate memory for requested buffer of 8")
     assert _OUT_OF_MEMORY.search("CUDA failure 2: out of memory ; GPU=0")
     assert not _OUT_OF_MEMORY.search("INVALID_ARGUMENT : unexpected shape")
+
+
+@pytest.fixture(scope="module")
+def asked_of_a_gpu(tmp_path_factory):
+    missing = [tool for tool in ("gcc", "nm", "objdump") if shutil.which(tool) is None]
+    if missing or not PROVIDER.is_file():
+        pytest.skip(f"stand-ins for CUDA's libraries cannot be built here: no {(*missing, PROVIDER.name)[0]}")
+    libraries = build(tmp_path_factory.mktemp("libraries"))
+
+    def report(bundle):
+        command = [sys.executable, ROOT / "tests" / "stand_in" / "report.py", bundle]
+        env = os.environ | {"LD_LIBRARY_PATH": str(libraries), "PYTHONPATH": str(ROOT)}
+        return json.loads(subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE).stdout)
+
+    return report
+
+
+def _stays_on_the_gpu(report):
+    for graph in (DECODER, VISION):
+        assert set(report["nodes"][graph]) == {"CUDAExecutionProvider", "copies"}
+        assert not report["nodes"][graph]["copies"]
+    # Token, place, length and next token, of two rows and then of one.
+    crossed = [(step["crossings"], step["crossed_bytes"]) for step in report["steps"]]
+    assert crossed == [(4, 28 * rows) for rows in (2, 2, 2, 2, 1, 1)]
+    # Captured when first run, and played back from then on.
+    assert [step["captures"] for step in report["steps"]] == [1, 0, 0, 0, 1, 0]
+    assert all(step["launches"] == 1 for step in report["steps"])
+
+
+def test_every_node_runs_on_the_gpu_and_only_tokens_cross_the_bus(half_bundle, asked_of_a_gpu):
+    report = asked_of_a_gpu(half_bundle.path)
+    _stays_on_the_gpu(report)
+    assert report["nodes"][DECODER]["CUDAExecutionProvider"]["GroupQueryAttention"] == 4
+    assert report["nodes"][VISION]["CUDAExecutionProvider"]["MultiHeadAttention"] == 4
+    shape = half_bundle.manifest.decoder
+    assert report["moved"]["moved_bytes"] % (2 * shape.layers * shape.kv_heads * shape.head_dim * 2) == 0
+    assert not report["moved"]["crossings"]
+
+
+@pytest.mark.long
+def test_so_they_do_with_a_repetition_penalty_in_fp16(tmp_path, asked_of_a_gpu):
+    checkpoint = shutil.copytree(TINY, tmp_path / "checkpoint")
+    settings = json.loads((checkpoint / "generation_config.json").read_text()) | {"repetition_penalty": 1.05}
+    (checkpoint / "generation_config.json").write_text(json.dumps(settings))
+    export_bundle(ExportConfig(checkpoint=checkpoint, output=tmp_path / "bundle", dtype="fp16", skip_parity=True))
+    _stays_on_the_gpu(asked_of_a_gpu(tmp_path / "bundle"))
+
+
+@pytest.mark.long
+def test_in_fp32_nothing_is_captured(fp32_bundle, asked_of_a_gpu):
+    report = asked_of_a_gpu(fp32_bundle.path)
+    assert not any(step["captures"] + step["launches"] for step in report["steps"])
+    # Shapes alone are put together on the host.
+    assert set(report["nodes"][DECODER]["CPUExecutionProvider"]) == {"Concat"}
+    assert not any(report["nodes"][graph]["copies"] for graph in (DECODER, VISION))

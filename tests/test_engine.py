@@ -7,10 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
-from conftest import QUESTIONS, TINY
-from reference import letterboxed, question
+from answers import complete, demo_rows, requests_of
+from conftest import TINY
+from reference import question
 
 from comparison.reference import PyTorch
 from export.checkpoint import load_checkpoint
@@ -20,28 +20,22 @@ from qvl_batch.decoder import Decoder, PrefillRow
 from qvl_batch.engine import Engine, Request
 from qvl_batch.errors import BundleError
 from qvl_batch.layout import RowLayout
-from qvl_batch.vision import VisionEncoder
 
 ROWS = 24
 
 
 @pytest.fixture(scope="module")
 def questions():
-    return pq.read_table(QUESTIONS).slice(0, ROWS).to_pylist()
+    return demo_rows(ROWS)
 
 
 @pytest.fixture(scope="module")
 def requests(tiny_bundle, questions):
-    vision, layout = VisionEncoder(tiny_bundle, threads=2), RowLayout(tiny_bundle)
-    features = [vision.encode(letterboxed(row["image"]["bytes"])) for row in questions]
-    return [Request(layout.row_ids(q["prompt"]), f, 64) for q, f in zip(questions, features, strict=True)]
+    return requests_of(tiny_bundle, questions, 64)
 
 
 def _run(bundle, requests, slots):
-    decoder = Decoder(bundle, slots, threads=2)
-    with Engine(decoder, bundle.manifest.generation.eos_token_ids) as engine:
-        futures = [engine.submit(request) for request in requests]
-        return [future.result(timeout=120) for future in futures]
+    return complete(Decoder(bundle, slots, threads=2), bundle, requests)
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,9 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
-import pyarrow.parquet as pq
 import pytest
 import torch
+from answers import complete, demo_rows, requests_of
 from conftest import QUESTIONS, TINY
 from reference import letterboxed, question
 from safetensors.torch import load_file, save_file
@@ -27,12 +27,11 @@ from export.package import ExportConfig, export_bundle
 from export.parity import refuse_beyond_bounds
 from qvl_batch.bundle import DECODER, DECODER_FULL, HALVES, VISION, Bundle, Parity
 from qvl_batch.decoder import Decoder
-from qvl_batch.engine import Engine, Request
 from qvl_batch.errors import BundleError, ExportError, NumericError
 from qvl_batch.layout import RowLayout
 from qvl_batch.vision import VisionEncoder
 
-ROWS = pq.read_table(QUESTIONS).slice(0, 12).to_pylist()
+ROWS = demo_rows(12)
 #: In fp32 in every graph: the residual stream and its norms, rotation, and what picks a token.
 FP32 = {"SkipSimplifiedLayerNormalization", "RotaryEmbedding", "Pow", "ReduceMean", "ArgMax", "Where", "Sub"}
 IN_HALF = {"MatMul", "Gemm", "GroupQueryAttention", "MultiHeadAttention", "Sigmoid"}
@@ -52,15 +51,13 @@ def reduced(request, tmp_path_factory):
     return _bundle(tmp_path_factory, request.param)
 
 
-def _answers(bundle, memory=None, **options):
+def _answers(bundle):
     """Tokens of the first rows, both graphs emulated."""
     graphs = {name: emulated_graph(bundle.file(name)) for name in (VISION, DECODER)}
     vision, layout = VisionEncoder(bundle, 2, graph=graphs[VISION]), RowLayout(bundle)
-    decoder = Decoder(bundle, 3, 2, graph=graphs[DECODER], memory=memory)
-    with Engine(decoder, bundle.manifest.generation.eos_token_ids) as engine:
-        rows = [(layout.row_ids(row["prompt"]), vision.encode(letterboxed(row["image"]["bytes"]))) for row in ROWS]
-        futures = [engine.submit(Request(ids, features, 32, **options)) for ids, features in rows]
-        return [layout.text(future.result(timeout=120).token_ids) for future in futures]
+    decoder = Decoder(bundle, 3, 2, graph=graphs[DECODER])
+    completions = complete(decoder, bundle, requests_of(bundle, ROWS, 32, vision))
+    return [layout.text(completion.token_ids) for completion in completions]
 
 
 @pytest.fixture(scope="module")
@@ -213,9 +210,7 @@ def test_weights_that_fp16_does_not_hold_are_named(tmp_path):
     )
     save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ExportError, match=r"weights.stack.1.mlp.gate.weight has values up to 1e\+05, which float16"):
-        export_bundle(
-            ExportConfig(checkpoint=checkpoint, output=tmp_path / "bundle", dtype="fp16", vision_dtype="fp32")
-        )
+        export_bundle(ExportConfig(checkpoint=checkpoint, output=tmp_path / "bundle", dtype="fp16"))
 
 
 EXACT = Parity(0.0, 0.0, 96, 96, 0.0, 1.0)

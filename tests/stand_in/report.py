@@ -1,0 +1,71 @@
+"""What a decoder and a vision tower ask of a GPU, as JSON: run with the stand-ins in LD_LIBRARY_PATH.
+
+python tests/stand_in/report.py BUNDLE
+"""
+
+import collections
+import ctypes
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+
+from qvl_batch.bundle import DECODER, VISION, Bundle
+from qvl_batch.decoder import Decoder, PrefillRow
+from qvl_batch.memory import CudaMemory
+from qvl_batch.runtime import _providers, open_cuda
+
+COUNTERS = ("moves", "moved_bytes", "crossings", "crossed_bytes", "captures", "launches")
+
+
+def report(bundle: Bundle) -> dict[str, Any]:
+    """Nodes by provider, and counts of what two prefilled rows and six steps ask for."""
+    memory = CudaMemory(open_cuda("--device cuda"))
+    nodes = {name: _nodes(bundle.file(name), memory, captures=name == DECODER) for name in (DECODER, VISION)}
+    decoder = Decoder(bundle, 4, 1, memory=memory)
+    rows = [PrefillRow(bundle.manifest.layout.row_ids([5] * n), _features(bundle)) for n in (2, 3)]
+    decoder.prefill(0, rows)
+    steps = [_counted(lambda: decoder.step(np.array([5, 6]))) for _ in range(4)]
+    moved = _counted(lambda: decoder.move(1, 0))
+    steps += [_counted(lambda: decoder.step(np.array([5]))) for _ in range(2)]
+    return {"card": memory.card.name, "nodes": nodes, "steps": steps, "moved": moved}
+
+
+def _nodes(path: Path, memory: CudaMemory, *, captures: bool) -> dict[str, dict[str, int]]:
+    """How many nodes of each type a provider runs, after all of ONNX Runtime's own changes."""
+    with tempfile.TemporaryDirectory() as folder:
+        options = ort.SessionOptions()
+        options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        options.log_severity_level = 3
+        session = ort.InferenceSession(path, options, providers=_providers(memory, captures=captures))
+        graph = onnx.load(options.optimized_model_filepath, load_external_data=False).graph
+    found: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+    for part in session.get_provider_graph_assignment_info():
+        found[part.ep_name].update(node.op_type for node in part.get_nodes())
+    found["copies"] = collections.Counter(node.op_type for node in graph.node if node.op_type.startswith("Memcpy"))
+    return {provider: dict(counts) for provider, counts in found.items()}
+
+
+def _features(bundle: Bundle) -> Any:
+    return np.zeros(bundle.manifest.feature_shape, np.float32)
+
+
+def _counted(work: Any) -> dict[str, int]:
+    before = _counts()
+    work()
+    return {name: count - before[name] for name, count in _counts().items()}
+
+
+def _counts() -> dict[str, int]:
+    library = ctypes.CDLL(f"libcudart.so.{ort.cuda_version.split('.')[0]}")
+    return {name: ctypes.c_size_t.in_dll(library, name).value for name in COUNTERS}
+
+
+if __name__ == "__main__":
+    print(json.dumps(report(Bundle.load(sys.argv[1]))))

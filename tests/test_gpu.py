@@ -1,0 +1,130 @@
+"""What only a GPU can say: that it answers as a CPU does, holds what was planned, and says when it is full."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from answers import complete, demo_rows, requests_of
+from conftest import QUESTIONS, ROOT, TINY
+
+from export.package import ExportConfig, export_bundle
+from qvl_batch.bundle import Bundle
+from qvl_batch.captioner import Captioner
+from qvl_batch.decoder import SHELVES, Decoder
+from qvl_batch.errors import DeviceError
+from qvl_batch.kv_cache import slot_bytes
+from qvl_batch.plan import CARD_RESERVE, bytes_beside_slots
+from qvl_batch.runtime import memory_on, open_cuda
+from qvl_batch.vision import VisionEncoder
+from qvl_batch.workers import card_of_this_process
+
+
+def _missing():
+    """What keeps this machine from running these tests, nothing if they can run."""
+    try:
+        open_cuda("a GPU's tests")
+    except DeviceError as error:
+        return str(error)
+    return ""
+
+
+MISSING = _missing()
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(MISSING), reason=MISSING)]
+#: Least part of the demo's tokens, position by position, that half precision shares with a CPU's fp32.
+AGREEMENT = {"bf16": 0.95, "fp16": 0.98}
+NEW_TOKENS = 32
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory):
+    """Bundles of the tiny checkpoint for a GPU, by type."""
+    made = {}
+
+    def bundle(dtype):
+        if dtype not in made:
+            output = tmp_path_factory.mktemp("gpu") / dtype
+            export_bundle(ExportConfig(checkpoint=TINY, output=output, dtype=dtype, device="cuda", skip_parity=True))
+            made[dtype] = Bundle.load(output)
+        return made[dtype]
+
+    return bundle
+
+
+@pytest.fixture(scope="module")
+def on_cpu(tiny_bundle):
+    """Requests and answers of all demo rows on the CPU, in fp32."""
+    requests = requests_of(tiny_bundle, demo_rows(), NEW_TOKENS)
+    return requests, complete(Decoder(tiny_bundle, 8, 2), tiny_bundle, requests)
+
+
+def _answers(bundle, slots=8):
+    requests = requests_of(bundle, demo_rows(), NEW_TOKENS, VisionEncoder(bundle, 1, "cuda"))
+    return requests, complete(Decoder(bundle, slots, 1, memory=memory_on("cuda")), bundle, requests)
+
+
+def test_in_fp32_every_demo_row_has_the_tokens_of_the_cpu(bundles, on_cpu):
+    requests, answers = _answers(bundles("fp32"))
+    for found, expected in zip(requests, on_cpu[0], strict=True):
+        assert np.abs(found.features - expected.features).max() <= 1e-4 * np.abs(expected.features).max()
+    assert answers == on_cpu[1]
+
+
+@pytest.mark.parametrize("dtype", AGREEMENT)
+def test_in_half_precision_nearly_all_tokens_are_those_of_the_cpu(dtype, bundles, on_cpu, record_property):
+    _, answers = _answers(bundles(dtype))
+    pairs = [(found.token_ids, expected.token_ids) for found, expected in zip(answers, on_cpu[1], strict=True)]
+    same = sum(a == b for found, expected in pairs for a, b in zip(found, expected, strict=False))
+    count = sum(max(len(found), len(expected)) for found, expected in pairs)
+    rows = sum(found == expected for found, expected in pairs)
+    record_property(f"{dtype} agreement", f"{same}/{count} tokens, {rows}/{len(pairs)} rows")
+    print(f"{dtype}: {same} of {count} tokens and {rows} of {len(pairs)} rows are those of fp32 on the CPU")
+    assert same >= AGREEMENT[dtype] * count
+
+
+def test_captured_steps_answer_as_others_do(bundles, monkeypatch):
+    _, captured = _answers(bundles("bf16"), slots=5)
+    monkeypatch.setattr("qvl_batch.decoder.HALVES", ())
+    assert _answers(bundles("bf16"), slots=5)[1] == captured
+
+
+def test_memory_is_what_was_planned(bundles):
+    bundle = bundles("bf16")
+    memory = memory_on("cuda")
+    before = memory.card.memory()[0]
+    slots = 64
+    decoder = Decoder(bundle, slots, 1, memory=memory)
+    complete(decoder, bundle, requests_of(bundle, demo_rows(16), NEW_TOKENS, VisionEncoder(bundle, 1, "cuda")))
+    taken = before - memory.card.memory()[0]
+    assert taken <= bytes_beside_slots(bundle.manifest, vision_too=True) + (slots + SHELVES) * slot_bytes(
+        bundle.manifest
+    )
+
+
+def test_a_full_card_is_an_error_that_names_the_option(bundles):
+    bundle = bundles("bf16")
+    memory = memory_on("cuda")
+    slots = memory.card.memory()[1] // slot_bytes(bundle.manifest)
+    with pytest.raises(DeviceError, match="the GPU has no memory left: lower --slots"):
+        Decoder(bundle, slots, 1, memory=memory)
+
+
+def test_the_driver_and_cuda_see_the_same_card():
+    card = card_of_this_process()
+    cuda = open_cuda("--device cuda")
+    assert cuda.name in card.name or card.name in cuda.name
+    assert abs(card.total - cuda.memory()[1]) < CARD_RESERVE * card.total
+
+
+def test_the_captioner_answers_on_the_gpu(bundles):
+    row = demo_rows(1)[0]
+    with Captioner(bundles("bf16").path, device="cuda", vision_device="cuda") as captioner:
+        answer = captioner.caption([row["image"]["bytes"]], [row["prompt"]])[0]
+    assert answer.finish_reason == "stop"
+    assert answer.answer == row["expected"]
+
+
+def test_the_comparison_runs_on_the_gpu(bundles, tmp_path):
+    command = [sys.executable, "jobs/compare.py", "--bundle", bundles("bf16").path, "--checkpoint", TINY]
+    command += ["--input", QUESTIONS, "--limit", 8, "--device", "cuda", "--output", tmp_path / "comparison"]
+    subprocess.run(list(map(str, command)), cwd=ROOT, check=True)
