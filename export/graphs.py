@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from export.decoder import CachedDecoder, DecoderWeights, FullDecoder
 from export.half import stream_unit, to_half
 from export.lazy import LazyWeights, decoder_parts, vision_parts, without_weights
+from export.progress import Progress, Update
 from export.quantize import quantize
 from export.vision import PATCHES_AT_ONCE, VisionTower
 from export.weights import Weights
@@ -80,23 +81,35 @@ def layer_names(config: Any) -> list[str]:
 
 
 def export_vision(
-    weights: Weights, layout: Layout, mean: list[float], std: list[float], precision: Precision, out: Path
+    weights: Weights,
+    layout: Layout,
+    mean: list[float],
+    std: list[float],
+    precision: Precision,
+    out: Path,
+    progress: Progress,
 ) -> None:
     """Write `vision.onnx` and its weights."""
-    graph = trace_vision(weights.skeleton, layout, mean, std, precision)
-    LazyWeights(weights, vision_parts(weights.skeleton, std, stream_unit(precision.vision))).fill(graph)
-    _reduce(graph, precision.vision, precision.fp32_layers)
-    _write({VISION: graph}, out)
+    with progress.step("vision graph"):
+        graph = trace_vision(weights.skeleton, layout, mean, std, precision)
+        LazyWeights(weights, vision_parts(weights.skeleton, std, stream_unit(precision.vision))).fill(graph)
+        _reduce(graph, precision.vision, precision.fp32_layers)
+    with progress.step("vision weights") as update:
+        _write({VISION: graph}, out, update)
 
 
-def export_decoders(weights: Weights, layout: Layout, precision: Precision, penalty: float, out: Path) -> None:
+def export_decoders(
+    weights: Weights, layout: Layout, precision: Precision, penalty: float, out: Path, progress: Progress
+) -> None:
     """Write `decoder.onnx`, and `decoder_full.onnx` in fp32, and the weights of both once."""
-    graphs = trace_decoders(weights.skeleton, layout, precision, penalty)
-    lazy = LazyWeights(weights, decoder_parts(weights.skeleton, stream_unit(precision.decoder)))
-    for graph in graphs.values():
-        lazy.fill(graph)
-    _reduce(graphs[DECODER], precision.decoder, precision.fp32_layers)
-    _write(graphs, out)
+    with progress.step("decoder graphs" if precision.has_full else "decoder graph"):
+        graphs = trace_decoders(weights.skeleton, layout, precision, penalty)
+        lazy = LazyWeights(weights, decoder_parts(weights.skeleton, stream_unit(precision.decoder)))
+        for graph in graphs.values():
+            lazy.fill(graph)
+        _reduce(graphs[DECODER], precision.decoder, precision.fp32_layers)
+    with progress.step("decoder weights") as update:
+        _write(graphs, out, update)
 
 
 def trace_vision(
@@ -232,7 +245,7 @@ def _trace(
     return model
 
 
-def _write(graphs: dict[str, ir.Model], out: Path) -> None:
+def _write(graphs: dict[str, ir.Model], out: Path, update: Update) -> None:
     """Write graphs that share their large initializers, and those into one file beside them."""
     tensors: dict[str, ir.TensorProtocol] = {}
     for name, graph in graphs.items():
@@ -242,7 +255,7 @@ def _write(graphs: dict[str, ir.Model], out: Path) -> None:
             known = tensors.setdefault(str(value.name), value.const_value)
             if known is not value.const_value and not _same(known, value.const_value):
                 raise ExportError(f"{name}: initializer {value.name} is not the other graph's")
-    by_name = _write_tensors(tensors, out / f"{next(iter(graphs))}.data")
+    by_name = _write_tensors(tensors, out / f"{next(iter(graphs))}.data", update)
     for name, graph in graphs.items():
         for value in graph.graph.initializers.values():
             if value.name in by_name:
@@ -250,11 +263,12 @@ def _write(graphs: dict[str, ir.Model], out: Path) -> None:
         ir.save(graph, out / name)
 
 
-def _write_tensors(tensors: dict[str, ir.TensorProtocol], path: Path) -> dict[str, ir.ExternalTensor]:
+def _write_tensors(tensors: dict[str, ir.TensorProtocol], path: Path, update: Update) -> dict[str, ir.ExternalTensor]:
     """Write tensors one after the other, each made when its turn comes."""
     written: dict[str, ir.ExternalTensor] = {}
     with path.open("wb") as file:
         for name, tensor in tensors.items():
+            update(f"{len(written) + 1} of {len(tensors)} arrays, {file.tell() / 1e9:.1f} GB")
             file.seek(-(-file.tell() // ALIGNMENT) * ALIGNMENT)
             offset = file.tell()
             file.write(np.ascontiguousarray(tensor.numpy()).view(np.uint8).data)

@@ -62,10 +62,6 @@ def vision_parts(model: Any, std: list[float], unit: int = 1) -> list[Part]:
 def decoder_parts(model: Any, unit: int = 1) -> list[Part]:
     """Parts of `DecoderWeights` with a residual stream in `unit`, as an attribute `weights`."""
     layers = range(len(model.model.language_model.layers))
-
-    def layer(module: Any) -> Tensors:
-        return _parameters(Layer(module, unit))
-
     return [
         Part("weights.embed", "model.language_model.embed_tokens", _weight),
         *(

@@ -8,19 +8,20 @@ import importlib.metadata
 import shutil
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
+from rich.console import Console
 
 from export.chat import chat_turn
 from export.checkpoint import Checkpoint, load_checkpoint
 from export.graphs import Precision, export_decoders, export_vision, graph_spec, layer_names
 from export.parity import check_contract, check_parity
+from export.progress import Progress, ShownProgress
 from qvl_batch.bundle import (
     DECODER,
     DECODER_FULL,
@@ -75,12 +76,12 @@ class ExportConfig:
     """Leave out the comparison with PyTorch; the manifest records that it was left out."""
 
 
-def export_bundle(config: ExportConfig, say: Callable[[str], None] = lambda _: None) -> Manifest:
+def export_bundle(config: ExportConfig, progress: Progress | None = None) -> Manifest:
     """Export `config.checkpoint` to `config.output`.
 
     Args:
         config: what to export, and where to.
-        say: receives a line for each step done.
+        progress: is told of each step.
 
     Raises:
         ExportError: the checkpoint or an option cannot be exported, or the parity gate failed.
@@ -92,7 +93,7 @@ def export_bundle(config: ExportConfig, say: Callable[[str], None] = lambda _: N
     precision = _precision(checkpoint, config)
     output.parent.mkdir(parents=True, exist_ok=True)
     with _staging(output) as staging:
-        manifest = _fill(staging, checkpoint, layout, precision, config, say)
+        manifest = _fill(staging, checkpoint, layout, precision, config, progress or Progress())
         if output.exists():
             shutil.rmtree(output)
         staging.rename(output)
@@ -171,38 +172,36 @@ def _fill(
     layout: Layout,
     precision: Precision,
     config: ExportConfig,
-    say: Callable[[str], None],
+    progress: Progress,
 ) -> Manifest:
     """Write everything into `staging`, the manifest last."""
-    started = time.perf_counter()
-
-    def done(what: str) -> None:
-        nonlocal started
-        say(f"{what:<40} {time.perf_counter() - started:6.1f} s")
-        started = time.perf_counter()
-
-    processor = checkpoint.image_processor
-    export_vision(checkpoint.weights, layout, processor.image_mean, processor.image_std, precision, staging)
-    done(VISION)
-    export_decoders(checkpoint.weights, layout, precision, checkpoint.generation.repetition_penalty, staging)
+    processor, penalty = checkpoint.image_processor, checkpoint.generation.repetition_penalty
+    normalisation = (processor.image_mean, processor.image_std)
+    export_vision(checkpoint.weights, layout, *normalisation, precision, staging, progress)
+    export_decoders(checkpoint.weights, layout, precision, penalty, staging, progress)
     names = [name for name in (VISION, DECODER, DECODER_FULL) if (staging / name).is_file()]
-    done(", ".join(names[1:]))
     graphs = {name: graph_spec(staging / name) for name in names}
     check_contract(layout, checkpoint.config.text_config.hidden_size, staging, precision)
     parity = None
     if not config.skip_parity:
-        parity = check_parity(checkpoint, layout, precision, staging)
-        done(
+        parity = check_parity(checkpoint, layout, precision, staging, progress)
+        progress.say(
             f"parity: features {parity.features:.1e}, logits {parity.logits:.1e}, "
             f"first token {parity.first_token_kl:.0e} nats, tokens {parity.tokens_equal}/{parity.tokens}"
         )
     if config.with_fp32:
         (staging / FP32).mkdir()
-        _fill(staging / FP32, checkpoint, layout, Precision(), replace(config, with_fp32=False), say)
+        _fill(staging / FP32, checkpoint, layout, Precision(), replace(config, with_fp32=False), progress)
     for path in checkpoint.carried:
         shutil.copy(path, staging)
     # As transformers reads it, which is not always what the checkpoint's file says.
     checkpoint.tokenizer.backend_tokenizer.save(str(staging / TOKENIZER))
+    with progress.step("hashes"):
+        files = {
+            path.relative_to(staging).as_posix(): File(path.stat().st_size, file_sha256(path))
+            for path in sorted(staging.rglob("*"))
+            if path.is_file()
+        }
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         source=checkpoint.source,
@@ -217,14 +216,9 @@ def _fill(
         graphs=graphs,
         parity=parity,
         versions={n: importlib.metadata.version(n) for n in ("torch", "transformers", "onnx", "onnxscript")},
-        files={
-            path.relative_to(staging).as_posix(): File(path.stat().st_size, file_sha256(path))
-            for path in sorted(staging.rglob("*"))
-            if path.is_file()
-        },
+        files=files,
     )
     manifest.write(staging)
-    done("manifest and hashes")
     return manifest
 
 
@@ -255,7 +249,7 @@ def main() -> int:
     """Run `python -m export`."""
     config = tyro.cli(ExportConfig, prog="python -m export", config=(tyro.conf.FlagCreatePairsOff,))
     try:
-        manifest = export_bundle(config, say=lambda line: print(line, flush=True))
+        manifest = export_bundle(config, ShownProgress(Console()))
     except (ExportError, OSError) as error:
         print(f"export: {error}", file=sys.stderr)
         return 1

@@ -21,6 +21,8 @@ from PIL import Image
 from export.checkpoint import Checkpoint
 from export.graphs import Precision
 from export.half import emulated_graph
+from export.measures import cosine, divergence, relative_error
+from export.progress import Progress, Update
 from qvl_batch.bundle import DECODER, DECODER_FULL, HALVES, VISION, Dtype, Layout, Parity
 from qvl_batch.errors import ExportError
 
@@ -86,7 +88,9 @@ def check_contract(layout: Layout, hidden_size: int, directory: Path, precision:
         )
 
 
-def check_parity(checkpoint: Checkpoint, layout: Layout, precision: Precision, directory: Path) -> Parity:
+def check_parity(
+    checkpoint: Checkpoint, layout: Layout, precision: Precision, directory: Path, progress: Progress
+) -> Parity:
     """Compare the graphs in `directory` with `checkpoint`.
 
     Raises:
@@ -94,20 +98,27 @@ def check_parity(checkpoint: Checkpoint, layout: Layout, precision: Precision, d
     """
     steps = min(STEPS, layout.room - max(PROMPT_TOKENS))
     rows = _rows(checkpoint, layout)
-    features = _graph_features(rows, directory, precision)
-    tokens, first_logits = _graph_tokens(layout, rows, features, directory, precision, steps)
+    with progress.step("parity: vision graph"):
+        features = _graph_features(rows, directory, precision)
+    with progress.step("parity: decoder graph") as update:
+        tokens, first_logits = _graph_tokens(layout, rows, features, directory, precision, steps, update)
     if not np.isfinite(features).all() or (tokens < 0).any():
         raise ExportError(
             "parity gate: numbers of the graphs are not finite, as this precision does not hold the checkpoint's "
             "(--dtype bf16 or fp32 does); no bundle was written"
         )
-    references = [_reference(checkpoint, row, found) for row, found in zip(rows, tokens, strict=True)]
+    with progress.step("parity: PyTorch") as update:
+        references: list[_Reference] = []
+        for row, found in zip(rows, tokens, strict=True):
+            update(f"row {len(references) + 1} of {len(rows)}")
+            references.append(_reference(checkpoint, row, found))
     prompts = [reference.logits[: len(row.ids)] for reference, row in zip(references, rows, strict=True)]
     firsts = np.stack([logits[-1] for logits in prompts])
     if precision.has_full:
-        logits_error = _error_of_all_logits(layout, rows, features, directory, prompts)
+        with progress.step("parity: full decoder graph"):
+            logits_error = _error_of_all_logits(layout, rows, features, directory, prompts)
     else:
-        logits_error = _relative_error(first_logits, firsts)
+        logits_error = relative_error(first_logits, firsts)
     penalty = checkpoint.generation.repetition_penalty
     greedy = [
         _greedy(reference.logits[len(row.ids) - 1 :], row.ids, answer, penalty)
@@ -115,12 +126,12 @@ def check_parity(checkpoint: Checkpoint, layout: Layout, precision: Precision, d
     ]
     expected = np.stack([reference.features for reference in references])
     parity = Parity(
-        features=_relative_error(features, expected),
+        features=relative_error(features, expected),
         logits=logits_error,
         tokens=tokens.size,
         tokens_equal=int((tokens == np.stack(greedy)).sum()),
-        first_token_kl=float(_divergence(firsts, first_logits).max()),
-        feature_cosine=float(_cosine(features, expected).min()),
+        first_token_kl=float(divergence(firsts, first_logits).max()),
+        feature_cosine=float(cosine(features, expected).min()),
     )
     refuse_beyond_bounds(parity, precision)
     return parity
@@ -225,12 +236,12 @@ def _error_of_all_logits(
     mask = (np.arange(ids.shape[1]) < lengths[:, None]).astype(np.int64)
     found = session.run(None, {"input_ids": ids, "attention_mask": mask, "image_embeds": embeds})[0]
     return max(
-        _relative_error(logits[: len(reference)], reference) for logits, reference in zip(found, expected, strict=True)
+        relative_error(logits[: len(reference)], reference) for logits, reference in zip(found, expected, strict=True)
     )
 
 
 def _graph_tokens(
-    layout: Layout, rows: list[Row], features: Array, directory: Path, precision: Precision, steps: int
+    layout: Layout, rows: list[Row], features: Array, directory: Path, precision: Precision, steps: int, update: Update
 ) -> tuple[Array, Array]:
     """Greedy tokens (rows, steps) of the cached graph, one ragged prefill, then steps of one; and
     logits (rows, V) of the first.
@@ -245,7 +256,8 @@ def _graph_tokens(
     }
     tokens: list[Array] = []
     first_logits: Array | None = None
-    for _ in range(steps):
+    for step in range(steps):
+        update(f"token {step + 1} of {steps}")
         inputs = {
             "input_ids": ids,
             "cache_position": positions,
@@ -284,22 +296,3 @@ def _padded(layout: Layout, rows: list[Row], features: Array) -> tuple[Array, Ar
     embeds = np.zeros((*ids.shape, features.shape[-1]), np.float32)
     embeds[:, layout.image_start : layout.image_start + layout.image_tokens] = features
     return ids, embeds, lengths
-
-
-def _relative_error(found: Array, expected: Array) -> float:
-    """Largest absolute difference over the largest magnitude; NaN anywhere gives NaN."""
-    return float(np.abs(found - expected).max() / np.abs(expected).max())
-
-
-def _divergence(p: Array, q: Array) -> Array:
-    """Kullback-Leibler divergence in nats (N,) of the distribution of logits `q` (N, V) from that of `p`."""
-    log_p, log_q = (x - np.logaddexp.reduce(x, axis=-1, keepdims=True) for x in (p.astype(float), q.astype(float)))
-    divergence: Array = (np.exp(log_p) * (log_p - log_q)).sum(axis=-1)
-    return divergence
-
-
-def _cosine(a: Array, b: Array) -> Array:
-    """Cosine (...) between vectors (..., D)."""
-    lengths = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
-    cosine: Array = (a.astype(float) * b).sum(axis=-1) / lengths
-    return cosine

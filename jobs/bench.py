@@ -1,48 +1,51 @@
 """Measure our engine and our Ray job against what else there is, side by side in one run.
 
     python jobs/bench.py --bundle FP32 --reduced-bundle INT8 --checkpoint DIR [--against hf openvino]
+    python jobs/bench.py --device cuda
 
 All answer the same rows with the same number of forced tokens, in rounds that alternate, each in a
 process of its own and at its best batch size; medians are reported. That rows are the same tokens
 for all, and that answers in fp32 are those of transformers' `generate`, is checked first. Writes
-`bench.json`, whose `ratios` are what the README quotes, and `bench.svg`.
+`bench.json`, whose `ratios` are what the README quotes, and `bench.svg`. On a GPU it is
+`benchmark/gpu.py` that measures.
 """
 
-import itertools
-import json
-import platform
+import argparse
 import statistics
 import sys
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import tyro
-from jinja2 import Environment
 from rich.console import Console
-from rich.table import Table
 from transformers import AutoConfig
 
-from benchmark import limits, situations
+from benchmark import gpu, limits, situations
+from benchmark.figures import (
+    DEMO,
+    best_batch,
+    check_positive,
+    choose_batch,
+    circumstances,
+    measure,
+    medians,
+    read_rows,
+    show,
+    write,
+)
 from benchmark.host import Host
 from benchmark.ours import Ours
 from benchmark.rows import Rows
 from qvl_batch.bundle import Bundle
-from qvl_batch.config import CaptionConfig
 from qvl_batch.errors import ConfigError, JobError
-from qvl_batch.fetch import Fetcher
 from qvl_batch.layout import RowLayout
 from qvl_batch.plan import DEFAULT_SLOTS
-from qvl_batch.reader import read_unit
-from qvl_batch.report import installed_versions
-from qvl_batch.runtime import usable_cpus
-from qvl_batch.source import IMAGE, PROMPT, open_source
 
-FP32, REDUCED = "qvl-batch fp32", "qvl-batch reduced"
+OURS = FP32, REDUCED = "qvl-batch fp32", "qvl-batch reduced"
 HF_FP32, HF_BF16 = "transformers fp32", "transformers bf16"
 OV_FP32, OV_OWN = "OpenVINO GenAI fp32", "OpenVINO GenAI"
-DEMO = Path(__file__).parents[1] / "datasets" / "demo" / "questions.parquet"
 #: Rows whose tokens up to the answer are compared: counting them takes a peer as long as answering.
 CHECKED_ROWS = 4
 #: Answers of a peer in fp32 that must be those of the reference; of made-up weights, some are near ties.
@@ -53,8 +56,12 @@ TENTH = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BenchConfig:
-    """Measure the engine and the Ray job against transformers' `generate` and OpenVINO GenAI on the same rows."""
+    """Measure the engine and the Ray job against transformers' `generate` and OpenVINO GenAI on the same rows, on
+    CPUs. `--device cuda` measures on a GPU, with options of its own: see `--device cuda --help`.
+    """
 
+    device: Literal["cpu"] = "cpu"
+    """What to measure on."""
     bundle: Path
     """Folder of a bundle in fp32."""
     reduced_bundle: Path | None = None
@@ -88,9 +95,7 @@ class BenchConfig:
         Raises:
             ConfigError: names the option and what to do.
         """
-        for name in ("rows", "new_tokens", "rounds", "slots"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+        check_positive(self, "rows", "new_tokens", "rounds", "slots")
         if "openvino" in self.against and not self.openvino_python.exists():
             raise ConfigError(f"--against openvino: {self.openvino_python} is missing; `make openvino` installs it")
 
@@ -108,33 +113,23 @@ class BenchConfig:
 
 def bench(config: BenchConfig, console: Console) -> dict[str, Any]:
     """Measure, and return what goes into `bench.json`."""
-    rows = _rows(config)
+    rows = read_rows(config.bundle, config.input, config.rows)
     with ExitStack() as stack:
         hosts = _hosts(config, stack)
-        batches: dict[str, dict[int, float]] = {}
-        for name, host in hosts.items():
-            if name in config.bundles:
-                continue
-            batches[name] = host.call("choose_batch", rows)
-            console.print(f"{name}: best at {_best(batches[name])} rows of {', '.join(map(str, batches[name]))}")
+        batches = {
+            name: choose_batch(name, host, rows, console) for name, host in hosts.items() if name not in config.bundles
+        }
         equal = _check(hosts, rows)
-        seconds: dict[str, list[float]] = {name: [] for name in hosts}
-        stages: dict[str, list[dict[str, float]]] = {name: [] for name in hosts}
-        for number in range(config.rounds):
-            for name, host in hosts.items():
-                seconds[name].append(host.seconds("answer", rows))
-                stages[name].append(host.call("stages", rows))
-            speeds = ", ".join(f"{name} {len(rows) / taken[-1]:.2f}" for name, taken in seconds.items())
-            console.print(f"round {number + 1} of {config.rounds}, images/s: {speeds}")
+        seconds, stages = measure(hosts, rows, config.rounds, console)
         memory = {name: host.peak_memory() / 1e9 for name, host in hosts.items()}
         speed = {name: len(rows) / statistics.median(taken) for name, taken in seconds.items()}
         figures: dict[str, Any] = {
             "ratios": _ratios(speed),
             "images_per_second": speed,
             "tokens_per_second": {name: each * config.new_tokens for name, each in speed.items()},
-            "stages_ms_per_image": {name: _medians(taken) for name, taken in stages.items()},
+            "stages_ms_per_image": {name: medians(taken) for name, taken in stages.items()},
             "peak_memory_gb": memory,
-            "best_batch": {name: _best(tried) for name, tried in batches.items()},
+            "best_batch": {name: best_batch(tried) for name, tried in batches.items()},
             "answers_equal_to_fp32": equal,
             "seconds": seconds,
             "batches_tried": batches,
@@ -153,7 +148,7 @@ def bench(config: BenchConfig, console: Console) -> dict[str, Any]:
         "four_prompts": situations.four_prompts(engine, few),
         "second_prompt": situations.second_prompt(engine, few),
     }
-    return figures | _circumstances(config)
+    return figures | circumstances(config, ("onnxruntime-gpu", "torch", "transformers", "ray"))
 
 
 def _hosts(config: BenchConfig, stack: ExitStack) -> dict[str, Host]:
@@ -196,7 +191,7 @@ def _check(hosts: dict[str, Host], rows: Rows) -> dict[str, list[int]]:
 
 
 def _ratios(speed: dict[str, float]) -> dict[str, float]:
-    ours = max(speed[name] for name in (FP32, REDUCED) if name in speed)
+    ours = max(speed[name] for name in OURS if name in speed)
     ratios: dict[str, float] = {}
     for key, plain, reduced in (("hf", HF_FP32, HF_BF16), ("openvino", OV_FP32, OV_OWN)):
         if plain in speed:
@@ -260,90 +255,25 @@ def _against_limits(figures: dict[str, Any], config: BenchConfig, rows: Rows) ->
     figures["ratios"] |= {key: found[FP32][key] for key in ("vision_peak", "prefill_peak", "decode_bandwidth")}
 
 
-def _circumstances(config: BenchConfig) -> dict[str, Any]:
-    packages = ("onnxruntime-gpu", "torch", "transformers", "ray")
-    return {
-        "machine": f"{platform.machine()}, {usable_cpus()} CPUs, {_processor()}",
-        "versions": installed_versions(packages),
-        "settings": {name: str(value) for name, value in asdict(config).items()},
-    }
-
-
-def _processor() -> str:
-    source = Path("/proc/cpuinfo")
-    lines = source.read_text().splitlines() if source.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
-
-
-def _rows(config: BenchConfig) -> Rows:
-    settings = CaptionConfig(bundle=config.bundle, input=(str(config.input),), output="")
-    source = open_source(settings)
-    tables = (
-        table for unit in source.units() for table in read_unit(unit, source.columns, None, config.rows, Fetcher(()))
-    )
-    pairs = [
-        (image, prompt)
-        for table in tables
-        for image, prompt in zip(table[IMAGE].to_pylist(), table[PROMPT].to_pylist(), strict=True)
-        if image is not None and prompt
-    ]
-    if not pairs:
-        raise JobError(f"{config.input} has no row with an image and a prompt")
-    chosen = list(itertools.islice(itertools.cycle(pairs), config.rows))
-    return Rows([image for image, _ in chosen], [prompt for _, prompt in chosen])
-
-
-def _best(tried: dict[int, float]) -> int:
-    return max(tried, key=lambda size: tried[size])
-
-
-def _medians(taken: list[dict[str, float]]) -> dict[str, float]:
-    return {name: statistics.median(each[name] for each in taken) for name in taken[0]}
-
-
-def _print(figures: dict[str, Any], console: Console) -> None:
-    stages = figures["stages_ms_per_image"]
-    names = list(next(iter(stages.values())))
-    table = Table("", "images/s", "tokens/s", *(f"{name} ms" for name in names), "peak GB")
-    for contender, speed in figures["images_per_second"].items():
-        took = [f"{stages[contender][name]:.1f}" for name in names]
-        tokens, memory = figures["tokens_per_second"][contender], figures["peak_memory_gb"][contender]
-        table.add_row(contender, f"{speed:.2f}", f"{tokens:.0f}", *took, f"{memory:.2f}")
-    console.print(table)
-    for name, ratio in figures["ratios"].items():
-        console.print(f"{name:<18} {ratio:.2f}")
-
-
-SVG = Environment(autoescape=True).from_string("""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 {{ 40 * bars | length + 40 }}" font-family="system-ui, sans-serif" font-size="14">
-<rect width="100%" height="100%" fill="#fff"/><text x="12" y="24" font-weight="bold">images a second</text>
-{% for name, speed, width, ours in bars %}<text x="12" y="{{ 40 * loop.index0 + 60 }}">{{ name }}</text><rect x="170" y="{{ 40 * loop.index0 + 43 }}" width="{{ width }}" height="24" rx="3" fill="{{ '#17694a' if ours else '#9a958c' }}"/><text x="{{ width + 178 }}" y="{{ 40 * loop.index0 + 60 }}">{{ "%.2f" | format(speed) }}</text>
-{% endfor %}</svg>
-""")  # noqa: E501
-
-
-def _plot(figures: dict[str, Any]) -> str:
-    """Bars of images a second."""
-    speeds = figures["images_per_second"]
-    longest = max(speeds.values())
-    ours = (FP32, REDUCED)
-    return SVG.render(bars=[(name, each, round(380 * each / longest), name in ours) for name, each in speeds.items()])
-
-
 def main() -> int:
     """Run the command."""
     console = Console(width=None if sys.stdout.isatty() else 120)
+    on_gpu = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    on_gpu.add_argument("--device")
     try:
-        config = tyro.cli(BenchConfig)
-        figures = bench(config, console)
+        if on_gpu.parse_known_args()[0].device == "cuda":
+            config: Any = tyro.cli(gpu.GpuBenchConfig)
+            figures = gpu.bench(config, console)
+        else:
+            config = tyro.cli(BenchConfig)
+            figures = bench(config, console)
     except (JobError, RuntimeError) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
-    config.output.mkdir(parents=True, exist_ok=True)
-    (config.output / "bench.json").write_text(json.dumps(figures, indent=1) + "\n")
-    (config.output / "bench.svg").write_text(_plot(figures))
-    _print(figures, console)
+    write(figures, {*OURS, *gpu.OURS}, config.output)
+    show(figures, console)
     print(f"written to {config.output}")
     return 0
 

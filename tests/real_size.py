@@ -1,6 +1,6 @@
 """Export a checkpoint of real size with made-up weights, and trace the shapes that are larger still.
 
-    python tests/real_size.py [--work-dir build/real-size] [--shape 3b] [--on-paper 7b 32b 72b]
+    python tests/real_size.py [--work-dir build/real-size] [--shape 3b] [--dtype fp32] [--on-paper 7b 32b 72b]
 
 The export must take at most 1.3 times the memory of the checkpoint's weights, parity gate included.
 Larger shapes are traced without weights: every parameter must be in a graph, in its shape.
@@ -21,7 +21,7 @@ from conftest import ROOT, TINY
 from make_model import SHAPES, make_model, write_config
 
 from export.checkpoint import load_checkpoint
-from export.graphs import trace_decoders, trace_vision
+from export.graphs import Precision, trace_decoders, trace_vision
 from export.lazy import Part, decoder_parts, vision_parts
 from export.package import ExportConfig, plan_layout
 from qvl_batch.bundle import DECODER, Bundle
@@ -31,11 +31,11 @@ MOST = 1.3
 GIGABYTE = 1e9
 
 
-def export(checkpoint: Path, output: Path) -> bool:
+def export(checkpoint: Path, dtype: str, output: Path) -> bool:
     """Export, print what it took, and say whether that is within bounds."""
     weights = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
     began = time.time()
-    command = [sys.executable, "-m", "export", checkpoint, "--output", output, "--overwrite"]
+    command = [sys.executable, "-m", "export", checkpoint, "--dtype", dtype, "--output", output, "--overwrite"]
     with subprocess.Popen([*map(str, command)], cwd=ROOT) as process:
         own = mapped = 0
         while process.poll() is None:
@@ -62,7 +62,9 @@ def on_paper(shape: str) -> bool:
     mean, std = tiny.image_processor.image_mean, tiny.image_processor.image_std
     with tempfile.TemporaryDirectory() as folder:
         model = write_config(Path(folder) / shape, shape)
-    vision, decoder = trace_vision(model, layout, mean, std), trace_decoders(model, layout, full=False)[DECODER]
+    precision = Precision("bf16", "bf16")
+    vision = trace_vision(model, layout, mean, std, precision)
+    decoder = trace_decoders(model, layout, precision)[DECODER]
     wrong = [*_wrong(vision, vision_parts(model, std), model), *_wrong(decoder, decoder_parts(model), model)]
     count = sum(parameter.numel() for parameter in model.parameters())
     figures = f"{count / 1e9:.1f} G parameters, {len(wrong)} of another shape in the graphs"
@@ -96,13 +98,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--work-dir", type=Path, default=Path("build/real-size"))
     parser.add_argument("--shape", choices=SHAPES, default="3b")
+    parser.add_argument("--dtype", default="fp32")
     parser.add_argument("--on-paper", nargs="*", choices=SHAPES, default=["7b", "32b", "72b"])
     options = parser.parse_args()
     checkpoint = options.work_dir / options.shape
     if not (checkpoint / "model.safetensors.index.json").is_file():
         shutil.rmtree(checkpoint, ignore_errors=True)
         print(f"{make_model(checkpoint, options.shape):,} parameters in {checkpoint}", flush=True)
-    right = export(checkpoint, options.work_dir / f"{options.shape}-bundle")
+    right = export(checkpoint, options.dtype, options.work_dir / f"{options.shape}-{options.dtype}")
     return 0 if all([right, *map(on_paper, options.on_paper)]) else 1
 
 

@@ -3,16 +3,19 @@
 import json
 import subprocess
 import sys
+from contextlib import ExitStack
 
 import pytest
 from conftest import ROOT, TINY
 
 import bench
+from benchmark import gpu, limits
 from benchmark.host import Host
 from benchmark.memory import PeakMemory
 from benchmark.rows import Peer, Rows
 from benchmark.situations import MEAN_TOKENS, MOST_TOKENS, SKEW_ROWS, _skewed_lengths
 from qvl_batch.errors import ConfigError, JobError
+from qvl_batch.runtime import has_cuda
 
 
 def test_a_contender_answers_from_its_own_process():
@@ -91,6 +94,92 @@ def test_skewed_lengths_are_what_they_are_called():
 def test_what_cannot_be_measured_is_refused(options, message, tmp_path):
     with pytest.raises(ConfigError, match=message):
         bench.BenchConfig(bundle=tmp_path, checkpoint=TINY, openvino=tmp_path, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"slots": 0}, "--slots must be at least 1"),
+        ({"checkpoint": TINY}, "--bundle and --checkpoint belong together"),
+        ({"slots": 4, "step_rows": (1, 8)}, "--step-rows must be from 1 to --slots, which is 4"),
+    ],
+)
+def test_what_a_gpu_cannot_measure_is_refused(options, message):
+    with pytest.raises(ConfigError, match=message):
+        gpu.GpuBenchConfig(**options)
+
+
+@pytest.mark.skipif(has_cuda(), reason="this machine has an NVIDIA driver")
+def test_without_a_gpu_nothing_is_made_for_one(tmp_path):
+    command = [sys.executable, "jobs/bench.py", "--device", "cuda", "--output", tmp_path / "out"]
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("bench: --device cuda: ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_contender_takes_of_a_card_is_what_grows_while_it_works(monkeypatch):
+    class Used:
+        now = 100
+
+        def call(self, _):
+            return self.now
+
+    class Grows:
+        def __init__(self, *_):
+            Used.now += 7
+
+        def call(self, method):
+            Used.now += 5
+            return method
+
+        seconds = call
+
+    monkeypatch.setattr("benchmark.gpu.Host", Grows)
+    with ExitStack() as stack:
+        stack.enter_context = lambda made: made
+        contender = gpu.OnCard(Used(), stack, "x", "y", "z")
+        Used.now += 1000  # somebody else's
+        assert contender.call("answer") == "answer"
+        assert contender.seconds("answer") == "answer"
+    assert contender.held == 17
+
+
+def test_a_peer_that_does_not_fit_is_tried_no_larger():
+    class Large(Peer):
+        prompt_tokens = _images = _vision = lambda *_: []
+
+        def _answer(self, rows, *_):
+            if len(rows) > 4:
+                raise RuntimeError("CUDA out of memory. Tried to allocate")
+            return [[]] * len(rows)
+
+    peer = Large(1)
+    assert set(peer.choose_batch(Rows([b""] * 16, ["x"] * 16))) == {1, 4}
+    with pytest.raises(RuntimeError, match="out of memory"):
+        Large(1, batches=(8,)).choose_batch(Rows([b""] * 16, ["x"] * 16))
+
+
+def test_a_step_reads_weights_and_cache_and_no_table(tiny_bundle):
+    shape = tiny_bundle.manifest.decoder
+    cache = 2 * shape.layers * shape.kv_heads * shape.head_dim * 4
+    weights = limits.step_bytes(tiny_bundle, 0, 600)
+    assert limits.step_bytes(tiny_bundle, 3, 600) - weights == 3 * 600 * cache
+    layer = shape.hidden_size * (2 * shape.hidden_size + 2 * shape.kv_heads * shape.head_dim)
+    products = shape.layers * (layer + 3 * shape.hidden_size * shape.intermediate_size)
+    assert 1 < weights / (4 * (products + shape.vocab_size * shape.hidden_size)) < 1.02
+
+
+@pytest.mark.long
+def test_the_bench_for_a_gpu_runs_on_whatever_the_bundle_is_for(tiny_bundle, tmp_path):
+    command = [sys.executable, "jobs/bench.py", "--device", "cuda", "--bundle", tiny_bundle.path, "--checkpoint", TINY]
+    command += ["--cpu-vision-bundle", tiny_bundle.path, "--rows", 8, "--cpu-vision-rows", 4, "--new-tokens", 4]
+    command += ["--rounds", 1, "--slots", 8, "--step-rows", 1, 8, "--output", tmp_path]
+    subprocess.run(list(map(str, command)), cwd=ROOT, check=True)
+    figures = json.loads((tmp_path / "bench.json").read_text())
+    assert set(figures["ratios"]) == {"hf", "hf_cpu_vision", "vision_peak", "prefill_peak", "step_1", "step_8"}
+    assert all(ratio > 0 for ratio in figures["ratios"].values())
+    assert set(figures["images_per_second"]) == {*gpu.OURS, *gpu.PEERS.values()}
 
 
 @pytest.mark.long

@@ -28,12 +28,13 @@ from comparison import run as comparison_run
 from comparison.bundle_side import BundleSide
 from comparison.config import CompareConfig
 from comparison.layers import depth_names, instrument, state_error
-from comparison.measures import Measures, cosine, divergence
+from comparison.measures import Measures
 from comparison.reference import PyTorch
 from comparison.run import compare
 from comparison.summary import Bounds, difference, summarize
 from comparison.traces import Trace, first_difference
 from export.checkpoint import load_checkpoint
+from export.measures import cosine, divergence
 from export.package import ExportConfig, export_bundle
 from qvl_batch.bundle import DECODER, DECODER_FULL, VISION, Bundle
 from qvl_batch.decoder import Decoder

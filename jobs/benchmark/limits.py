@@ -10,14 +10,18 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
 from qvl_batch.bundle import DECODER, Bundle, Dtype, Layout
+from qvl_batch.kv_cache import slot_bytes
 from qvl_batch.runtime import usable_cpus
 
 #: Rows, inputs and outputs of products to find the peak with: large, but within the cache.
 SHAPES = ((2304, 384, 1152), (2304, 1152, 384), (600, 512, 1408), (1200, 1408, 512))
+#: Operators that read a few rows of a table.
+LOOKUPS = {"Gather", "RotaryEmbedding"}
 REPEATS = 15
 COPIED_BYTES = 1 << 28
 
@@ -59,14 +63,16 @@ def prefill_operations(config: Any, tokens: int) -> float:
 def step_bytes(bundle: Bundle, rows: int, tokens: int) -> float:
     """Bytes that a decode step must read: the decoder's weights, and the cache of so many rows and tokens.
 
-    Of a tied head in reduced precision the embedding is left out, of which a step reads a few rows.
+    Tables of which a step looks up a few rows are left out: those of rotation, an embedding that is no tied head.
     """
     manifest = bundle.manifest
-    shape = manifest.decoder
-    weights = manifest.files[f"{DECODER}.data"].size
-    if manifest.dtype != "fp32" and "head" not in manifest.fp32_layers:
-        weights -= 4 * shape.vocab_size * shape.hidden_size
-    return weights + rows * 2.0 * shape.layers * shape.kv_heads * tokens * shape.head_dim * 4
+    values = ir.load(bundle.file(DECODER)).graph.initializers.values()
+    weights: float = sum(
+        value.const_value.nbytes
+        for value in values
+        if value.const_value is not None and any(node.op_type not in LOOKUPS for node, _ in value.uses())
+    )
+    return weights + float(rows) * tokens * slot_bytes(manifest) / manifest.layout.max_seq_len
 
 
 def _product_speed(dtype: Dtype, rows: int, inputs: int, outputs: int) -> float:

@@ -1,10 +1,14 @@
 """Vision encoder and engine in one process, without Ray, and the whole job with it."""
 
+import itertools
+import statistics
 import tempfile
+import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
+from threading import Semaphore
 from typing import Any
 
 import numpy as np
@@ -16,15 +20,18 @@ from benchmark.rows import Rows, timed
 from qvl_batch.bundle import Bundle
 from qvl_batch.config import CaptionConfig
 from qvl_batch.decoder import Decoder, PrefillRow
-from qvl_batch.engine import Engine, Request
+from qvl_batch.engine import Completion, Engine, Request
 from qvl_batch.images import decode_image, fit_image
 from qvl_batch.layout import RowLayout
-from qvl_batch.runtime import usable_cpus
+from qvl_batch.plan import CUDA_VISION_THREADS
+from qvl_batch.runtime import memory_on, resolve_vision_device, usable_cpus
 from qvl_batch.vision import Features, VisionEncoder
 
 
 class Ours:
-    """Vision encoder and engine in this process, all threads for either: as in the job, an image takes one.
+    """Vision encoder and engine in this process, on the devices that the bundle is for.
+
+    On a CPU all threads are for either: as in the job, an image takes one.
 
     Args:
         bundle: folder of the bundle.
@@ -34,10 +41,12 @@ class Ours:
 
     def __init__(self, bundle: Path, slots: int, new_tokens: int) -> None:
         loaded, threads = Bundle.load(bundle), usable_cpus()
+        device = resolve_vision_device("auto", loaded.manifest)
         self.bundle, self.new_tokens, self.slots = loaded, new_tokens, slots
-        self.vision, self.layout = VisionEncoder(loaded, threads=1), RowLayout(loaded)
-        self._images_at_once = ThreadPoolExecutor(threads)
-        self.decoder = Decoder(loaded, slots, threads)
+        self.vision, self.layout = VisionEncoder(loaded, 1, device), RowLayout(loaded)
+        self.images_at_once = CUDA_VISION_THREADS if device == "cuda" else threads
+        self._pool = ThreadPoolExecutor(self.images_at_once)
+        self.decoder = Decoder(loaded, slots, threads, memory=memory_on(loaded.manifest.device))
 
     def answer(self, rows: Rows) -> list[list[int]]:
         """Answer all rows; tokens of each."""
@@ -53,7 +62,7 @@ class Ours:
 
     def encode_pixels(self, pixels: Sequence[Any]) -> list[Features]:
         """Features of fitted images."""
-        return list(self._images_at_once.map(self.vision.encode, pixels))
+        return list(self._pool.map(self.vision.encode, pixels))
 
     def requests(self, rows: Rows, features: Sequence[Features]) -> list[Request]:
         """What the engine takes, nothing shared between rows."""
@@ -93,6 +102,35 @@ class Ours:
 
         timed(took, "decode", count, decode)
         return took
+
+
+class Overlapped(Ours):
+    """As in a job, images are decoded by all CPUs while others are encoded and rows are answered."""
+
+    def answer(self, rows: Rows) -> list[list[int]]:
+        """Answer all rows; tokens of each."""
+        turns, size = Semaphore(self.images_at_once), self.layout.layout.image_size
+
+        def ask(file: bytes, prompt: str) -> "Future[Completion]":
+            pixels = fit_image(decode_image(file), size)
+            with turns:
+                features = self.vision.encode(pixels)
+            return engine.submit(Request(self.layout.row_ids(prompt), features, self.new_tokens))
+
+        with Engine(self.decoder, eos_token_ids=()) as engine, ThreadPoolExecutor(usable_cpus()) as pool:
+            return [future.result().token_ids for future in list(pool.map(ask, rows.files, rows.prompts))]
+
+    def step_seconds(self, rows: Rows, live: int, steps: int) -> float:
+        """Median time of a decode step of so many rows."""
+        features = self.encode(rows.part(0, min(live, len(rows))))
+        pairs = itertools.islice(itertools.cycle(zip(rows.prompts, features, strict=False)), live)
+        tokens = self.prefill([PrefillRow(self.layout.row_ids(prompt), each) for prompt, each in pairs])
+        times = []
+        for _ in range(steps):
+            began = time.perf_counter()
+            tokens = self.decoder.step(tokens)
+            times.append(time.perf_counter() - began)
+        return statistics.median(times)
 
 
 class Job:

@@ -2,13 +2,13 @@
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
-#: Rows of a batch that a peer is tried with; the fastest counts.
-BATCHES = (1, 4, 8, 16, 32)
+#: Rows of a batch that a peer is tried with, and rows that it is tried on at least.
+BATCHES, LEAST_TRIED = (1, 4, 8, 16, 32), 16
 
 T = TypeVar("T")
 
@@ -33,10 +33,11 @@ class Peer(ABC):
 
     Args:
         new_tokens: tokens of each answer; none ends sooner.
+        batches: sizes of a batch to try; the fastest counts.
     """
 
-    def __init__(self, new_tokens: int) -> None:
-        self.new_tokens, self.batch = new_tokens, 1
+    def __init__(self, new_tokens: int, batches: Sequence[int] = BATCHES) -> None:
+        self.new_tokens, self.batch, self.batches = new_tokens, 1, batches
 
     @abstractmethod
     def prompt_tokens(self, rows: Rows) -> list[int]:
@@ -57,11 +58,16 @@ class Peer(ABC):
     def choose_batch(self, rows: Rows) -> dict[int, float]:
         """Try batch sizes on a few rows and keep the fastest; images/s of each."""
         speeds: dict[int, float] = {}
-        for size in (size for size in BATCHES if size <= len(rows)):
+        for size in (size for size in self.batches if size <= len(rows)):
             self.batch = size
-            some = rows.part(0, max(size, BATCHES[-2]))
-            self.answer(some.part(0, size))
-            speeds[size] = len(some) / seconds(partial(self.answer, some))
+            some = rows.part(0, max(size, LEAST_TRIED))
+            try:
+                self.answer(some.part(0, size))
+                speeds[size] = len(some) / seconds(partial(self.answer, some))
+            except RuntimeError as error:
+                if not speeds or "out of memory" not in str(error):
+                    raise
+                break  # larger ones will not fit either
         self.batch = max(speeds, key=lambda size: speeds[size])
         return speeds
 

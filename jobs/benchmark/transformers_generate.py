@@ -1,5 +1,7 @@
 """transformers' `generate`, in batches padded on the left."""
 
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +9,7 @@ import torch
 from PIL import Image
 from transformers import GenerationConfig
 
-from benchmark.rows import Peer, Rows, timed
+from benchmark.rows import BATCHES, Peer, Rows, timed
 from export.checkpoint import load_checkpoint
 from qvl_batch.bundle import Bundle
 from qvl_batch.images import decode_image, fit_image
@@ -23,13 +25,26 @@ class HuggingFace(Peer):
         dtype: of weights and computation, as torch names it.
         bundle: folder of a bundle of it, for the layout.
         new_tokens: tokens of each answer; none ends sooner.
+        batches: sizes of a batch to try.
+        device: where the model is, as torch names it.
+        cache: its kind, as `generate` names it; with a static one it compiles its decode step on a GPU.
     """
 
-    def __init__(self, checkpoint: Path, dtype: str, bundle: Path, new_tokens: int) -> None:
-        super().__init__(new_tokens)
+    def __init__(
+        self,
+        checkpoint: Path,
+        dtype: str,
+        bundle: Path,
+        new_tokens: int,
+        batches: Sequence[int] = BATCHES,
+        device: str = "cpu",
+        cache: str | None = None,
+    ) -> None:
+        super().__init__(new_tokens, batches)
         torch.set_num_threads(usable_cpus())
         loaded = load_checkpoint(checkpoint)
-        self.model, self.processor = loaded.model.to(getattr(torch, dtype)), loaded.image_processor
+        self.model, self.processor = loaded.model.to(device, getattr(torch, dtype)), loaded.image_processor
+        self._cache = cache
         self.layout = RowLayout(Bundle.load(bundle))
 
     def prompt_tokens(self, rows: Rows) -> list[int]:
@@ -39,13 +54,19 @@ class HuggingFace(Peer):
     def _vision(self, rows: Rows, images: dict[str, Any]) -> float:
         took: dict[str, float] = {}
         with torch.inference_mode():
-            timed(took, "vision", len(rows), lambda: self.model.model.get_image_features(**images))
+            on_device = self._on_device(images)
+            # What comes back is read, so that a GPU has made it.
+            encode = lambda: self.model.model.get_image_features(**on_device).pooler_output[-1].sum().item()  # noqa: E731
+            timed(took, "vision", len(rows), encode)
         return took["vision"]
 
     def _images(self, rows: Rows) -> dict[str, Any]:
         size = self.layout.layout.image_size
         pixels = [Image.fromarray(fit_image(decode_image(file), size)) for file in rows.files]
         return dict(self.processor(pixels, return_tensors="pt"))
+
+    def _on_device(self, tensors: dict[str, Any]) -> dict[str, Any]:
+        return {name: tensor.to(self.model.device) for name, tensor in tensors.items()}
 
     def _answer(self, rows: Rows, images: dict[str, Any], new_tokens: int) -> list[list[int]]:
         settings = self.model.config
@@ -58,14 +79,32 @@ class HuggingFace(Peer):
             do_sample=False,
             eos_token_id=settings.text_config.vocab_size,  # no token has this id
             pad_token_id=0,
+            cache_implementation=self._cache,
         )
         with torch.inference_mode():
-            output = self.model.generate(
-                **images,
-                input_ids=padded,
-                attention_mask=mask,
-                mm_token_type_ids=(padded == settings.image_token_id).int() * mask,
-                generation_config=forced,
-            )
+            text = {
+                "input_ids": padded,
+                "attention_mask": mask,
+                "mm_token_type_ids": (padded == settings.image_token_id).int() * mask,
+            }
+            output = self.model.generate(**self._on_device(images | text), generation_config=forced)
         tokens: list[list[int]] = output[:, longest:].tolist()
         return tokens
+
+
+class Ahead(HuggingFace):
+    """The same, with all CPUs decoding the images of the batches to come while one is answered."""
+
+    def answer(self, rows: Rows) -> list[list[int]]:
+        """Answer all rows; tokens of each."""
+        parts = [rows.part(at, at + self.batch) for at in range(0, len(rows), self.batch)]
+        with ThreadPoolExecutor(usable_cpus()) as pool:
+            images = pool.map(self._images, (rows.part(at, at + 1) for at in range(len(rows))))
+            batches = ([next(images) for _ in range(len(part))] for part in parts)
+            answers = (
+                self._answer(
+                    part, {name: torch.cat([one[name] for one in batch]) for name in batch[0]}, self.new_tokens
+                )
+                for part, batch in zip(parts, batches, strict=True)
+            )
+            return [tokens for answered in answers for tokens in answered]

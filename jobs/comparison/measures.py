@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 from rapidfuzz.distance import Levenshtein
-from scipy.special import log_softmax
 
-from comparison.traces import Array, Trace, first_difference
+from comparison.traces import Trace, first_difference
+from export.measures import cosine, divergence, relative_error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,29 +63,12 @@ class Measures:
             logits_error=errors[first] if first is not None and first < comparable else None,
             token_agreement=common / longer,
             edit_similarity=Levenshtein.normalized_similarity(reference.text, candidate.text),
-            first_token_kl=divergence(reference.logits[0], candidate.logits[0]),
-            vision_cosine=cosine(reference.features, candidate.features),
+            first_token_kl=float(divergence(reference.logits[0], candidate.logits[0])),
+            vision_cosine=float(cosine(reference.features, candidate.features).mean()),
             vision_error=relative_error(candidate.features, reference.features),
             prefill_error=errors[0],
             decode_error=float(np.max(errors[1:])) if len(errors) > 1 else None,
         )
-
-
-def relative_error(found: Array, expected: Array) -> float:
-    """Largest absolute difference over the largest magnitude; NaN anywhere gives NaN."""
-    return float(np.abs(found - expected).max() / np.abs(expected).max())
-
-
-def divergence(reference: Array, candidate: Array) -> float:
-    """Kullback-Leibler divergence of two rows of logits (V,), reference first, in nats."""
-    p, q = (log_softmax(logits.astype(np.float64)) for logits in (reference, candidate))
-    return float(np.maximum(0.0, np.sum(np.exp(p) * (p - q))))
-
-
-def cosine(a: Array, b: Array) -> float:
-    """Mean over rows of the cosine of the angle between rows of two matrices."""
-    a, b = a.astype(np.float64), b.astype(np.float64)
-    return float(np.mean((a * b).sum(-1) / (np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1))))
 
 
 def _margin(trace: Trace, index: int | None, other: int | None, penalty: float) -> float | None:

@@ -12,8 +12,10 @@ from pathlib import Path
 import onnxruntime
 
 DRIVER, RUNTIME = "libcuda.so.1", "libcudart"
+#: Opened only when attention runs, so that nobody lists what is asked of it.
+CUDNN, OF_CUDNN = "libcudnn.so.9", ["cudnnCreate", "cudnnSetStream", "cudnnDestroy", "cudnnGetVersion"]
 #: What gives a handle, which nobody looks into.
-MAKES = ("cublasCreate_v2", "cublasLtCreate")
+MAKES = ("cublasCreate_v2", "cublasLtCreate", "cudnnCreate")
 SOURCE = Path(__file__).with_name("cudart.c")
 PROVIDER = Path(onnxruntime.__file__).parent / "capi" / "libonnxruntime_providers_cuda.so"
 
@@ -25,7 +27,7 @@ def build(folder: Path) -> Path:
         subprocess.CalledProcessError: gcc refuses one.
     """
     listed = _output("nm", "-D", "--undefined-only", PROVIDER)
-    symbols: dict[str, list[str]] = defaultdict(list)
+    symbols: dict[str, list[str]] = defaultdict(list, {CUDNN: OF_CUDNN})
     for name, library in re.findall(r"U (\w+)@(lib(?:cu|nv)\S+)", listed):
         symbols[library].append(name)
     symbols[DRIVER] = [*re.findall(r"U (cu[A-Z]\w+)$", listed, re.MULTILINE), "cuInit"]

@@ -18,13 +18,13 @@ import onnxruntime as ort
 from qvl_batch.bundle import DECODER, VISION, Bundle
 from qvl_batch.decoder import Decoder, PrefillRow
 from qvl_batch.memory import CudaMemory
-from qvl_batch.runtime import _providers, open_cuda
+from qvl_batch.runtime import Session, _providers, open_cuda
 
 COUNTERS = ("moves", "moved_bytes", "crossings", "crossed_bytes", "captures", "launches")
 
 
 def report(bundle: Bundle) -> dict[str, Any]:
-    """Nodes by provider, and counts of what two prefilled rows and six steps ask for."""
+    """Nodes by provider, counts of what six steps and a row's move ask for, and shapes of an image's features."""
     memory = CudaMemory(open_cuda("--device cuda"))
     nodes = {name: _nodes(bundle.file(name), memory, captures=name == DECODER) for name in (DECODER, VISION)}
     decoder = Decoder(bundle, 4, 1, memory=memory)
@@ -33,7 +33,16 @@ def report(bundle: Bundle) -> dict[str, Any]:
     steps = [_counted(lambda: decoder.step(np.array([5, 6]))) for _ in range(4)]
     moved = _counted(lambda: decoder.move(1, 0))
     steps += [_counted(lambda: decoder.step(np.array([5]))) for _ in range(2)]
-    return {"card": memory.card.name, "nodes": nodes, "steps": steps, "moved": moved}
+    size = bundle.manifest.layout.image_size
+    vision = Session(bundle.file(VISION), 1, memory=memory)
+    encoded = vision.run(["image_features"], {"pixels": np.zeros((1, size, size, 3), np.uint8)})
+    return {
+        "card": memory.card.name,
+        "nodes": nodes,
+        "steps": steps,
+        "moved": moved,
+        "features": [list(features.shape) for features in encoded],
+    }
 
 
 def _nodes(path: Path, memory: CudaMemory, *, captures: bool) -> dict[str, dict[str, int]]:

@@ -1,0 +1,143 @@
+"""What all benches read and write: rows, circumstances, a table, a plot and a file of figures."""
+
+import itertools
+import json
+import platform
+import statistics
+from collections.abc import Collection, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+from jinja2 import Environment
+from rich.console import Console
+from rich.table import Table
+
+from benchmark.rows import Rows
+from qvl_batch.config import CaptionConfig
+from qvl_batch.errors import ConfigError, JobError
+from qvl_batch.fetch import Fetcher
+from qvl_batch.reader import read_unit
+from qvl_batch.report import installed_versions
+from qvl_batch.runtime import usable_cpus
+from qvl_batch.source import IMAGE, PROMPT, open_source
+
+SVG = Environment(autoescape=True).from_string("""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 {{ 40 * bars | length + 40 }}" font-family="system-ui, sans-serif" font-size="14">
+<rect width="100%" height="100%" fill="#fff"/><text x="12" y="24" font-weight="bold">images a second</text>
+{% for name, speed, width, ours in bars %}<text x="12" y="{{ 40 * loop.index0 + 60 }}">{{ name }}</text><rect x="170" y="{{ 40 * loop.index0 + 43 }}" width="{{ width }}" height="24" rx="3" fill="{{ '#17694a' if ours else '#9a958c' }}"/><text x="{{ width + 178 }}" y="{{ 40 * loop.index0 + 60 }}">{{ "%.2f" | format(speed) }}</text>
+{% endfor %}</svg>
+""")  # noqa: E501
+DEMO = Path(__file__).parents[2] / "datasets" / "demo" / "questions.parquet"
+
+
+class Contender(Protocol):
+    """What answers rows, in a process of its own: see `Host`."""
+
+    def call(self, method: str, *args: Any) -> Any: ...  # noqa: D102
+    def seconds(self, method: str, *args: Any) -> float: ...  # noqa: D102
+
+
+def check_positive(config: Any, *names: str) -> None:
+    """Refuse options that must be at least 1.
+
+    Raises:
+        ConfigError: names the first.
+    """
+    for name in names:
+        if getattr(config, name) < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(config, name)}")
+
+
+def read_rows(bundle: Path, path: Path, count: int) -> Rows:
+    """The first rows of a file that have an image and a prompt, repeated if there are fewer.
+
+    Raises:
+        JobError: there is none.
+    """
+    source = open_source(CaptionConfig(bundle=bundle, input=(str(path),), output=""))
+    tables = (table for unit in source.units() for table in read_unit(unit, source.columns, None, count, Fetcher(())))
+    pairs = [
+        (image, prompt)
+        for table in tables
+        for image, prompt in zip(table[IMAGE].to_pylist(), table[PROMPT].to_pylist(), strict=True)
+        if image is not None and prompt
+    ]
+    if not pairs:
+        raise JobError(f"{path} has no row with an image and a prompt")
+    chosen = list(itertools.islice(itertools.cycle(pairs), count))
+    return Rows([image for image, _ in chosen], [prompt for _, prompt in chosen])
+
+
+def measure(
+    hosts: Mapping[str, Contender], rows: Rows, rounds: int, console: Console
+) -> tuple[dict[str, list[float]], dict[str, list[dict[str, float]]]]:
+    """Answer rows and measure stages in rounds that alternate: seconds and stages of each contender and round."""
+    seconds: dict[str, list[float]] = {name: [] for name in hosts}
+    stages: dict[str, list[dict[str, float]]] = {name: [] for name in hosts}
+    for number in range(rounds):
+        for name, host in hosts.items():
+            seconds[name].append(host.seconds("answer", rows))
+            stages[name].append(host.call("stages", rows))
+        speeds = ", ".join(f"{name} {len(rows) / taken[-1]:.2f}" for name, taken in seconds.items())
+        console.print(f"round {number + 1} of {rounds}, images/s: {speeds}")
+    return seconds, stages
+
+
+def choose_batch(name: str, host: Contender, rows: Rows, console: Console) -> dict[int, float]:
+    """Let a peer try batch sizes and keep the fastest; images/s of each."""
+    tried: dict[int, float] = host.call("choose_batch", rows)
+    console.print(f"{name}: best at {best_batch(tried)} rows of {', '.join(map(str, tried))}")
+    return tried
+
+
+def best_batch(tried: dict[int, float]) -> int:
+    """The batch size with the highest speed."""
+    return max(tried, key=lambda size: tried[size])
+
+
+def medians(taken: list[dict[str, float]]) -> dict[str, float]:
+    """Medians of figures by name."""
+    return {name: statistics.median(each[name] for each in taken) for name in taken[0]}
+
+
+def circumstances(config: Any, packages: Collection[str], **more: str) -> dict[str, Any]:
+    """Machine, versions and settings that figures were taken with."""
+    return {
+        "machine": f"{platform.machine()}, {usable_cpus()} CPUs, {_processor()}",
+        **more,
+        "versions": installed_versions(packages),
+        "settings": {name: str(value) for name, value in asdict(config).items()},
+    }
+
+
+def _processor() -> str:
+    source = Path("/proc/cpuinfo")
+    lines = source.read_text().splitlines() if source.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def write(figures: dict[str, Any], ours: Collection[str], output: Path) -> None:
+    """`bench.json` and `bench.svg`, in which our bars have a colour of their own."""
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "bench.json").write_text(json.dumps(figures, indent=1) + "\n")
+    (output / "bench.svg").write_text(_plot(figures["images_per_second"], ours))
+
+
+def show(figures: dict[str, Any], console: Console) -> None:
+    """Contenders as a table, ratios as lines."""
+    stages = figures["stages_ms_per_image"]
+    names = list(next(iter(stages.values())))
+    table = Table("", "images/s", "tokens/s", *(f"{name} ms" for name in names), "peak GB")
+    for contender, speed in figures["images_per_second"].items():
+        took = [f"{stages[contender][name]:.1f}" if contender in stages else "" for name in names]
+        tokens, memory = figures["tokens_per_second"][contender], figures["peak_memory_gb"][contender]
+        table.add_row(contender, f"{speed:.2f}", f"{tokens:.0f}", *took, f"{memory:.2f}")
+    console.print(table)
+    for name, ratio in figures["ratios"].items():
+        console.print(f"{name:<18} {ratio:.2f}")
+
+
+def _plot(speeds: dict[str, float], ours: Collection[str]) -> str:
+    """Bars of images a second."""
+    longest = max(speeds.values())
+    return SVG.render(bars=[(name, each, round(380 * each / longest), name in ours) for name, each in speeds.items()])

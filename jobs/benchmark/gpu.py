@@ -1,0 +1,267 @@
+"""The bench on a GPU: engine against transformers' `generate` on the same card, and against the card's limits.
+
+A model of real shape is made and exported where none is given. The engine runs without Ray, as one
+decoder's actor does: images are decoded by the CPUs, encoded on the GPU, or first by the CPUs too,
+and answered.
+"""
+
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from rich.console import Console
+from transformers import AutoConfig
+
+from benchmark import limits
+from benchmark.figures import DEMO, best_batch, check_positive, choose_batch, circumstances, measure, medians, read_rows
+from benchmark.host import ROOT, Host
+from benchmark.rows import Rows
+from qvl_batch.bundle import MANIFEST, Bundle
+from qvl_batch.errors import ConfigError, JobError
+from qvl_batch.layout import RowLayout
+from qvl_batch.runtime import open_cuda, require_cuda
+
+OURS = CUDA_VISION, CPU_VISION = "qvl-batch", "qvl-batch, CPU vision"
+DYNAMIC = "transformers"
+PEERS = {"dynamic": DYNAMIC, "static": "transformers, static cache"}
+#: Ratios to the best peer, and whose they are.
+HF_RATIOS = {"hf": CUDA_VISION, "hf_cpu_vision": CPU_VISION}
+TORCH_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+#: Rows of a batch that `generate` is tried with.
+BATCHES = (1, 8, 32, 64, 128)
+#: Steps whose median time counts.
+STEPS = 32
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuBenchConfig:
+    """Measure the engine on a GPU against transformers' `generate` on the same card, and against the card's limits."""
+
+    device: Literal["cuda"] = "cuda"
+    """What to measure on."""
+    bundle: Path | None = None
+    """Folder of a bundle in half precision. Without it, a made-up model is exported into --output."""
+    cpu_vision_bundle: Path | None = None
+    """Folder of one with the vision tower in fp32, for the CPU. Exported too, if --bundle is not given."""
+    checkpoint: Path | None = None
+    """Folder of the checkpoint that they were exported from. Without it, a made-up one is written into --output."""
+    shape: str = "3b"
+    """Shape of the made-up model, as datasets/make_model.py names it."""
+    dtype: Literal["bf16", "fp16"] = "bf16"
+    """What the made-up model is exported in."""
+    against: tuple[Literal["dynamic", "static"], ...] = ("dynamic", "static")
+    """Caches of transformers' `generate`. With a static one it compiles its decode step; it is tried at the best
+    batch size of the other."""
+    input: Path = DEMO
+    """Parquet file of `id`, `image` and `prompt`."""
+    rows: int = 256
+    """Rows to answer; the input is repeated if it has fewer."""
+    cpu_vision_rows: int = 32
+    """Rows to answer with the vision tower on the CPU; 0 leaves it out."""
+    new_tokens: int = 64
+    """Tokens of each answer; none ends sooner."""
+    rounds: int = 3
+    """Rounds of each, after one to warm up."""
+    slots: int = 128
+    """Rows that our decoder answers at a time."""
+    step_rows: tuple[int, ...] = (1, 8, 32, 128)
+    """Rows of the decode steps whose time is held against what they must read."""
+    output: Path = Path("build/bench-gpu")
+    """Folder for model, bundles and figures."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be measured.
+
+        Raises:
+            ConfigError: names the option and what to do.
+        """
+        check_positive(self, "rows", "new_tokens", "rounds", "slots")
+        if (self.bundle is None) != (self.checkpoint is None):
+            raise ConfigError("--bundle and --checkpoint belong together: give both, or neither for a made-up model")
+        if self.step_rows and not 1 <= min(self.step_rows) <= max(self.step_rows) <= self.slots:
+            raise ConfigError(f"--step-rows must be from 1 to --slots, which is {self.slots}")
+
+
+class OnCard:
+    """A contender in its process; `held` are bytes that it has on the card, of which it gives none back.
+
+    Args:
+        card: process with the card's limits.
+        name, module, kind, args: of the contender, as `Host` takes them.
+        stack: closes it.
+    """
+
+    def __init__(self, card: Host, stack: ExitStack, name: str, module: str, kind: str, *args: Any) -> None:
+        self._card, self.held = card, 0
+        self._host = self._noted(lambda: stack.enter_context(Host(name, f"benchmark.{module}", kind, *args)))
+
+    def call(self, method: str, *args: Any) -> Any:
+        """As `Host.call`."""
+        return self._noted(lambda: self._host.call(method, *args))
+
+    def seconds(self, method: str, *args: Any) -> float:
+        """As `Host.seconds`."""
+        return self._noted(lambda: self._host.seconds(method, *args))
+
+    def _noted(self, work: Callable[[], T]) -> T:
+        before = self._card.call("used_bytes")
+        result = work()
+        self.held += self._card.call("used_bytes") - before
+        return result
+
+
+def bench(config: GpuBenchConfig, console: Console) -> dict[str, Any]:
+    """Measure, and return what goes into `bench.json`.
+
+    Raises:
+        DeviceError: there is no GPU here.
+        JobError: the contenders do not do the same work, or there is no model to measure.
+    """
+    checkpoint, folder, cpu_vision = _prepare(config, console)
+    bundle = Bundle.load(folder)
+    device = bundle.manifest.device
+    if device == "cuda":
+        open_cuda("--device cuda")
+    rows = read_rows(folder, config.input, config.rows)
+    ours = (config.slots, config.new_tokens)
+    with Host("limits of the card", "benchmark.device_limits", "DeviceLimits", device) as card:
+        with ExitStack() as stack:
+            engine = OnCard(card, stack, CUDA_VISION, "ours", "Overlapped", folder, *ours)
+            peers, tried, failures = _peers(config, card, stack, (checkpoint, bundle), rows, console)
+            contenders = {CUDA_VISION: engine, **peers}
+            _check(contenders, rows, config.new_tokens)
+            seconds, stages = measure(contenders, rows, config.rounds, console)
+            figures: dict[str, Any] = {
+                "stages_ms_per_image": {name: medians(taken) for name, taken in stages.items()},
+                "best_batch": {name: best_batch(sizes) for name, sizes in tried.items()},
+                "seconds": seconds,
+                "batches_tried": tried,
+                "not_measured": failures,
+            }
+            speed = {name: len(rows) / statistics.median(taken) for name, taken in seconds.items()}
+            console.print("limits of the card")
+            figures["limits"] = _limits(card, TORCH_NAMES[bundle.manifest.dtype])
+            ratios = _against_limits(figures, config, engine, AutoConfig.from_pretrained(checkpoint), bundle, rows)
+        if cpu_vision is not None:
+            few = rows.part(0, config.cpu_vision_rows)
+            console.print(f"{CPU_VISION}: {len(few)} rows")
+            with ExitStack() as stack:
+                contenders[CPU_VISION] = slower = OnCard(
+                    card, stack, CPU_VISION, "ours", "Overlapped", cpu_vision, *ours
+                )
+                slower.call("answer", few.part(0, 2))
+                speed[CPU_VISION] = len(few) / slower.seconds("answer", few)
+        theirs = max((each for name, each in speed.items() if name not in OURS), default=None)
+        if theirs:
+            ratios |= {key: speed[name] / theirs for key, name in HF_RATIOS.items() if name in speed}
+        return {
+            "ratios": ratios,
+            "images_per_second": speed,
+            "tokens_per_second": {name: each * config.new_tokens for name, each in speed.items()},
+            "peak_memory_gb": {name: each.held / 1e9 for name, each in contenders.items()},
+            **figures,
+            **circumstances(config, ("onnxruntime-gpu", "torch", "transformers"), card=card.call("name")),
+        }
+
+
+def _prepare(config: GpuBenchConfig, console: Console) -> tuple[Path, Path, Path | None]:
+    """Checkpoint, bundle, and the one with vision on the CPU if that is measured; made if none was given.
+
+    Raises:
+        DeviceError: there is no GPU to make them for.
+        JobError: they cannot be made.
+    """
+    if config.bundle is not None and config.checkpoint is not None:
+        return config.checkpoint, config.bundle, config.cpu_vision_bundle if config.cpu_vision_rows else None
+    require_cuda("--device cuda")
+    config.output.mkdir(parents=True, exist_ok=True)
+    model = config.output / f"model-{config.shape}"
+    bundle = config.output / f"{config.shape}-{config.dtype}"
+    cpu_vision = config.output / f"{config.shape}-{config.dtype}-vision-fp32"
+    made = [(model, [ROOT / "datasets" / "make_model.py", model, "--shape", config.shape])]
+    export: list[Any] = ["-m", "export", model, "--dtype", config.dtype, "--skip-parity", "--output"]
+    made.append((bundle, [*export, bundle]))
+    if config.cpu_vision_rows:
+        made.append((cpu_vision, [*export, cpu_vision, "--vision-dtype", "fp32"]))
+    for folder, command in made:
+        if not (folder / ("config.json" if folder == model else MANIFEST)).is_file():
+            console.print(f"{folder} is made")
+            if subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, check=False).returncode:  # noqa: S603
+                raise JobError(f"{folder} could not be made: see above")
+    return model, bundle, cpu_vision if config.cpu_vision_rows else None
+
+
+def _peers(
+    config: GpuBenchConfig, card: Host, stack: ExitStack, of: tuple[Path, Bundle], rows: Rows, console: Console
+) -> tuple[dict[str, OnCard], dict[str, dict[int, float]], dict[str, str]]:
+    """Peers, images/s by batch size of each, and why some could not be measured."""
+    checkpoint, bundle = of
+    dtype, device = TORCH_NAMES[bundle.manifest.dtype], bundle.manifest.device
+    peers: dict[str, OnCard] = {}
+    tried: dict[str, dict[int, float]] = {}
+    failures: dict[str, str] = {}
+    for kind in sorted(config.against):  # the dynamic one first
+        name = PEERS[kind]
+        sizes = BATCHES if kind == "dynamic" or DYNAMIC not in tried else (best_batch(tried[DYNAMIC]),)
+        cache = "static" if kind == "static" else None
+        made_of = (checkpoint, dtype, bundle.path, config.new_tokens, sizes, device, cache)
+        try:
+            peer = OnCard(card, stack, name, "transformers_generate", "Ahead", *made_of)
+            tried[name] = choose_batch(name, peer, rows, console)
+        except RuntimeError as error:
+            if kind == "dynamic":
+                raise
+            failures[name] = str(error).strip().split("\n")[-1]
+            console.print(f"{name} is not measured: {failures[name]}")
+        else:
+            peers[name] = peer
+    return peers, tried, failures
+
+
+def _check(contenders: dict[str, OnCard], rows: Rows, new_tokens: int) -> None:
+    """Answer once to warm up.
+
+    Raises:
+        JobError: the contenders do not do the same work.
+    """
+    few = rows.part(0, 4)
+    lengths = {name: contender.call("prompt_tokens", few) for name, contender in contenders.items()}
+    if any(found != lengths[CUDA_VISION] for found in lengths.values()):
+        raise JobError(f"rows are not of the same tokens for all, there is nothing to compare: {lengths}")
+    for name, contender in contenders.items():
+        short = sum(len(answer) != new_tokens for answer in contender.call("answer", rows))
+        if short:
+            raise JobError(f"{short} answers of {name} are not of {new_tokens} tokens, there is nothing to compare")
+
+
+def _limits(card: Host, dtype: str) -> dict[str, float]:
+    return {
+        "matrix_tflops": card.call("matrix_rate", dtype) / 1e12,
+        "copy_gb_per_second": card.call("copy_bandwidth") / 1e9,
+    }
+
+
+def _against_limits(
+    figures: dict[str, Any], config: GpuBenchConfig, engine: OnCard, settings: Any, bundle: Bundle, rows: Rows
+) -> dict[str, float]:
+    """Shares of the measured matrix rate and bandwidth that stages reach; times of steps are noted."""
+    found, took = figures["limits"], figures["stages_ms_per_image"][CUDA_VISION]
+    rate, bandwidth = found["matrix_tflops"] * 1e12, found["copy_gb_per_second"] * 1e9
+    tokens = len(RowLayout(bundle).row_ids(rows.prompts[0]))
+    operations = {
+        "vision": limits.vision_operations(settings, bundle.manifest.layout),
+        "prefill": limits.prefill_operations(settings, tokens),
+    }
+    ratios = {f"{stage}_peak": count / (took[stage] / 1e3) / rate for stage, count in operations.items()}
+    found["step_ms"] = {live: 1e3 * engine.call("step_seconds", rows, live, STEPS) for live in config.step_rows}
+    for live, milliseconds in found["step_ms"].items():
+        read = limits.step_bytes(bundle, live, tokens + STEPS // 2)
+        ratios[f"step_{live}"] = read / (milliseconds / 1e3) / bandwidth
+    return ratios
