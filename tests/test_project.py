@@ -13,8 +13,12 @@ from conftest import ROOT
 from PIL import Image
 
 import qvl_batch
+from bench import BenchConfig
+from benchmark.gpu import GpuBenchConfig
 from comparison.config import CompareConfig
+from export.package import ExportConfig
 from qvl_batch import errors
+from qvl_batch.config import CaptionConfig
 
 README = (ROOT / "README.md").read_text()
 TREE = re.search(r"^qvl_batch/ .*?^tests/", README, re.DOTALL | re.MULTILINE)[0]
@@ -132,15 +136,13 @@ def test_commands_in_the_readme_exist():
 
 
 def test_options_named_in_texts_exist():
-    compare = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(CompareConfig)}
-    options = set(re.findall(r"│ (--[\w-]+)", README)) | {"--output", "--device"} | compare
+    configs = (CaptionConfig, CompareConfig, ExportConfig, BenchConfig, GpuBenchConfig)
+    ours = {"--" + field.name.replace("_", "-") for config in configs for field in dataclasses.fields(config)}
+    rays, nvidias = {"--working-dir", "--address", "--entrypoint-num-gpus"}, {"--id", "--query-gpu", "--format"}
     texts = [*(ROOT / "qvl_batch").glob("*.py"), *(ROOT / "jobs").rglob("*.py"), ROOT / "README.md"]
-    for path in (path for path in texts if path.stem != "bench"):
-        named = set(re.findall(r"--[a-z][a-z0-9-]+", path.read_text()))
-        others = {"--max-seq-len", "--working-dir", "--address", "--help", "--entrypoint-num-gpus", "--rows"}
-        others |= {"--dtype", "--vision-dtype", "--reduced-bundle", "--with-fp32"}
-        others |= {"--id", "--query-gpu", "--format"}  # nvidia-smi
-        assert named <= options | others, path.name
+    for path in texts:
+        named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", path.read_text()))
+        assert named <= ours | rays | nvidias | {"--help"}, path.name
 
 
 def test_tasks_that_only_read_and_decode_import_no_heavy_library():
