@@ -38,14 +38,15 @@ class DecoderWeights(nn.Module):
     Args:
         model: `Qwen2_5_VLForConditionalGeneration`.
         unit: of the residual stream, a power of two.
+        joined: one product makes queries, keys and values.
     """
 
-    def __init__(self, model: Any, unit: int = 1) -> None:
+    def __init__(self, model: Any, unit: int = 1, *, joined: bool = False) -> None:
         super().__init__()
         text = model.model.language_model
-        self.unit = unit
+        self.unit, self.joined = unit, joined
         self.embed = text.embed_tokens.weight
-        self.stack = nn.ModuleList(Layer(layer, unit) for layer in text.layers)
+        self.stack = nn.ModuleList(Layer(layer, unit, joined=joined) for layer in text.layers)
         self.norm = text.norm.weight
         # A tied head stays tied: one initializer, read by the Gather and by the last product.
         self.head = model.lm_head.weight
@@ -63,11 +64,12 @@ class DecoderWeights(nn.Module):
 class Layer(nn.Module):
     """Weights of one decoder layer, which adds to a residual stream in `unit`."""
 
-    def __init__(self, layer: Any, unit: int = 1) -> None:
+    def __init__(self, layer: Any, unit: int = 1, *, joined: bool = False) -> None:
         super().__init__()
         attention = layer.self_attn
         self.norm1, self.norm2 = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
-        self.qkv = nn.ModuleList(map(Linear.of, (attention.q_proj, attention.k_proj, attention.v_proj)))
+        qkv = (attention.q_proj, attention.k_proj, attention.v_proj)
+        self.qkv = Linear.joined(qkv) if joined else nn.ModuleList(map(Linear.of, qkv))
         self.out = Linear.of(attention.o_proj).in_unit(unit)
         self.mlp = GatedMlp(layer.mlp, unit)
 
@@ -171,9 +173,7 @@ class CachedDecoder(_Decoder):
         present: list[Tensor] = []
         normed = rms_norm(hidden, layers[0].norm1, self.eps)
         for index, layer in enumerate(layers):
-            q, k, v = (linear(normed) for linear in layer.qkv)
-            q = rotary_embedding(q, cache_position, self.cos, self.sin, self.heads)
-            k = rotary_embedding(k, cache_position, self.cos, self.sin, self.kv_heads)
+            q, k, v = self._queries_keys_values(layer, normed, cache_position)
             cache = (past[2 * index], past[2 * index + 1])
             heads = (self.heads, self.kv_heads)
             if self.standard_attention:
@@ -198,6 +198,18 @@ class CachedDecoder(_Decoder):
             scores = torch.where(seen, torch.where(logits < 0, logits * self.penalty, logits / self.penalty), logits)
             present.append(seen)
         return torch.where(is_finite, scores.argmax(-1), -1), logits, *present
+
+    def _queries_keys_values(self, layer: Layer, normed: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Each (B, S, heads * head_dim), queries and keys rotated by `rows` of the tables."""
+        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        if self.weights.joined:
+            both, v = torch.split(layer.qkv(normed), [queries + keys, keys], dim=-1)
+            rotated = rotary_embedding(both, rows, self.cos, self.sin, self.heads + self.kv_heads)
+            q, k = torch.split(rotated, [queries, keys], dim=-1)
+            return q, k, v
+        q, k, v = (linear(normed) for linear in cast("nn.ModuleList", layer.qkv))
+        q = rotary_embedding(q, rows, self.cos, self.sin, self.heads)
+        return q, rotary_embedding(k, rows, self.cos, self.sin, self.kv_heads), v
 
     def _seen(self, seen: Tensor, input_ids: Tensor, is_valid: Tensor) -> Tensor:
         """Tokens seen (B, V) with those of this call: what makes a token less likely, prompt included.
@@ -250,11 +262,11 @@ class FullDecoder(_Decoder):
         hidden = self._embed(input_ids, is_image, image_embeds)
         for layer in self.weights.layers:
             normed = rms_norm(hidden, layer.norm1, self.eps)
-            qkv = (linear(normed) for linear in layer.qkv)
+            qkv = (linear(normed) for linear in cast("nn.ModuleList", layer.qkv))
             q, k, v = (t.reshape(batch, length, -1, self.head_dim).transpose(1, 2) for t in qkv)
             update = attend(_rotate(q, cos, sin), _rotate(k, cos, sin), v, visible)
             hidden = hidden + layer.out(update.transpose(1, 2).reshape(batch, length, -1))
-            hidden = hidden + layer.mlp(rms_norm(hidden, layer.norm2, self.eps))
+            hidden = hidden + layer.mlp(rms_norm(hidden, layer.norm2, self.eps), F.silu)
         normed = rms_norm(hidden, self.weights.norm, self.eps)
         return self.weights.logits(normed.reshape(batch * length, -1)).reshape(batch, length, -1)
 

@@ -104,7 +104,8 @@ def export_decoders(
     """Write `decoder.onnx`, and `decoder_full.onnx` in fp32, and the weights of both once."""
     with progress.step("decoder graphs" if precision.has_full else "decoder graph"):
         graphs = trace_decoders(weights.skeleton, layout, precision, penalty)
-        lazy = LazyWeights(weights, decoder_parts(weights.skeleton, stream_unit(precision.decoder)))
+        unit, joined = stream_unit(precision.decoder), precision.decoder in HALVES
+        lazy = LazyWeights(weights, decoder_parts(weights.skeleton, unit, joined=joined))
         for graph in graphs.values():
             lazy.fill(graph)
         _reduce(graphs[DECODER], precision.decoder, precision.fp32_layers)
@@ -131,7 +132,7 @@ def trace_decoders(
     without weights if the model has none. `penalty` is the repetition penalty.
     """
     precision = precision or Precision()
-    weights = DecoderWeights(model, stream_unit(precision.decoder))
+    weights = DecoderWeights(model, stream_unit(precision.decoder), joined=precision.decoder in HALVES)
     standard = precision.device == "cuda" and precision.decoder == "fp32"
     cached = CachedDecoder(weights, model, layout, standard_attention=standard, penalty=penalty)
     graphs = {DECODER: _trace_cached(cached, model, layout)}

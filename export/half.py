@@ -32,8 +32,9 @@ TYPES: dict[ir.DataType, Any] = {FP32: np.float32, HALF["fp16"]: np.float16, HAL
 #: Of the residual stream in fp16. States up to two million fit, and what is lost below 2e-6 is nothing to them.
 FP16_UNIT = 32
 PRODUCTS, ATTENTION = {"MatMul", "Gemm"}, {"GroupQueryAttention", "MultiHeadAttention"}
-#: Operators that are in half precision if what they take is.
-PASSING = {"Add", "Sigmoid", "Mul", "Gelu", "Reshape", "Slice", "Split", "Concat", "Gather", "GatherElements"}
+#: Operators that are in half precision if all who read them are, and others if what they take is.
+MOVING = {"Split"}
+PASSING = {"Add", "QuickGelu", "Mul", "Gelu", "Reshape", "Slice", "Split", "Concat", "Gather", "GatherElements"}
 #: Prefixes of what is in fp32 always.
 ALWAYS_FP32 = ("patch_embed",)
 #: Names of the embedding, of which the second is that of a tied head.
@@ -124,6 +125,10 @@ def _nodes_in_half(model: ir.Model, layers: Callable[[str], str], keep: Collecti
             computed = [producer for producer in made if producer is not None]
             if computed and chosen.issuperset(computed):
                 chosen.add(node)
+    # One cast before it, instead of one for each output.
+    for node in model.graph:
+        if node.op_type in MOVING and all(use.node in chosen for value in node.outputs for use in value.uses()):
+            chosen.add(node)
     return chosen
 
 

@@ -1,16 +1,19 @@
 """Layers that vision tower and decoder share, with their weights laid out for the graph.
 
 Weights are stored (in, out), so that a graph multiplies without transposing. Products of one
-input stay apart: joined, they would have to be split again, and on a CPU that copy takes longer
-than one product saves (4 % of the vision graph, measured). What enters are layers of
-transformers' model; what leaves computes the same.
+input stay apart for a CPU: joined, they would have to be split again, and that copy takes longer
+than one product saves (4 % of the vision graph, measured). On a GPU a decode step is as many
+launches as operators, so there the decoder's are joined. What enters are layers of transformers'
+model; what leaves computes the same.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+
+from export.operators import silu
 
 
 class Linear(nn.Module):
@@ -32,7 +35,13 @@ class Linear(nn.Module):
     def parts(cls, linear: nn.Linear, count: int) -> "list[Linear]":
         """`count` layers whose outputs together are those of `linear`."""
         biases = [None] * count if linear.bias is None else linear.bias.chunk(count)
-        return list(map(cls, linear.weight.chunk(count), biases))
+        return [cls(weight, bias) for weight, bias in zip(linear.weight.chunk(count), biases, strict=True)]
+
+    @classmethod
+    def joined(cls, linears: Sequence[nn.Linear]) -> "Linear":
+        """One layer whose output is theirs, one behind the other."""
+        biases = tuple(linear.bias for linear in linears if linear.bias is not None)
+        return cls(torch.cat(tuple(linear.weight for linear in linears)), torch.cat(biases) if biases else None)
 
     def in_unit(self, unit: int) -> "Linear":
         """The same layer with outputs in a larger unit, a power of two: exact, short of the smallest numbers."""
@@ -59,6 +68,6 @@ class GatedMlp(nn.Module):
         down = Linear.of(mlp.down_proj)
         self.down = down.with_bias(None if down.bias is None else down.bias / unit)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, silu: Callable[[Tensor], Tensor] = silu) -> Tensor:
         """(..., D) to (..., D)."""
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+        return self.down(silu(self.gate(x)) * self.up(x))

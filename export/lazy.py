@@ -59,14 +59,16 @@ def vision_parts(model: Any, std: list[float], unit: int = 1) -> list[Part]:
     ]
 
 
-def decoder_parts(model: Any, unit: int = 1) -> list[Part]:
-    """Parts of `DecoderWeights` with a residual stream in `unit`, as an attribute `weights`."""
+def decoder_parts(model: Any, unit: int = 1, *, joined: bool = False) -> list[Part]:
+    """Parts of `DecoderWeights` made with `unit` and `joined`, as an attribute `weights`."""
     layers = range(len(model.model.language_model.layers))
     return [
         Part("weights.embed", "model.language_model.embed_tokens", _weight),
         *(
             Part(
-                f"weights.stack.{k}", f"model.language_model.layers.{k}", lambda layer: _parameters(Layer(layer, unit))
+                f"weights.stack.{k}",
+                f"model.language_model.layers.{k}",
+                lambda layer: _parameters(Layer(layer, unit, joined=joined)),
             )
             for k in layers
         ),

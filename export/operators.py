@@ -37,6 +37,11 @@ def skip_rms_norm(update: Tensor, residual: Tensor, weight: Tensor, eps: float) 
     return outputs[0], outputs[3]
 
 
+def silu(x: Tensor) -> Tensor:
+    """`x * sigmoid(x)` in one pass."""
+    return _symbolic("QuickGelu", [x], {"alpha": 1.0}, x)
+
+
 def rotary_embedding(x: Tensor, rows: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
     """Rotate all heads of `x` (B, S, heads * head_dim) by tables (N, head_dim / 2).
 
@@ -87,7 +92,7 @@ def group_query_attention(
     return outputs[0], (outputs[1], outputs[2])
 
 
-def _symbolic(operator: str, inputs: Sequence[Tensor], attrs: Mapping[str, int], like: Tensor) -> Tensor:
+def _symbolic(operator: str, inputs: Sequence[Tensor], attrs: Mapping[str, float], like: Tensor) -> Tensor:
     return torch.onnx.ops.symbolic(
         f"{DOMAIN}::{operator}", inputs, dict(attrs), dtype=like.dtype, shape=like.shape, version=1
     )

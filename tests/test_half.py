@@ -34,7 +34,7 @@ from qvl_batch.vision import VisionEncoder
 ROWS = demo_rows(12)
 #: In fp32 in every graph: the residual stream and its norms, rotation, and what picks a token.
 FP32 = {"SkipSimplifiedLayerNormalization", "RotaryEmbedding", "Pow", "ReduceMean", "ArgMax", "Where", "Sub"}
-IN_HALF = {"MatMul", "Gemm", "GroupQueryAttention", "MultiHeadAttention", "Sigmoid"}
+IN_HALF = {"MatMul", "Gemm", "GroupQueryAttention", "MultiHeadAttention", "QuickGelu"}
 #: Kullback-Leibler divergence of the first token, cosine and agreement as README and gate have them, with room.
 COSTS = {"bf16": (2e-3, 0.999), "fp16": (2e-5, 0.9999)}
 FLOATS = {ir.DataType.FLOAT, *half.HALF.values()}
@@ -82,7 +82,7 @@ def test_graphs_are_in_half_precision_node_by_node(reduced):
             elif node.op_type in IN_HALF:
                 assert types == {wanted}, node
             seen.add(node.op_type)
-        assert {"SkipSimplifiedLayerNormalization", "RotaryEmbedding", "MatMul", "Sigmoid"} <= seen
+        assert {"SkipSimplifiedLayerNormalization", "RotaryEmbedding", "MatMul", "QuickGelu"} <= seen
         weights = {v.name: v.dtype for v in graph.initializers.values() if v.name.endswith(".weight")}
         assert set(weights.values()) == {wanted}
     assert {wanted} == {v.dtype for n, v in graph.initializers.items() if n in ("weights.embed", "weights.head")}

@@ -5,6 +5,7 @@ decoder's actor does: images are decoded by the CPUs, encoded on the GPU, or fir
 and answered.
 """
 
+import shutil
 import statistics
 import subprocess
 import sys
@@ -181,20 +182,25 @@ def _prepare(config: GpuBenchConfig, console: Console) -> tuple[Path, Path, Path
     if config.bundle is not None and config.checkpoint is not None:
         return config.checkpoint, config.bundle, config.cpu_vision_bundle if config.cpu_vision_rows else None
     require_cuda("--device cuda")
-    config.output.mkdir(parents=True, exist_ok=True)
-    model = config.output / f"model-{config.shape}"
-    bundle = config.output / f"{config.shape}-{config.dtype}"
-    cpu_vision = config.output / f"{config.shape}-{config.dtype}-vision-fp32"
-    made = [(model, [ROOT / "datasets" / "make_model.py", model, "--shape", config.shape])]
-    export: list[Any] = ["-m", "export", model, "--dtype", config.dtype, "--skip-parity", "--output"]
-    made.append((bundle, [*export, bundle]))
+    output = config.output.resolve()
+    output.mkdir(parents=True, exist_ok=True)
+    model = output / f"model-{config.shape}"
+    bundle = output / f"{config.shape}-{config.dtype}"
+    cpu_vision = output / f"{config.shape}-{config.dtype}-vision-fp32"
+    export = ["-m", "export", model, "--dtype", config.dtype, "--skip-parity", "--output"]
+    # By the file that is written last.
+    made: dict[Path, list[Any]] = {
+        model / "model.safetensors.index.json": ["datasets/make_model.py", model, "--shape", config.shape],
+        bundle / MANIFEST: [*export, bundle],
+    }
     if config.cpu_vision_rows:
-        made.append((cpu_vision, [*export, cpu_vision, "--vision-dtype", "fp32"]))
-    for folder, command in made:
-        if not (folder / ("config.json" if folder == model else MANIFEST)).is_file():
-            console.print(f"{folder} is made")
+        made[cpu_vision / MANIFEST] = [*export, cpu_vision, "--vision-dtype", "fp32"]
+    for file, command in made.items():
+        if not file.is_file():
+            console.print(f"{file.parent} is made")
+            shutil.rmtree(file.parent, ignore_errors=True)  # what was begun
             if subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, check=False).returncode:  # noqa: S603
-                raise JobError(f"{folder} could not be made: see above")
+                raise JobError(f"{file.parent} could not be made: see above")
     return model, bundle, cpu_vision if config.cpu_vision_rows else None
 
 
