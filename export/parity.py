@@ -216,8 +216,11 @@ def _session(path: Path, dtype: Dtype) -> ort.InferenceSession:
         options.add_session_config_entry("session.disable_prepacking", "1")
     if dtype not in HALVES:
         return ort.InferenceSession(path, options)
-    # Folded, a weight's cast to fp32 would be a weight of twice the size in memory.
+    # Folded, a weight's cast to fp32 would be a weight of twice the size in memory. So it is if, as by default,
+    # what depends on nothing runs first, or if memory is kept when it is no longer needed.
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
+    options.enable_cpu_mem_arena = False
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
     return ort.InferenceSession(emulated_graph(path), options)
 

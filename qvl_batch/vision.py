@@ -56,8 +56,13 @@ class VisionEncoder:
                 raise
         return again.encode(image)
 
+    def run(self, images: NDArray[np.uint8]) -> Features:
+        """Whatever the graph makes of images (B, H, W, 3) in one run, float32 (B, T_img, D)."""
+        features: Features = self._session.run(["image_features"], {"pixels": images})[0]
+        return features
+
     def _encode(self, image: NDArray[np.uint8]) -> Features:
-        features: Features = self._session.run(["image_features"], {"pixels": image[None]})[0][0]
+        features: Features = self.run(image[None])[0]
         if not np.isfinite(features).all():  # something overflowed
             raise NumericError("the image features are not finite", stage="vision")
         if features.min() == features.max():  # a norm lost everything

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 
 import pytest
 from conftest import ROOT, TINY
+from rich.console import Console
 
 import bench
 from benchmark import gpu, limits
@@ -14,6 +15,7 @@ from benchmark.host import Host
 from benchmark.memory import PeakMemory
 from benchmark.rows import Peer, Rows
 from benchmark.situations import MEAN_TOKENS, MOST_TOKENS, SKEW_ROWS, _skewed_lengths
+from qvl_batch.bundle import Bundle
 from qvl_batch.errors import ConfigError, JobError
 from qvl_batch.runtime import has_cuda
 
@@ -168,6 +170,21 @@ def test_a_step_reads_weights_and_cache_and_no_table(tiny_bundle):
     layer = shape.hidden_size * (2 * shape.hidden_size + 2 * shape.kv_heads * shape.head_dim)
     products = shape.layers * (layer + 3 * shape.hidden_size * shape.intermediate_size)
     assert 1 < weights / (4 * (products + shape.vocab_size * shape.hidden_size)) < 1.02
+
+
+@pytest.mark.long
+def test_the_model_for_a_gpu_is_made_and_exported_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("benchmark.gpu.require_cuda", lambda _: 13)
+    config = gpu.GpuBenchConfig(shape="bench", output=tmp_path)
+    checkpoint, bundle, cpu_vision = gpu._prepare(config, Console())
+    assert {checkpoint.parent, bundle.parent, cpu_vision.parent} == {tmp_path}
+    towers = [(m.dtype, m.vision_dtype) for m in (Bundle.load(path).manifest for path in (bundle, cpu_vision))]
+    assert towers == [("bf16", "bf16"), ("bf16", "fp32")]
+    (cpu_vision / "bundle.json").unlink()  # as if it had been stopped there
+    made = bundle.stat().st_mtime_ns
+    assert gpu._prepare(config, Console()) == (checkpoint, bundle, cpu_vision)
+    assert bundle.stat().st_mtime_ns == made
+    assert Bundle.load(cpu_vision).manifest.vision_dtype == "fp32"
 
 
 @pytest.mark.long

@@ -35,8 +35,8 @@ HF_RATIOS = {"hf": CUDA_VISION, "hf_cpu_vision": CPU_VISION}
 TORCH_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 #: Rows of a batch that `generate` is tried with.
 BATCHES = (1, 8, 32, 64, 128)
-#: Steps whose median time counts.
-STEPS = 32
+#: Steps, and runs of other stages, whose median time counts.
+STEPS, RUNS = 32, 5
 
 T = TypeVar("T")
 
@@ -74,6 +74,8 @@ class GpuBenchConfig:
     """Rows that our decoder answers at a time."""
     step_rows: tuple[int, ...] = (1, 8, 32, 128)
     """Rows of the decode steps whose time is held against what they must read."""
+    at_once: tuple[int, ...] = (1, 2, 4, 8)
+    """Images of a vision run, and rows of a prefill, that are timed beside what the engine takes."""
     output: Path = Path("build/bench-gpu")
     """Folder for model, bundles and figures."""
 
@@ -86,6 +88,8 @@ class GpuBenchConfig:
         check_positive(self, "rows", "new_tokens", "rounds", "slots")
         if (self.bundle is None) != (self.checkpoint is None):
             raise ConfigError("--bundle and --checkpoint belong together: give both, or neither for a made-up model")
+        if min(self.at_once, default=1) < 1:
+            raise ConfigError("--at-once must be at least 1")
         if self.step_rows and not 1 <= min(self.step_rows) <= max(self.step_rows) <= self.slots:
             raise ConfigError(f"--step-rows must be from 1 to --slots, which is {self.slots}")
 
@@ -266,6 +270,10 @@ def _against_limits(
         "prefill": limits.prefill_operations(settings, tokens),
     }
     ratios = {f"{stage}_peak": count / (took[stage] / 1e3) / rate for stage, count in operations.items()}
+    for stage in ("vision", "prefill"):
+        found[f"{stage}_ms_at_once"] = {
+            count: 1e3 * engine.call(f"{stage}_seconds", rows, count, RUNS) for count in config.at_once
+        }
     found["step_ms"] = {live: 1e3 * engine.call("step_seconds", rows, live, STEPS) for live in config.step_rows}
     for live, milliseconds in found["step_ms"].items():
         read = limits.step_bytes(bundle, live, tokens + STEPS // 2)

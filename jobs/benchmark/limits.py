@@ -4,8 +4,6 @@ A multiplication and an addition count as two operations. Attention counts in fu
 causality would save.
 """
 
-import statistics
-import time
 from typing import Any
 
 import numpy as np
@@ -14,6 +12,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
+from benchmark.rows import median_seconds
 from qvl_batch.bundle import DECODER, Bundle, Dtype, Layout
 from qvl_batch.kv_cache import slot_bytes
 from qvl_batch.runtime import usable_cpus
@@ -35,7 +34,7 @@ def copy_bandwidth() -> float:
     """Bytes a second, read and written, of one copy that no cache holds."""
     source = np.ones(COPIED_BYTES, np.uint8)
     target = np.empty_like(source)
-    return 2 * COPIED_BYTES / _median_seconds(lambda: np.copyto(target, source))
+    return 2 * COPIED_BYTES / median_seconds(lambda: np.copyto(target, source), REPEATS)
 
 
 def vision_operations(config: Any, layout: Layout) -> float:
@@ -100,14 +99,4 @@ def _product_speed(dtype: Dtype, rows: int, inputs: int, outputs: int) -> float:
     options = ort.SessionOptions()
     options.intra_op_num_threads = usable_cpus()
     session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return 2.0 * rows * inputs * outputs / _median_seconds(lambda: session.run(None, {"x": x}))
-
-
-def _median_seconds(work: Any) -> float:
-    work()
-    seconds = []
-    for _ in range(REPEATS):
-        began = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds)
+    return 2.0 * rows * inputs * outputs / median_seconds(lambda: session.run(None, {"x": x}), REPEATS)

@@ -1,9 +1,7 @@
 """Vision encoder and engine in one process, without Ray, and the whole job with it."""
 
 import itertools
-import statistics
 import tempfile
-import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
@@ -16,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from benchmark.memory import PeakMemory
-from benchmark.rows import Rows, timed
+from benchmark.rows import Rows, median_seconds, timed
 from qvl_batch.bundle import Bundle
 from qvl_batch.config import CaptionConfig
 from qvl_batch.decoder import Decoder, PrefillRow
@@ -122,15 +120,29 @@ class Overlapped(Ours):
 
     def step_seconds(self, rows: Rows, live: int, steps: int) -> float:
         """Median time of a decode step of so many rows."""
-        features = self.encode(rows.part(0, min(live, len(rows))))
-        pairs = itertools.islice(itertools.cycle(zip(rows.prompts, features, strict=False)), live)
-        tokens = self.prefill([PrefillRow(self.layout.row_ids(prompt), each) for prompt, each in pairs])
-        times = []
-        for _ in range(steps):
-            began = time.perf_counter()
+        tokens = self.prefill(self._prefill_rows(rows, live))
+
+        def step() -> None:
+            nonlocal tokens
             tokens = self.decoder.step(tokens)
-            times.append(time.perf_counter() - began)
-        return statistics.median(times)
+
+        return median_seconds(step, steps)
+
+    def vision_seconds(self, rows: Rows, at_once: int, times: int) -> float:
+        """Median time an image of the vision graph, so many images in one run."""
+        pixels = np.stack((self.fit(rows.part(0, at_once)) * at_once)[:at_once])
+        return median_seconds(lambda: self.vision.run(pixels), times) / at_once
+
+    def prefill_seconds(self, rows: Rows, at_once: int, times: int) -> float:
+        """Median time a row of a prefill, so many rows in one run."""
+        batch = self._prefill_rows(rows, at_once)
+        return median_seconds(lambda: self.decoder.prefill(0, batch), times) / at_once
+
+    def _prefill_rows(self, rows: Rows, count: int) -> list[PrefillRow]:
+        """So many rows, repeated if there are fewer."""
+        rows = rows.part(0, count)
+        made = [PrefillRow(self.layout.row_ids(p), f) for p, f in zip(rows.prompts, self.encode(rows), strict=True)]
+        return list(itertools.islice(itertools.cycle(made), count))
 
 
 class Job:

@@ -1,5 +1,6 @@
 """What a contender gets and gives. Every environment that a contender runs in can import this."""
 
+import statistics
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -103,3 +104,9 @@ def seconds(work: Callable[[], object]) -> float:
     began = time.perf_counter()
     work()
     return time.perf_counter() - began
+
+
+def median_seconds(work: Callable[[], object], times: int) -> float:
+    """Median time of the work, done so many times after once to warm up."""
+    work()
+    return statistics.median(seconds(work) for _ in range(times))
