@@ -15,8 +15,9 @@ def relative_error(found: Array, expected: Array) -> float:
 
 def divergence(reference: Array, candidate: Array) -> Array:
     """Kullback-Leibler divergence (...) of two arrays of logits (..., V), reference first, in nats."""
-    p, q = (logits - np.logaddexp.reduce(logits, -1, keepdims=True) for logits in map(_exact, (reference, candidate)))
-    return np.asarray(np.maximum(0.0, (np.exp(p) * (p - q)).sum(-1)))
+    with np.errstate(invalid="ignore"):  # NaN gives NaN
+        p, q = (x - np.logaddexp.reduce(x, -1, keepdims=True) for x in map(_exact, (reference, candidate)))
+        return np.asarray(np.maximum(0.0, (np.exp(p) * (p - q)).sum(-1)))
 
 
 def cosine(a: Array, b: Array) -> Array:

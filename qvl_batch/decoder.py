@@ -10,7 +10,6 @@ This module knows nothing of prompts as text, of when to stop, or of who is wait
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -92,6 +91,8 @@ class Decoder:
             # No image goes into a decode step.
             "image_embeds": self.memory.zeros((slots, 1, self._hidden_size), "float", on_host=False),
         }
+        self._room = 0
+        self._prefill_buffers(self.prefill_rows, 1)
         self._total = np.zeros((), np.int32)
         self._outputs = {"next_token": self.memory.zeros((slots,), "int64")}
         if keep_logits:
@@ -100,7 +101,7 @@ class Decoder:
     def prefill(self, first: int, rows: Sequence[PrefillRow]) -> Tokens:
         """Fill slots `first`, `first + 1`, ... with `rows`; returns int64 (B,) of first tokens."""
         seen = self._seen.nothing.rows(0, len(rows)) if self._seen else None
-        return self._fill(first, rows, self.prefill_inputs(rows), seen)
+        return self._fill(first, rows, 0, seen)
 
     @property
     def prefix_tokens(self) -> int:
@@ -117,18 +118,15 @@ class Decoder:
         The same tokens go through the same products as in `prefill`, so that the cache is the same.
         """
         self._cache.move(self.slots + shelf, slot, self.prefix_tokens)
-        inputs = self.prefill_inputs([row])
-        for name in ("input_ids", "cache_position", "image_embeds"):
-            inputs[name] = inputs[name][:, self.prefix_tokens :]
-        return self._fill(slot, [row], inputs, seen=self._seen.prefix if self._seen else None)
+        return self._fill(slot, [row], self.prefix_tokens, seen=self._seen.prefix if self._seen else None)
 
     def step(self, tokens: Tokens) -> Tokens:
         """Append `tokens` int64 (B,) to slots 0 to B - 1; returns the tokens that follow."""
         rows = len(tokens)
         lengths = self._lengths[:rows]
-        self._host("input_ids")[:rows, 0] = tokens
-        self._host("cache_position")[:rows, 0] = lengths
-        self._host("seqlens_k")[:rows] = lengths
+        self._buffers["input_ids"].values[:rows, 0] = tokens
+        self._buffers["cache_position"].values[:rows, 0] = lengths
+        self._buffers["seqlens_k"].values[:rows] = lengths
         lengths += 1
         # A captured step keeps the length that it was captured with; each row's own is in `seqlens_k`.
         self._total[...] = self.layout.max_seq_len if self._captures else lengths.max()
@@ -151,36 +149,42 @@ class Decoder:
             for rows in range(1, self.slots + 1)
         ]
 
-    def _host(self, name: str) -> NDArray[Any]:
-        host = self._buffers[name].host
-        assert host is not None
-        return host
-
-    def prefill_inputs(self, rows: Sequence[PrefillRow]) -> dict[str, NDArray[Any]]:
-        """What the graph takes for `rows`, the cache aside, right-padded to the longest row."""
+    def prefill_inputs(self, rows: Sequence[PrefillRow], start: int = 0) -> dict[str, Buffer]:
+        """What the graph takes for `rows` from token `start` on, the cache aside, right-padded to the longest row.
+        The next call writes to the same buffers.
+        """
         lengths = np.array([len(row.input_ids) for row in rows], np.int32)
-        shape = (len(rows), int(lengths.max()))
-        start, stop = self.layout.image_start, self.layout.image_start + self.layout.image_tokens
-        ids = np.zeros(shape, np.int64)
-        embeds = np.zeros((*shape, self._hidden_size), np.float32)
+        inputs = self._prefill_buffers(len(rows), int(lengths.max()) - start)
+        ids, embeds = inputs["input_ids"].values, inputs["image_embeds"].values
+        ids[...] = 0
+        inputs["cache_position"].values[...] = np.arange(start, lengths.max())
+        inputs["seqlens_k"].values[...] = lengths - 1
+        image = slice(self.layout.image_start, self.layout.image_start + self.layout.image_tokens)
         for index, row in enumerate(rows):
-            ids[index, : len(row.input_ids)] = row.input_ids
-            embeds[index, start:stop] = row.features
+            ids[index, : len(row.input_ids) - start] = row.input_ids[start:]
+            if not start:  # elsewhere, what an embedding is does not matter
+                embeds[index, image] = row.features
+        return inputs | {"total_sequence_length": on_this_machine(np.array(lengths.max(), np.int32))}
+
+    def _prefill_buffers(self, rows: int, length: int) -> dict[str, Buffer]:
+        """Buffers of so many rows and tokens, for rows as long as they may be, so that none is made twice."""
+        if rows > self._room:
+            self._room = rows
+            size = (rows, self.layout.max_seq_len)
+            self._prefilled = {
+                "input_ids": self.memory.zeros(size, "int64"),
+                "cache_position": self.memory.zeros(size, "int64"),
+                "image_embeds": self.memory.zeros((*size, self._hidden_size), "float"),
+                "seqlens_k": self.memory.zeros((rows,), "int32"),
+            }
         return {
-            "input_ids": ids,
-            "cache_position": np.tile(np.arange(shape[1]), (len(rows), 1)),
-            "image_embeds": embeds,
-            "seqlens_k": lengths - 1,
-            "total_sequence_length": np.array(shape[1], np.int32),
+            name: each.shaped((rows, length, *each.shape[2:])[: len(each.shape)])
+            for name, each in self._prefilled.items()
         }
 
-    def _fill(
-        self, first: int, rows: Sequence[PrefillRow], inputs: dict[str, NDArray[Any]], seen: Buffer | None
-    ) -> Tokens:
+    def _fill(self, first: int, rows: Sequence[PrefillRow], start: int, seen: Buffer | None) -> Tokens:
         self._lengths[first : first + len(rows)] = [len(row.input_ids) for row in rows]
-        total = {"total_sequence_length": on_this_machine(inputs.pop("total_sequence_length"))}
-        held = {name: self.memory.holding(name, values) for name, values in inputs.items()}
-        self._bind(first, len(rows), held | total, seen=seen).run()
+        self._bind(first, len(rows), self.prefill_inputs(rows, start), seen=seen).run()
         return self._pick(len(rows))
 
     def _bind(
@@ -196,7 +200,7 @@ class Decoder:
         return self._session.bind(inputs, outputs, graph)
 
     def _pick(self, rows: int) -> Tokens:
-        found = {name: each.host[:rows] for name, each in self._outputs.items() if each.host is not None}
+        found = {name: each.values[:rows] for name, each in self._outputs.items()}
         self.logits = found.get("logits", self.logits)
         tokens: Tokens = found["next_token"].copy()
         return tokens
@@ -219,8 +223,7 @@ class SeenTokens:
         #: Before any token (N, V), and after those at the beginning of every row (1, V).
         self.nothing = memory.zeros((slots, size), "bool", on_host=False)
         self.prefix = memory.zeros((1, size), "bool")
-        assert self.prefix.host is not None
-        self.prefix.host[0, [*layout.head_ids, layout.image_token_id]] = True
+        self.prefix.values[0, [*layout.head_ids, layout.image_token_id]] = True
 
     def move(self, source: int, target: int) -> None:
         """Copy one slot's tokens to another."""

@@ -38,6 +38,12 @@ class Buffer:
     host: NDArray[Any] | None
 
     @property
+    def values(self) -> NDArray[Any]:
+        """Its side in host memory, of one that has it."""
+        assert self.host is not None
+        return self.host
+
+    @property
     def itemsize(self) -> int:
         """Bytes of an element."""
         return int(np.dtype(ELEMENTS[self.element]).itemsize)
@@ -59,9 +65,16 @@ class Buffer:
         shape = (count, *self.shape[1:])
         return Buffer(shape, self.element, self.device, self.address + first * self.row_bytes, host)
 
+    def shaped(self, shape: tuple[int, ...]) -> "Buffer":
+        """As many of the first elements as a shape has, in place."""
+        count = math.prod(shape)
+        assert count * self.itemsize <= self.size
+        host = None if self.host is None else self.host.reshape(-1)[:count].reshape(shape)
+        return Buffer(shape, self.element, self.device, self.address, host)
+
 
 class Memory(Protocol):
-    """Where a graph's arrays are. The first three methods are all that a decoder needs to know."""
+    """Where a graph's arrays are. The first two methods are all that a decoder needs to know."""
 
     @property
     def device(self) -> RealDevice:
@@ -70,10 +83,6 @@ class Memory(Protocol):
 
     def zeros(self, shape: tuple[int, ...], element: str, *, on_host: bool = True) -> Buffer:
         """A new array; without `on_host`, one that nobody but graphs will look into."""
-        ...
-
-    def holding(self, name: str, values: NDArray[Any]) -> Buffer:
-        """An array of these values, until the next one of that name."""
         ...
 
     def move(self, buffer: Buffer, source: int, target: int, length: int | None = None) -> None:
@@ -103,16 +112,10 @@ class HostMemory:
         del on_host
         return on_this_machine(np.full(shape, 0, ELEMENTS[element]), element)
 
-    def holding(self, name: str, values: NDArray[Any]) -> Buffer:
-        """The values themselves."""
-        del name
-        return on_this_machine(np.ascontiguousarray(values))
-
     def move(self, buffer: Buffer, source: int, target: int, length: int | None = None) -> None:
         """As `Memory.move`."""
-        assert buffer.host is not None
         part = slice(None) if length is None else (slice(None), slice(length))
-        buffer.host[target][part] = buffer.host[source][part]
+        buffer.values[target][part] = buffer.values[source][part]
 
     def upload(self, buffer: Buffer) -> None:
         """Nothing."""
@@ -141,7 +144,6 @@ class CudaMemory:
 
     def __init__(self, card: Card, device: RealDevice = "cuda") -> None:
         self.card, self.device = card, device
-        self._held: dict[str, Buffer] = {}
 
     def zeros(self, shape: tuple[int, ...], element: str, *, on_host: bool = True) -> Buffer:
         """A new array on the GPU.
@@ -157,17 +159,6 @@ class CudaMemory:
             host = np.frombuffer(data, dtype, math.prod(shape)).reshape(shape)
             host[...] = 0
         return Buffer(shape, element, self.device, self.card.allocate(size), host)
-
-    def holding(self, name: str, values: NDArray[Any]) -> Buffer:
-        """The values on the GPU after `upload`; where an earlier array of that name had room, in its place."""
-        element = element_of(values)
-        held = self._held.get(name)
-        if held is None or held.size < values.nbytes:
-            held = self._held[name] = self.zeros((values.size,), element)
-        assert held.host is not None
-        host = held.host[: values.size].reshape(values.shape)
-        host[...] = values
-        return Buffer(values.shape, element, self.device, held.address, host)
 
     def move(self, buffer: Buffer, source: int, target: int, length: int | None = None) -> None:
         """As `Memory.move`."""

@@ -114,9 +114,11 @@ def test_less_agreement_than_asked_for_is_an_error_that_says_how_much(copied_bun
 def _moved_image(monkeypatch):
     plain = Decoder.prefill_inputs
 
-    def moved(self, rows):
-        inputs = plain(self, rows)
-        return inputs | {"image_embeds": np.roll(inputs["image_embeds"], 1, axis=1)}
+    def moved(self, *asked):
+        inputs = plain(self, *asked)
+        embeds = inputs["image_embeds"].values
+        embeds[...] = np.roll(embeds, 1, axis=1)
+        return inputs
 
     monkeypatch.setattr(Decoder, "prefill_inputs", moved)
 

@@ -91,8 +91,8 @@ class LayerProbe:
         )
 
     def _row(self, input_ids: list[int], features: Array) -> dict[str, Array]:
-        inputs = self._decoder.prefill_inputs([PrefillRow(input_ids, features)])
-        return inputs | self._past
+        prefill = self._decoder.prefill_inputs([PrefillRow(input_ids, features)])
+        return {name: buffer.values for name, buffer in prefill.items()} | self._past
 
 
 class _Tower:
