@@ -65,7 +65,8 @@ def on_paper(shape: str) -> bool:
     precision = Precision("bf16", "bf16")
     vision = trace_vision(model, layout, mean, std, precision)
     decoder = trace_decoders(model, layout, precision)[DECODER]
-    wrong = [*_wrong(vision, vision_parts(model, std), model), *_wrong(decoder, decoder_parts(model), model)]
+    parts = decoder_parts(model, joined=True)  # as in half precision
+    wrong = [*_wrong(vision, vision_parts(model, std), model), *_wrong(decoder, parts, model)]
     count = sum(parameter.numel() for parameter in model.parameters())
     figures = f"{count / 1e9:.1f} G parameters, {len(wrong)} of another shape in the graphs"
     print(f"{shape} on paper: {figures}, {time.time() - began:.0f} s", *wrong[:5], sep="\n  ")
