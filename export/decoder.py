@@ -27,9 +27,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from export.half import stream_unit
 from export.layers import GatedMlp, Linear
 from export.operators import group_query_attention, rms_norm, rotary_embedding, skip_rms_norm
-from qvl_batch.bundle import Layout
+from qvl_batch.bundle import HALVES, Dtype, Layout
 
 
 class DecoderWeights(nn.Module):
@@ -37,16 +38,15 @@ class DecoderWeights(nn.Module):
 
     Args:
         model: `Qwen2_5_VLForConditionalGeneration`.
-        unit: of the residual stream, a power of two.
-        joined: one product makes queries, keys and values.
+        dtype: what their products will be in. In a half, one product makes queries, keys and values.
     """
 
-    def __init__(self, model: Any, unit: int = 1, *, joined: bool = False) -> None:
+    def __init__(self, model: Any, dtype: Dtype = "fp32") -> None:
         super().__init__()
         text = model.model.language_model
-        self.unit, self.joined = unit, joined
+        self.unit, self.joined = stream_unit(dtype), dtype in HALVES
         self.embed = text.embed_tokens.weight
-        self.stack = nn.ModuleList(Layer(layer, unit, joined=joined) for layer in text.layers)
+        self.stack = nn.ModuleList(Layer(layer, dtype) for layer in text.layers)
         self.norm = text.norm.weight
         # A tied head stays tied: one initializer, read by the Gather and by the last product.
         self.head = model.lm_head.weight
@@ -62,14 +62,14 @@ class DecoderWeights(nn.Module):
 
 
 class Layer(nn.Module):
-    """Weights of one decoder layer, which adds to a residual stream in `unit`."""
+    """Weights of one decoder layer, whose products will be in `dtype`."""
 
-    def __init__(self, layer: Any, unit: int = 1, *, joined: bool = False) -> None:
+    def __init__(self, layer: Any, dtype: Dtype = "fp32") -> None:
         super().__init__()
-        attention = layer.self_attn
+        attention, unit = layer.self_attn, stream_unit(dtype)
         self.norm1, self.norm2 = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
         qkv = (attention.q_proj, attention.k_proj, attention.v_proj)
-        self.qkv = Linear.joined(qkv) if joined else nn.ModuleList(map(Linear.of, qkv))
+        self.qkv = Linear.joined(qkv) if dtype in HALVES else nn.ModuleList(map(Linear.of, qkv))
         self.out = Linear.of(attention.o_proj).in_unit(unit)
         self.mlp = GatedMlp(layer.mlp, unit)
 

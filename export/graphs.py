@@ -8,7 +8,7 @@ import contextlib
 import logging
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from export.decoder import CachedDecoder, DecoderWeights, FullDecoder
-from export.half import stream_unit, to_half
+from export.half import to_half
 from export.lazy import LazyWeights, decoder_parts, vision_parts, without_weights
 from export.progress import Progress, Update
 from export.quantize import quantize
-from export.vision import PATCHES_AT_ONCE, VisionTower
+from export.vision import VisionTower
 from export.weights import Weights
 from qvl_batch.bundle import (
     DECODER,
@@ -80,6 +80,20 @@ def layer_names(config: Any) -> list[str]:
     return [name for name in names if name != "embedding"]
 
 
+class Traces:
+    """Graphs as they were traced, each once: one follows from a model's config and from options, not from weights."""
+
+    def __init__(self) -> None:
+        self._traced: dict[str, ir.Model] = {}
+
+    def once(self, trace: Callable[..., ir.Model], model: Any, *options: object) -> ir.Model:
+        """What `trace(model, *options)` gives, for the caller to change."""
+        key = repr((trace.__name__, model.config.to_json_string(), options))
+        if key not in self._traced:
+            self._traced[key] = trace(model, *options)
+        return self._traced[key].clone()
+
+
 def export_vision(
     weights: Weights,
     layout: Layout,
@@ -88,24 +102,33 @@ def export_vision(
     precision: Precision,
     out: Path,
     progress: Progress,
+    traces: Traces,
 ) -> None:
     """Write `vision.onnx` and its weights."""
     with progress.step("vision graph"):
-        graph = trace_vision(weights.skeleton, layout, mean, std, precision)
-        LazyWeights(weights, vision_parts(weights.skeleton, std, stream_unit(precision.vision))).fill(graph)
+        graph = traces.once(trace_vision, weights.skeleton, layout, mean, std, _traced_as(precision.vision))
+        LazyWeights(weights, vision_parts(weights.skeleton, std, precision.vision)).fill(graph)
         _reduce(graph, precision.vision, precision.fp32_layers)
     with progress.step("vision weights") as update:
         _write({VISION: graph}, out, update)
 
 
 def export_decoders(
-    weights: Weights, layout: Layout, precision: Precision, penalty: float, out: Path, progress: Progress
+    weights: Weights,
+    layout: Layout,
+    precision: Precision,
+    penalty: float,
+    out: Path,
+    progress: Progress,
+    traces: Traces,
 ) -> None:
     """Write `decoder.onnx`, and `decoder_full.onnx` in fp32, and the weights of both once."""
     with progress.step("decoder graphs" if precision.has_full else "decoder graph"):
-        graphs = trace_decoders(weights.skeleton, layout, precision, penalty)
-        unit, joined = stream_unit(precision.decoder), precision.decoder in HALVES
-        lazy = LazyWeights(weights, decoder_parts(weights.skeleton, unit, joined=joined))
+        dtype, model = _traced_as(precision.decoder), weights.skeleton
+        graphs = {DECODER: traces.once(trace_decoder, model, layout, dtype, precision.device, penalty)}
+        if precision.has_full:
+            graphs[DECODER_FULL] = traces.once(trace_full_decoder, model, layout)
+        lazy = LazyWeights(weights, decoder_parts(weights.skeleton, precision.decoder))
         for graph in graphs.values():
             lazy.fill(graph)
         _reduce(graphs[DECODER], precision.decoder, precision.fp32_layers)
@@ -113,38 +136,70 @@ def export_decoders(
         _write(graphs, out, update)
 
 
-def trace_vision(
-    model: Any, layout: Layout, mean: list[float], std: list[float], precision: Precision | None = None
-) -> ir.Model:
-    """The vision graph in fp32, as `precision` takes it, without weights if the model has none."""
-    dtype = (precision or Precision()).vision
-    # A GPU wants all of an image at once.
-    at_once = layout.image_size**2 if dtype in HALVES else PATCHES_AT_ONCE
-    tower = VisionTower(model.model.visual, layout.image_size, mean, std, stream_unit(dtype), at_once)
+def trace_vision(model: Any, layout: Layout, mean: list[float], std: list[float], dtype: Dtype) -> ir.Model:
+    """The vision graph in fp32, ready for `dtype`; without weights if the model has none."""
+    tower = VisionTower(model.model.visual, layout.image_size, mean, std, dtype)
     pixels = torch.zeros((2, layout.image_size, layout.image_size, 3), dtype=torch.uint8)
     return _trace(tower, (pixels,), ["pixels"], ["image_features"], ({0: "B"},))
 
 
-def trace_decoders(
-    model: Any, layout: Layout, precision: Precision | None = None, penalty: float = 1.0
-) -> dict[str, ir.Model]:
-    """The decoder in fp32, as `precision` takes it, and if there is one the full decoder, by their files;
-    without weights if the model has none. `penalty` is the repetition penalty.
-    """
-    precision = precision or Precision()
-    weights = DecoderWeights(model, stream_unit(precision.decoder), joined=precision.decoder in HALVES)
-    standard = precision.device == "cuda" and precision.decoder == "fp32"
-    cached = CachedDecoder(weights, model, layout, standard_attention=standard, penalty=penalty)
-    graphs = {DECODER: _trace_cached(cached, model, layout)}
-    if precision.has_full:
-        graphs[DECODER_FULL] = _trace_full(FullDecoder(weights, model, layout.side), model)
-    return graphs
+def trace_decoder(model: Any, layout: Layout, dtype: Dtype, device: GraphDevice, penalty: float = 1.0) -> ir.Model:
+    """The decoder in fp32, ready for `dtype`, with a repetition penalty; without weights if the model has none."""
+    standard = device == "cuda" and dtype == "fp32"
+    weights = DecoderWeights(model, dtype)
+    decoder = CachedDecoder(weights, model, layout, standard_attention=standard, penalty=penalty)
+    layers = len(weights.layers)
+    rows, tokens = TRACE_ROWS, TRACE_TOKENS
+    length = layout.max_seq_len
+    past = [torch.zeros(rows, decoder.kv_heads, length, decoder.head_dim) for _ in range(2 * layers)]
+    example = (
+        torch.zeros((rows, tokens), dtype=torch.int64),
+        torch.zeros((rows, tokens), dtype=torch.int64),
+        torch.zeros((rows, tokens, model.config.text_config.hidden_size)),
+        torch.full((rows,), tokens - 1, dtype=torch.int32),
+        torch.tensor(tokens, dtype=torch.int32),
+        past,
+        None if penalty == 1 else torch.zeros((rows, model.config.text_config.vocab_size), dtype=torch.bool),
+    )
+    seen = [] if penalty == 1 else ["seen"]
+    cache_names = [f"{kind}.{i}" for i in range(layers) for kind in ("key", "value")]
+    return _trace(
+        decoder,
+        example,
+        ["input_ids", "cache_position", "image_embeds", "seqlens_k", "total_sequence_length"]
+        + [f"past_{name}" for name in cache_names + seen],
+        ["next_token", "logits"] + [f"present_{name}" for name in cache_names + seen],
+        (
+            {0: "B", 1: "S"},
+            {0: "B", 1: "S"},
+            {0: "B", 1: "S"},
+            {0: "B"},
+            {},
+            [{0: "B"}] * len(past),
+            {0: "B"} if seen else None,
+        ),
+    )
+
+
+def trace_full_decoder(model: Any, layout: Layout) -> ir.Model:
+    """The full decoder, without weights if the model has none."""
+    decoder = FullDecoder(DecoderWeights(model), model, layout.side)
+    shape = (TRACE_ROWS, TRACE_TOKENS)
+    ids = torch.zeros(shape, dtype=torch.int64)
+    embeds = torch.zeros((*shape, model.config.text_config.hidden_size))
+    names = ["input_ids", "attention_mask", "image_embeds"]
+    return _trace(decoder, (ids, torch.ones_like(ids), embeds), names, ["logits"], ({0: "B", 1: "S"},) * 3)
 
 
 def _reduce(graph: ir.Model, dtype: Dtype, keep: tuple[str, ...]) -> None:
     """Bring a graph from fp32 to another type."""
     quantize(graph, dtype, _layer_of, keep)
     to_half(graph, dtype, _layer_of, keep)
+
+
+def _traced_as(dtype: Dtype) -> Dtype:
+    """What a graph is traced for; from fp32 it can be quantized."""
+    return dtype if dtype in HALVES else "fp32"
 
 
 def _layer_of(weight: str) -> str:
@@ -170,48 +225,6 @@ def graph_spec(path: Path) -> GraphSpec:
         inputs={value.name: _tensor_spec(value) for value in graph.inputs},
         outputs={value.name: _tensor_spec(value) for value in graph.outputs},
     )
-
-
-def _trace_cached(decoder: CachedDecoder, model: Any, layout: Layout) -> ir.Model:
-    layers = len(decoder.weights.layers)
-    rows, tokens = TRACE_ROWS, TRACE_TOKENS
-    length = layout.max_seq_len
-    past = [torch.zeros(rows, decoder.kv_heads, length, decoder.head_dim) for _ in range(2 * layers)]
-    example = (
-        torch.zeros((rows, tokens), dtype=torch.int64),
-        torch.zeros((rows, tokens), dtype=torch.int64),
-        torch.zeros((rows, tokens, model.config.text_config.hidden_size)),
-        torch.full((rows,), tokens - 1, dtype=torch.int32),
-        torch.tensor(tokens, dtype=torch.int32),
-        past,
-        None if decoder.penalty == 1 else torch.zeros((rows, model.config.text_config.vocab_size), dtype=torch.bool),
-    )
-    seen = [] if decoder.penalty == 1 else ["seen"]
-    cache_names = [f"{kind}.{i}" for i in range(layers) for kind in ("key", "value")]
-    return _trace(
-        decoder,
-        example,
-        ["input_ids", "cache_position", "image_embeds", "seqlens_k", "total_sequence_length"]
-        + [f"past_{name}" for name in cache_names + seen],
-        ["next_token", "logits"] + [f"present_{name}" for name in cache_names + seen],
-        (
-            {0: "B", 1: "S"},
-            {0: "B", 1: "S"},
-            {0: "B", 1: "S"},
-            {0: "B"},
-            {},
-            [{0: "B"}] * len(past),
-            {0: "B"} if seen else None,
-        ),
-    )
-
-
-def _trace_full(decoder: FullDecoder, model: Any) -> ir.Model:
-    shape = (TRACE_ROWS, TRACE_TOKENS)
-    ids = torch.zeros(shape, dtype=torch.int64)
-    embeds = torch.zeros((*shape, model.config.text_config.hidden_size))
-    names = ["input_ids", "attention_mask", "image_embeds"]
-    return _trace(decoder, (ids, torch.ones_like(ids), embeds), names, ["logits"], ({0: "B", 1: "S"},) * 3)
 
 
 def _trace(

@@ -18,9 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from export.decoder import Layer
+from export.half import stream_unit
 from export.layers import Linear
 from export.vision import Block, patch_weights
 from export.weights import Weights
+from qvl_batch.bundle import Dtype
 from qvl_batch.errors import ExportError
 
 Tensors = dict[str, Tensor]
@@ -43,14 +45,14 @@ class Part:
         return {f"{self.prefix}.{name}" if name else self.prefix: tensor for name, tensor in made.items()}
 
 
-def vision_parts(model: Any, std: list[float], unit: int = 1) -> list[Part]:
-    """Parts of `VisionTower`, whose residual stream is in `unit`."""
-    visual = model.model.visual
+def vision_parts(model: Any, std: list[float], dtype: Dtype) -> list[Part]:
+    """Parts of `VisionTower`."""
+    visual, unit = model.model.visual, stream_unit(dtype)
     heads = visual.config.num_heads
     return [
         Part("patch_embed", "model.visual.patch_embed", lambda module: {"": patch_weights(module, std, unit)}),
         *(
-            Part(f"blocks.{k}", f"model.visual.blocks.{k}", lambda block: _parameters(Block(block, heads, unit)))
+            Part(f"blocks.{k}", f"model.visual.blocks.{k}", lambda block: _parameters(Block(block, heads, dtype)))
             for k in range(len(visual.blocks))
         ),
         Part("merger_norm", "model.visual.merger.ln_q", _weight),
@@ -59,16 +61,14 @@ def vision_parts(model: Any, std: list[float], unit: int = 1) -> list[Part]:
     ]
 
 
-def decoder_parts(model: Any, unit: int = 1, *, joined: bool = False) -> list[Part]:
-    """Parts of `DecoderWeights` made with `unit` and `joined`, as an attribute `weights`."""
+def decoder_parts(model: Any, dtype: Dtype) -> list[Part]:
+    """Parts of `DecoderWeights`, as an attribute `weights`."""
     layers = range(len(model.model.language_model.layers))
     return [
         Part("weights.embed", "model.language_model.embed_tokens", _weight),
         *(
             Part(
-                f"weights.stack.{k}",
-                f"model.language_model.layers.{k}",
-                lambda layer: _parameters(Layer(layer, unit, joined=joined)),
+                f"weights.stack.{k}", f"model.language_model.layers.{k}", lambda layer: _parameters(Layer(layer, dtype))
             )
             for k in layers
         ),

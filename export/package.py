@@ -19,7 +19,7 @@ from rich.console import Console
 
 from export.chat import chat_turn
 from export.checkpoint import Checkpoint, load_checkpoint
-from export.graphs import Precision, export_decoders, export_vision, graph_spec, layer_names
+from export.graphs import Precision, Traces, export_decoders, export_vision, graph_spec, layer_names
 from export.parity import check_contract, check_parity
 from export.progress import Progress, ShownProgress
 from qvl_batch.bundle import (
@@ -76,12 +76,13 @@ class ExportConfig:
     """Leave out the comparison with PyTorch; the manifest records that it was left out."""
 
 
-def export_bundle(config: ExportConfig, progress: Progress | None = None) -> Manifest:
+def export_bundle(config: ExportConfig, progress: Progress | None = None, traces: Traces | None = None) -> Manifest:
     """Export `config.checkpoint` to `config.output`.
 
     Args:
         config: what to export, and where to.
         progress: is told of each step.
+        traces: of earlier exports, which are used again; those that are new are added.
 
     Raises:
         ExportError: the checkpoint or an option cannot be exported, or the parity gate failed.
@@ -93,7 +94,7 @@ def export_bundle(config: ExportConfig, progress: Progress | None = None) -> Man
     precision = _precision(checkpoint, config)
     output.parent.mkdir(parents=True, exist_ok=True)
     with _staging(output) as staging:
-        manifest = _fill(staging, checkpoint, layout, precision, config, progress or Progress())
+        manifest = _fill(staging, checkpoint, layout, precision, config, progress or Progress(), traces or Traces())
         if output.exists():
             shutil.rmtree(output)
         staging.rename(output)
@@ -173,12 +174,13 @@ def _fill(
     precision: Precision,
     config: ExportConfig,
     progress: Progress,
+    traces: Traces,
 ) -> Manifest:
     """Write everything into `staging`, the manifest last."""
     processor, penalty = checkpoint.image_processor, checkpoint.generation.repetition_penalty
     normalisation = (processor.image_mean, processor.image_std)
-    export_vision(checkpoint.weights, layout, *normalisation, precision, staging, progress)
-    export_decoders(checkpoint.weights, layout, precision, penalty, staging, progress)
+    export_vision(checkpoint.weights, layout, *normalisation, precision, staging, progress, traces)
+    export_decoders(checkpoint.weights, layout, precision, penalty, staging, progress, traces)
     names = [name for name in (VISION, DECODER, DECODER_FULL) if (staging / name).is_file()]
     graphs = {name: graph_spec(staging / name) for name in names}
     check_contract(layout, checkpoint.config.text_config.hidden_size, staging, precision)
@@ -191,7 +193,7 @@ def _fill(
         )
     if config.with_fp32:
         (staging / FP32).mkdir()
-        _fill(staging / FP32, checkpoint, layout, Precision(), replace(config, with_fp32=False), progress)
+        _fill(staging / FP32, checkpoint, layout, Precision(), replace(config, with_fp32=False), progress, traces)
     for path in checkpoint.carried:
         shutil.copy(path, staging)
     # As transformers reads it, which is not always what the checkpoint's file says.

@@ -24,14 +24,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
+from export.half import stream_unit
 from export.layers import GatedMlp, Linear
 from export.operators import multi_head_attention, rms_norm, rotary_embedding, skip_rms_norm
+from qvl_batch.bundle import HALVES, Dtype
 
 #: Epsilon of the vision tower's norms, a constant of transformers' `Qwen2_5_VLVisionBlock`.
 NORM_EPS = 1e-6
 #: Patches of a part. With all 2304 at once the graph takes 3 to 10 % longer in fp32 and 8 % longer in int8.
 #: With half as many it runs up to 4 % faster still, but takes twice as long to load: ONNX Runtime packs the
-#: weights of each part's products.
+#: weights of each part's products. A GPU wants all of them at once.
 PATCHES_AT_ONCE = 576
 #: `(count, length in patches)` of windows that follow each other.
 Windows = list[tuple[int, int]]
@@ -44,8 +46,7 @@ class VisionTower(nn.Module):
         visual: the checkpoint's vision tower.
         image_size: pixels a side, a multiple of patch size x merge size.
         mean, std: normalisation of the checkpoint's image processor, for values in 0 to 1.
-        unit: of the residual stream, as in `export.decoder`.
-        patches_at_once: of a part.
+        dtype: what its products will be in; the residual stream's unit follows, as in `export.decoder`.
     """
 
     mean: Tensor
@@ -60,19 +61,19 @@ class VisionTower(nn.Module):
         image_size: int,
         mean: list[float],
         std: list[float],
-        unit: int = 1,
-        patches_at_once: int = PATCHES_AT_ONCE,
+        dtype: Dtype = "fp32",
     ) -> None:
         super().__init__()
         config = visual.config
         self.patch, self.merge = config.patch_size, config.spatial_merge_size
         self.merged_side = image_size // (self.patch * self.merge)
         self.heads, self.hidden = config.num_heads, config.hidden_size
-        self.eps = NORM_EPS / unit**2
+        self.unit = stream_unit(dtype)
+        self.eps = NORM_EPS / self.unit**2
         self.full_blocks = set(config.fullatt_block_indexes)
         grid = torch.tensor([[1, image_size // self.patch, image_size // self.patch]])
         order, windows = window_order(grid, config)
-        self.parts = split_windows(windows, patches_at_once)
+        self.parts = split_windows(windows, len(order) * self.merge**2 if dtype in HALVES else PATCHES_AT_ONCE)
         self.register_buffer("order", order)
         self.register_buffer("inverse", torch.argsort(order))
         cos, sin = visual.rotary_pos_emb(torch.zeros(1), get_vision_position_ids(grid, self.merge))
@@ -81,11 +82,11 @@ class VisionTower(nn.Module):
 
         # Of a whole patch: subtracting three numbers again and again takes eight times as long.
         self.register_buffer("mean", (255 * torch.tensor(mean)).repeat(self.patch**2))
-        self.patch_embed = nn.Parameter(patch_weights(visual.patch_embed, std, unit))
-        self.blocks = nn.ModuleList(Block(block, self.heads, unit) for block in visual.blocks)
+        self.patch_embed = nn.Parameter(patch_weights(visual.patch_embed, std, self.unit))
+        self.blocks = nn.ModuleList(Block(block, self.heads, dtype) for block in visual.blocks)
         self.merger_norm = visual.merger.ln_q.weight
-        self.unit = unit
-        self.merger_in, self.merger_out = Linear.of(visual.merger.mlp[0]), Linear.of(visual.merger.mlp[2]).in_unit(unit)
+        self.merger_in = Linear.of(visual.merger.mlp[0])
+        self.merger_out = Linear.of(visual.merger.mlp[2]).in_unit(self.unit)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """(B, H, W, 3) uint8 to (B, T_img, D)."""
@@ -152,12 +153,12 @@ def patch_weights(patch_embed: Any, std: list[float], unit: int = 1) -> Tensor:
 class Block(nn.Module):
     """One vision block: attention within windows or over the whole image, then a gated MLP.
 
-    It adds to a residual stream in `unit`.
+    Its products will be in `dtype`.
     """
 
-    def __init__(self, block: Any, heads: int, unit: int = 1) -> None:
+    def __init__(self, block: Any, heads: int, dtype: Dtype = "fp32") -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, unit = heads, stream_unit(dtype)
         self.norm1, self.norm2 = block.norm1.weight, block.norm2.weight
         q, k, v = Linear.parts(block.attn.qkv, 3)
         out = block.attn.proj

@@ -91,8 +91,7 @@ class Decoder:
             # No image goes into a decode step.
             "image_embeds": self.memory.zeros((slots, 1, self._hidden_size), "float", on_host=False),
         }
-        self._room = 0
-        self._prefill_buffers(self.prefill_rows, 1)
+        self._prefilled = self._room_for(self.prefill_rows)
         self._total = np.zeros((), np.int32)
         self._outputs = {"next_token": self.memory.zeros((slots,), "int64")}
         if keep_logits:
@@ -167,19 +166,22 @@ class Decoder:
         return inputs | {"total_sequence_length": on_this_machine(np.array(lengths.max(), np.int32))}
 
     def _prefill_buffers(self, rows: int, length: int) -> dict[str, Buffer]:
-        """Buffers of so many rows and tokens, for rows as long as they may be, so that none is made twice."""
-        if rows > self._room:
-            self._room = rows
-            size = (rows, self.layout.max_seq_len)
-            self._prefilled = {
-                "input_ids": self.memory.zeros(size, "int64"),
-                "cache_position": self.memory.zeros(size, "int64"),
-                "image_embeds": self.memory.zeros((*size, self._hidden_size), "float"),
-                "seqlens_k": self.memory.zeros((rows,), "int32"),
-            }
+        """Buffers of so many rows and tokens."""
+        if rows > self._prefilled["seqlens_k"].shape[0]:
+            self._prefilled = self._room_for(rows)
         return {
             name: each.shaped((rows, length, *each.shape[2:])[: len(each.shape)])
             for name, each in self._prefilled.items()
+        }
+
+    def _room_for(self, rows: int) -> dict[str, Buffer]:
+        """Buffers for rows as long as they may be, so that none is made twice."""
+        size = (rows, self.layout.max_seq_len)
+        return {
+            "input_ids": self.memory.zeros(size, "int64"),
+            "cache_position": self.memory.zeros(size, "int64"),
+            "image_embeds": self.memory.zeros((*size, self._hidden_size), "float"),
+            "seqlens_k": self.memory.zeros((rows,), "int32"),
         }
 
     def _fill(self, first: int, rows: Sequence[PrefillRow], start: int, seen: Buffer | None) -> Tokens:

@@ -235,7 +235,8 @@ def _open_http(location: str, is_public: bool) -> Any:
 
 def _patiently(location: str, work: Callable[[], bytes]) -> bytes:
     """Try again what may pass: anything but an answer that there is no such image."""
-    for wait in (*WAITS, None):
+    waits = iter(WAITS)
+    while True:
         pool = ThreadPoolExecutor(1, "qvl-download")
         try:
             return pool.submit(work).result(SECONDS)
@@ -251,10 +252,10 @@ def _patiently(location: str, work: Callable[[], bytes]) -> bytes:
             failure.__cause__ = error
         finally:
             pool.shutdown(wait=False)
+        wait = next(waits, None)
         if wait is None:
             raise failure
         time.sleep(wait)
-    raise AssertionError
 
 
 def _unreadable(location: str, error: BaseException) -> ImageError:

@@ -11,12 +11,16 @@ import pytest
 from selenium import webdriver
 
 from export.checkpoint import Checkpoint, load_checkpoint
+from export.graphs import Traces
 from export.package import ExportConfig, export_bundle
 from qvl_batch.bundle import Bundle
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "datasets" / "tiny-qwen2.5-vl"
 QUESTIONS = ROOT / "datasets" / "demo" / "questions.parquet"
+
+#: Of all exports in the tests: to trace the tiny model's graphs takes longer than all that follows.
+TRACES = Traces()
 
 # The scripts there are run by their path, as no package.
 sys.path[:0] = [str(ROOT / "datasets"), str(ROOT / "jobs")]
@@ -26,7 +30,7 @@ sys.path[:0] = [str(ROOT / "datasets"), str(ROOT / "jobs")]
 def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The tiny checkpoint, exported once."""
     output = tmp_path_factory.mktemp("bundles") / "tiny"
-    export_bundle(ExportConfig(checkpoint=TINY, output=output))
+    export_bundle(ExportConfig(checkpoint=TINY, output=output), traces=TRACES)
     return Bundle.load(output)
 
 

@@ -21,10 +21,10 @@ from conftest import ROOT, TINY
 from make_model import SHAPES, make_model, write_config
 
 from export.checkpoint import load_checkpoint
-from export.graphs import Precision, trace_decoders, trace_vision
+from export.graphs import trace_decoder, trace_vision
 from export.lazy import Part, decoder_parts, vision_parts
 from export.package import ExportConfig, plan_layout
-from qvl_batch.bundle import DECODER, Bundle
+from qvl_batch.bundle import Bundle
 
 #: Most memory that an export may take, over the bytes of the checkpoint's weights.
 MOST = 1.3
@@ -62,11 +62,10 @@ def on_paper(shape: str) -> bool:
     mean, std = tiny.image_processor.image_mean, tiny.image_processor.image_std
     with tempfile.TemporaryDirectory() as folder:
         model = write_config(Path(folder) / shape, shape)
-    precision = Precision("bf16", "bf16")
-    vision = trace_vision(model, layout, mean, std, precision)
-    decoder = trace_decoders(model, layout, precision)[DECODER]
-    parts = decoder_parts(model, joined=True)  # as in half precision
-    wrong = [*_wrong(vision, vision_parts(model, std), model), *_wrong(decoder, parts, model)]
+    vision = trace_vision(model, layout, mean, std, "bf16")
+    decoder = trace_decoder(model, layout, "bf16", "cuda")
+    wrong = _wrong(vision, vision_parts(model, std, "bf16"), model)
+    wrong += _wrong(decoder, decoder_parts(model, "bf16"), model)
     count = sum(parameter.numel() for parameter in model.parameters())
     figures = f"{count / 1e9:.1f} G parameters, {len(wrong)} of another shape in the graphs"
     print(f"{shape} on paper: {figures}, {time.time() - began:.0f} s", *wrong[:5], sep="\n  ")

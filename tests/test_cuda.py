@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 from answers import complete, demo_rows, requests_of
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, TRACES
 from stand_in.build import PROVIDER, build
 
 from export.half import emulated_graph
@@ -63,7 +63,7 @@ class CardOfHostMemory:
 @pytest.fixture(scope="module")
 def half_bundle(tmp_path_factory):
     output = tmp_path_factory.mktemp("cuda") / "bf16"
-    export_bundle(ExportConfig(checkpoint=TINY, output=output, dtype="bf16", skip_parity=True))
+    export_bundle(ExportConfig(checkpoint=TINY, output=output, dtype="bf16", skip_parity=True), traces=TRACES)
     return Bundle.load(output)
 
 
@@ -118,7 +118,7 @@ def test_slots_of_the_cache_are_where_they_should_be(half_bundle):
 @pytest.fixture(scope="module")
 def fp32_bundle(tmp_path_factory):
     output = tmp_path_factory.mktemp("cuda") / "fp32"
-    export_bundle(ExportConfig(checkpoint=TINY, output=output, device="cuda", skip_parity=True))
+    export_bundle(ExportConfig(checkpoint=TINY, output=output, device="cuda", skip_parity=True), traces=TRACES)
     return Bundle.load(output)
 
 
@@ -261,7 +261,9 @@ def test_so_they_do_with_a_repetition_penalty_in_fp16(tmp_path, asked_of_a_gpu):
     checkpoint = shutil.copytree(TINY, tmp_path / "checkpoint")
     settings = json.loads((checkpoint / "generation_config.json").read_text()) | {"repetition_penalty": 1.05}
     (checkpoint / "generation_config.json").write_text(json.dumps(settings))
-    export_bundle(ExportConfig(checkpoint=checkpoint, output=tmp_path / "bundle", dtype="fp16", skip_parity=True))
+    export_bundle(
+        ExportConfig(checkpoint=checkpoint, output=tmp_path / "bundle", dtype="fp16", skip_parity=True), traces=TRACES
+    )
     _stays_on_the_gpu(asked_of_a_gpu(tmp_path / "bundle"))
 
 

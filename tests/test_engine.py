@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from answers import complete, demo_rows, requests_of
-from conftest import TINY
+from conftest import TINY, TRACES
 from reference import question
 
 from comparison.reference import PyTorch
@@ -125,7 +125,7 @@ def penalised(request, tmp_path_factory):
     checkpoint = Path(shutil.copytree(TINY, folder / "checkpoint"))
     settings = json.loads((TINY / "generation_config.json").read_text())
     (checkpoint / "generation_config.json").write_text(json.dumps(settings | {"repetition_penalty": request.param}))
-    parity = export_bundle(ExportConfig(checkpoint=checkpoint, output=folder / "bundle")).parity
+    parity = export_bundle(ExportConfig(checkpoint=checkpoint, output=folder / "bundle"), traces=TRACES).parity
     assert parity is not None
     assert parity.agreement == 1
     return load_checkpoint(checkpoint), Bundle.load(folder / "bundle")

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 from answers import complete, demo_rows, requests_of
-from conftest import QUESTIONS, ROOT, TINY
+from conftest import QUESTIONS, ROOT, TINY, TRACES
 
 from export.package import ExportConfig, export_bundle
 from qvl_batch.bundle import Bundle
@@ -44,7 +44,8 @@ def bundles(tmp_path_factory):
     def bundle(dtype):
         if dtype not in made:
             output = tmp_path_factory.mktemp("gpu") / dtype
-            export_bundle(ExportConfig(checkpoint=TINY, output=output, dtype=dtype, device="cuda", skip_parity=True))
+            config = ExportConfig(checkpoint=TINY, output=output, dtype=dtype, device="cuda", skip_parity=True)
+            export_bundle(config, traces=TRACES)
             made[dtype] = Bundle.load(output)
         return made[dtype]
 

@@ -11,11 +11,11 @@ import onnxruntime as ort
 import pytest
 import torch
 from answers import complete, demo_rows, requests_of
-from conftest import QUESTIONS, TINY
+from conftest import QUESTIONS, TINY, TRACES
 from reference import letterboxed, question
 from safetensors.torch import load_file, save_file
 
-import export.graphs
+import export.half
 from comparison.config import CompareConfig
 from comparison.reference import PyTorch
 from comparison.run import compare
@@ -40,9 +40,9 @@ COSTS = {"bf16": (2e-3, 0.999), "fp16": (2e-5, 0.9999)}
 FLOATS = {ir.DataType.FLOAT, *half.HALF.values()}
 
 
-def _bundle(tmp_path_factory, dtype, checkpoint=TINY, **options):
+def _bundle(tmp_path_factory, dtype, checkpoint=TINY, traces=TRACES, **options):
     output = tmp_path_factory.mktemp("half") / dtype
-    export_bundle(ExportConfig(checkpoint=checkpoint, output=output, dtype=dtype, **options))
+    export_bundle(ExportConfig(checkpoint=checkpoint, output=output, dtype=dtype, **options), traces=traces)
     return Bundle.load(output)
 
 
@@ -146,8 +146,8 @@ def test_emulation_rounds_where_the_graph_holds_a_half():
 @pytest.mark.long
 def test_layers_can_be_left_in_fp32(tmp_path):
     kept = ("vision block 1", "decoder layer 2", "head")
-    config = ExportConfig(checkpoint=TINY, output=tmp_path / "bundle", dtype="bf16", fp32_layers=kept, image_size=224)
-    assert export_bundle(config).fp32_layers == kept
+    config = ExportConfig(checkpoint=TINY, output=tmp_path / "bundle", dtype="bf16", fp32_layers=kept)
+    assert export_bundle(config, traces=TRACES).fp32_layers == kept
     for name, prefixes in ((VISION, ("blocks.1.",)), (DECODER, ("weights.stack.2.", "weights.head"))):
         products = [n for n in ir.load(tmp_path / "bundle" / name).graph if n.op_type in ("MatMul", "Gemm")]
         for node in products:
@@ -193,10 +193,10 @@ def test_our_fp16_answers_it(overflowing, expected, tmp_path_factory):
 
 @pytest.mark.long
 def test_without_its_larger_unit_fp16_says_so_and_answers_nothing(overflowing, monkeypatch, tmp_path_factory):
-    monkeypatch.setattr(export.graphs, "stream_unit", lambda _: 1)
+    monkeypatch.setattr(export.half, "FP16_UNIT", 1)
     with pytest.raises(ExportError, match="parity gate: numbers of the graphs are not finite"):
-        _bundle(tmp_path_factory, "fp16", overflowing)
-    bundle = _bundle(tmp_path_factory, "fp16", overflowing, skip_parity=True)
+        _bundle(tmp_path_factory, "fp16", overflowing, traces=None)
+    bundle = _bundle(tmp_path_factory, "fp16", overflowing, traces=None, skip_parity=True)
     vision = VisionEncoder(bundle, 2, graph=emulated_graph(bundle.file(VISION)))
     with pytest.raises(NumericError, match="the image features are not finite"):
         vision.encode(letterboxed(ROWS[0]["image"]["bytes"]))
@@ -210,7 +210,7 @@ def test_weights_that_fp16_does_not_hold_are_named(tmp_path):
     )
     save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ExportError, match=r"weights.stack.1.mlp.gate.weight has values up to 1e\+05, which float16"):
-        export_bundle(ExportConfig(checkpoint=checkpoint, output=tmp_path / "bundle", dtype="fp16"))
+        export_bundle(ExportConfig(checkpoint=checkpoint, output=tmp_path / "bundle", dtype="fp16"), traces=TRACES)
 
 
 EXACT = Parity(0.0, 0.0, 96, 96, 0.0, 1.0)

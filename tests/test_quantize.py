@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 import pyarrow.parquet as pq
 import pytest
-from conftest import QUESTIONS, TINY
+from conftest import QUESTIONS, TINY, TRACES
 from reference import letterboxed
 
 from comparison.config import CompareConfig
@@ -29,7 +29,7 @@ COSTS = {
 @pytest.fixture(scope="module", params=["int8", "int4wo", pytest.param("int8wo", marks=pytest.mark.long)])
 def reduced(request, tmp_path_factory):
     output = tmp_path_factory.mktemp("reduced") / request.param
-    export_bundle(ExportConfig(checkpoint=TINY, output=output, dtype=request.param))
+    export_bundle(ExportConfig(checkpoint=TINY, output=output, dtype=request.param), traces=TRACES)
     return Bundle.load(output)
 
 
@@ -106,7 +106,7 @@ def test_a_row_that_is_not_finite_fails_alone(reduced, rows):
 def test_layers_can_be_left_in_fp32(tmp_path):
     kept = ("patch embedding", "vision block 1", "decoder layer 2", "head")
     config = ExportConfig(checkpoint=TINY, output=tmp_path / "bundle", dtype="int8", fp32_layers=kept, skip_parity=True)
-    assert export_bundle(config).fp32_layers == kept
+    assert export_bundle(config, traces=TRACES).fp32_layers == kept
     bundle = Bundle.load(tmp_path / "bundle")
     for name, prefixes, products in (
         (VISION, ("patch_embed", "blocks.1."), 8), (DECODER, ("weights.stack.2.", "weights.head"), 8)
@@ -126,9 +126,9 @@ def test_layers_can_be_left_in_fp32(tmp_path):
 
 def test_towers_can_differ_and_fp32_can_be_held_beside(tmp_path):
     config = ExportConfig(
-        checkpoint=TINY, output=tmp_path / "bundle", image_size=224, dtype="int8wo", vision_dtype="fp32", with_fp32=True
+        checkpoint=TINY, output=tmp_path / "bundle", dtype="int8wo", vision_dtype="fp32", with_fp32=True
     )
-    manifest = export_bundle(config)
+    manifest = export_bundle(config, traces=TRACES)
     exact = Bundle.load(tmp_path / "bundle").in_fp32()
     assert exact is not None
     assert (exact.manifest.dtype, exact.manifest.vision_dtype, exact.in_fp32()) == ("fp32", "fp32", None)
