@@ -70,7 +70,8 @@ def to_half(model: ir.Model, dtype: Dtype, layers: Callable[[str], str], keep: C
                     node.replace_input_with(index, casts.of(value, wanted, before=node))
         if node in nodes:
             for value in node.outputs:
-                value.dtype = half if value.dtype == FP32 else value.dtype
+                if value.dtype == FP32:
+                    value.type = ir.TensorType(half)  # anew, since a graph shares types with its clones
     for index, value in enumerate(model.graph.outputs):
         # But for the cache, which only attention reads.
         producer = value.producer()
@@ -159,7 +160,7 @@ class _Casts:
         """Let a value in half precision be in fp32, and all that read it have it rounded to what it was."""
         readers, producer, half = list(value.uses()), value.producer(), cast("ir.DataType", value.dtype)
         rounded = self._cast(value, half)
-        value.dtype = FP32
+        value.type = ir.TensorType(FP32)
         if producer is None:
             self._graph.insert_before(next(iter(self._graph)), cast("ir.Node", rounded.producer()))
         else:
@@ -187,7 +188,7 @@ class _Casts:
 def _retype(value: ir.Value, to: ir.DataType) -> None:
     """Give a graph's input or weight another type; weights are rounded when they are written."""
     tensor, name = value.const_value, str(value.name)
-    value.dtype = to
+    value.type = ir.TensorType(to)
     if tensor is None:
         return
 
