@@ -69,9 +69,8 @@ def to_half(model: ir.Model, dtype: Dtype, layers: Callable[[str], str], keep: C
                 else:
                     node.replace_input_with(index, casts.of(value, wanted, before=node))
         if node in nodes:
-            for value in node.outputs:
-                if value.dtype == FP32:
-                    value.type = ir.TensorType(half)  # anew, since a graph shares types with its clones
+            for value in filter(_is_fp32, node.outputs):
+                value.type = ir.TensorType(half)  # anew, since a graph shares types with its clones
     for index, value in enumerate(model.graph.outputs):
         # But for the cache, which only attention reads.
         producer = value.producer()
@@ -105,6 +104,10 @@ def emulated(model: ir.Model) -> ir.Model:
         if _is_half(value):
             model.graph.outputs[index] = casts.as_output(value, FP32)
     return model
+
+
+def _is_fp32(value: ir.Value) -> bool:
+    return bool(value.dtype == FP32)
 
 
 def _is_half(value: ir.Value | None) -> TypeGuard[ir.Value]:
