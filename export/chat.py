@@ -33,7 +33,13 @@ def chat_turn(
     messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
     if system_prompt is not None:
         messages.insert(0, {"role": "system", "content": system_prompt})
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template is a program, and raises what it does
+        first_line = str(error).strip().split("\n")[0]
+        raise ExportError(
+            f"the chat template takes no turn of an image and text: {type(error).__name__}: {first_line}"
+        ) from error
     image_token = tokenizer.convert_ids_to_tokens(image_token_id)
     if text.count(image_token) != 1 or text.count(_PROMPT_MARK) != 1:
         raise ExportError(

@@ -6,7 +6,7 @@ tokenizer, image processor and generation settings, and, if it is asked for, its
 
 import json
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +16,26 @@ from transformers import Qwen2_5_VLForConditionalGeneration as Model
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils import logging as transformers_logging
 
-from export.weights import Weights
+from export.weights import Weights, weight_files
 from qvl_batch.bundle import Generation, Source, combined_sha256, file_sha256
 from qvl_batch.errors import ExportError
 
 MODEL_TYPE = "qwen2_5_vl"
 #: Copied into the bundle; those that a checkpoint lacks are left out.
 CARRIED = (
-    "config.json", "generation_config.json", "preprocessor_config.json", "tokenizer.json",
+    "config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json", "tokenizer.json",
     "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
     "added_tokens.json", "chat_template.json", "chat_template.jinja",
 )  # fmt: skip
+#: Settings of `generate` under which greedy decoding is not the largest logit after the repetition penalty, and what
+#: is as good as not set, beside nothing and zero.
+DECODING: dict[str, object] = {
+    "num_beams": 1, "num_beam_groups": 1, "guidance_scale": 1, "encoder_repetition_penalty": 1,
+    "min_new_tokens": 0, "min_length": 0, "no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0,
+    "bad_words_ids": [], "suppress_tokens": [], "begin_suppress_tokens": [], "sequence_bias": {}, "constraints": [],
+    "force_words_ids": [], "forced_bos_token_id": None, "forced_eos_token_id": None, "stop_strings": [],
+    "exponential_decay_length_penalty": None, "watermarking_config": None, "penalty_alpha": 0, "dola_layers": None,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -47,7 +56,9 @@ class Checkpoint:
     @cached_property
     def model(self) -> Any:
         """The whole of it in memory, in fp32 and in evaluation mode."""
-        model = Model.from_pretrained(self.path, config=self.config, dtype=torch.float32, local_files_only=True)
+        model = Model.from_pretrained(
+            self.path, config=self.config, dtype=torch.float32, attn_implementation="sdpa", local_files_only=True
+        )
         return model.eval()
 
     @property
@@ -71,8 +82,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
     path = path.resolve()
     transformers_logging.disable_progress_bar()
     config = _read_config(path)
-    _weights(path)
-    tokenizer = _load(path, "tokenizer", AutoTokenizer.from_pretrained)
+    weight_files(path)
+    tokenizer = _load(path, "tokenizer", partial(AutoTokenizer.from_pretrained, trust_remote_code=False))
+    tokenizer.chat_template = _processors_template(path) or tokenizer.chat_template
     if not tokenizer.chat_template:
         raise ExportError(f"{path} has no chat template: take an instruction-tuned checkpoint")
     if tokenizer.clean_up_tokenization_spaces:
@@ -81,7 +93,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     vision = config.vision_config
     if (processor.patch_size, processor.merge_size) != (vision.patch_size, vision.spatial_merge_size):
         raise ExportError(f"{path}: preprocessor_config.json and config.json differ in patch or merge size")
-    return Checkpoint(path, Weights(path, config), tokenizer, processor, _generation(path, config, tokenizer))
+    return Checkpoint(path, Weights(path, config), tokenizer, processor, _generation(path, tokenizer))
 
 
 def checkpoint_source(path: Path) -> Source:
@@ -91,15 +103,8 @@ def checkpoint_source(path: Path) -> Source:
         ExportError: there is no checkpoint.
     """
     path = path.resolve()
-    files = [*_weights(path), *_carried(path)]
+    files = [*weight_files(path), *_carried(path)]
     return Source(path.name, combined_sha256((f.name, file_sha256(f)) for f in files))
-
-
-def _weights(path: Path) -> list[Path]:
-    weights = list(path.glob("*.safetensors"))
-    if not weights:
-        raise ExportError(f"{path} has no *.safetensors: it is no checkpoint, or not all of it was downloaded")
-    return weights
 
 
 def _carried(path: Path) -> list[Path]:
@@ -110,11 +115,21 @@ def _read_config(path: Path) -> Any:
     if not path.is_dir():
         raise ExportError(f"{path} is no directory: give the folder of a Qwen2.5-VL checkpoint")
     try:
-        model_type = json.loads((path / "config.json").read_text(encoding="utf-8")).get("model_type")
+        raw = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        model_type = raw.get("model_type")
     except (OSError, ValueError, AttributeError) as error:
         raise ExportError(f"{path} is no checkpoint: config.json: {error}") from error
     if model_type != MODEL_TYPE:
         raise ExportError(f"{path} is a {model_type} checkpoint; only {MODEL_TYPE} is supported")
+    for part in (raw, raw.get("text_config") or {}):
+        for key in ("quantization_config", "compression_config"):
+            if part.get(key):
+                method = part[key].get("quant_method", "in some way") if isinstance(part[key], dict) else part[key]
+                raise ExportError(
+                    f"{path} is quantized ({method}): export the checkpoint that it was made from, and see --dtype"
+                )
+    if (path / "adapter_config.json").exists():
+        raise ExportError(f"{path} holds an adapter (adapter_config.json): merge it into the weights first")
     config = _load(path, "config", Qwen2_5_VLConfig.from_pretrained)
     text, vision = config.text_config, config.vision_config
     unsupported = {
@@ -138,14 +153,34 @@ def _load(path: Path, what: str, load: Any) -> Any:
         raise ExportError(f"{path}: the {what} cannot be loaded: {first_line}") from error
 
 
-def _generation(path: Path, config: Any, tokenizer: Any) -> Generation:
-    if (path / "generation_config.json").is_file():
-        settings = _load(path, "generation config", GenerationConfig.from_pretrained)
-    else:
-        settings = GenerationConfig.from_model_config(config)
+def _processors_template(path: Path) -> str | None:
+    """The chat template of the processor, where it has a file of its own, which the tokenizer does not read."""
+    file = path / "chat_template.json"
+    if not file.is_file() or (path / "chat_template.jinja").is_file():
+        return None
+    try:
+        return str(json.loads(file.read_text(encoding="utf-8"))["chat_template"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ExportError(f"{file} has no chat template: {error}") from error
+
+
+def _generation(path: Path, tokenizer: Any) -> Generation:
+    read = GenerationConfig.from_pretrained
+    if not (path / "generation_config.json").is_file():  # the model's own may hold settings, as it used to
+        read = partial(read, config_file_name="config.json", _from_model_config=True)
+    settings = _load(path, "generation config", read)
+    for name, neutral in DECODING.items():
+        value = getattr(settings, name, None)
+        if value and value != neutral:
+            raise ExportError(
+                f"{path}: the generation config sets {name} to {value}, and answers are decoded greedily, with "
+                "a repetition penalty alone: take it out to export without it"
+            )
     eos = settings.eos_token_id
     if eos is None:
         eos = tokenizer.eos_token_id
+    if eos is None or eos == []:
+        raise ExportError(f"{path} names no token that ends an answer: set eos_token_id in generation_config.json")
     eos_ids = tuple(eos) if isinstance(eos, list | tuple) else (eos,)
     pad = settings.pad_token_id if settings.pad_token_id is not None else tokenizer.pad_token_id
     return Generation(

@@ -6,6 +6,7 @@ the parity gate included, has passed.
 
 import importlib.metadata
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -95,6 +96,7 @@ def export_bundle(config: ExportConfig, progress: Progress | None = None, traces
     output.parent.mkdir(parents=True, exist_ok=True)
     with _staging(output) as staging:
         manifest = _fill(staging, checkpoint, layout, precision, config, progress or Progress(), traces or Traces())
+        _check_output(output, overwrite=config.overwrite)  # again: hours may have passed
         if output.exists():
             shutil.rmtree(output)
         staging.rename(output)
@@ -195,9 +197,9 @@ def _fill(
         (staging / FP32).mkdir()
         _fill(staging / FP32, checkpoint, layout, Precision(), replace(config, with_fp32=False), progress, traces)
     for path in checkpoint.carried:
-        shutil.copy(path, staging)
+        shutil.copyfile(path, staging / path.name)
     # As transformers reads it, which is not always what the checkpoint's file says.
-    checkpoint.tokenizer.backend_tokenizer.save(str(staging / TOKENIZER))
+    (staging / TOKENIZER).write_text(checkpoint.tokenizer.backend_tokenizer.to_str(pretty=True), encoding="utf-8")
     with progress.step("hashes"):
         files = {
             path.relative_to(staging).as_posix(): File(path.stat().st_size, file_sha256(path))
@@ -249,6 +251,7 @@ def _staging(output: Path) -> Iterator[Path]:
 
 def main() -> int:
     """Run `python -m export`."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that half a bundle is removed then too
     config = tyro.cli(ExportConfig, prog="python -m export", config=(tyro.conf.FlagCreatePairsOff,))
     try:
         manifest = export_bundle(config, ShownProgress(Console()))

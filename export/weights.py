@@ -4,10 +4,15 @@ What enters: safetensors files and the model's config. What leaves: a skeleton, 
 without its weights, and modules of it with theirs, in fp32. So a checkpoint of any size is exported
 in the memory that its largest module takes.
 
+The parity gate reads weights here too, so what is misread it cannot see. Files are those that
+transformers would read, and a tensor that is not simply a parameter of the model is refused.
+
 This module knows nothing of graphs.
 """
 
 import copy
+import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +26,11 @@ from qvl_batch.errors import ExportError
 #: Beginnings of names in published files, by the model's own. Other files have the model's.
 _PUBLISHED = {"model.language_model.": "model.", "model.visual.": "visual."}
 EMBEDDING, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+#: Numbers that can be read as they are; others are codes, to which a scale belongs.
+_NUMBERS = {"F32", "F16", "BF16", "F64"}
+#: In old files, and computed from the config.
+_COMPUTED = "rotary_emb.inv_freq"
 
 
 class Weights:
@@ -31,16 +41,21 @@ class Weights:
         config: of its model.
 
     Raises:
-        ExportError: files are missing or damaged, or lack weights that the model has.
+        ExportError: files are missing or damaged, lack weights that the model has, or hold others.
     """
 
     def __init__(self, path: Path, config: Any) -> None:
         self._path = path
         self._files = _names_of_tensors(path)
+        if config.tie_word_embeddings and self._head_is_its_own():
+            config = copy.deepcopy(config)
+            config.tie_word_embeddings = config.text_config.tie_word_embeddings = False
         self.skeleton = skeleton(config)
-        missing = sorted(name for name, _ in self.skeleton.named_parameters() if self._name_in_files(name) is None)
+        names = [name for name, _ in self.skeleton.named_parameters()]
+        missing = sorted(name for name in names if self._name_in_files(name) is None)
         if missing:
             raise ExportError(f"{path} lacks {len(missing)} weights, the first of them {missing[0]}")
+        self._refuse_others({*names, HEAD})
 
     def module(self, name: str) -> nn.Module:
         """A copy of one of the skeleton's modules, with its weights.
@@ -73,8 +88,25 @@ class Weights:
     def _take_back(self, module: nn.Module) -> None:
         module.to("meta")
 
+    def _head_is_its_own(self) -> bool:
+        """Whether files hold a head that is not the embedding: transformers ties no such two, whatever its config."""
+        head, embedding = self._in_files(HEAD), self._in_files(EMBEDDING)
+        return head is not None and embedding is not None and not torch.equal(self._read(HEAD), self._read(EMBEDDING))
+
+    def _refuse_others(self, names: Iterable[str]) -> None:
+        known = {each for name in names for each in (name, published_name(name))}
+        others = sorted(name for name in self._files if name not in known and not name.endswith(_COMPUTED))
+        if others:
+            raise ExportError(
+                f"{self._path} holds {len(others)} tensors that are no weights of the model, the first of them "
+                f"{others[0]}: merge an adapter into the weights, and take weights that are not quantized"
+            )
+
+    def _in_files(self, name: str) -> str | None:
+        return next((each for each in (name, published_name(name)) if each in self._files), None)
+
     def _name_in_files(self, name: str) -> str | None:
-        found = next((each for each in (name, published_name(name)) if each in self._files), None)
+        found = self._in_files(name)
         if found is None and name == HEAD and self.skeleton.config.tie_word_embeddings:
             return self._name_in_files(EMBEDDING)
         return found
@@ -103,22 +135,49 @@ def _units(model: Any) -> list[str]:
     return [f"{visual}.patch_embed", *blocks, f"{visual}.merger", f"{text}.embed_tokens", *layers, *ends]
 
 
+def weight_files(path: Path) -> list[Path]:
+    """Files that hold the weights: one, or those that the index names, as transformers has it.
+
+    Raises:
+        ExportError: there are none, or not all.
+    """
+    if (path / SINGLE).is_file():
+        return [path / SINGLE]
+    try:
+        names = set(json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+    except FileNotFoundError:
+        raise ExportError(
+            f"{path} has no {SINGLE} and no {INDEX}: it is no checkpoint, or not all of it was downloaded"
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ExportError(f"{path / INDEX} cannot be read: {error}; download it again") from error
+    missing = sorted(name for name in names if not (path / name).is_file())
+    if missing:
+        raise ExportError(f"{path} lacks {missing[0]}, which its index names: download it")
+    return sorted(path / name for name in names)
+
+
 def _names_of_tensors(path: Path) -> dict[str, Path]:
     """The file that each tensor is in."""
     names: dict[str, Path] = {}
-    for file in sorted(path.glob("*.safetensors")):
+    for file in weight_files(path):
         try:
             with safe_open(file, "pt") as opened:
-                names |= dict.fromkeys(opened.keys(), file)
+                kinds = {name: opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
             raise ExportError(f"{file} cannot be read: {error}; download it again") from error
+        codes = next((f"{name} is {kind}" for name, kind in kinds.items() if kind not in _NUMBERS), None)
+        if codes:
+            raise ExportError(f"{file}: {codes}: take weights that are not quantized")
+        names |= dict.fromkeys(kinds, file)
     return names
 
 
 def skeleton(config: Any) -> Any:
     """The model on the meta device, but for its rotary frequencies, which no file holds."""
     with torch.device("meta"):
-        model = Model._from_config(config, dtype=torch.float32)  # noqa: SLF001  (there is no other way without weights)
+        # There is no public way without weights.
+        model = Model._from_config(config, dtype=torch.float32, attn_implementation="sdpa")  # noqa: SLF001
     model.tie_weights()
     model.model.visual.rotary_pos_emb = type(model.model.visual.rotary_pos_emb)(config.vision_config)
     model.model.language_model.rotary_emb = type(model.model.language_model.rotary_emb)(config.text_config)
