@@ -18,6 +18,7 @@ import export.vision
 from export.checkpoint import load_checkpoint
 from export.decoder import DecoderWeights, FullDecoder, mrope_positions
 from export.package import ExportConfig, export_bundle
+from export.progress import Progress
 from export.vision import split_windows
 from qvl_batch.bundle import DECODER, DECODER_FULL, VISION, Bundle
 from qvl_batch.errors import ExportError
@@ -193,6 +194,23 @@ def _edit(path: Path, **changes) -> None:
         (lambda path: _edit(path / "tokenizer_config.json", chat_template=None), {}, "has no chat template"),
         (lambda path: _edit(path / "tokenizer_config.json", chat_template="{{ messages }}"), {}, "chat template must"),
         (lambda path: _edit(path / "tokenizer_config.json", clean_up_tokenization_spaces=True), {}, "clean up spaces"),
+        (
+            lambda path: _edit(path / "config.json", quantization_config={"quant_method": "awq"}),
+            {},
+            r"quantized \(awq\)",
+        ),
+        (lambda path: (path / "adapter_config.json").write_text("{}"), {}, "holds an adapter .* merge it"),
+        (
+            lambda path: _edit(path / "generation_config.json", eos_token_id=[]),
+            {},
+            "names no token that ends an answer",
+        ),
+        (
+            lambda path: _edit(path / "tokenizer_config.json", chat_template="{{ 1 + '' }}"),
+            {},
+            "takes no turn of an image",
+        ),
+        (lambda path: (path / "chat_template.json").write_text("{}"), {}, "chat_template.json has no chat template"),
         (_nothing, {"image_size": 650}, "--image-size 650 is not a multiple of 28"),
         (_nothing, {"image_size": 0}, "--image-size 0 is not a multiple"),
         (_nothing, {"image_size": 28}, "image processor would resize it"),
@@ -209,6 +227,72 @@ def test_wrong_input_is_refused_in_one_line_and_leaves_nothing(damage, options, 
         export_bundle(ExportConfig(checkpoint=checkpoint, output=tmp_path / "out" / "bundle", **options))
     assert "\n" not in str(refused.value)
     assert not list(tmp_path.glob("out/*"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("min_new_tokens", 8), ("no_repeat_ngram_size", 1), ("num_beams", 2), ("suppress_tokens", [5]),
+        ("bad_words_ids", [[5]]), ("forced_eos_token_id", 5), ("guidance_scale", 1.5), ("stop_strings", ["a"]),
+    ],
+)  # fmt: skip
+def test_settings_under_which_generate_is_not_greedy_are_refused(name, value, tmp_path):
+    checkpoint = Path(shutil.copytree(TINY, tmp_path / "checkpoint"))
+    _edit(checkpoint / "generation_config.json", **{name: value})
+    with pytest.raises(ExportError, match=f"the generation config sets {name} to .*: take it out"):
+        load_checkpoint(checkpoint)
+
+
+def test_settings_that_greedy_decoding_does_not_look_at_are_none_of_ours(tmp_path):
+    checkpoint = Path(shutil.copytree(TINY, tmp_path / "checkpoint"))
+    sampling = {"do_sample": True, "temperature": 1e-6, "top_k": 1, "top_p": 0.001}
+    _edit(checkpoint / "generation_config.json", **sampling, num_beams=1, min_length=0, guidance_scale=1.0)
+    assert load_checkpoint(checkpoint).generation == load_checkpoint(TINY).generation
+
+
+def test_without_a_generation_config_the_model_has_the_settings(tmp_path):
+    checkpoint = Path(shutil.copytree(TINY, tmp_path / "checkpoint"))
+    (checkpoint / "generation_config.json").unlink()
+    _edit(checkpoint / "config.json", repetition_penalty=1.05)
+    found = load_checkpoint(checkpoint)
+    assert found.generation.repetition_penalty == found.model.generation_config.repetition_penalty == 1.05
+
+
+def test_the_processors_own_template_goes_before_the_tokenizers(tmp_path):
+    checkpoint = Path(shutil.copytree(TINY, tmp_path / "checkpoint"))
+    template = load_checkpoint(TINY).tokenizer.chat_template
+    (checkpoint / "chat_template.json").write_text(json.dumps({"chat_template": f"The {template}"}))
+    assert load_checkpoint(checkpoint).tokenizer.chat_template == f"The {template}"
+    (checkpoint / "chat_template.jinja").write_text(template)
+    assert load_checkpoint(checkpoint).tokenizer.chat_template == template
+
+
+def test_a_checkpoint_may_ask_for_another_implementation_of_attention(tmp_path):
+    checkpoint = Path(shutil.copytree(TINY, tmp_path / "checkpoint"))
+    _edit(checkpoint / "config.json", _attn_implementation="flash_attention_2")
+    assert load_checkpoint(checkpoint).model.config._attn_implementation == "sdpa"
+
+
+def test_what_came_to_the_output_meanwhile_is_kept(tmp_path):
+    output = tmp_path / "bundle"
+
+    class Meanwhile(Progress):
+        def say(self, line):
+            output.mkdir(exist_ok=True)
+            (output / "precious").write_text(line)
+
+    config = ExportConfig(checkpoint=TINY, output=output)
+    with pytest.raises(ExportError, match="exists: give another --output"):
+        export_bundle(config, Meanwhile(), TRACES)
+    assert [path.name for path in tmp_path.rglob("*")] == ["bundle", "precious"]
+
+
+def test_a_read_only_checkpoint_can_be_exported(tmp_path):
+    checkpoint = Path(shutil.copytree(TINY, tmp_path / "checkpoint"))
+    for file in checkpoint.iterdir():
+        file.chmod(0o444)
+    export_bundle(ExportConfig(checkpoint=checkpoint, output=tmp_path / "bundle", skip_parity=True), traces=TRACES)
+    assert all(path.stat().st_mode & 0o200 for path in (tmp_path / "bundle").iterdir())
 
 
 def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path):

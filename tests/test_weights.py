@@ -12,8 +12,9 @@ from conftest import TINY
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
+from export.checkpoint import load_checkpoint
 from export.lazy import LazyWeights, without_weights
-from export.weights import Weights
+from export.weights import INDEX, Weights
 from qvl_batch.errors import ExportError
 
 CONFIG = Qwen2_5_VLConfig.from_pretrained(TINY)
@@ -25,6 +26,8 @@ def _copy(tmp_path, tensors):
     shutil.copytree(TINY, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     for number, part in enumerate(tensors):
         save_file(part, folder / f"model-{number}.safetensors")
+    names = {name: f"model-{number}.safetensors" for number, part in enumerate(tensors) for name in part}
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": names}))
     return folder
 
 
@@ -63,6 +66,68 @@ def test_a_damaged_file_is_named(tmp_path):
     (folder / "model-0.safetensors").write_bytes(b"\0" * 100)
     with pytest.raises(ExportError, match=r"model-0.safetensors cannot be read: .*; download it again"):
         Weights(folder, CONFIG)
+
+
+def test_files_that_transformers_would_not_read_are_not_read(tiny_checkpoint, tmp_path):
+    other = {name: torch.zeros_like(tensor) for name, tensor in _tensors().items()}
+    sharded, whole = _copy(tmp_path / "sharded", [_tensors()]), _copy(tmp_path / "whole", [other])
+    save_file(other, sharded / "model-9-of-9.safetensors")
+    save_file(other, sharded / "training.safetensors")
+    shutil.copy(TINY / "model.safetensors", whole)  # goes before an index
+    for folder in (sharded, whole):
+        for name in MODULES:
+            expected = tiny_checkpoint.model.get_submodule(name).state_dict()
+            found = Weights(folder, CONFIG).module(name).state_dict()
+            assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (lambda index: index.unlink(), "has no model.safetensors and no model.safetensors.index.json"),
+        (lambda index: index.write_text("[]"), "index.json cannot be read: .*; download it again"),
+        (lambda index: index.write_text('{"weight_map": {"a": "b"}}'), "lacks b, which its index names: download it"),
+    ],
+)
+def test_an_index_that_is_of_no_use_is_refused(write, message, tmp_path):
+    folder = _copy(tmp_path, [_tensors()])
+    write(folder / INDEX)
+    with pytest.raises(ExportError, match=message):
+        Weights(folder, CONFIG)
+
+
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("added", "message"),
+    [
+        ({UP: torch.zeros(384, 128, dtype=torch.int8)}, rf"{UP} is I8: take weights that are not quantized"),
+        ({UP: torch.zeros(384, 128).to(torch.float8_e4m3fn)}, rf"{UP} is F8_E4M3: take weights that are not"),
+        ({f"{UP}_scale": torch.zeros(384)}, rf"holds 1 tensors that are no weights of the model, .* {UP}_scale: merge"),
+        ({"model.layers.1.mlp.up_proj.lora_A.default.weight": torch.zeros(2, 128)}, r"lora_A.default.weight: merge an"),
+    ],
+    ids=["int8", "fp8", "scale", "adapter"],
+)
+def test_weights_that_are_not_plain_numbers_of_the_model_are_refused(added, message, tmp_path):
+    with pytest.raises(ExportError, match=message):
+        Weights(_copy(tmp_path, [_tensors() | added]), CONFIG)
+
+
+def test_rotary_frequencies_in_old_files_are_left_out(tmp_path):
+    Weights(_copy(tmp_path, [_tensors() | {"visual.rotary_emb.inv_freq": torch.zeros(8)}]), CONFIG)
+
+
+@pytest.mark.parametrize("is_another", [True, False])
+def test_a_head_is_tied_unless_files_hold_another(is_another, tmp_path):
+    assert CONFIG.tie_word_embeddings
+    head = _tensors()["model.embed_tokens.weight"] + (1 if is_another else 0)
+    checkpoint = load_checkpoint(_copy(tmp_path, [_tensors() | {"lm_head.weight": head}]))
+    assert checkpoint.config.tie_word_embeddings is not is_another
+    assert torch.equal(checkpoint.weights.module("lm_head").weight, head.float())
+    assert torch.equal(checkpoint.model.lm_head.weight, head.float())
+    embedding = checkpoint.model.get_input_embeddings().weight
+    assert torch.equal(embedding, _tensors()["model.embed_tokens.weight"].float())
 
 
 def test_the_streamed_model_is_the_model_and_keeps_nothing(tiny_checkpoint):
