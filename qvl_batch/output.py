@@ -3,7 +3,7 @@
     DIR/part-*.parquet   answers; the footer of each says to which rows
     DIR/_job.json        what the answers depend on: bundle, settings, input files in order of number
     DIR/_run.json        figures of the last run that came to its end, if there was anything left for it to do
-    DIR/report.html      the same as a page
+    DIR/_report.html     the same as a page
     DIR/_lock*           of the job that is writing, if one is
 
 A job that was stopped, or killed at any moment, is gone on with by the same command: rows that a
@@ -33,7 +33,7 @@ from qvl_batch.rowset import Row, RowSet
 from qvl_batch.sink import PARTS, PartRecord, Tally, cannot_write, read_part, write_part
 from qvl_batch.source import InputFile, rows_of, with_columns
 
-JOB, RUN, REPORT = "_job.json", "_run.json", "report.html"
+JOB, RUN, REPORT = "_job.json", "_run.json", "_report.html"
 FORMAT = 1
 #: Footers that are read at a time: on a network's file system each waits.
 READERS = 16
@@ -131,7 +131,7 @@ class OutputFolder:
             return False
 
     def write_report(self, record: dict[str, Any], page: str) -> None:
-        """Write `report.html` and `_run.json`.
+        """Write `_report.html` and `_run.json`.
 
         Raises:
             OutputError: the folder cannot be written to.

@@ -38,7 +38,7 @@ def _caption(env, *options, check=True):
 
 def _shown(folder):
     """Figures of a job, and the rows of its page: id, prompt, answer, and whether there is an image."""
-    page = (folder / "report.html").read_text()
+    page = (folder / "_report.html").read_text()
     rows = []
     for card in page.split("<article")[1:]:
         texts = [
@@ -146,7 +146,7 @@ def test_an_empty_input_gives_an_empty_answer(tiny_bundle, demo, ray_env, tmp_pa
     (part,) = (tmp_path / "out").glob("part-*.parquet")
     assert pq.read_schema(part).names == ["id", *ANSWER_COLUMNS]
     assert json.loads((tmp_path / "out" / "_run.json").read_text())["rows"] == 0
-    assert "No rows to answer" in (tmp_path / "out" / "report.html").read_text()
+    assert "No rows to answer" in (tmp_path / "out" / "_report.html").read_text()
 
 
 @pytest.mark.parametrize(
@@ -226,7 +226,7 @@ def test_a_job_that_is_stopped_keeps_its_answers_and_goes_on(sent, tiny_bundle, 
     last = rest.strip().splitlines()[-1]
     assert last == f"caption: stopped; {len(before)} of 128 rows are answered; the same command goes on"
     assert 0 < len(before) < 128
-    assert not {"_run.json", "report.html"} & {path.name for path in output.iterdir()}
+    assert not {"_run.json", "_report.html"} & {path.name for path in output.iterdir()}
 
     other = _caption(ray_env, *options, "--max-new-tokens", 9, check=False)
     assert (other.returncode, "with another --max-new-tokens (128 there, 9 now)" in other.stderr) == (1, True)
@@ -245,7 +245,7 @@ def test_a_job_that_is_stopped_keeps_its_answers_and_goes_on(sent, tiny_bundle, 
     ids = {row[0] for row in shown}
     assert len(ids) == min(24, left)
     assert not ids & {row["id"] for row in before}
-    written = {name: (output / name).read_bytes() for name in ("_run.json", "report.html")}
+    written = {name: (output / name).read_bytes() for name in ("_run.json", "_report.html")}
     result = _caption(ray_env, *options, "--price-per-hour", 7)
     assert "resuming  128 rows are answered already, 0 are left" in result.stderr
     assert "workers" not in result.stderr

@@ -250,6 +250,7 @@ def test_an_input_without_rows_has_a_table_without_rows(tmp_path):
     assert pq.read_table(part).schema.names == SCHEMA.names
     assert json.loads((tmp_path / RUN).read_text()) == {"rows": 0}
     assert {path.name for path in tmp_path.iterdir()} == {part.name, JOB, RUN, REPORT, LOCK}
+    assert pq.read_table(tmp_path).schema.names == SCHEMA.names  # all else in the folder is passed over
 
 
 def test_a_report_is_of_the_answers_that_are_there_and_goes_with_them(tmp_path):
