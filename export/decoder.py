@@ -168,6 +168,8 @@ class CachedDecoder(_Decoder):
             After the last layer's attention only that last token goes on.
         """
         is_image = (cache_position >= self.image.start) & (cache_position < self.image.stop)
+        end = seqlens_k.long()
+        is_valid = cache_position <= end[:, None]
         hidden = self._embed(input_ids, is_image, image_embeds)
         layers = self.weights.layers
         present: list[Tensor] = []
@@ -182,9 +184,10 @@ class CachedDecoder(_Decoder):
                 update, cache = group_query_attention(q, k, v, cache, seqlens_k, total_sequence_length, heads)
             present += cache
             if index == len(layers) - 1:
-                # Rounding to integers can hide what is not finite from the logits, but not from here.
-                states = hidden.mean((1, 2))
-                last = seqlens_k.long() - cache_position[:, 0]
+                # Rounding to integers can hide what is not finite from the logits, but not from here. What comes
+                # of padding is nobody's business.
+                states = torch.where(is_valid[..., None], hidden, 0.0).mean((1, 2))
+                last = end - cache_position[:, 0]
                 update, hidden = _at(update, last), _at(hidden, last)
             normed, hidden = skip_rms_norm(layer.out(update), hidden, layer.norm2, self.eps)
             following = layers[index + 1].norm1 if index + 1 < len(layers) else self.weights.norm
@@ -194,7 +197,7 @@ class CachedDecoder(_Decoder):
         is_finite = (states + logits.mean(-1)).abs() < math.inf
         scores = logits
         if seen is not None:
-            seen = self._seen(seen, input_ids, cache_position <= seqlens_k[:, None])
+            seen = self._seen(seen, input_ids, is_valid)
             scores = torch.where(seen, torch.where(logits < 0, logits * self.penalty, logits / self.penalty), logits)
             present.append(seen)
         return torch.where(is_finite, scores.argmax(-1), -1), logits, *present
