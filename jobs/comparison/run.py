@@ -73,7 +73,7 @@ def compare(config: CompareConfig, say: Callable[[str], None] = lambda _: None) 
         JobError: input, output, bundle, checkpoint or settings make the comparison impossible.
     """
     sides = _Sides(config, Bundle.load(config.bundle))
-    questions = open_questions(config, sides.bundle.manifest.layout.image_size)
+    questions = open_questions(config, sides.bundle.manifest.layout.image_size, say)
     rows_per_chunk = _rows_per_chunk(config, sides.bundle)
     settings = _settings(config, sides, questions, rows_per_chunk)
     id_type = questions.source.columns.id.type
