@@ -135,8 +135,8 @@ def open_questions(config: CompareConfig, image_size: int, say: Callable[[str], 
 
 def _expected_field(source: Source, name: str) -> pa.Field:
     """The column of right answers, as the first file has it; others may have text of another type."""
-    if name == ID != source.columns.id.name:
-        raise ConfigError(f"--expected-column {ID}: rows have --id-column under that name; rename the column")
+    if name == ID:
+        raise ConfigError(f"--expected-column {ID}: rows have what identifies them under that name; rename the column")
     fields: list[pa.Field] = []
     for file in source.files:
         schema = pq.read_schema(file.path)
