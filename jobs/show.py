@@ -5,16 +5,21 @@ python jobs/show.py ANSWERS [--rows 20]
 
 import sys
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 import pyarrow as pa
 import tyro
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from qvl_batch.errors import ConfigError
+from comparison.questions import EXPECTED, is_textual, texts
+from qvl_batch.errors import ConfigError, InputError, JobError
 from qvl_batch.folder import folder_at
+from qvl_batch.page import printable
 from qvl_batch.sink import PARTS, read_part
+
+COLUMNS = ("id", "prompt", "answer", EXPECTED, "error_type", "error_message")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,40 +31,67 @@ class ShowConfig:
     rows: int = 20
     """Rows to print."""
 
+    def __post_init__(self) -> None:
+        """Refuse what cannot be printed.
+
+        Raises:
+            ConfigError: names the option, what it was, and what it may be.
+        """
+        if self.rows < 0:
+            raise ConfigError(f"--rows must be at least 0, not {self.rows}")
+
 
 def show(config: ShowConfig, console: Console) -> None:
-    """Print a table and a line of counts."""
-    folder = folder_at(config.answers)
-    rows = [row for name in folder.names(PARTS) for row in read_part(folder, name).to_pylist()]
-    judged = [row for row in rows if row.get("expected") is not None]
-    table = Table("id", "prompt", "answer", *(["expected", ""] if judged else []))
+    """Print a table and a line of counts.
+
+    Raises:
+        InputError: the folder holds no answers, or they cannot be read.
+    """
+    try:
+        folder = folder_at(config.answers)
+        rows = [row for name in folder.names(PARTS) for row in _rows(read_part(folder, name))]
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise InputError(f"{config.answers} cannot be read: {error}") from error
+    if not rows:
+        raise InputError(f"{config.answers} holds no answers")
+    judged = [row for row in rows if row[EXPECTED] is not None]
+    table = Table("id", "prompt", "answer", *([EXPECTED, ""] if judged else []))
     for row in rows[: config.rows]:
-        table.add_row(*_cells(row, judged=bool(judged)))
+        table.add_row(*(Text(str(printable(cell))) for cell in _cells(row, judged=bool(judged))))
     console.print(table)
     if judged:
-        right = sum(row["answer"] == row["expected"] for row in judged)
+        right = sum(map(_is_right, judged))
         console.print(f"{right} of {len(judged)} answers match what was expected ({right / len(judged):.1%})")
-    console.print(f"all {len(rows)} answers: {config.answers}/{PARTS}", soft_wrap=True)
+    console.print(f"all {len(rows)} answers: {config.answers}/{PARTS}", markup=False, emoji=False, soft_wrap=True)
 
 
-def _cells(row: dict[str, Any], *, judged: bool) -> list[str]:
-    answer = row["answer"] if row["answer"] is not None else f"({row['error_type']}: {row['error_message']})"
-    cells = [str(row["id"]), row.get("prompt") or "", answer]
+def _rows(table: pa.Table) -> list[dict[str, str | None]]:
+    """What is shown of each row; nulls for columns that are not there, or hold no text."""
+    held = {name: table[name] for name in COLUMNS if name in table.column_names}
+    columns = {name: texts(column) for name, column in held.items() if is_textual(column.type)}
+    return [{name: columns[name][row] if name in columns else None for name in COLUMNS} for row in range(len(table))]
+
+
+def _cells(row: dict[str, str | None], *, judged: bool) -> list[str]:
+    answer, expected = row["answer"], row[EXPECTED]
+    if answer is None:
+        answer = f"({row['error_type']}: {row['error_message']})"
+    cells = ["(no id)" if row["id"] is None else row["id"], row["prompt"] or "", answer]
     if judged:
-        cells += [str(row["expected"]), "✓" if row["answer"] == row["expected"] else "✗"]
+        cells += ["", ""] if expected is None else [expected, "✓" if _is_right(row) else "✗"]
     return cells
+
+
+def _is_right(row: dict[str, str | None]) -> bool:
+    return row["answer"] == row[EXPECTED]
 
 
 def main() -> int:
     """Run the command."""
-    config = tyro.cli(ShowConfig)
     try:
-        if not folder_at(config.answers).names(PARTS):
-            print(f"show: {config.answers} holds no answers", file=sys.stderr)
-            return 1
-        show(config, Console())
-    except (OSError, ValueError, pa.ArrowException, ConfigError) as error:
-        print(f"show: {config.answers} cannot be read: {error}", file=sys.stderr)
+        show(tyro.cli(ShowConfig), Console())
+    except JobError as error:
+        print(f"show: {error}", file=sys.stderr)
         return 1
     return 0
 

@@ -195,10 +195,13 @@ def test_marks_escape_and_cover_whole_words():
 
 
 def test_the_axis_has_a_place_for_every_value():
-    axis = LogAxis.of([1e-8, 1e-3])
+    axis = LogAxis.of([1e-8], 1e-3)
     assert [axis.place(value) for value in (0.0, 1e-9, 1e-8, 1e-3, 5.0, float("nan"), float("inf"))] == [
         0, 0, 0, 100, 100, 100, 100
     ]  # fmt: skip
     assert axis.place(10**-5.5) == 50
     assert [label for _, label in axis.ticks] == ["1e-8", "1e-7", "1e-6", "1e-5", "1e-4", "1e-3"]
-    assert LogAxis.of([]).ticks
+    assert LogAxis.of([], 0.0).ticks
+    # Where nothing drifts, rows do not stand on the bound.
+    nothing = LogAxis.of([0.0], 1e-3)
+    assert nothing.place(0.0) < nothing.place(1e-3)

@@ -9,7 +9,7 @@ import sys
 import tomllib
 
 import pytest
-from conftest import ROOT
+from conftest import QUESTIONS, ROOT
 from PIL import Image
 
 import qvl_batch
@@ -64,14 +64,25 @@ def test_imports_point_one_way():
                 assert module.split(".")[1] in COMPARISON[:place], f"{name} imports {module}"
 
 
-def test_two_bundles_are_compared_without_torch():
-    with_torch = {name for name, path in _files("jobs/comparison").items() if "torch" in set(_imports(path))}
-    assert with_torch == {"reference"}
+def test_two_bundles_are_compared_with_what_the_extra_brings(tiny_bundle, tmp_path):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lists = {"worker": project["dependencies"], **project["optional-dependencies"]}
+    packages = {extra: {re.match(r"[\w-]+", each)[0].replace("-", "_") for each in lists[extra]} for extra in lists}
+    missing = packages["export"] - packages["compare"] - packages["worker"]
+    assert missing > {"torch", "transformers"}
     script = (
-        "import sys; sys.path.insert(0, 'jobs'); import comparison.run; print('comparison.reference' in sys.modules)"
+        "import runpy, sys\n"
+        "class Missing:\n"
+        "    def find_spec(self, name, *_):\n"
+        f"        if name in {missing}: raise ModuleNotFoundError(name)\n"
+        "sys.meta_path.insert(0, Missing())\n"
+        "sys.path.insert(0, 'jobs')\n"
+        "runpy.run_path('jobs/compare.py', run_name='__main__')"
     )
-    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "False"
+    command = [sys.executable, "-c", script, "--bundle", tiny_bundle.path, "--against-bundle", tiny_bundle.path]
+    command += ["--input", QUESTIONS, "--limit", 1, "--output", tmp_path]
+    result = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, check=False)
+    assert "equal     1 of 1 answers" in result.stdout, result.stderr
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,8 @@ class CompareConfig:
     prompt_column: str = "prompt"
     """Column of prompts."""
     expected_column: str | None = None
-    """Column of right answers. Without it, `expected` where the input has such a column."""
+    """Column of right answers, of strings or integers; '' for none. Without it, `expected` where the input has such
+    a column."""
     limit: int | None = None
     """Compare only the first so many rows."""
     max_new_tokens: int = 64
@@ -73,9 +74,9 @@ class CompareConfig:
             raise ConfigError(f"--gallery must be at least 0, not {self.gallery}")
         if not self.fit or len(set(self.fit)) < len(self.fit):
             raise ConfigError("--fit needs at least one way to fit an image, each once")
-        self.captions(())
+        self.captions()
 
-    def captions(self, keep_columns: tuple[str, ...]) -> CaptionConfig:
+    def captions(self) -> CaptionConfig:
         """The same input as settings of a captioning job, which checks the values they share."""
         return CaptionConfig(
             bundle=self.bundle,
@@ -86,7 +87,6 @@ class CompareConfig:
             image_column=self.image_column,
             allow_images_from=self.allow_images_from,
             prompt_column=self.prompt_column,
-            keep_columns=keep_columns,
             max_new_tokens=self.max_new_tokens,
             limit=self.limit,
         )

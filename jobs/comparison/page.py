@@ -8,18 +8,21 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup, escape
 
-from comparison.summary import STAGES
-from qvl_batch.page import template
+from comparison.summary import STAGES, Kind
+from qvl_batch.page import printable, template
 
 Row = dict[str, Any]
 TEMPLATE = "page.html.jinja"
 #: Dots of one stage in the drift plot, and prompts to choose from.
 MOST_DOTS, MOST_PROMPTS = 400, 100
+#: Rows that are shown before those that are equal, in this order.
+NOTABLE: tuple[Kind, ...] = ("real", "failed", "tie", "not compared")
 _WORDS = re.compile(r"\s+|\w+|[^\w\s]")
 
 
@@ -32,9 +35,9 @@ def render(rows: Sequence[Row], summary: dict[str, Any], gallery: int) -> str:
         gallery: rows to show.
     """
     shown = _chosen(rows, gallery)
-    prompts = Counter(row["prompt"] or "" for row in shown).most_common(MOST_PROMPTS)
+    prompts = Counter(row["prompt"] for row in shown if row["prompt"]).most_common(MOST_PROMPTS)
     filters = {"percent": _percent, "figure": _figure}
-    return template(Path(__file__).parent / TEMPLATE, filters).render(
+    return template(Path(__file__).parent / TEMPLATE, filters, finalize=printable).render(
         summary=summary,
         stages=_stages(rows, summary["bounds"]["max_drift"]),
         depths=_depths(summary),
@@ -52,9 +55,9 @@ class LogAxis:
     high: int
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> "LogAxis":
-        """An axis that shows `values`, those that have a logarithm."""
-        shown = [math.log10(value) for value in values if 0 < value < math.inf]
+    def of(cls, values: Sequence[float], bound: float) -> "LogAxis":
+        """An axis that shows `values`, those that have a logarithm, and `bound` with a decade before it."""
+        shown = [math.log10(value) for value in [*values, bound / 10, bound] if 0 < value < math.inf]
         low, high = math.floor(min(shown, default=-8)), math.ceil(max(shown, default=0))
         return cls(low, max(high, low + 1))
 
@@ -75,7 +78,7 @@ class LogAxis:
 def _stages(rows: Sequence[Row], max_drift: float) -> dict[str, Any]:
     """Lanes of dots, one for each row that has the stage."""
     values = {name: [row[column] for row in rows if row[column] is not None] for name, column in STAGES.items()}
-    axis = LogAxis.of([value for lane in values.values() for value in lane] + [max_drift])
+    axis = LogAxis.of([value for lane in values.values() for value in lane], max_drift)
     chance = random.Random(0)  # noqa: S311  (which dots are drawn, and how they are spread)
     lanes = []
     for name, lane in values.items():
@@ -95,7 +98,7 @@ def _depths(summary: dict[str, Any]) -> dict[str, Any] | None:
         (depth["name"], float(depth["total"]["median"]), float(depth["own"]["median"]))
         for depth in summary["layers"]["depths"]
     ]
-    axis = LogAxis.of([value for _, total, own in depths for value in (total, own)] + [bound])
+    axis = LogAxis.of([value for _, total, own in depths for value in (total, own)], bound)
     lines = [
         {
             "name": name,
@@ -111,8 +114,9 @@ def _depths(summary: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _chosen(rows: Sequence[Row], gallery: int) -> list[Row]:
-    """What differs or failed, as far as it fits, then others at random; in the order of the input."""
-    notable = [index for index, row in enumerate(rows) if row["difference"] != "equal"][:gallery]
+    """What is notable, as far as it fits, then others at random; in the order of the input."""
+    kinds = {kind: [index for index, row in enumerate(rows) if row["difference"] == kind] for kind in NOTABLE}
+    notable = list(chain.from_iterable(kinds.values()))[:gallery]
     others = [index for index, row in enumerate(rows) if row["difference"] == "equal"]
     chosen = random.Random(0).sample(others, min(len(others), gallery - len(notable)))  # noqa: S311
     return [rows[index] for index in sorted([*notable, *chosen])]
@@ -120,7 +124,7 @@ def _chosen(rows: Sequence[Row], gallery: int) -> list[Row]:
 
 def _card(row: Row) -> dict[str, Any]:
     thumbnail = base64.b64encode(row["thumbnail"]).decode() if row["thumbnail"] else None
-    reference, answer = marked(row["reference"] or "", row["answer"] or "")
+    reference, answer = marked(*(str(printable(row[side] or "")) for side in ("reference", "answer")))
     return {**row, "thumbnail": thumbnail, "reference_marked": reference, "answer_marked": answer}
 
 

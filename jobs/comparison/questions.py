@@ -1,7 +1,7 @@
 """The questions of a comparison: rows of the input, their images decoded and fitted once for both sides."""
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -104,41 +104,76 @@ class Questions:
             yield replace(bare, fit=fit, pixels=fit_image(image, self.image_size, fit) if image else None)
 
 
-def open_questions(config: CompareConfig, image_size: int) -> Questions:
+def open_questions(config: CompareConfig, image_size: int, say: Callable[[str], None]) -> Questions:
     """Find the input and check its columns.
+
+    Args:
+        config: what to ask.
+        image_size: pixels a side that both sides see.
+        say: receives a line if the input has a column of right answers that cannot be used.
 
     Raises:
         InputError: nothing is there, a file is no parquet, or its columns cannot be used.
-        ConfigError: the expected column has the name of one that the comparison writes.
+        ConfigError: the expected column has a name that is taken.
     """
-    fetcher = Fetcher(config.allow_images_from)
-    expected = config.expected_column
+    source, expected = open_source(config.captions()), config.expected_column
     if expected is None:
-        plain = open_source(config.captions(()))
-        if EXPECTED not in pq.read_schema(plain.files[0].path).names:
-            return Questions(plain, fetcher, config.fit, config.prompt, None, image_size)
-        expected = EXPECTED
-    try:
-        source = open_source(config.captions((expected,)))
-    except (InputError, ConfigError) as error:
-        raise type(error)(str(error).replace("--keep-columns", "--expected-column")) from error
-    (kept,) = source.columns.kept
-    if not pa.types.is_string(kept.type) and not pa.types.is_large_string(kept.type):
-        raise InputError(f"column {expected!r} (--expected-column) is {kept.type}; it must be strings")
-    return Questions(source, fetcher, config.fit, config.prompt, expected, image_size)
+        expected = EXPECTED if EXPECTED in pq.read_schema(source.files[0].path).names else ""
+    if expected:
+        try:
+            kept = _expected_field(source, expected)
+        except InputError as error:
+            if config.expected_column:
+                raise
+            say(f"note      no answers are expected: {error}")
+            expected = ""
+        else:
+            source = replace(source, columns=replace(source.columns, kept=(kept,)))
+    fetcher = Fetcher(config.allow_images_from)
+    return Questions(source, fetcher, config.fit, config.prompt, expected or None, image_size)
+
+
+def _expected_field(source: Source, name: str) -> pa.Field:
+    """The column of right answers, as the first file has it; others may have text of another type."""
+    if name == ID:
+        raise ConfigError(f"--expected-column {ID}: rows have what identifies them under that name; rename the column")
+    fields: list[pa.Field] = []
+    for file in source.files:
+        schema = pq.read_schema(file.path)
+        if schema.names.count(name) != 1:
+            raise InputError(f"{file.path} has no single column {name!r} (--expected-column)")
+        fields.append(schema.field(name))
+        if not is_textual(fields[-1].type):
+            kind = fields[-1].type
+            raise InputError(
+                f"{file.path}: column {name!r} (--expected-column) is {kind}; it must be strings or integers"
+            )
+    return fields[0]
+
+
+def is_textual(kind: pa.DataType) -> bool:
+    """Whether `texts` takes columns of this type: strings, integers, dictionaries of them, nulls."""
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    checks = ("is_string", "is_large_string", "is_string_view", "is_integer", "is_null")
+    return any(getattr(pa.types, check)(kind) for check in checks)
+
+
+def texts(column: pa.ChunkedArray) -> list[str | None]:
+    """Values of a column as text; bytes that are no UTF-8 are replaced."""
+    values = column.cast(pa.large_string()).cast(pa.large_binary()).to_pylist()
+    return [None if value is None else value.decode(errors="replace") for value in values]
 
 
 def _records(table: pa.Table, expected: str | None) -> list[dict[str, Any]]:
     """Rows of a table as what a `Question` is made of."""
-    return [
-        {
-            "file": row[FILE],
-            "row": row[ROW],
-            "id": row[ID],
-            "prompt": row[PROMPT],
-            "expected": row[expected] if expected else None,
-            IMAGE: row[IMAGE],
-            "failure": failure,
-        }
-        for row, failure in zip(table.to_pylist(), failures_of(table), strict=True)
-    ]
+    ids = table[ID]
+    values = {
+        "file": table[FILE].to_pylist(),
+        "row": table[ROW].to_pylist(),
+        "id": ids.to_pylist() if pa.types.is_integer(ids.type) else texts(ids),
+        "prompt": table[PROMPT].to_pylist(),
+        "expected": texts(table[expected]) if expected else [None] * len(table),
+        IMAGE: table[IMAGE].to_pylist(),
+        "failure": failures_of(table),
+    }
+    return [dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True)]

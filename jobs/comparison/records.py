@@ -77,7 +77,7 @@ def record(
     drift: Drift | None,
     texts: tuple[str | None, str | None],
 ) -> dict[str, Any]:
-    """A row of `comparison.parquet`.
+    """A row of `comparison.parquet`. One that could not be put to both sides has no answers.
 
     Args:
         question: what was asked.
@@ -88,6 +88,8 @@ def record(
         texts: of the first tokens that differ, reference first.
     """
     side, failure = _failure(question, reference, candidate)
+    if side == "input":
+        reference = candidate = None
     width, height = question.size or (None, None)
     return {
         "id": question.id,
@@ -118,11 +120,11 @@ def _failure(
     question: Question, reference: Trace | Failure | None, candidate: Trace | Failure | None
 ) -> tuple[str | None, Failure | None]:
     """Whose failure a row has, `input` where neither side is to blame, and the failure."""
-    if question.failure:
-        return "input", question.failure
-    if isinstance(candidate, Failure):
-        return "input" if candidate.stage in INPUT_STAGES else "bundle", candidate
-    return ("reference", reference) if isinstance(reference, Failure) else (None, None)
+    sides = {"input": question.failure, "bundle": candidate, "reference": reference}
+    failed = {side: failure for side, failure in sides.items() if isinstance(failure, Failure)}
+    # Whichever side has the shorter contract: what it cannot take is compared with nothing.
+    before = (("input", failure) for failure in failed.values() if failure.stage in INPUT_STAGES)
+    return next(before, next(iter(failed.items()), (None, None)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +167,11 @@ class Records:
             raise OutputError(f"{output} cannot be used: {error}; give another --output") from error
         return cls(output, pa.schema([pa.field("id", id_type), *FIELDS, THUMBNAIL]), chunks)
 
+    def failed(self) -> int:
+        """Rows found so far that have a failure."""
+        columns = (pq.read_table(path, columns=["error_side"])["error_side"] for path in self._files())
+        return sum(len(column) - column.null_count for column in columns)
+
     def write(self, chunk: int, rows: list[dict[str, Any]]) -> None:
         """Write the rows of a chunk."""
         LocalFolder(self.output / PARTS).write(_part(chunk), parquet(pa.Table.from_pylist(rows, self.schema)))
@@ -172,9 +179,12 @@ class Records:
     def read(self) -> list[dict[str, Any]]:
         """All rows, in the order of the input."""
         rows: list[dict[str, Any]] = []
-        for path in sorted((self.output / PARTS).glob("part-*.parquet")):
+        for path in self._files():
             rows += pq.read_table(path).to_pylist()
         return rows
+
+    def _files(self) -> list[Path]:
+        return sorted((self.output / PARTS).glob("part-*.parquet"))
 
     def publish(self, rows: list[dict[str, Any]], summary: dict[str, Any], page: str) -> None:
         """Write the three files that a comparison is for."""

@@ -42,14 +42,20 @@ class Outcome:
     def __str__(self) -> str:
         summary, agreement = self.summary, self.summary["agreement"]
         low, high = agreement["interval"]
+        fits = len(summary["settings"]["fit"])
+        what = "questions" if fits > 1 else "rows"
         lines = {
-            "rows": f"{summary['rows']:,}, {summary['compared']:,} compared",
+            what: f"{summary['rows']:,}, {summary['compared']:,} compared",
             "equal": f"{agreement['count']:,} of {agreement['of']:,} answers, token for token "
             f"({agreement['share']:.1%}, 95 %: {low:.1%} to {high:.1%})",
             "differ": f"{agreement['ties']:,} tied within noise, {agreement['real_differences']:,} really, "
             f"{agreement['failed']:,} failed",
             "drift": ", ".join(f"{stage} {_figure(summary['drift'][stage]['max'])}" for stage in STAGES),
         }
+        if apart := summary["rows"] - summary["compared"]:
+            lines["apart"] = f"{apart:,} of {summary['rows']:,} {what} could not be compared"
+        if fits > 1:
+            lines["fits"] = f"{fits} of each row; the intervals hold for one fit alone"
         if expected := summary["expected"]:
             shares = (expected[side]["share"] for side in ("reference", "bundle"))
             lines["expected"] = "given in {:.1%} of rows by the reference, in {:.1%} by the bundle".format(*shares)
@@ -73,13 +79,15 @@ def compare(config: CompareConfig, say: Callable[[str], None] = lambda _: None) 
         JobError: input, output, bundle, checkpoint or settings make the comparison impossible.
     """
     sides = _Sides(config, Bundle.load(config.bundle))
-    questions = open_questions(config, sides.bundle.manifest.layout.image_size)
+    questions = open_questions(config, sides.bundle.manifest.layout.image_size, say)
     rows_per_chunk = _rows_per_chunk(config, sides.bundle)
     settings = _settings(config, sides, questions, rows_per_chunk)
     id_type = questions.source.columns.id.type
     records = Records.open(config.output, id_type, settings, overwrite=config.overwrite)
     done = min(len(questions), records.chunks * rows_per_chunk * len(config.fit))
-    _say_what(say, config, sides, questions, done)
+    _say_what(say, config, sides, questions)
+    if done:
+        _say_resuming(say, done, records.failed())
     with progress_line(len(questions) - done) as progress:
         _answer(questions, sides, records, rows_per_chunk, progress)
     return _report(config, sides, records, settings)
@@ -241,6 +249,7 @@ def _settings(config: CompareConfig, sides: _Sides, questions: Questions, rows_p
         "input files": [[file.path, file.size] for file in files],
         "limit": config.limit,
         "prompt": config.prompt,
+        "allow_images_from": sorted(config.allow_images_from),
         "columns": [config.id_column, config.image_column, config.prompt_column, questions.expected],
         "fit": list(config.fit),
         "max_new_tokens": config.max_new_tokens,
@@ -255,17 +264,18 @@ def _rows_per_chunk(config: CompareConfig, bundle: Bundle) -> int:
     return max(1, min(CHUNK, LOGITS_BYTES // logits) // len(config.fit))
 
 
-def _say_what(
-    say: Callable[[str], None], config: CompareConfig, sides: _Sides, questions: Questions, done: int
-) -> None:
+def _say_what(say: Callable[[str], None], config: CompareConfig, sides: _Sides, questions: Questions) -> None:
     manifest, other = sides.bundle.manifest, sides.reference_source
     say(f"bundle    {config.bundle}, {manifest.source.name}, {manifest.dtype}")
     say(f"against   {config.against_bundle or config.checkpoint}, {'a bundle' if sides.other else 'PyTorch, fp32'}")
     if not sides.other and other.sha256 != manifest.source.sha256:
         say("note      the bundle's manifest says it was exported from another checkpoint")
     say(f"questions {len(questions):,} from {len(questions.source.files):,} files")
-    if done:
-        say(f"resuming  {done:,} are compared already")
+
+
+def _say_resuming(say: Callable[[str], None], done: int, failed: int) -> None:
+    again = f"; {failed:,} of them failed and are not asked again: --overwrite asks all again" if failed else ""
+    say(f"resuming  {done:,} are compared already{again}")
 
 
 def _figure(value: float | str | None) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.stats import binomtest, fisher_exact
 
 Row = dict[str, Any]
@@ -136,8 +137,7 @@ def _layers(rows: list[Row], depths: Sequence[str], max_drift: float) -> dict[st
         return None
     total = np.array([row["layer_error"] for row in rows], np.float64)
     own = np.array([row["layer_own_error"] for row in rows], np.float64)
-    # Not a number is worse than any number.
-    medians, own_medians = (np.median(np.nan_to_num(errors, nan=np.inf), axis=0) for errors in (total, own))
+    medians, own_medians = _median(total), _median(own)
     over, worst = medians > max_drift, int(own_medians.argmax())
     return {
         "depths": [
@@ -220,10 +220,15 @@ def _mean(values: list[float]) -> float | None:
     return float(np.mean(values)) if values else None
 
 
+def _median(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Of each column; not a number is larger than any number."""
+    return np.asarray(np.median(np.where(np.isnan(values), np.inf, values), axis=0))
+
+
 def _spread(values: Sequence[float | None]) -> dict[str, Any]:
-    """Smallest, median and largest; not a number is larger than any number."""
+    """Smallest, median and largest."""
     known = sorted((v for v in values if v is not None), key=lambda v: math.inf if math.isnan(v) else v)
     if not known:
         return {"rows": 0, "min": None, "median": None, "max": None}
-    picked = {"min": known[0], "median": known[len(known) // 2], "max": known[-1]}
+    picked = {"min": known[0], "median": float(_median(np.array(known, np.float64))), "max": known[-1]}
     return {"rows": len(known), **{name: v if math.isfinite(v) else str(v) for name, v in picked.items()}}

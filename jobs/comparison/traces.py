@@ -11,7 +11,7 @@ from comparison.questions import Question
 from qvl_batch.schema import Failure
 
 Array = NDArray[Any]
-#: Failures before the two sides part: of the input, or of a prompt that the contract has no room for.
+#: Failures before the two sides part: of the input, or of a prompt that one of the contracts has no room for.
 INPUT_STAGES = ("read", "image", "layout")
 
 
