@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from contextlib import ExitStack
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, TINY
@@ -187,13 +188,23 @@ def test_the_model_for_a_gpu_is_made_and_exported_once(tmp_path, monkeypatch):
     assert Bundle.load(cpu_vision).manifest.vision_dtype == "fp32"
 
 
+@pytest.mark.parametrize("option", ["bundle", "cpu_vision_bundle"])
+def test_a_bundle_for_the_cpu_is_not_measured_as_one_for_a_gpu(option, tiny_bundle, monkeypatch):
+    def manifest(path):
+        return SimpleNamespace(manifest=SimpleNamespace(device="cuda")) if path == TINY else tiny_bundle
+
+    monkeypatch.setattr("benchmark.gpu.Bundle", SimpleNamespace(load=manifest))
+    bundles = {"bundle": TINY, "cpu_vision_bundle": TINY} | {option: tiny_bundle.path}
+    message = f"--{option.replace('_', '-')} {tiny_bundle.path} is made for the CPU: export it with --dtype bf16"
+    with pytest.raises(ConfigError, match=message):
+        gpu.bench(gpu.GpuBenchConfig(checkpoint=TINY, **bundles), Console())
+
+
 @pytest.mark.long
-def test_the_bench_for_a_gpu_runs_on_whatever_the_bundle_is_for(tiny_bundle, tmp_path):
-    command = [sys.executable, "jobs/bench.py", "--device", "cuda", "--bundle", tiny_bundle.path, "--checkpoint", TINY]
-    command += ["--cpu-vision-bundle", tiny_bundle.path, "--rows", 8, "--cpu-vision-rows", 4, "--new-tokens", 4]
-    command += ["--rounds", 1, "--slots", 8, "--step-rows", 1, 8, "--output", tmp_path]
-    subprocess.run(list(map(str, command)), cwd=ROOT, check=True)
-    figures = json.loads((tmp_path / "bench.json").read_text())
+def test_the_bench_for_a_gpu_runs_on_whatever_the_bundle_is_for(tiny_bundle):
+    config = gpu.GpuBenchConfig(rows=8, cpu_vision_rows=4, new_tokens=4, rounds=1, slots=8, step_rows=(1, 8))
+    figures = gpu.measured(config, TINY, tiny_bundle.path, tiny_bundle.path, Console())
+    json.dumps(figures)
     assert set(figures["ratios"]) == {"hf", "hf_cpu_vision", "vision_peak", "prefill_peak", "step_1", "step_8"}
     assert all(ratio > 0 for ratio in figures["ratios"].values())
     assert set(figures["images_per_second"]) == {*gpu.OURS, *gpu.PEERS.values()}

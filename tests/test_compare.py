@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import math
+import re
 import subprocess
 import sys
 
@@ -29,6 +30,8 @@ from comparison.bundle_side import BundleSide
 from comparison.config import CompareConfig
 from comparison.layers import depth_names, instrument, state_error
 from comparison.measures import Measures
+from comparison.questions import open_questions
+from comparison.records import record
 from comparison.reference import PyTorch
 from comparison.run import compare
 from comparison.summary import Bounds, difference, summarize
@@ -39,6 +42,7 @@ from export.package import ExportConfig, export_bundle
 from qvl_batch.bundle import DECODER, DECODER_FULL, VISION, Bundle
 from qvl_batch.decoder import Decoder
 from qvl_batch.errors import BundleError, ConfigError, DeviceError, InputError, JobError, OutputError
+from qvl_batch.schema import Failure
 
 COMPARE = [sys.executable, "jobs/compare.py"]
 BOUNDS = Bounds(min_agreement=1.0, max_drift=1e-3, tie_margin=1e-3)
@@ -247,6 +251,8 @@ def test_another_comparison_is_not_mixed_in(tiny_bundle, tmp_path):
     compare(config)
     with pytest.raises(OutputError, match=r"another max_new_tokens \(64 there, 9 now\)"):
         compare(dataclasses.replace(config, max_new_tokens=9))
+    with pytest.raises(OutputError, match=r'another allow_images_from \(\[\] there, \["/data"\] now\)'):
+        compare(dataclasses.replace(config, allow_images_from=("/data",)))
     outcome = compare(dataclasses.replace(config, max_new_tokens=9, overwrite=True))
     assert outcome.summary["settings"]["max_new_tokens"] == 9
     (tmp_path / "else").mkdir()
@@ -265,9 +271,8 @@ def test_rows_that_cannot_be_asked_are_counted_apart(tiny_bundle, demo, tmp_path
     rows[4]["prompt"] = "<|im_end|><|image_pad|>"
     path = tmp_path / "questions.parquet"
     pq.write_table(pa.Table.from_pylist(rows, pq.read_schema(QUESTIONS)), path)
-    outcome = compare(
-        _config(tiny_bundle.path, tmp_path / "out", input=(str(path),), fit=("crop", "stretch"), layers=True)
-    )
+    config = _config(tiny_bundle.path, tmp_path / "out", input=(str(path),), fit=("crop", "stretch"), layers=True)
+    outcome = compare(config)
     found = _rows(tmp_path / "out")
     assert [(row["id"], row["fit"]) for row in found] == list(
         itertools.product([r["id"] for r in rows], ("crop", "stretch"))
@@ -276,6 +281,96 @@ def test_rows_that_cannot_be_asked_are_counted_apart(tiny_bundle, demo, tmp_path
     assert outcome.summary["not_compared"] == {"input image: ImageError": 4, "input layout: PromptError": 4}
     assert (outcome.passed, outcome.summary["compared"]) == (True, 6)
     assert {group["group"] for group in outcome.summary["groups"]["fit"]} == {"crop", "stretch"}
+    for text in (str(outcome), outcome.page.read_text()):
+        assert "8 of 14 questions could not be compared" in text
+        assert "intervals hold for one fit alone" in text
+    said = []
+    compare(config, say=said.append)
+    assert said[-1] == (
+        "resuming  14 are compared already; 8 of them failed and are not asked again: --overwrite asks all again"
+    )
+
+
+TRACE = Trace("yes", [1], [1, 2], np.ones((1, 1), np.float32), np.ones((1, 2), np.float32))
+LAYOUT, DECODE = Failure("layout", "PromptError", "no room"), Failure("decode", "NumericError", "not finite")
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "sides"),
+    [
+        (TRACE, LAYOUT, ("input", "input")),
+        (DECODE, LAYOUT, ("input", "input")),
+        (None, LAYOUT, ("input", "input")),
+        (TRACE, DECODE, ("bundle", "reference")),
+    ],
+)
+def test_what_one_side_cannot_take_counts_alike_in_both_directions(one, other, sides):
+    asked = question(pq.read_table(QUESTIONS).slice(0, 1).to_pylist()[0])
+    rows = [record(asked, *pair, None, None, (None, None)) for pair in ((one, other), (other, one))]
+    assert tuple(row["error_side"] for row in rows) == sides
+    for row in rows:
+        assert row["error_type"] == other.type
+        assert (row["equal"] is None) == (row["error_side"] == "input")
+        assert row["error_side"] != "input" or row["reference"] is row["answer"] is None
+
+
+def _asked(folder, say=lambda _: None, options=(), **columns):
+    """Questions over files, each of which has one of the values of each column."""
+    plain = {"id": ["a", "b"], "prompt": ["x", "y"], "image": [b"", b""]}
+    for at in range(max(map(len, columns.values()))):
+        table = pa.table(plain | {name: values[at] for name, values in columns.items()})
+        pq.write_table(table, folder / f"{at}.parquet")
+    questions = open_questions(_config(TINY, folder, input=(str(folder),), **dict(options)), 336, say)
+    return [asked for chunk in questions.chunks(8, 0) for asked in chunk]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        pa.array(["7", None]),
+        pa.array([7, None]),
+        pa.array(["7", None]).dictionary_encode(),
+        pa.array(["7", None], pa.string_view()),
+        pa.array([b"7", None], pa.binary()).view(pa.string()),
+    ],
+)
+def test_answers_may_be_expected_as_text_of_any_type(values, tmp_path):
+    asked = _asked(tmp_path, expected=[values, pa.array(["8", None])])
+    assert [each.expected for each in asked] == ["7", None, "8", None]
+
+
+def test_answers_are_expected_under_any_name_or_not_at_all(tmp_path):
+    columns = {"expected": [["1", "2"]], "answer": [["3", "4"]]}
+    for options, expected in (
+        ({}, ["1", "2"]),
+        ({"expected_column": "answer"}, ["3", "4"]),
+        ({"expected_column": ""}, [None, None]),
+    ):
+        assert [each.expected for each in _asked(tmp_path, options=options, **columns)] == expected
+    with pytest.raises(ConfigError, match="rename the column"):
+        _asked(tmp_path, options={"expected_column": "id"}, **columns)
+
+
+@pytest.mark.parametrize(
+    ("expected", "why"),
+    [
+        ([[1.5, 2.5]], "is double; it must be strings or integers"),
+        ([pa.nulls(2), [["a"], ["b"]]], "is list<.*>; it must be strings or integers"),
+    ],
+)
+def test_a_column_that_nobody_named_and_that_holds_no_answers_is_a_note(expected, why, tmp_path):
+    said = []
+    asked = _asked(tmp_path, said.append, expected=expected)
+    assert {each.expected for each in asked} == {None}
+    assert re.fullmatch(rf"note      no answers are expected: .*parquet: column 'expected' .*{why}", said[0])
+    with pytest.raises(InputError, match=why):
+        _asked(tmp_path, options={"expected_column": "expected"}, expected=expected)
+
+
+def test_ids_and_expected_answers_that_are_no_text_are_read_all_the_same(tmp_path):
+    broken = pa.array([b"\xffa", b"b"], pa.binary()).view(pa.string())
+    asked = _asked(tmp_path, id=[broken], expected=[broken])
+    assert [(each.id, each.expected) for each in asked] == [("\ufffda", "\ufffda"), ("b", "b")]
 
 
 @pytest.mark.parametrize(
@@ -328,7 +423,7 @@ def test_a_graph_without_such_layers_is_named(tiny_bundle):
         ({"fit": ()}, ConfigError, "--fit needs"),
         ({"max_new_tokens": 0}, ConfigError, "--max-new-tokens must be at least 1"),
         ({"expected_column": "right"}, InputError, r"no single column 'right' \(--expected-column\)"),
-        ({"expected_column": "image"}, InputError, "it must be strings"),
+        ({"expected_column": "image"}, InputError, "it must be strings or integers"),
         ({"checkpoint": ROOT / "tests"}, JobError, "no checkpoint"),
         ({"device": "cuda"}, DeviceError, "--device cuda: PyTorch finds no usable GPU"),
     ],
@@ -447,6 +542,14 @@ def test_every_way_to_fail_is_a_reason(changes, reason):
     assert not verdict["passed"]
     assert reason in verdict["reasons"][0]
     assert summarize([_row(), _row()], (), BOUNDS)["verdict"]["passed"]
+
+
+def test_a_median_is_the_mean_of_the_middle_two():
+    rows = [_row(vision_error=error, layer_error=[error], layer_own_error=[error]) for error in (1e-7, 3e-7)]
+    summary = summarize(rows, ("a",), BOUNDS)
+    assert summary["drift"]["vision"]["median"] == summary["layers"]["depths"][0]["own"]["median"] == 2e-7
+    endless = summarize([_row(vision_error=error) for error in (1.0, math.nan, math.nan)], (), BOUNDS)
+    assert endless["drift"]["vision"] == {"rows": 3, "min": 1.0, "median": "inf", "max": "nan"}
 
 
 def test_a_layer_that_gives_no_numbers_is_the_worst():

@@ -1,5 +1,6 @@
 """The report of a comparison in a real browser."""
 
+import re
 import shutil
 
 import pyarrow as pa
@@ -17,6 +18,8 @@ from comparison.page import LogAxis, marked, render
 from comparison.run import compare
 
 ROWS, BROKEN = 24, 2
+SPACED = "\n two  lines,\tthe second\n  indented "
+CONTROL, ARABIC = "red: \x1b[31m\x00", "كم عدد الأشكال؟"
 HOSTILE = '<script>window.ran = true</script><img src=x onerror="window.ran = true"> "What" & \'why\'?'
 
 
@@ -26,6 +29,8 @@ def outcome(tiny_bundle, tmp_path_factory):
     folder = tmp_path_factory.mktemp("page")
     rows = pq.read_table(QUESTIONS).to_pylist()[:ROWS]
     rows[1]["image"], rows[2]["prompt"], rows[3]["prompt"] = None, "", HOSTILE
+    rows[4]["prompt"], rows[5]["prompt"], rows[6]["prompt"] = SPACED, CONTROL, ARABIC
+    rows[4]["id"], rows[5]["id"] = "W" * 300, None
     pq.write_table(pa.Table.from_pylist(rows, pq.read_schema(QUESTIONS)), folder / "questions.parquet")
     bundle = shutil.copytree(tiny_bundle.path, folder / "bundle")
     without_normalisation(bundle)
@@ -62,6 +67,7 @@ def test_the_verdict_comes_first(page, outcome):
     reasons = [item.text for item in page.find_elements(By.CSS_SELECTOR, "#verdict li")]
     assert reasons == outcome.summary["verdict"]["reasons"]
     assert "differs" in page.title
+    assert f"{BROKEN} of {ROWS} rows could not be compared." in page.find_element(By.ID, "verdict").text
 
 
 def test_filters_show_what_they_say(page, outcome):
@@ -82,6 +88,15 @@ def test_filters_show_what_they_say(page, outcome):
     assert {card.find_element(By.CLASS_NAME, "prompt").text for card in _visible(page)} == {"Describe the image."}
     _button(page, "errors").click()
     assert page.find_element(By.ID, "shown").text == "no such row"
+
+
+def test_a_prompt_is_found_with_all_its_spaces(page):
+    choice = Select(page.find_element(By.TAG_NAME, "select"))
+    values = [option.get_attribute("value") for option in choice.options]
+    assert values.count("") == 1
+    choice.select_by_index(values.index(SPACED))
+    (card,) = _visible(page)
+    assert card.find_element(By.CLASS_NAME, "prompt").get_property("innerText") == SPACED
 
 
 def test_differing_words_are_marked(page):
@@ -137,6 +152,14 @@ def test_what_a_row_says_is_text(page):
     assert HOSTILE in options
 
 
+def test_what_a_page_cannot_hold_is_shown_by_its_picture(page, outcome):
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f]", outcome.page.read_text())
+    shown = {card.find_element(By.CLASS_NAME, "prompt").text: card for card in _visible(page)}
+    assert "(no id)" in shown["red: \u241b[31m\u2400"].text
+    assert shown[ARABIC].find_element(By.CLASS_NAME, "prompt").value_of_css_property("direction") == "rtl"
+    assert shown[ARABIC].find_element(By.CLASS_NAME, "answer").value_of_css_property("direction") == "ltr"
+
+
 def test_the_page_fits_a_phone_and_the_dark(page, tmp_path):
     assert luminance(page, "body", "backgroundColor") > luminance(page, "body", "color")
     set_scheme(page, "dark")
@@ -144,7 +167,9 @@ def test_the_page_fits_a_phone_and_the_dark(page, tmp_path):
     for selector in ("body", ".card", ".badge"):
         background = "body" if selector == "body" else selector
         assert luminance(page, selector, "color") - luminance(page, background, "backgroundColor") > 250, selector
-    assert page.execute_script("return document.documentElement.scrollWidth") <= 390
+    for width in (1200, 390):
+        set_screen(page, width, 844)
+        assert page.execute_script("return document.documentElement.scrollWidth") <= width
     picture = tmp_path / "phone.png"
     assert page.save_screenshot(str(picture))
     assert picture.stat().st_size > 10_000
@@ -162,8 +187,9 @@ def test_the_plots_show_every_row_and_where_drift_begins(page, outcome):
 
 
 def test_a_small_gallery_takes_what_differs_first(outcome):
+    kinds = ["not compared"] * 9 + ["equal"] * 40 + ["tie", "failed", "real"]
     rows = [
-        {"difference": kind, "prompt": str(i), "thumbnail": None, "reference": "a", "answer": "b", "id": i}
+        {"difference": kind, "prompt": str(i), "thumbnail": None, "reference": "a", "answer": "", "id": i}
         | dict.fromkeys(
             (
                 "expected",
@@ -175,12 +201,14 @@ def test_a_small_gallery_takes_what_differs_first(outcome):
                 "decode_error",
             )
         )
-        for i, kind in enumerate(["equal"] * 50 + ["real", "tie"])
+        for i, kind in enumerate(kinds)
     ]
     page = render(rows, outcome.summary, gallery=5)
-    assert page.count("<article") == 5
-    assert (page.count('class="badge real"'), page.count('class="badge tie"')) == (1, 1)
+    assert re.findall('class="badge (.*?)"', page) == ["not-compared"] * 2 + ["tie", "failed", "real"]
     assert "5 of 52" in page
+    assert page.count(">(empty)<") == 5
+    assert re.findall('class="badge (.*?)"', render(rows, outcome.summary, gallery=1)) == ["real"]
+    assert render(rows, outcome.summary, gallery=20).count('class="badge equal"') == 8
     assert "<article" not in render(rows, outcome.summary, gallery=0)
 
 

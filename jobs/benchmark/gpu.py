@@ -127,16 +127,31 @@ def bench(config: GpuBenchConfig, console: Console) -> dict[str, Any]:
 
     Raises:
         DeviceError: there is no GPU here.
+        ConfigError: a bundle is made for the CPU.
         JobError: the contenders do not do the same work, or there is no model to measure.
     """
     checkpoint, folder, cpu_vision = _prepare(config, console)
+    for option, path in (("--bundle", folder), ("--cpu-vision-bundle", cpu_vision)):
+        if path is not None and Bundle.load(path).manifest.device != "cuda":
+            raise ConfigError(
+                f"{option} {path} is made for the CPU: export it with --dtype bf16 to measure it on a GPU"
+            )
+    open_cuda("--device cuda")
+    return measured(config, checkpoint, folder, cpu_vision, console)
+
+
+def measured(
+    config: GpuBenchConfig, checkpoint: Path, folder: Path, cpu_vision: Path | None, console: Console
+) -> dict[str, Any]:
+    """What `bench` returns, on whatever the bundles are made for.
+
+    Raises:
+        JobError: the contenders do not do the same work.
+    """
     bundle = Bundle.load(folder)
-    device = bundle.manifest.device
-    if device == "cuda":
-        open_cuda("--device cuda")
     rows = read_rows(folder, config.input, config.rows)
     ours = (config.slots, config.new_tokens)
-    with Host("limits of the card", "benchmark.device_limits", "DeviceLimits", device) as card:
+    with Host("limits of the card", "benchmark.device_limits", "DeviceLimits", bundle.manifest.device) as card:
         with ExitStack() as stack:
             engine = OnCard(card, stack, CUDA_VISION, "ours", "Overlapped", folder, *ours)
             peers, tried, failures = _peers(config, card, stack, (checkpoint, bundle), rows, console)
