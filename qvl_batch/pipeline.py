@@ -41,8 +41,8 @@ from qvl_batch.output import Job, OutputFolder
 from qvl_batch.page import render
 from qvl_batch.plan import CALLS_PER_VISION_WORKER, ROWS_PER_BLOCK, TASK_CPUS, Card, Plan, make_plan
 from qvl_batch.prepare import prepare
-from qvl_batch.quarantine import Guarded
-from qvl_batch.reader import read_unit
+from qvl_batch.quarantine import Guarded, GuardedRead
+from qvl_batch.reader import Lost, read_unit
 from qvl_batch.report import Report, progress_line, recorded_settings
 from qvl_batch.rowset import Row
 from qvl_batch.runtime import require_cuda, resolve_device, resolve_vision_device, usable_cpus
@@ -217,8 +217,11 @@ def _dataset(
     image_size = bundle.manifest.layout.image_size
 
     def read(units: pa.Table) -> Iterator[pa.Table]:
-        for unit in units.to_pylist():
-            yield from timed(read_unit(Unit(**unit), columns, prompt, ROWS_PER_BLOCK, fetcher), "read")
+        def work(unit: Unit, rows_per_table: int, lost: Lost | None = None) -> Iterator[pa.Table]:
+            return read_unit(unit, columns, prompt, rows_per_table, fetcher, lost)
+
+        guarded = GuardedRead(work, ROWS_PER_BLOCK, attempts)
+        yield from timed(guarded([Unit(**unit) for unit in units.to_pylist()]), "read")
 
     def prepare_guarded(table: pa.Table) -> pa.Table:
         work = partial(prepare, image_size=image_size, fit=config.fit, sample=sample)
@@ -238,7 +241,7 @@ def _dataset(
     reads = min(len(units), math.ceil(sum(unit.rows for unit in units) / ROWS_PER_READ))
     prepared = (
         ray.data.from_items([asdict(unit) for unit in units], override_num_blocks=reads)
-        .map_batches(read, batch_size=1, batch_format="pyarrow", compute=tasks, num_cpus=TASK_CPUS)
+        .map_batches(read, batch_size=None, batch_format="pyarrow", compute=tasks, num_cpus=TASK_CPUS)
         .repartition(target_num_rows_per_block=ROWS_PER_BLOCK)
         .map_batches(prepare_guarded, batch_format="pyarrow", compute=tasks, num_cpus=TASK_CPUS)
     )

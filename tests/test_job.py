@@ -24,7 +24,7 @@ from comparison.reference import PyTorch
 from qvl_batch import Captioner
 
 #: What `poison/sitecustomize.py` looks for.
-POISON_IMAGE, POISON_PROMPT = b"ends whatever decodes it", "End."
+POISON_FILE, POISON_IMAGE, POISON_PROMPT = b"ends whatever reads it", b"ends whatever decodes it", "End."
 CAPTION = [sys.executable, "jobs/caption.py"]
 ANSWER_COLUMNS = [
     "answer", "finish_reason", "prompt_tokens", "answer_tokens", "error_stage", "error_type", "error_message",
@@ -285,19 +285,20 @@ def test_a_job_that_is_killed_again_and_again_answers_every_row_once(tiny_bundle
 
 def test_rows_that_end_their_workers_fail_and_the_job_goes_on(tiny_bundle, demo, ray_env, tmp_path):
     rows = [dict(row) for row in demo[:24]]
-    rows[5]["image"] = {"bytes": rows[5]["image"]["bytes"] + POISON_IMAGE, "path": None}
+    for place, poison in ((2, POISON_FILE), (5, POISON_IMAGE)):
+        rows[place]["image"] = {"bytes": rows[place]["image"]["bytes"] + poison, "path": None}
     rows[13]["prompt"] = POISON_PROMPT
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet", row_group_size=12)
     env = ray_env | {"PYTHONPATH": os.pathsep.join([str(ROOT / "tests" / "poison"), str(ROOT)])}
     options = ["--bundle", tiny_bundle.path, "--input", tmp_path / "rows.parquet", "--output", tmp_path / "out"]
     result = _caption(env, *options)
     answers = {row["id"]: row for row in _answers(tmp_path / "out")}
     failed = {id_: (row["error_stage"], row["error_type"]) for id_, row in answers.items() if row["error_stage"]}
-    lost = {rows[5]["id"]: ("image", "WorkerLostError"), rows[13]["id"]: ("decode", "WorkerLostError")}
-    assert failed == lost, result.stderr
+    stages = {2: "read", 5: "image", 13: "decode"}
+    assert failed == {rows[place]["id"]: (stage, "WorkerLostError") for place, stage in stages.items()}, result.stderr
     assert len(answers) == 24
     right = sum(answers[row["id"]]["answer"] == row["expected"] for row in rows)
-    assert right >= 21
+    assert right >= 20
 
 
 def _free_port():
