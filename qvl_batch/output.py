@@ -30,7 +30,7 @@ import pyarrow.compute as pc
 from qvl_batch.errors import OutputError
 from qvl_batch.folder import Folder
 from qvl_batch.rowset import Row, RowSet
-from qvl_batch.sink import PARTS, PartRecord, Tally, cannot_write, read_part, write_part
+from qvl_batch.sink import PARTS, PartRecord, Tally, cannot_write, part_name, read_part, write_part
 from qvl_batch.source import InputFile, rows_of, with_columns
 
 JOB, RUN, REPORT = "_job.json", "_run.json", "report.html"
@@ -148,7 +148,7 @@ class OutputFolder:
 
     def write_none(self) -> None:
         """No rows in, no rows out, but still a table that says so."""
-        write_part(self.folder, "part-000000-000000000000.parquet", self.schema.empty_table(), {})
+        write_part(self.folder, part_name(0, 0), self.schema.empty_table(), {})
 
     def _refuse_foreign_report(self) -> None:
         if self.folder.names(REPORT) and not self.folder.names(JOB):

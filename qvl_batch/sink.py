@@ -27,6 +27,8 @@ PARTS = "part-*.parquet"
 #: Key of the footer that holds a `PartRecord`.
 FOOTER = b"qvl_batch"
 ROWS_PER_FILE = 1024
+#: Kept columns may be large, and Arrow joins at most 2 GiB of a column of strings.
+BYTES_PER_FILE = 256_000_000
 #: Answers wait at most so long to be written: what a crash of the machine can cost.
 SECONDS_PER_FILE = 10.0
 
@@ -103,8 +105,8 @@ class PartRecord:
 
 
 class AnswerWriter:
-    """Collects answers and writes them in files of `ROWS_PER_FILE` rows, or what there is after
-    `SECONDS_PER_FILE`. Use it as a context manager: whatever ends the block, a Ctrl-C too, all
+    """Collects answers and writes them in files of `ROWS_PER_FILE` rows or `BYTES_PER_FILE`, or what there
+    is after `SECONDS_PER_FILE`. Use it as a context manager: whatever ends the block, a Ctrl-C too, all
     answers that have arrived are written.
 
     Args:
@@ -125,31 +127,48 @@ class AnswerWriter:
         self._waiting.append(table)
         tally = Tally.of(table)
         self.tally += tally
-        full = sum(part.num_rows for part in self._waiting) >= ROWS_PER_FILE
+        rows, size = (sum(getattr(part, of) for part in self._waiting) for of in ("num_rows", "nbytes"))
+        full = rows >= ROWS_PER_FILE or size >= BYTES_PER_FILE
         if full or time.monotonic() - self._last_write > SECONDS_PER_FILE:
             self.flush()
         return tally
 
     def flush(self) -> None:
-        """Write what has arrived, in the order of the input: to one file, or where it replaces errors."""
+        """Write what has arrived, in the order of the input: to one file, or where it replaces errors.
+
+        Raises:
+            OutputError: a file cannot be made or written.
+        """
         if self._waiting:
-            table = _sorted(pa.concat_tables(self._waiting))
-            parts: dict[str | None, list[int]] = {}
-            for index, place in enumerate(rows_of(table)):
-                parts.setdefault(self._failed.get(place), []).append(index)
-            for name, indices in parts.items():
-                answers = table.take(indices)
-                try:
-                    self._write_new(answers) if name is None else self._replace_errors(name, answers)
-                except OSError as error:
-                    raise cannot_write(self._folder, error) from error
+            name = self._file_of(min(place for table in self._waiting for place in rows_of(table)))
+            try:
+                table = _sorted(pa.concat_tables(self._waiting))
+                places = rows_of(table)
+                parts: dict[str | None, list[int]] = {}
+                for index, place in enumerate(places):
+                    parts.setdefault(self._failed.get(place), []).append(index)
+                for failed, indices in parts.items():
+                    name = self._file_of(places[indices[0]])
+                    answers = table.take(indices)
+                    self._write_new(name, answers) if failed is None else self._replace_errors(name, answers)
+            except OSError as error:
+                raise cannot_write(self._folder, error) from error
+            except pa.ArrowException as error:
+                why = str(error).split("\n")[0]
+                raise OutputError(
+                    f"{self._folder}/{name} cannot be made: {why}; if a column of --keep-columns has large values, "
+                    "leave it out and give another --output"
+                ) from error
             self._waiting = []
         self._last_write = time.monotonic()
 
-    def _write_new(self, answers: pa.Table) -> None:
+    def _file_of(self, first: Row) -> str:
+        """Where answers go of which this row is the first."""
+        return self._failed.get(first) or part_name(*first)
+
+    def _write_new(self, name: str, answers: pa.Table) -> None:
         files, rows = answers[FILE].to_numpy(), answers[ROW].to_numpy()
         by_file = {int(file): spans(rows[files == file]) for file in np.unique(files)}
-        name = f"part-{files[0]:06d}-{rows[0]:012d}.parquet"
         write_part(self._folder, name, answers.select(self._schema.names).cast(self._schema), by_file)
 
     def _replace_errors(self, name: str, answers: pa.Table) -> None:
@@ -169,6 +188,11 @@ class AnswerWriter:
 
 def _sorted(answers: pa.Table) -> pa.Table:
     return answers.sort_by([(FILE, "ascending"), (ROW, "ascending")])
+
+
+def part_name(file: int, row: int) -> str:
+    """The file of answers of which a row is the first."""
+    return f"part-{file:06d}-{row:012d}.parquet"
 
 
 def read_part(folder: Folder, name: str) -> pa.Table:

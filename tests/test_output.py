@@ -43,6 +43,24 @@ def _left(folder):
     return [(file, span) for file, rows in enumerate((6, 5)) for span in folder.done.missing(file, 0, rows)]
 
 
+@pytest.mark.parametrize("limit", ["ROWS_PER_FILE", "BYTES_PER_FILE"])
+def test_answers_that_are_enough_for_a_file_are_written_at_once(limit, tmp_path, monkeypatch):
+    enough = {"ROWS_PER_FILE": 3, "BYTES_PER_FILE": _answers((0, 0), (0, 1)).nbytes + 1}
+    monkeypatch.setattr(f"qvl_batch.sink.{limit}", enough[limit])
+    with _open(tmp_path) as folder, AnswerWriter(folder.folder, SCHEMA) as writer:
+        writer.add(_answers((0, 0), (0, 1)))
+        assert not list(tmp_path.glob("part-*"))
+        writer.add(_answers((0, 2), (0, 3)))
+        assert len(_rows(tmp_path)) == 4
+
+
+def test_a_file_that_arrow_cannot_make_is_named(tmp_path):
+    other = _answers((0, 3)).set_column(2, ID, pa.array(["x"]))
+    for tables in ([_answers((1, 0)), other], [other]):  # that cannot be joined, or are of another type
+        with pytest.raises(OutputError, match=r"/part-000000-000000000003.parquet cannot be made: .*--keep-columns"):
+            _write(_open(tmp_path), *tables)
+
+
 def test_what_was_answered_is_known_when_a_job_goes_on(tmp_path):
     with _open(tmp_path / "out") as folder:
         assert (folder.done.count, folder.tally.rows) == (0, 0)
