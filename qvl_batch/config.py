@@ -93,6 +93,11 @@ class CaptionConfig:
         if repeated:
             raise ConfigError(f"--keep-columns names {repeated[0]} more than once")
 
+    @property
+    def going_on(self) -> str:
+        """The command that goes on with this job: a second `--overwrite` would delete its answers."""
+        return "the same command" + (" without --overwrite" if self.overwrite else "")
+
 
 def _option(field: str) -> str:
     return "--" + field.replace("_", "-")

@@ -171,7 +171,7 @@ def _work(
             raise KeyboardInterrupt(f"{done:,} of {report.before.rows + left.rows:,} rows are answered") from None
         seconds = arrivals.seconds
     if writer.tally.rows != left.rows:
-        raise JobError(f"{writer.tally.rows:,} of {left.rows:,} rows came back; the same command answers the others")
+        raise JobError(f"{writer.tally.rows:,} of {left.rows:,} rows came back; {config.going_on} answers the others")
     return replace(
         report,
         tally=writer.tally,

@@ -11,6 +11,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,6 +20,7 @@ from conftest import QUESTIONS, ROOT, TINY
 from reference import question
 from soak import soak
 
+import caption
 from benchmark.memory import family
 from comparison.reference import PyTorch
 from qvl_batch import Captioner
@@ -250,6 +252,25 @@ def test_a_job_that_is_stopped_keeps_its_answers_and_goes_on(sent, tiny_bundle, 
     assert "resuming  128 rows are answered already, 0 are left" in result.stderr
     assert "workers" not in result.stderr
     assert {name: (output / name).read_bytes() for name in written} == written
+
+
+@pytest.mark.parametrize(
+    ("option", "command"),
+    [
+        ([], "the same command"),
+        (["--overwrite"], "the same command without --overwrite"),
+        (["--retry-errors"], "the same command"),
+    ],
+)
+def test_a_job_that_is_stopped_says_what_goes_on(option, command, monkeypatch, capsys):
+    def run(*_, **__):
+        raise KeyboardInterrupt("2 of 9 rows are answered")
+
+    monkeypatch.setitem(sys.modules, "qvl_batch.pipeline", SimpleNamespace(run=run))
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["caption.py", "--bundle", "b", "--input", "i", "--output", "o", *option])
+    assert caption.main() == 130
+    assert capsys.readouterr().err == f"caption: stopped; 2 of 9 rows are answered; {command} goes on\n"
 
 
 def test_rows_added_to_the_input_are_answered_and_failed_ones_again(tiny_bundle, demo, ray_env, tmp_path):
