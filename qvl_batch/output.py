@@ -17,7 +17,7 @@ rows are known by where they stand.
 import json
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -87,7 +87,7 @@ class OutputFolder:
         job: what is to be answered.
         schema: of the answers.
         overwrite: delete what the folder holds.
-        retry_errors: rows that failed are not done.
+        retry: of each file, how many rows, from its first on, are not done if they failed.
 
     Raises:
         OutputError: another job is writing there, it holds answers of another job, is damaged, or cannot be
@@ -95,10 +95,10 @@ class OutputFolder:
     """
 
     def __init__(
-        self, folder: Folder, job: Job, schema: pa.Schema, *, overwrite: bool, retry_errors: bool = False
+        self, folder: Folder, job: Job, schema: pa.Schema, *, overwrite: bool, retry: Sequence[int] | None = None
     ) -> None:
         self.folder, self.schema = folder, schema
-        self._job, self._overwrite, self._retry_errors = job, overwrite, retry_errors
+        self._job, self._overwrite, self._retry = job, overwrite, retry
         self.done = RowSet(file.rows for file in job.files)
         #: Rows to answer again, and the file that holds the error of each.
         self.failed: dict[Row, str] = {}
@@ -180,12 +180,13 @@ class OutputFolder:
             if known:
                 raise OutputError(f"{path} answers {known:,} rows that another file answers too: delete one of them")
             self.tally += record.tally
-            if self._retry_errors and record.tally.finish_reasons["error"]:
-                self._take_errors_out(name, record)
+            if self._retry is not None and record.tally.finish_reasons["error"]:
+                self._take_errors_out(name, record, self._retry)
 
-    def _take_errors_out(self, name: str, record: PartRecord) -> None:
+    def _take_errors_out(self, name: str, record: PartRecord, retry: Sequence[int]) -> None:
         answers = with_columns(read_part(self.folder, name), record.places())
         errors = answers.filter(pc.equal(answers["finish_reason"], "error"))
+        errors = errors.filter(pa.array([row < retry[file] for file, row in rows_of(errors)], pa.bool_()))
         self.tally -= Tally.of(errors)
         for place in rows_of(errors):
             self.done.remove(*place)

@@ -101,7 +101,8 @@ def run(config: CaptionConfig, say: Callable[[str], None] = lambda _: None) -> R
     fetcher = Fetcher(config.allow_images_from)
     job = Job(_answers_depend_on(config, bundle), source.files)
     schema = source.columns.output_schema()
-    with OutputFolder(output, job, schema, overwrite=config.overwrite, retry_errors=config.retry_errors) as folder:
+    retry = source.wanted if config.retry_errors else None
+    with OutputFolder(output, job, schema, overwrite=config.overwrite, retry=retry) as folder:
         left = source.without(folder.done)
         say(f"input     {source.rows:,} rows in {len(source.files):,} files")
         if folder.tally.rows:

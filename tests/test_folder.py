@@ -77,7 +77,7 @@ def test_a_job_goes_on_where_it_stopped(place):
             assert folder.done.count == folder.tally.rows == known
             with AnswerWriter(folder.folder, SCHEMA) as writer:
                 writer.add(_answers(*rows))
-    with OutputFolder(place(), JOB_OF_FILES, SCHEMA, overwrite=False, retry_errors=True) as folder:
+    with OutputFolder(place(), JOB_OF_FILES, SCHEMA, overwrite=False, retry=(6, 5)) as folder:
         assert sorted(folder.failed) == [(0, 2), (1, 0)]
         with AnswerWriter(folder.folder, SCHEMA, folder.failed) as writer:
             writer.add(_answers((0, 2)))

@@ -21,8 +21,8 @@ JOB_OF_FILES = Job({"bundle": "abc", "--fit": "crop", "--keep-columns": ["x"]}, 
 SCHEMA = pa.schema([pa.field(ID, pa.int64()), *ANSWER_FIELDS])
 
 
-def _open(path, job=JOB_OF_FILES, *, overwrite=False, retry_errors=False):
-    return OutputFolder(LocalFolder(path), job, SCHEMA, overwrite=overwrite, retry_errors=retry_errors)
+def _open(path, job=JOB_OF_FILES, *, overwrite=False, retry=None):
+    return OutputFolder(LocalFolder(path), job, SCHEMA, overwrite=overwrite, retry=retry)
 
 
 def _answers(*rows):
@@ -105,7 +105,7 @@ def test_rows_that_failed_are_answered_again_in_their_place(tmp_path):
         _write(folder, _answers(*((0, row) for row in range(6)), (1, 1), (1, 2)))
         _write(folder, _answers((1, 3), (1, 4)))
     before = {path.name: path.read_bytes() for path in tmp_path.glob("part-*")}
-    with _open(tmp_path, retry_errors=True) as folder:
+    with _open(tmp_path, retry=(6, 5)) as folder:
         assert _left(folder) == [(0, (0, 1)), (0, (2, 3)), (0, (4, 5)), (1, (0, 1)), (1, (2, 3)), (1, (4, 5))]
         assert folder.tally.finish_reasons == {"stop": 5}
         assert folder.tally.rows == folder.done.count == 5
@@ -129,6 +129,18 @@ def test_rows_that_failed_are_answered_again_in_their_place(tmp_path):
     for path in tmp_path.glob("part-*"):
         table = pq.read_table(path)
         assert table["id"].to_pylist() == PartRecord.read(LocalFolder(path.parent), path.name).places()[ROW].to_pylist()
+
+
+def test_errors_of_rows_that_a_limit_leaves_out_stay(tmp_path):
+    with _open(tmp_path) as folder:
+        _write(folder, _answers(*((0, row) for row in range(6)), *((1, row) for row in range(5))))
+    with _open(tmp_path, retry=(6, 1)) as folder:
+        assert _left(folder) == [(0, (0, 1)), (0, (2, 3)), (0, (4, 5)), (1, (0, 1))]
+        assert sorted(folder.failed) == [(0, 0), (0, 2), (0, 4), (1, 0)]
+        assert folder.tally.finish_reasons == {"stop": 5, "error": 2}
+        assert folder.tally.rows == folder.done.count == 7
+    with _open(tmp_path, retry=(0, 0)) as folder:
+        assert (_left(folder), folder.failed, folder.tally.rows) == ([], {}, 11)
 
 
 @pytest.mark.parametrize(
