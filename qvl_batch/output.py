@@ -17,6 +17,7 @@ rows are known by where they stand.
 import json
 import re
 import textwrap
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -126,7 +127,9 @@ class OutputFolder:
     def reported(self) -> bool:
         """Whether there is a `_run.json` of the answers that are there."""
         try:
-            return bool(json.loads(self.folder.read(RUN))["rows"] == self.tally.rows)
+            found = json.loads(self.folder.read(RUN))
+            counts = [Counter(found[name]) for name in ("finish_reasons", "errors")]
+            return bool(found["rows"] == self.tally.rows and counts == [self.tally.finish_reasons, self.tally.errors])
         except (OSError, ValueError, KeyError, TypeError):
             return False
 

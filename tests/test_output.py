@@ -282,12 +282,25 @@ def test_an_input_without_rows_has_a_table_without_rows(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {part.name, JOB, RUN, REPORT, LOCK}
 
 
+#: Of a run that answered one row, with an error.
+COUNTS = {"rows": 1, "finish_reasons": {"error": 1}, "errors": {"image: E": 1}}
+
+
+@pytest.mark.parametrize("other", [{"rows": 2}, {"finish_reasons": {"stop": 1}}, {"errors": {"read: E": 1}}, {}])
+def test_a_report_of_other_answers_is_none(other, tmp_path):
+    with _open(tmp_path) as folder:
+        _write(folder, _answers((1, 4)))
+    with _open(tmp_path) as folder:
+        folder.write_report(COUNTS | other, "")
+        assert folder.reported() == (not other)
+
+
 def test_a_report_is_of_the_answers_that_are_there_and_goes_with_them(tmp_path):
     with _open(tmp_path) as folder:
         assert not folder.reported()
         _write(folder, _answers((1, 4)))
     bins = {"seconds_per_bin": 0.25, "rows": [0, 1, 20], "shares": [0.5, -1e-3], "none": []}
-    record = {"rows": 1, "timeline": bins, "text": "[\n 1,\n 2\n]", "names": ["a", "b"]}
+    record = COUNTS | {"timeline": bins, "text": "[\n 1,\n 2\n]", "names": ["a", "b"]}
     with _open(tmp_path) as folder:
         assert not folder.reported()
         # A folder whose name is no UTF-8 can be told all the same.
