@@ -50,6 +50,7 @@ from qvl_batch.sample import choose
 from qvl_batch.schema import InputColumns
 from qvl_batch.sink import AnswerWriter
 from qvl_batch.source import Source, Unit, open_source
+from qvl_batch.stages import open_vision_cache
 from qvl_batch.workers import (
     DecoderWorker,
     JoinedWorker,
@@ -99,6 +100,9 @@ def run(config: CaptionConfig, say: Callable[[str], None] = lambda _: None) -> R
     bundle = Bundle.load(config.bundle)
     devices = _devices(config, bundle)
     fetcher = Fetcher(config.allow_images_from)
+    if config.vision_cache:
+        # Workers open it too: here it is refused before they start.
+        open_vision_cache(config.vision_cache, config.vision_cache_gb, bundle.manifest)
     job = Job(_answers_depend_on(config, bundle), source.files)
     schema = source.columns.output_schema()
     retry = source.wanted if config.retry_errors else None
@@ -355,7 +359,11 @@ def _start_ray() -> None:
 def _job_error(error: Exception) -> JobError:
     """The job's own error inside what Ray wrapped it in, or one that names the stage's."""
     cause = getattr(error, "cause", None) or error
-    message = str(cause).strip().split("\n")[0]  # behind it, Ray adds advice on its own settings
+    lines = str(cause).strip().split("\n")
+    if isinstance(cause, ray.exceptions.ActorDiedError) and cause.actor_init_failed:
+        own = lines[-1].removeprefix(f"{JobError.__module__}.")  # of the traceback, all that Ray hands on
+        return JobError(f"a worker failed: {own}" if own == lines[-1] else own.partition(": ")[2])
+    message = lines[0]  # behind it, Ray adds advice on its own settings
     if isinstance(cause, JobError):
         return type(cause)(message)
     return JobError(f"a worker failed: {type(cause).__name__}: {message}")

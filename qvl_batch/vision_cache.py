@@ -12,6 +12,7 @@ This module knows nothing of how features are made.
 
 import contextlib
 import os
+import tempfile
 import time
 import uuid
 import zlib
@@ -51,7 +52,8 @@ class VisionCache:
         self._writes = 0
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            self.sweep()
+            with tempfile.TemporaryFile(dir=self._folder):
+                self.sweep()
         except OSError as error:
             raise OutputError(f"--vision-cache {folder} cannot be used: {error.strerror}") from error
 

@@ -159,6 +159,7 @@ def test_an_empty_input_gives_an_empty_answer(tiny_bundle, demo, ray_env, tmp_pa
         ({"--image-column": "picture"}, "no single column 'picture' (--image-column); it has id, image"),
         ({"--slots": "0"}, "--slots must be at least 1, not 0"),
         ({"--output": "LICENSE"}, "LICENSE cannot be written"),
+        ({"--vision-cache": "LICENSE"}, "caption: --vision-cache LICENSE cannot be used: "),
     ],
 )
 def test_a_job_that_cannot_be_done_says_so_in_one_line(options, message, tiny_bundle, ray_env, tmp_path):
@@ -169,6 +170,23 @@ def test_a_job_that_cannot_be_done_says_so_in_one_line(options, message, tiny_bu
     assert last.startswith("caption: ")
     assert message in last
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("raised", "said"),
+    [
+        ("qvl_batch.errors.OutputError: /cache cannot be used: it is full", "/cache cannot be used: it is full"),
+        ("RuntimeError: no memory: 4 GB", "a worker failed: RuntimeError: no memory: 4 GB"),
+    ],
+)
+def test_a_worker_that_does_not_start_says_why(raised, said):
+    from ray.exceptions import ActorDiedError, RayTaskError  # noqa: PLC0415  (takes a second)
+
+    from qvl_batch.pipeline import _job_error  # noqa: PLC0415
+
+    trace = f'ray::MapWorker.__init__()\n  File "workers.py", line 63, in __init__\n{raised}'
+    error = ActorDiedError(RayTaskError("__init__", trace, ValueError(), "ray::MapWorker", 7, "127.0.0.1"))
+    assert str(_job_error(error)) == said
 
 
 def test_a_cluster_that_is_not_there_is_named(tiny_bundle, ray_env, tmp_path):
