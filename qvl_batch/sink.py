@@ -7,6 +7,7 @@ write after the job has ended.
 """
 
 import json
+import threading
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -106,8 +107,8 @@ class PartRecord:
 
 class AnswerWriter:
     """Collects answers and writes them in files of `ROWS_PER_FILE` rows or `BYTES_PER_FILE`, or what there
-    is after `SECONDS_PER_FILE`. Use it as a context manager: whatever ends the block, a Ctrl-C too, all
-    answers that have arrived are written.
+    is after `SECONDS_PER_FILE`, for which a thread waits: no other answer need come. Use it as a context
+    manager: whatever ends the block, a Ctrl-C too, all answers that have arrived are written.
 
     Args:
         folder: where to, held by this job.
@@ -120,17 +121,29 @@ class AnswerWriter:
         self.tally = Tally()
         self._folder, self._schema, self._failed = folder, schema, failed or {}
         self._waiting: list[pa.Table] = []
-        self._last_write = time.monotonic()
+        self._due = time.monotonic() + SECONDS_PER_FILE
+        #: Held while answers are taken or written.
+        self._lock = threading.RLock()
+        self._ended = threading.Event()
+        self._keeper = threading.Thread(target=self._write_in_time, name="qvl-answers", daemon=True)
+        #: Of the thread, which it ended.
+        self._error: OutputError | None = None
 
     def add(self, table: pa.Table) -> Tally:
-        """Take answers: columns of the schema, and `FILE` and `ROW`, in any order of rows. Their counts."""
-        self._waiting.append(table)
+        """Take answers: columns of the schema, and `FILE` and `ROW`, in any order of rows. Their counts.
+
+        Raises:
+            OutputError: these or earlier ones cannot be written.
+        """
         tally = Tally.of(table)
-        self.tally += tally
-        rows, size = (sum(getattr(part, of) for part in self._waiting) for of in ("num_rows", "nbytes"))
-        full = rows >= ROWS_PER_FILE or size >= BYTES_PER_FILE
-        if full or time.monotonic() - self._last_write > SECONDS_PER_FILE:
-            self.flush()
+        with self._lock:
+            self._waiting.append(table)
+            self.tally += tally
+            rows, size = (sum(getattr(part, of) for part in self._waiting) for of in ("num_rows", "nbytes"))
+            if rows >= ROWS_PER_FILE or size >= BYTES_PER_FILE:
+                self.flush()
+        if self._error is not None:
+            raise self._error
         return tally
 
     def flush(self) -> None:
@@ -139,6 +152,24 @@ class AnswerWriter:
         Raises:
             OutputError: a file cannot be made or written.
         """
+        with self._lock:
+            self._write()
+            self._waiting = []
+            self._due = time.monotonic() + SECONDS_PER_FILE
+
+    def _write_in_time(self) -> None:
+        """Write what waits for long, until the block ends."""
+        while not self._ended.wait(max(0.0, self._due - time.monotonic())):
+            with self._lock:
+                if time.monotonic() < self._due:
+                    continue
+                try:
+                    self.flush()
+                except OutputError as error:
+                    self._error = error
+                    return
+
+    def _write(self) -> None:
         if self._waiting:
             name = self._file_of(min(place for table in self._waiting for place in rows_of(table)))
             try:
@@ -159,8 +190,6 @@ class AnswerWriter:
                     f"{self._folder}/{name} cannot be made: {why}; if a column of --keep-columns has large values, "
                     "leave it out and give another --output"
                 ) from error
-            self._waiting = []
-        self._last_write = time.monotonic()
 
     def _file_of(self, first: Row) -> str:
         """Where answers go of which this row is the first."""
@@ -180,9 +209,11 @@ class AnswerWriter:
         write_part(self._folder, name, table.select(self._schema.names), record.rows)
 
     def __enter__(self) -> Self:
+        self._keeper.start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._ended.set()
         self.flush()
 
 

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import time
 
 import numpy as np
 import pyarrow as pa
@@ -52,6 +53,28 @@ def test_answers_that_are_enough_for_a_file_are_written_at_once(limit, tmp_path,
         assert not list(tmp_path.glob("part-*"))
         writer.add(_answers((0, 2), (0, 3)))
         assert len(_rows(tmp_path)) == 4
+
+
+def test_answers_are_written_in_time_when_no_other_comes(tmp_path, monkeypatch):
+    monkeypatch.setattr("qvl_batch.sink.SECONDS_PER_FILE", 0.01)
+    with _open(tmp_path) as folder, AnswerWriter(folder.folder, SCHEMA) as writer:
+        for row in range(2):
+            writer.add(_answers((0, row)))
+            while len(list(tmp_path.glob("part-*"))) == row:
+                time.sleep(0.001)
+        assert len(_rows(tmp_path)) == 2
+
+
+def test_what_could_not_be_written_in_time_ends_the_job_at_the_next_answer(tmp_path, monkeypatch):
+    monkeypatch.setattr("qvl_batch.sink.SECONDS_PER_FILE", 0.01)
+    with _open(tmp_path) as folder, AnswerWriter(folder.folder, SCHEMA) as writer:
+        monkeypatch.setattr("qvl_batch.folder.os.fsync", _full)
+        writer.add(_answers((0, 1)))
+        writer._keeper.join()
+        monkeypatch.undo()
+        with pytest.raises(OutputError, match="No space left"):
+            writer.add(_answers((0, 2)))
+    assert len(_rows(tmp_path)) == 2  # there is room again
 
 
 def test_a_file_that_arrow_cannot_make_is_named(tmp_path):
@@ -327,12 +350,13 @@ def test_a_report_of_something_else_is_refused_and_kept(overwrite, tmp_path):
     assert (tmp_path / REPORT).read_text() == "precious"
 
 
-def test_a_disk_that_is_full_stops_the_job_with_a_line(tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(28, "No space left on device")
+def _full(*_):
+    raise OSError(28, "No space left on device")
 
+
+def test_a_disk_that_is_full_stops_the_job_with_a_line(tmp_path, monkeypatch):
     with _open(tmp_path) as folder:
-        monkeypatch.setattr("qvl_batch.folder.os.fsync", full)
+        monkeypatch.setattr("qvl_batch.folder.os.fsync", _full)
         with pytest.raises(OutputError, match="cannot be written: No space left on device"):
             _write(folder, _answers((1, 4)))
         with pytest.raises(OutputError, match="cannot be written: No space left on device"):
