@@ -125,7 +125,7 @@ class StoreFolder:
     Its lock is an object `_lock-N` that only one job can create (the store must be able to refuse a put
     where something is), and that this job renews. One that was not renewed for `LEASE` seconds is dead;
     who takes over creates `_lock-N+1`. N never becomes less: what remains of a job that ended is a lock
-    that says so. Before each write a job looks whether its own is still the last: if its machine stood
+    that says so. Before each write and removal a job looks whether its own is still the last: if its machine stood
     still and another job took over, it stops.
 
     Args:
@@ -171,13 +171,17 @@ class StoreFolder:
         Raises:
             OutputError: another job took over.
         """
-        if self._lock is None or self._last_lock() != self._lock:
-            raise OutputError(f"another job took {self} over while this one stood still: it goes on there")
+        self._check_held()
         with _as_os_errors():
             self._files.pipe_file(self._path(name), data)
 
     def remove(self, name: str) -> None:
-        """Remove a file, if it is there."""
+        """Remove a file, if it is there, and if this job still holds the folder.
+
+        Raises:
+            OutputError: another job took over.
+        """
+        self._check_held()
         with _as_os_errors(), suppress(FileNotFoundError):
             self._files.rm_file(self._path(name))
 
@@ -206,6 +210,10 @@ class StoreFolder:
             self._lock = None
             with suppress(OSError):  # then the next job waits until this lock is old
                 self._sign(lock, ended=True)
+
+    def _check_held(self) -> None:
+        if self._lock is None or self._last_lock() != self._lock:
+            raise OutputError(f"another job took {self} over while this one stood still: it goes on there")
 
     def _last_lock(self) -> str | None:
         return max(self.names(f"{LOCK}-*"), default=None)
