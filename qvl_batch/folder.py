@@ -86,11 +86,15 @@ class LocalFolder:
     def write(self, name: str, data: bytes) -> None:
         """Write a file under another name, and move it."""
         partial = self._path / f"{PARTIAL}{os.getpid()}-{name}"
-        with partial.open("wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.rename(self._path / name)
+        try:
+            with partial.open("wb") as stream:
+                stream.write(data)
+                stream.flush()
+                os.fsync(stream.fileno())
+            partial.rename(self._path / name)
+        except BaseException:
+            partial.unlink(missing_ok=True)  # a disk that is full is none the fuller
+            raise
         folder = os.open(self._path, os.O_RDONLY)
         try:
             os.fsync(folder)

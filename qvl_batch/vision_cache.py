@@ -82,8 +82,12 @@ class VisionCache:
         partial = path.with_suffix(f"{PARTIAL}{uuid.uuid4().hex}")
         try:
             path.parent.mkdir(exist_ok=True)
-            partial.write_bytes(body + zlib.crc32(body).to_bytes(_CRC_BYTES, "little"))
-            partial.rename(path)
+            try:
+                partial.write_bytes(body + zlib.crc32(body).to_bytes(_CRC_BYTES, "little"))
+                partial.rename(path)
+            except OSError:
+                partial.unlink(missing_ok=True)
+                raise
             self._writes += 1
             if self._writes % WRITES_PER_SWEEP == 0:
                 self.sweep()

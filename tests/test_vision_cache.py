@@ -110,6 +110,18 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch):
         VisionCache(tmp_path, GRAPH, SHAPE, 10**6)
 
 
+def test_a_disk_that_is_full_is_named_and_nothing_is_left(tmp_path, monkeypatch):
+    def write(path, _):
+        path.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    cache = VisionCache(tmp_path, GRAPH, SHAPE, 10**6)
+    monkeypatch.setattr("pathlib.Path.write_bytes", write)
+    with pytest.raises(OutputError, match=r"--vision-cache .* cannot be written: No space left"):
+        cache.put(b"key", _features(1))
+    assert _files(tmp_path) == []
+
+
 @pytest.mark.parametrize("gigabytes", [0.0, -1.0, math.nan, math.inf])
 def test_a_size_is_a_number_above_0(gigabytes, tmp_path):
     with pytest.raises(ConfigError, match="--vision-cache-gb must be a number above 0, not"):
