@@ -18,12 +18,12 @@ import json
 import re
 import textwrap
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -31,13 +31,14 @@ import pyarrow.compute as pc
 from qvl_batch.errors import OutputError
 from qvl_batch.folder import Folder
 from qvl_batch.rowset import Row, RowSet
-from qvl_batch.sink import PARTS, PartRecord, Tally, cannot_write, part_name, read_part, write_part
+from qvl_batch.sink import PARTS, PartRecord, Tally, cannot_write, is_part, part_name, read_part, write_part
 from qvl_batch.source import InputFile, rows_of, with_columns
 
 JOB, RUN, REPORT = "_job.json", "_run.json", "report.html"
 FORMAT = 1
 #: Footers that are read at a time: on a network's file system each waits.
 READERS = 16
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +69,7 @@ class Job:
         except (FileNotFoundError, NotADirectoryError):
             if folder.names(PARTS):
                 raise OutputError(
-                    f"{folder} holds answers, and no {JOB} that says to what: give another --output, or --overwrite"
+                    f"{folder} holds {PARTS}, and no {JOB} that says whose answers they are: give another --output"
                 ) from None
             return None
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -158,6 +159,12 @@ class OutputFolder:
             raise OutputError(f"{self.folder}/{REPORT} is of something else: delete it, or give another --output")
 
     def _clear(self) -> None:
+        for name, ours in _of_parts(self.folder, is_part):
+            if not ours:
+                raise OutputError(
+                    f"{self.folder}/{name} is damaged, or no file of answers, and --overwrite deletes nothing else: "
+                    "move it away, or give another --output"
+                )
         # The report is known as the job's by what says whose the parts are. That goes before them: parts
         # alone are refused.
         for name in (REPORT, JOB, RUN, *self.folder.names(PARTS)):
@@ -174,7 +181,7 @@ class OutputFolder:
             self._job.write(self.folder)
 
     def _read_parts(self) -> None:
-        for name, record in _records(self.folder):
+        for name, record in _of_parts(self.folder, PartRecord.read):
             path = f"{self.folder}/{name}"
             try:
                 known = sum(self.done.add(file, *span) for file, each in record.rows.items() for span in each)
@@ -210,13 +217,13 @@ def check_same_settings(output: object, what: str, found: dict[str, Any], wanted
             )
 
 
-def _records(folder: Folder) -> Iterator[tuple[str, PartRecord]]:
+def _of_parts(folder: Folder, read: Callable[[Folder, str], Found]) -> Iterator[tuple[str, Found]]:
     """What parts say of themselves, read a few at a time: those of a hundred million rows would take a gigabyte."""
     names = folder.names(PARTS)
     with ThreadPoolExecutor(READERS) as pool:
         for at in range(0, len(names), 4 * READERS):
             some = names[at : at + 4 * READERS]
-            yield from zip(some, pool.map(partial(PartRecord.read, folder), some), strict=True)
+            yield from zip(some, pool.map(partial(read, folder), some), strict=True)
 
 
 def _short(value: object) -> str:

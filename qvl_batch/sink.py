@@ -226,6 +226,15 @@ def part_name(file: int, row: int) -> str:
     return f"part-{file:06d}-{row:012d}.parquet"
 
 
+def is_part(folder: Folder, name: str) -> bool:
+    """Whether a file is one of answers, and whole."""
+    try:
+        PartRecord.read(folder, name)
+    except OutputError:
+        return False
+    return True
+
+
 def read_part(folder: Folder, name: str) -> pa.Table:
     """The answers of a file."""
     return pq.read_table(pa.BufferReader(folder.read(name)))

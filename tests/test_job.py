@@ -202,10 +202,11 @@ def test_answers_are_not_overwritten_unasked(tiny_bundle, ray_env, tmp_path):
     (output / "part-000000-000000000000.parquet").write_bytes(b"precious")
     options = ["--bundle", tiny_bundle.path, "--input", QUESTIONS, "--output", output, "--limit", 1]
     result = _caption(ray_env, *options, check=False)
-    assert (result.returncode, "no _job.json that says to what" in result.stderr) == (1, True)
-    assert [path.read_bytes() for path in output.iterdir()] == [b"precious"]
-    _caption(ray_env, *options, "--overwrite")
-    assert len(_answers(output)) == 1
+    assert (result.returncode, "no _job.json that says whose answers they are" in result.stderr) == (1, True)
+    result = _caption(ray_env, *options, "--overwrite", check=False)
+    assert (result.returncode, "is damaged, or no file of answers, and" in result.stderr) == (1, True)
+    (held,) = output.glob("part-*")
+    assert held.read_bytes() == b"precious"
 
 
 def test_rows_that_cannot_be_read_are_error_rows_and_the_others_are_answered(tiny_bundle, demo, ray_env, tmp_path):

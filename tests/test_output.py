@@ -192,7 +192,7 @@ def test_answers_of_another_job_are_not_added_to(settings, message, tmp_path):
 
 def test_answers_without_a_job_are_refused_and_kept(tmp_path):
     (tmp_path / "part-000000-000000000000.parquet").write_bytes(b"precious")
-    with pytest.raises(OutputError, match=r"no _job.json that says to what: give another --output, or --overwrite"):
+    with pytest.raises(OutputError, match=r"no _job.json that says whose answers they are: give another --output$"):
         Job.of(LocalFolder(tmp_path))
     with pytest.raises(OutputError, match="no _job"), _open(tmp_path):
         pass
@@ -258,6 +258,21 @@ def test_answers_that_cannot_be_right_are_named(damage, message, tmp_path):
     with pytest.raises(OutputError, match=message) as refused, _open(tmp_path):
         pass
     assert "part-" in str(refused.value)
+
+
+@pytest.mark.parametrize("damage", [_damage, _foreign])
+def test_what_are_no_answers_is_not_overwritten(damage, tmp_path):
+    with _open(tmp_path) as folder:
+        _write(folder, _answers((1, 3)))
+        _write(folder, _answers((1, 4)))
+    damage(tmp_path / "part-000001-000000000004.parquet")
+    held = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(OutputError, match=r"part-000001-000000000004.parquet is damaged, or no file of answers, and"):
+        _open(tmp_path, overwrite=True).__enter__()
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == held
+    (tmp_path / "part-000001-000000000004.parquet").unlink()
+    with _open(tmp_path, overwrite=True):
+        assert {path.name for path in tmp_path.iterdir()} == {JOB, LOCK}
 
 
 def _hold(path, ready, done):
