@@ -81,8 +81,8 @@ class CaptionConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{_option(name)} must be at least 1, not {value}")
-        if not self.vision_cache_gb > 0:
-            raise ConfigError(f"--vision-cache-gb must be more than 0, not {self.vision_cache_gb}")
+        if not 0 < self.vision_cache_gb < math.inf:
+            raise ConfigError(f"--vision-cache-gb must be a number above 0, not {self.vision_cache_gb}")
         if self.price_per_hour is not None and not 0 <= self.price_per_hour < math.inf:
             raise ConfigError(f"--price-per-hour must be a number from 0 on, not {self.price_per_hour}")
         if self.prompt is not None and not self.prompt.strip():
@@ -92,6 +92,11 @@ class CaptionConfig:
         repeated = sorted({name for name in self.keep_columns if self.keep_columns.count(name) > 1})
         if repeated:
             raise ConfigError(f"--keep-columns names {repeated[0]} more than once")
+
+    @property
+    def going_on(self) -> str:
+        """The command that goes on with this job: a second `--overwrite` would delete its answers."""
+        return "the same command" + (" without --overwrite" if self.overwrite else "")
 
 
 def _option(field: str) -> str:

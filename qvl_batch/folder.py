@@ -86,11 +86,15 @@ class LocalFolder:
     def write(self, name: str, data: bytes) -> None:
         """Write a file under another name, and move it."""
         partial = self._path / f"{PARTIAL}{os.getpid()}-{name}"
-        with partial.open("wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.rename(self._path / name)
+        try:
+            with partial.open("wb") as stream:
+                stream.write(data)
+                stream.flush()
+                os.fsync(stream.fileno())
+            partial.rename(self._path / name)
+        except BaseException:
+            partial.unlink(missing_ok=True)  # a disk that is full is none the fuller
+            raise
         folder = os.open(self._path, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -125,7 +129,7 @@ class StoreFolder:
     Its lock is an object `_lock-N` that only one job can create (the store must be able to refuse a put
     where something is), and that this job renews. One that was not renewed for `LEASE` seconds is dead;
     who takes over creates `_lock-N+1`. N never becomes less: what remains of a job that ended is a lock
-    that says so. Before each write a job looks whether its own is still the last: if its machine stood
+    that says so. Before each write and removal a job looks whether its own is still the last: if its machine stood
     still and another job took over, it stops.
 
     Args:
@@ -171,13 +175,17 @@ class StoreFolder:
         Raises:
             OutputError: another job took over.
         """
-        if self._lock is None or self._last_lock() != self._lock:
-            raise OutputError(f"another job took {self} over while this one stood still: it goes on there")
+        self._check_held()
         with _as_os_errors():
             self._files.pipe_file(self._path(name), data)
 
     def remove(self, name: str) -> None:
-        """Remove a file, if it is there."""
+        """Remove a file, if it is there, and if this job still holds the folder.
+
+        Raises:
+            OutputError: another job took over.
+        """
+        self._check_held()
         with _as_os_errors(), suppress(FileNotFoundError):
             self._files.rm_file(self._path(name))
 
@@ -206,6 +214,10 @@ class StoreFolder:
             self._lock = None
             with suppress(OSError):  # then the next job waits until this lock is old
                 self._sign(lock, ended=True)
+
+    def _check_held(self) -> None:
+        if self._lock is None or self._last_lock() != self._lock:
+            raise OutputError(f"another job took {self} over while this one stood still: it goes on there")
 
     def _last_lock(self) -> str | None:
         return max(self.names(f"{LOCK}-*"), default=None)

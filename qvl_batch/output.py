@@ -17,12 +17,13 @@ rows are known by where they stand.
 import json
 import re
 import textwrap
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -30,13 +31,14 @@ import pyarrow.compute as pc
 from qvl_batch.errors import OutputError
 from qvl_batch.folder import Folder
 from qvl_batch.rowset import Row, RowSet
-from qvl_batch.sink import PARTS, PartRecord, Tally, cannot_write, read_part, write_part
+from qvl_batch.sink import PARTS, PartRecord, Tally, cannot_write, is_part, part_name, read_part, write_part
 from qvl_batch.source import InputFile, rows_of, with_columns
 
 JOB, RUN, REPORT = "_job.json", "_run.json", "_report.html"
 FORMAT = 1
 #: Footers that are read at a time: on a network's file system each waits.
 READERS = 16
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +69,7 @@ class Job:
         except (FileNotFoundError, NotADirectoryError):
             if folder.names(PARTS):
                 raise OutputError(
-                    f"{folder} holds answers, and no {JOB} that says to what: give another --output, or --overwrite"
+                    f"{folder} holds {PARTS}, and no {JOB} that says whose answers they are: give another --output"
                 ) from None
             return None
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -87,7 +89,7 @@ class OutputFolder:
         job: what is to be answered.
         schema: of the answers.
         overwrite: delete what the folder holds.
-        retry_errors: rows that failed are not done.
+        retry: of each file, how many rows, from its first on, are not done if they failed.
 
     Raises:
         OutputError: another job is writing there, it holds answers of another job, is damaged, or cannot be
@@ -95,10 +97,10 @@ class OutputFolder:
     """
 
     def __init__(
-        self, folder: Folder, job: Job, schema: pa.Schema, *, overwrite: bool, retry_errors: bool = False
+        self, folder: Folder, job: Job, schema: pa.Schema, *, overwrite: bool, retry: Sequence[int] | None = None
     ) -> None:
         self.folder, self.schema = folder, schema
-        self._job, self._overwrite, self._retry_errors = job, overwrite, retry_errors
+        self._job, self._overwrite, self._retry = job, overwrite, retry
         self.done = RowSet(file.rows for file in job.files)
         #: Rows to answer again, and the file that holds the error of each.
         self.failed: dict[Row, str] = {}
@@ -126,7 +128,9 @@ class OutputFolder:
     def reported(self) -> bool:
         """Whether there is a `_run.json` of the answers that are there."""
         try:
-            return bool(json.loads(self.folder.read(RUN))["rows"] == self.tally.rows)
+            found = json.loads(self.folder.read(RUN))
+            counts = [Counter(found[name]) for name in ("finish_reasons", "errors")]
+            return bool(found["rows"] == self.tally.rows and counts == [self.tally.finish_reasons, self.tally.errors])
         except (OSError, ValueError, KeyError, TypeError):
             return False
 
@@ -148,13 +152,19 @@ class OutputFolder:
 
     def write_none(self) -> None:
         """No rows in, no rows out, but still a table that says so."""
-        write_part(self.folder, "part-000000-000000000000.parquet", self.schema.empty_table(), {})
+        write_part(self.folder, part_name(0, 0), self.schema.empty_table(), {})
 
     def _refuse_foreign_report(self) -> None:
         if self.folder.names(REPORT) and not self.folder.names(JOB):
             raise OutputError(f"{self.folder}/{REPORT} is of something else: delete it, or give another --output")
 
     def _clear(self) -> None:
+        for name, ours in _of_parts(self.folder, is_part):
+            if not ours:
+                raise OutputError(
+                    f"{self.folder}/{name} is damaged, or no file of answers, and --overwrite deletes nothing else: "
+                    "move it away, or give another --output"
+                )
         # The report is known as the job's by what says whose the parts are. That goes before them: parts
         # alone are refused.
         for name in (REPORT, JOB, RUN, *self.folder.names(PARTS)):
@@ -171,7 +181,7 @@ class OutputFolder:
             self._job.write(self.folder)
 
     def _read_parts(self) -> None:
-        for name, record in _records(self.folder):
+        for name, record in _of_parts(self.folder, PartRecord.read):
             path = f"{self.folder}/{name}"
             try:
                 known = sum(self.done.add(file, *span) for file, each in record.rows.items() for span in each)
@@ -180,12 +190,13 @@ class OutputFolder:
             if known:
                 raise OutputError(f"{path} answers {known:,} rows that another file answers too: delete one of them")
             self.tally += record.tally
-            if self._retry_errors and record.tally.finish_reasons["error"]:
-                self._take_errors_out(name, record)
+            if self._retry is not None and record.tally.finish_reasons["error"]:
+                self._take_errors_out(name, record, self._retry)
 
-    def _take_errors_out(self, name: str, record: PartRecord) -> None:
+    def _take_errors_out(self, name: str, record: PartRecord, retry: Sequence[int]) -> None:
         answers = with_columns(read_part(self.folder, name), record.places())
         errors = answers.filter(pc.equal(answers["finish_reason"], "error"))
+        errors = errors.filter(pa.array([row < retry[file] for file, row in rows_of(errors)], pa.bool_()))
         self.tally -= Tally.of(errors)
         for place in rows_of(errors):
             self.done.remove(*place)
@@ -206,13 +217,13 @@ def check_same_settings(output: object, what: str, found: dict[str, Any], wanted
             )
 
 
-def _records(folder: Folder) -> Iterator[tuple[str, PartRecord]]:
+def _of_parts(folder: Folder, read: Callable[[Folder, str], Found]) -> Iterator[tuple[str, Found]]:
     """What parts say of themselves, read a few at a time: those of a hundred million rows would take a gigabyte."""
     names = folder.names(PARTS)
     with ThreadPoolExecutor(READERS) as pool:
         for at in range(0, len(names), 4 * READERS):
             some = names[at : at + 4 * READERS]
-            yield from zip(some, pool.map(partial(PartRecord.read, folder), some), strict=True)
+            yield from zip(some, pool.map(partial(read, folder), some), strict=True)
 
 
 def _short(value: object) -> str:

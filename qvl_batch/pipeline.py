@@ -41,8 +41,8 @@ from qvl_batch.output import Job, OutputFolder
 from qvl_batch.page import render
 from qvl_batch.plan import CALLS_PER_VISION_WORKER, ROWS_PER_BLOCK, TASK_CPUS, Card, Plan, make_plan
 from qvl_batch.prepare import prepare
-from qvl_batch.quarantine import Guarded
-from qvl_batch.reader import read_unit
+from qvl_batch.quarantine import Guarded, GuardedRead
+from qvl_batch.reader import Lost, read_unit
 from qvl_batch.report import Report, progress_line, recorded_settings
 from qvl_batch.rowset import Row
 from qvl_batch.runtime import require_cuda, resolve_device, resolve_vision_device, usable_cpus
@@ -50,6 +50,7 @@ from qvl_batch.sample import choose
 from qvl_batch.schema import InputColumns
 from qvl_batch.sink import AnswerWriter
 from qvl_batch.source import Source, Unit, open_source
+from qvl_batch.stages import open_vision_cache
 from qvl_batch.workers import (
     DecoderWorker,
     JoinedWorker,
@@ -99,9 +100,13 @@ def run(config: CaptionConfig, say: Callable[[str], None] = lambda _: None) -> R
     bundle = Bundle.load(config.bundle)
     devices = _devices(config, bundle)
     fetcher = Fetcher(config.allow_images_from)
+    if config.vision_cache:
+        # Workers open it too: here it is refused before they start.
+        open_vision_cache(config.vision_cache, config.vision_cache_gb, bundle.manifest)
     job = Job(_answers_depend_on(config, bundle), source.files)
     schema = source.columns.output_schema()
-    with OutputFolder(output, job, schema, overwrite=config.overwrite, retry_errors=config.retry_errors) as folder:
+    retry = source.wanted if config.retry_errors else None
+    with OutputFolder(output, job, schema, overwrite=config.overwrite, retry=retry) as folder:
         left = source.without(folder.done)
         say(f"input     {source.rows:,} rows in {len(source.files):,} files")
         if folder.tally.rows:
@@ -171,7 +176,7 @@ def _work(
             raise KeyboardInterrupt(f"{done:,} of {report.before.rows + left.rows:,} rows are answered") from None
         seconds = arrivals.seconds
     if writer.tally.rows != left.rows:
-        raise JobError(f"{writer.tally.rows:,} of {left.rows:,} rows came back; the same command answers the others")
+        raise JobError(f"{writer.tally.rows:,} of {left.rows:,} rows came back; {config.going_on} answers the others")
     return replace(
         report,
         tally=writer.tally,
@@ -217,8 +222,11 @@ def _dataset(
     image_size = bundle.manifest.layout.image_size
 
     def read(units: pa.Table) -> Iterator[pa.Table]:
-        for unit in units.to_pylist():
-            yield from timed(read_unit(Unit(**unit), columns, prompt, ROWS_PER_BLOCK, fetcher), "read")
+        def work(unit: Unit, rows_per_table: int, lost: Lost | None = None) -> Iterator[pa.Table]:
+            return read_unit(unit, columns, prompt, rows_per_table, fetcher, lost)
+
+        guarded = GuardedRead(work, ROWS_PER_BLOCK, attempts)
+        yield from timed(guarded([Unit(**unit) for unit in units.to_pylist()]), "read")
 
     def prepare_guarded(table: pa.Table) -> pa.Table:
         work = partial(prepare, image_size=image_size, fit=config.fit, sample=sample)
@@ -238,7 +246,7 @@ def _dataset(
     reads = min(len(units), math.ceil(sum(unit.rows for unit in units) / ROWS_PER_READ))
     prepared = (
         ray.data.from_items([asdict(unit) for unit in units], override_num_blocks=reads)
-        .map_batches(read, batch_size=1, batch_format="pyarrow", compute=tasks, num_cpus=TASK_CPUS)
+        .map_batches(read, batch_size=None, batch_format="pyarrow", compute=tasks, num_cpus=TASK_CPUS)
         .repartition(target_num_rows_per_block=ROWS_PER_BLOCK)
         .map_batches(prepare_guarded, batch_format="pyarrow", compute=tasks, num_cpus=TASK_CPUS)
     )
@@ -351,7 +359,11 @@ def _start_ray() -> None:
 def _job_error(error: Exception) -> JobError:
     """The job's own error inside what Ray wrapped it in, or one that names the stage's."""
     cause = getattr(error, "cause", None) or error
-    message = str(cause).strip().split("\n")[0]  # behind it, Ray adds advice on its own settings
+    lines = str(cause).strip().split("\n")
+    if isinstance(cause, ray.exceptions.ActorDiedError) and cause.actor_init_failed:
+        own = lines[-1].removeprefix(f"{JobError.__module__}.")  # of the traceback, all that Ray hands on
+        return JobError(f"a worker failed: {own}" if own == lines[-1] else own.partition(": ")[2])
+    message = lines[0]  # behind it, Ray adds advice on its own settings
     if isinstance(cause, JobError):
         return type(cause)(message)
     return JobError(f"a worker failed: {type(cause).__name__}: {message}")

@@ -143,7 +143,7 @@ def make_plan(
         vision_device: where the vision tower runs. On a GPU, that of a decoder.
 
     Raises:
-        ConfigError: more decoders or slots are asked for than the GPUs hold.
+        ConfigError: more decoders or slots are asked for than the GPUs hold, or more workers than the CPUs.
         DeviceError: the smallest GPU does not hold the model.
     """
     cpus, node_cpus = sum(nodes), max(nodes)
@@ -165,6 +165,8 @@ def make_plan(
     # All actors together claim what is left of the CPUs, in proportion to their threads.
     left = sum(max(each - FOR_TASKS, 0) for each in nodes)
     per_thread = left / (decoders * decoder_threads + (0 if joined else vision * vision_threads))
+    if not _floor(per_thread):
+        raise ConfigError(f"{cpus} CPUs are too few for {vision} --vision-workers and {decoders} --decoder-workers")
     return Plan(
         vision_workers=vision,
         vision_threads=vision_threads,
@@ -227,8 +229,8 @@ def _slots_in_memory(manifest: Manifest, decoders: int) -> int:
 
 
 def _floor(cpus: float) -> float:
-    """To hundredths, downwards, so that the sum stays within what there is; Ray counts in 1/10,000."""
-    return max(0.01, math.floor(cpus * 100) / 100)
+    """As Ray counts, in 1/10,000, downwards, so that the sum stays within what there is."""
+    return math.floor(cpus * 10_000) / 10_000
 
 
 def _count(number: int, noun: str) -> str:

@@ -8,23 +8,36 @@ that for ever. So a worker says which rows it begins and which it has done, and
     that happened twice                      each is begun alone in its process
     begun alone, and the worker died twice   the row has failed
 
-which finds the row and no other, after four workers at most. This module knows nothing of Ray.
+which finds the row and no other, after four workers at most. Reading goes on from row to row within a
+row group, so there is a row that no other behind it can be read past: where two rows that follow each
+other have failed, so have all that are left of their row group. This module knows nothing of Ray.
 """
 
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from itertools import groupby
 from typing import Protocol
 
 import pyarrow as pa
 
 from qvl_batch.errors import WorkerLostError
+from qvl_batch.reader import Lost
 from qvl_batch.rowset import Row
 from qvl_batch.schema import Failure
-from qvl_batch.source import FAILURE, failure_columns, rows_of, with_columns
+from qvl_batch.source import FAILURE, Unit, failure_columns, rows_of, with_columns
 
 TOGETHER, ALONE = 2, 2
+#: Rows that follow each other and end their worker in reading: no row behind them is tried.
+IMPASSABLE = 2
+READ, READ_IDS = "read", "read ids"
+ENDED = (
+    f"ended its worker {TOGETHER + ALONE} times, the last {ALONE} alone in it: "
+    "memory ran out, or a library crashed or hung"
+)
+BEHIND = "is behind rows of its row group that ended their worker in reading: it cannot be read past them"
 
 
 class Attempts(Protocol):
@@ -110,12 +123,90 @@ class Guarded:
         return pa.concat_tables(results)
 
     def _failed(self, table: pa.Table) -> pa.Table:
-        lost = WorkerLostError(
-            f"this row ended its worker {TOGETHER + ALONE} times, the last {ALONE} alone in it: "
-            "memory ran out, or a library crashed or hung",
-            stage=self._stage,
-        )
+        lost = WorkerLostError(f"this row {ENDED}", stage=self._stage)
         return with_columns(table.drop_columns(list(FAILURE)), failure_columns([Failure.of(lost)]))
+
+
+class Read(Protocol):
+    """How a unit is read in tables of at most so many rows, or why it is not."""
+
+    def __call__(self, unit: Unit, rows_per_table: int, lost: Lost | None = None) -> Iterator[pa.Table]:
+        """Read a unit."""
+
+
+class GuardedRead:
+    """Reading of units whose rows may end this process, which reads nothing else meanwhile.
+
+    Ray keeps the tables that it has of a task whose process died, and takes those that follow from the
+    next process: so in all of them a table has the same rows.
+
+    Args:
+        read: reads a unit.
+        rows_per_table: of the tables that come out, at most.
+        attempts: where to say what is begun.
+    """
+
+    def __init__(self, read: Read, rows_per_table: int, attempts: Attempts) -> None:
+        self._read, self._rows_per_table, self._attempts = read, rows_per_table, attempts
+
+    def __call__(self, units: Sequence[Unit]) -> Iterator[pa.Table]:
+        """Read all units of a task."""
+        begun = [(unit.file_number, unit.spans[0][0]) for unit in units]
+        if self._attempts.begin(READ, begun):
+            for unit in units:
+                yield from self._read(unit, self._rows_per_table)
+        else:
+            for unit in units:
+                for tables in self._row_by_row(unit):
+                    yield pa.concat_tables(tables).combine_chunks()
+                    begun += [row for table in tables for row in rows_of(table)]
+        # Only now: if a later row ends this process, another begins with the first unit again.
+        self._attempts.done(READ, begun)
+        self._attempts.done(READ_IDS, begun)
+
+    def _row_by_row(self, unit: Unit) -> Iterator[list[pa.Table]]:
+        """The rows that a table is to have, each as its own."""
+        reading: Iterator[pa.Table] | None = None
+        lost = 0
+        for rows in self._tables(unit):
+            tables: list[pa.Table] = []
+            for row in rows:
+                if lost == IMPASSABLE:
+                    reading = reading or self._failed(_part(unit, row), BEHIND)
+                    tables.append(next(reading))
+                elif self._attempts.begin_alone(READ, (unit.file_number, row)):
+                    reading = reading or self._read(_part(unit, row), 1)
+                    tables.append(next(reading))
+                    self._attempts.survived(READ, (unit.file_number, row))
+                    lost = 0
+                else:
+                    tables += self._failed(_part(unit, row, row + 1), ENDED)
+                    reading = None
+                    lost += 1
+            yield tables
+
+    def _tables(self, unit: Unit) -> Iterator[list[int]]:
+        """Rows of each table, were the unit read together."""
+        for start, stop in unit.spans:
+            for _, rows in groupby(range(start, stop), lambda row: (row - unit.first_row) // self._rows_per_table):
+                yield list(rows)
+
+    def _failed(self, unit: Unit, why: str) -> Iterator[pa.Table]:
+        """Rows that have failed, each as a table, with their ids if to read those ends no worker."""
+        first = (unit.file_number, unit.spans[0][0])
+        known = self._attempts.begin_alone(READ_IDS, first)
+        tables = self._read(unit, 1, Lost(WorkerLostError(why, stage=READ), known))
+        table = next(tables)
+        if known:
+            self._attempts.survived(READ_IDS, first)
+        yield table
+        yield from tables
+
+
+def _part(unit: Unit, first: int, end: int | None = None) -> Unit:
+    """The rows of a unit from one on, to before another."""
+    rows = (range(max(start, first), stop if end is None else min(stop, end)) for start, stop in unit.spans)
+    return replace(unit, spans=[(each.start, each.stop) for each in rows if each])
 
 
 class _Calls:

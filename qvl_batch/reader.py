@@ -7,19 +7,34 @@ so that a row group of any size takes the memory of one table.
 
 from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from qvl_batch.errors import ImageError, InputError, RecordError, RowError, stable_message
+from qvl_batch.errors import ImageError, InputError, RecordError, RowError, WorkerLostError, stable_message
 from qvl_batch.fetch import Fetcher
 from qvl_batch.schema import ID, Failure, InputColumns
 from qvl_batch.source import FILE, IMAGE, PROMPT, ROW, Unit, failure_columns
 
 
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """Why rows are not read, and whether their ids and kept columns are, where they can be."""
+
+    error: Exception
+    known: bool = True
+
+
 def read_unit(
-    unit: Unit, columns: InputColumns, prompt: str | None, rows_per_table: int, fetcher: Fetcher
+    unit: Unit,
+    columns: InputColumns,
+    prompt: str | None,
+    rows_per_table: int,
+    fetcher: Fetcher,
+    lost: Lost | None = None,
 ) -> Iterator[pa.Table]:
     """Read a unit in tables of at most `rows_per_table` rows.
 
@@ -29,6 +44,7 @@ def read_unit(
         prompt: asked of every row in place of its prompt column.
         rows_per_table: bound on the memory in use.
         fetcher: reads images that are not in the file itself.
+        lost: why the rows are not read, but fail.
 
     Rows that cannot be read, since the file is damaged inside, have a failure and nulls, and what else can be
     read of them: every row of the input is answered.
@@ -39,7 +55,7 @@ def read_unit(
     at, left = unit.first_row, deque(unit.spans)
     try:
         with pq.ParquetFile(unit.file) as file:
-            for table, error in _tables(file, unit, columns, rows_per_table):
+            for table, error in _tables(file, unit, columns, rows_per_table, lost):
                 end = at + table.num_rows
                 while left and left[0][0] < end:
                     start, stop = left.popleft()
@@ -57,31 +73,35 @@ def read_unit(
 
 
 def _tables(
-    file: pq.ParquetFile, unit: Unit, columns: InputColumns, rows_per_table: int
+    file: pq.ParquetFile, unit: Unit, columns: InputColumns, rows_per_table: int, lost: Lost | None
 ) -> Iterator[tuple[pa.Table, Exception | None]]:
     """A row group in tables; from where it cannot be read on, what can be, and the error."""
     if unit.row_group >= file.num_row_groups or not set(columns.names) <= set(file.schema_arrow.names):
         return
     done = 0
-    try:
-        for batch in file.iter_batches(rows_per_table, row_groups=[unit.row_group], columns=columns.names):
-            yield pa.table(batch), None
-            done += len(batch)
-    except (OSError, pa.ArrowException) as error:
-        rest = _what_is_readable(file, unit.row_group, columns).slice(done)
-        for start in range(0, rest.num_rows, rows_per_table):
-            yield rest.slice(start, rows_per_table), error
+    if lost is None:
+        try:
+            for batch in file.iter_batches(rows_per_table, row_groups=[unit.row_group], columns=columns.names):
+                yield pa.table(batch), None
+                done += len(batch)
+        except (OSError, pa.ArrowException) as damage:
+            lost = Lost(damage)
+        else:
+            return
+    rest = _what_is_readable(file, unit.row_group, columns, known=lost.known).slice(done)
+    for start in range(0, rest.num_rows, rows_per_table):
+        yield rest.slice(start, rows_per_table), lost.error
 
 
-def _what_is_readable(file: pq.ParquetFile, row_group: int, columns: InputColumns) -> pa.Table:
-    """Ids and kept columns of a damaged row group, each as nulls if the damage is in it."""
+def _what_is_readable(file: pq.ParquetFile, row_group: int, columns: InputColumns, *, known: bool) -> pa.Table:
+    """Ids and kept columns of a row group, each as nulls if it is damaged or not to be known."""
     rows = file.metadata.row_group(row_group).num_rows
     found = {name: pa.nulls(rows) for name in columns.names}
     for field in (*columns.kept, columns.id):
-        try:
-            found[field.name] = file.read_row_group(row_group, columns=[field.name])[field.name]
-        except (OSError, pa.ArrowException):
-            found[field.name] = pa.nulls(rows, field.type)
+        found[field.name] = pa.nulls(rows, field.type)
+        with suppress(OSError, pa.ArrowException):
+            if known:
+                found[field.name] = file.read_row_group(row_group, columns=[field.name])[field.name]
     return pa.table(found)
 
 
@@ -102,8 +122,9 @@ def _own_table(
         images, failures = _images(_values(table[columns.image]), Path(unit.file).parent, fetcher)
         failures = [failure or _prompt_failure(each) for failure, each in zip(failures, prompts, strict=True)]
     else:
-        where = f"of {unit.file} (row group {unit.row_group}) cannot be read: {stable_message(error)}"
-        failures = [Failure.of(RecordError(f"row {row} {where}")) for row in rows]
+        failures = [
+            Failure.of(_unread(f"row {row} of {unit.file} (row group {unit.row_group})", error)) for row in rows
+        ]
     own = {
         FILE: pa.array([unit.file_number] * len(rows), pa.int32()),
         ROW: pa.array(rows, pa.int64()),
@@ -114,6 +135,12 @@ def _own_table(
         **failure_columns(failures),
     }
     return pa.table(own)
+
+
+def _unread(row: str, error: Exception) -> RowError:
+    if isinstance(error, WorkerLostError):
+        return WorkerLostError(f"{row} {error}", stage=error.stage)
+    return RecordError(f"{row} cannot be read: {stable_message(error)}")
 
 
 def _values(column: pa.ChunkedArray) -> list[object]:

@@ -7,6 +7,7 @@ write after the job has ended.
 """
 
 import json
+import threading
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -27,6 +28,8 @@ PARTS = "part-*.parquet"
 #: Key of the footer that holds a `PartRecord`.
 FOOTER = b"qvl_batch"
 ROWS_PER_FILE = 1024
+#: Kept columns may be large, and Arrow joins at most 2 GiB of a column of strings.
+BYTES_PER_FILE = 256_000_000
 #: Answers wait at most so long to be written: what a crash of the machine can cost.
 SECONDS_PER_FILE = 10.0
 
@@ -103,9 +106,9 @@ class PartRecord:
 
 
 class AnswerWriter:
-    """Collects answers and writes them in files of `ROWS_PER_FILE` rows, or what there is after
-    `SECONDS_PER_FILE`. Use it as a context manager: whatever ends the block, a Ctrl-C too, all
-    answers that have arrived are written.
+    """Collects answers and writes them in files of `ROWS_PER_FILE` rows or `BYTES_PER_FILE`, or what there
+    is after `SECONDS_PER_FILE`, for which a thread waits: no other answer need come. Use it as a context
+    manager: whatever ends the block, a Ctrl-C too, all answers that have arrived are written.
 
     Args:
         folder: where to, held by this job.
@@ -118,38 +121,83 @@ class AnswerWriter:
         self.tally = Tally()
         self._folder, self._schema, self._failed = folder, schema, failed or {}
         self._waiting: list[pa.Table] = []
-        self._last_write = time.monotonic()
+        self._due = time.monotonic() + SECONDS_PER_FILE
+        #: Held while answers are taken or written.
+        self._lock = threading.RLock()
+        self._ended = threading.Event()
+        self._keeper = threading.Thread(target=self._write_in_time, name="qvl-answers", daemon=True)
+        #: Of the thread, which it ended.
+        self._error: OutputError | None = None
 
     def add(self, table: pa.Table) -> Tally:
-        """Take answers: columns of the schema, and `FILE` and `ROW`, in any order of rows. Their counts."""
-        self._waiting.append(table)
+        """Take answers: columns of the schema, and `FILE` and `ROW`, in any order of rows. Their counts.
+
+        Raises:
+            OutputError: these or earlier ones cannot be written.
+        """
         tally = Tally.of(table)
-        self.tally += tally
-        full = sum(part.num_rows for part in self._waiting) >= ROWS_PER_FILE
-        if full or time.monotonic() - self._last_write > SECONDS_PER_FILE:
-            self.flush()
+        with self._lock:
+            self._waiting.append(table)
+            self.tally += tally
+            rows, size = (sum(getattr(part, of) for part in self._waiting) for of in ("num_rows", "nbytes"))
+            if rows >= ROWS_PER_FILE or size >= BYTES_PER_FILE:
+                self.flush()
+        if self._error is not None:
+            raise self._error
         return tally
 
     def flush(self) -> None:
-        """Write what has arrived, in the order of the input: to one file, or where it replaces errors."""
-        if self._waiting:
-            table = _sorted(pa.concat_tables(self._waiting))
-            parts: dict[str | None, list[int]] = {}
-            for index, place in enumerate(rows_of(table)):
-                parts.setdefault(self._failed.get(place), []).append(index)
-            for name, indices in parts.items():
-                answers = table.take(indices)
-                try:
-                    self._write_new(answers) if name is None else self._replace_errors(name, answers)
-                except OSError as error:
-                    raise cannot_write(self._folder, error) from error
-            self._waiting = []
-        self._last_write = time.monotonic()
+        """Write what has arrived, in the order of the input: to one file, or where it replaces errors.
 
-    def _write_new(self, answers: pa.Table) -> None:
+        Raises:
+            OutputError: a file cannot be made or written.
+        """
+        with self._lock:
+            self._write()
+            self._waiting = []
+            self._due = time.monotonic() + SECONDS_PER_FILE
+
+    def _write_in_time(self) -> None:
+        """Write what waits for long, until the block ends."""
+        while not self._ended.wait(max(0.0, self._due - time.monotonic())):
+            with self._lock:
+                if time.monotonic() < self._due:
+                    continue
+                try:
+                    self.flush()
+                except OutputError as error:
+                    self._error = error
+                    return
+
+    def _write(self) -> None:
+        if self._waiting:
+            name = self._file_of(min(place for table in self._waiting for place in rows_of(table)))
+            try:
+                table = _sorted(pa.concat_tables(self._waiting))
+                places = rows_of(table)
+                parts: dict[str | None, list[int]] = {}
+                for index, place in enumerate(places):
+                    parts.setdefault(self._failed.get(place), []).append(index)
+                for failed, indices in parts.items():
+                    name = self._file_of(places[indices[0]])
+                    answers = table.take(indices)
+                    self._write_new(name, answers) if failed is None else self._replace_errors(name, answers)
+            except OSError as error:
+                raise cannot_write(self._folder, error) from error
+            except pa.ArrowException as error:
+                why = str(error).split("\n")[0]
+                raise OutputError(
+                    f"{self._folder}/{name} cannot be made: {why}; if a column of --keep-columns has large values, "
+                    "leave it out and give another --output"
+                ) from error
+
+    def _file_of(self, first: Row) -> str:
+        """Where answers go of which this row is the first."""
+        return self._failed.get(first) or part_name(*first)
+
+    def _write_new(self, name: str, answers: pa.Table) -> None:
         files, rows = answers[FILE].to_numpy(), answers[ROW].to_numpy()
         by_file = {int(file): spans(rows[files == file]) for file in np.unique(files)}
-        name = f"part-{files[0]:06d}-{rows[0]:012d}.parquet"
         write_part(self._folder, name, answers.select(self._schema.names).cast(self._schema), by_file)
 
     def _replace_errors(self, name: str, answers: pa.Table) -> None:
@@ -161,14 +209,30 @@ class AnswerWriter:
         write_part(self._folder, name, table.select(self._schema.names), record.rows)
 
     def __enter__(self) -> Self:
+        self._keeper.start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._ended.set()
         self.flush()
 
 
 def _sorted(answers: pa.Table) -> pa.Table:
     return answers.sort_by([(FILE, "ascending"), (ROW, "ascending")])
+
+
+def part_name(file: int, row: int) -> str:
+    """The file of answers of which a row is the first."""
+    return f"part-{file:06d}-{row:012d}.parquet"
+
+
+def is_part(folder: Folder, name: str) -> bool:
+    """Whether a file is one of answers, and whole."""
+    try:
+        PartRecord.read(folder, name)
+    except OutputError:
+        return False
+    return True
 
 
 def read_part(folder: Folder, name: str) -> pa.Table:

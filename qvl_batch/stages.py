@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from qvl_batch.answerer import Answerer, Question
-from qvl_batch.bundle import Bundle
+from qvl_batch.bundle import Bundle, Manifest
 from qvl_batch.busy import seconds_column
 from qvl_batch.features import ImageFeatures, Pixels
 from qvl_batch.memory import RealDevice
@@ -27,6 +27,15 @@ from qvl_batch.vision_cache import VisionCache
 FEATURES, STARTED = f"{OWN}features", f"{OWN}started"
 #: Columns of the workers that had a row.
 WORKERS = {"vision": f"{OWN}vision_worker", "decoder": f"{OWN}decoder_worker"}
+
+
+def open_vision_cache(folder: Path, gigabytes: float, manifest: Manifest) -> VisionCache:
+    """Features of a bundle's vision graph that are kept.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+    return VisionCache(folder, manifest.vision_sha256, manifest.feature_shape, int(gigabytes * 1e9))
 
 
 class VisionStage:
@@ -59,9 +68,7 @@ class VisionStage:
         self._image_size = loaded.manifest.layout.image_size
         kept = None
         if cache is not None:
-            folder, gigabytes = cache
-            manifest = loaded.manifest
-            kept = VisionCache(folder, manifest.vision_sha256, manifest.feature_shape, int(gigabytes * 1e9))
+            kept = open_vision_cache(*cache, loaded.manifest)
         self._features = ImageFeatures(VisionEncoder(loaded, 1, device), kept, at_once=threads)
 
     def __call__(self, table: pa.Table) -> pa.Table:

@@ -12,6 +12,7 @@ This module knows nothing of how features are made.
 
 import contextlib
 import os
+import tempfile
 import time
 import uuid
 import zlib
@@ -51,7 +52,8 @@ class VisionCache:
         self._writes = 0
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            self.sweep()
+            with tempfile.TemporaryFile(dir=self._folder):
+                self.sweep()
         except OSError as error:
             raise OutputError(f"--vision-cache {folder} cannot be used: {error.strerror}") from error
 
@@ -80,8 +82,12 @@ class VisionCache:
         partial = path.with_suffix(f"{PARTIAL}{uuid.uuid4().hex}")
         try:
             path.parent.mkdir(exist_ok=True)
-            partial.write_bytes(body + zlib.crc32(body).to_bytes(_CRC_BYTES, "little"))
-            partial.rename(path)
+            try:
+                partial.write_bytes(body + zlib.crc32(body).to_bytes(_CRC_BYTES, "little"))
+                partial.rename(path)
+            except OSError:
+                partial.unlink(missing_ok=True)
+                raise
             self._writes += 1
             if self._writes % WRITES_PER_SWEEP == 0:
                 self.sweep()

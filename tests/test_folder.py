@@ -77,7 +77,7 @@ def test_a_job_goes_on_where_it_stopped(place):
             assert folder.done.count == folder.tally.rows == known
             with AnswerWriter(folder.folder, SCHEMA) as writer:
                 writer.add(_answers(*rows))
-    with OutputFolder(place(), JOB_OF_FILES, SCHEMA, overwrite=False, retry_errors=True) as folder:
+    with OutputFolder(place(), JOB_OF_FILES, SCHEMA, overwrite=False, retry=(6, 5)) as folder:
         assert sorted(folder.failed) == [(0, 2), (1, 0)]
         with AnswerWriter(folder.folder, SCHEMA, folder.failed) as writer:
             writer.add(_answers((0, 2)))
@@ -140,21 +140,20 @@ def test_of_two_that_take_over_one_has_the_folder(address):
     assert (len(holding), len(refused)) == (1, 3)
 
 
-def test_a_job_that_stood_still_and_was_taken_over_writes_no_more(address):
+@pytest.mark.parametrize("change", [lambda folder: folder.write("a", b"2"), lambda folder: folder.remove("a")])
+def test_a_job_that_stood_still_and_was_taken_over_changes_no_more(change, address):
     slow = _store(address, renewal=1e9)
     with slow.held():
         slow.write("a", b"1")
         with _store(address, renewal=0.5).held(), pytest.raises(OutputError, match=r"another job took .* over"):
-            slow.write("a", b"2")
+            change(slow)
         # Nor after the other one has ended.
         with pytest.raises(OutputError, match=r"another job took .* over"):
-            slow.write("a", b"2")
+            change(slow)
     assert _store(address).read("a") == b"1"
-
-
-def test_a_job_that_does_not_hold_the_folder_writes_nothing(address):
+    # As one that does not hold the folder.
     with pytest.raises(OutputError, match="another job took"):
-        _store(address).write("a", b"")
+        change(_store(address))
 
 
 @pytest.mark.parametrize("place", ["ftp://host/out", "http://host/out", "memory://out"])

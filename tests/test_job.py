@@ -11,6 +11,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,12 +20,13 @@ from conftest import QUESTIONS, ROOT, TINY
 from reference import question
 from soak import soak
 
+import caption
 from benchmark.memory import family
 from comparison.reference import PyTorch
 from qvl_batch import Captioner
 
 #: What `poison/sitecustomize.py` looks for.
-POISON_IMAGE, POISON_PROMPT = b"ends whatever decodes it", "End."
+POISON_FILE, POISON_IMAGE, POISON_PROMPT = b"ends whatever reads it", b"ends whatever decodes it", "End."
 CAPTION = [sys.executable, "jobs/caption.py"]
 ANSWER_COLUMNS = [
     "answer", "finish_reason", "prompt_tokens", "answer_tokens", "error_stage", "error_type", "error_message",
@@ -157,6 +159,7 @@ def test_an_empty_input_gives_an_empty_answer(tiny_bundle, demo, ray_env, tmp_pa
         ({"--image-column": "picture"}, "no single column 'picture' (--image-column); it has id, image"),
         ({"--slots": "0"}, "--slots must be at least 1, not 0"),
         ({"--output": "LICENSE"}, "LICENSE cannot be written"),
+        ({"--vision-cache": "LICENSE"}, "caption: --vision-cache LICENSE cannot be used: "),
     ],
 )
 def test_a_job_that_cannot_be_done_says_so_in_one_line(options, message, tiny_bundle, ray_env, tmp_path):
@@ -167,6 +170,23 @@ def test_a_job_that_cannot_be_done_says_so_in_one_line(options, message, tiny_bu
     assert last.startswith("caption: ")
     assert message in last
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("raised", "said"),
+    [
+        ("qvl_batch.errors.OutputError: /cache cannot be used: it is full", "/cache cannot be used: it is full"),
+        ("RuntimeError: no memory: 4 GB", "a worker failed: RuntimeError: no memory: 4 GB"),
+    ],
+)
+def test_a_worker_that_does_not_start_says_why(raised, said):
+    from ray.exceptions import ActorDiedError, RayTaskError  # noqa: PLC0415  (takes a second)
+
+    from qvl_batch.pipeline import _job_error  # noqa: PLC0415
+
+    trace = f'ray::MapWorker.__init__()\n  File "workers.py", line 63, in __init__\n{raised}'
+    error = ActorDiedError(RayTaskError("__init__", trace, ValueError(), "ray::MapWorker", 7, "127.0.0.1"))
+    assert str(_job_error(error)) == said
 
 
 def test_a_cluster_that_is_not_there_is_named(tiny_bundle, ray_env, tmp_path):
@@ -182,10 +202,11 @@ def test_answers_are_not_overwritten_unasked(tiny_bundle, ray_env, tmp_path):
     (output / "part-000000-000000000000.parquet").write_bytes(b"precious")
     options = ["--bundle", tiny_bundle.path, "--input", QUESTIONS, "--output", output, "--limit", 1]
     result = _caption(ray_env, *options, check=False)
-    assert (result.returncode, "no _job.json that says to what" in result.stderr) == (1, True)
-    assert [path.read_bytes() for path in output.iterdir()] == [b"precious"]
-    _caption(ray_env, *options, "--overwrite")
-    assert len(_answers(output)) == 1
+    assert (result.returncode, "no _job.json that says whose answers they are" in result.stderr) == (1, True)
+    result = _caption(ray_env, *options, "--overwrite", check=False)
+    assert (result.returncode, "is damaged, or no file of answers, and" in result.stderr) == (1, True)
+    (held,) = output.glob("part-*")
+    assert held.read_bytes() == b"precious"
 
 
 def test_rows_that_cannot_be_read_are_error_rows_and_the_others_are_answered(tiny_bundle, demo, ray_env, tmp_path):
@@ -252,6 +273,25 @@ def test_a_job_that_is_stopped_keeps_its_answers_and_goes_on(sent, tiny_bundle, 
     assert {name: (output / name).read_bytes() for name in written} == written
 
 
+@pytest.mark.parametrize(
+    ("option", "command"),
+    [
+        ([], "the same command"),
+        (["--overwrite"], "the same command without --overwrite"),
+        (["--retry-errors"], "the same command"),
+    ],
+)
+def test_a_job_that_is_stopped_says_what_goes_on(option, command, monkeypatch, capsys):
+    def run(*_, **__):
+        raise KeyboardInterrupt("2 of 9 rows are answered")
+
+    monkeypatch.setitem(sys.modules, "qvl_batch.pipeline", SimpleNamespace(run=run))
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["caption.py", "--bundle", "b", "--input", "i", "--output", "o", *option])
+    assert caption.main() == 130
+    assert capsys.readouterr().err == f"caption: stopped; 2 of 9 rows are answered; {command} goes on\n"
+
+
 def test_rows_added_to_the_input_are_answered_and_failed_ones_again(tiny_bundle, demo, ray_env, tmp_path):
     folder, output = tmp_path / "input", tmp_path / "out"
     (folder / "images").mkdir(parents=True)
@@ -285,19 +325,20 @@ def test_a_job_that_is_killed_again_and_again_answers_every_row_once(tiny_bundle
 
 def test_rows_that_end_their_workers_fail_and_the_job_goes_on(tiny_bundle, demo, ray_env, tmp_path):
     rows = [dict(row) for row in demo[:24]]
-    rows[5]["image"] = {"bytes": rows[5]["image"]["bytes"] + POISON_IMAGE, "path": None}
+    for place, poison in ((2, POISON_FILE), (5, POISON_IMAGE)):
+        rows[place]["image"] = {"bytes": rows[place]["image"]["bytes"] + poison, "path": None}
     rows[13]["prompt"] = POISON_PROMPT
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet", row_group_size=12)
     env = ray_env | {"PYTHONPATH": os.pathsep.join([str(ROOT / "tests" / "poison"), str(ROOT)])}
     options = ["--bundle", tiny_bundle.path, "--input", tmp_path / "rows.parquet", "--output", tmp_path / "out"]
     result = _caption(env, *options)
     answers = {row["id"]: row for row in _answers(tmp_path / "out")}
     failed = {id_: (row["error_stage"], row["error_type"]) for id_, row in answers.items() if row["error_stage"]}
-    lost = {rows[5]["id"]: ("image", "WorkerLostError"), rows[13]["id"]: ("decode", "WorkerLostError")}
-    assert failed == lost, result.stderr
+    stages = {2: "read", 5: "image", 13: "decode"}
+    assert failed == {rows[place]["id"]: (stage, "WorkerLostError") for place, stage in stages.items()}, result.stderr
     assert len(answers) == 24
     right = sum(answers[row["id"]]["answer"] == row["expected"] for row in rows)
-    assert right >= 21
+    assert right >= 20
 
 
 def _free_port():

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import time
 
 import numpy as np
 import pyarrow as pa
@@ -21,8 +22,8 @@ JOB_OF_FILES = Job({"bundle": "abc", "--fit": "crop", "--keep-columns": ["x"]}, 
 SCHEMA = pa.schema([pa.field(ID, pa.int64()), *ANSWER_FIELDS])
 
 
-def _open(path, job=JOB_OF_FILES, *, overwrite=False, retry_errors=False):
-    return OutputFolder(LocalFolder(path), job, SCHEMA, overwrite=overwrite, retry_errors=retry_errors)
+def _open(path, job=JOB_OF_FILES, *, overwrite=False, retry=None):
+    return OutputFolder(LocalFolder(path), job, SCHEMA, overwrite=overwrite, retry=retry)
 
 
 def _answers(*rows):
@@ -41,6 +42,46 @@ def _write(folder, *tables):
 
 def _left(folder):
     return [(file, span) for file, rows in enumerate((6, 5)) for span in folder.done.missing(file, 0, rows)]
+
+
+@pytest.mark.parametrize("limit", ["ROWS_PER_FILE", "BYTES_PER_FILE"])
+def test_answers_that_are_enough_for_a_file_are_written_at_once(limit, tmp_path, monkeypatch):
+    enough = {"ROWS_PER_FILE": 3, "BYTES_PER_FILE": _answers((0, 0), (0, 1)).nbytes + 1}
+    monkeypatch.setattr(f"qvl_batch.sink.{limit}", enough[limit])
+    with _open(tmp_path) as folder, AnswerWriter(folder.folder, SCHEMA) as writer:
+        writer.add(_answers((0, 0), (0, 1)))
+        assert not list(tmp_path.glob("part-*"))
+        writer.add(_answers((0, 2), (0, 3)))
+        assert len(_rows(tmp_path)) == 4
+
+
+def test_answers_are_written_in_time_when_no_other_comes(tmp_path, monkeypatch):
+    monkeypatch.setattr("qvl_batch.sink.SECONDS_PER_FILE", 0.01)
+    with _open(tmp_path) as folder, AnswerWriter(folder.folder, SCHEMA) as writer:
+        for row in range(2):
+            writer.add(_answers((0, row)))
+            while len(list(tmp_path.glob("part-*"))) == row:
+                time.sleep(0.001)
+        assert len(_rows(tmp_path)) == 2
+
+
+def test_what_could_not_be_written_in_time_ends_the_job_at_the_next_answer(tmp_path, monkeypatch):
+    monkeypatch.setattr("qvl_batch.sink.SECONDS_PER_FILE", 0.01)
+    with _open(tmp_path) as folder, AnswerWriter(folder.folder, SCHEMA) as writer:
+        monkeypatch.setattr("qvl_batch.folder.os.fsync", _full)
+        writer.add(_answers((0, 1)))
+        writer._keeper.join()
+        monkeypatch.undo()
+        with pytest.raises(OutputError, match="No space left"):
+            writer.add(_answers((0, 2)))
+    assert len(_rows(tmp_path)) == 2  # there is room again
+
+
+def test_a_file_that_arrow_cannot_make_is_named(tmp_path):
+    other = _answers((0, 3)).set_column(2, ID, pa.array(["x"]))
+    for tables in ([_answers((1, 0)), other], [other]):  # that cannot be joined, or are of another type
+        with pytest.raises(OutputError, match=r"/part-000000-000000000003.parquet cannot be made: .*--keep-columns"):
+            _write(_open(tmp_path), *tables)
 
 
 def test_what_was_answered_is_known_when_a_job_goes_on(tmp_path):
@@ -87,7 +128,7 @@ def test_rows_that_failed_are_answered_again_in_their_place(tmp_path):
         _write(folder, _answers(*((0, row) for row in range(6)), (1, 1), (1, 2)))
         _write(folder, _answers((1, 3), (1, 4)))
     before = {path.name: path.read_bytes() for path in tmp_path.glob("part-*")}
-    with _open(tmp_path, retry_errors=True) as folder:
+    with _open(tmp_path, retry=(6, 5)) as folder:
         assert _left(folder) == [(0, (0, 1)), (0, (2, 3)), (0, (4, 5)), (1, (0, 1)), (1, (2, 3)), (1, (4, 5))]
         assert folder.tally.finish_reasons == {"stop": 5}
         assert folder.tally.rows == folder.done.count == 5
@@ -111,6 +152,18 @@ def test_rows_that_failed_are_answered_again_in_their_place(tmp_path):
     for path in tmp_path.glob("part-*"):
         table = pq.read_table(path)
         assert table["id"].to_pylist() == PartRecord.read(LocalFolder(path.parent), path.name).places()[ROW].to_pylist()
+
+
+def test_errors_of_rows_that_a_limit_leaves_out_stay(tmp_path):
+    with _open(tmp_path) as folder:
+        _write(folder, _answers(*((0, row) for row in range(6)), *((1, row) for row in range(5))))
+    with _open(tmp_path, retry=(6, 1)) as folder:
+        assert _left(folder) == [(0, (0, 1)), (0, (2, 3)), (0, (4, 5)), (1, (0, 1))]
+        assert sorted(folder.failed) == [(0, 0), (0, 2), (0, 4), (1, 0)]
+        assert folder.tally.finish_reasons == {"stop": 5, "error": 2}
+        assert folder.tally.rows == folder.done.count == 7
+    with _open(tmp_path, retry=(0, 0)) as folder:
+        assert (_left(folder), folder.failed, folder.tally.rows) == ([], {}, 11)
 
 
 @pytest.mark.parametrize(
@@ -139,7 +192,7 @@ def test_answers_of_another_job_are_not_added_to(settings, message, tmp_path):
 
 def test_answers_without_a_job_are_refused_and_kept(tmp_path):
     (tmp_path / "part-000000-000000000000.parquet").write_bytes(b"precious")
-    with pytest.raises(OutputError, match=r"no _job.json that says to what: give another --output, or --overwrite"):
+    with pytest.raises(OutputError, match=r"no _job.json that says whose answers they are: give another --output$"):
         Job.of(LocalFolder(tmp_path))
     with pytest.raises(OutputError, match="no _job"), _open(tmp_path):
         pass
@@ -207,6 +260,21 @@ def test_answers_that_cannot_be_right_are_named(damage, message, tmp_path):
     assert "part-" in str(refused.value)
 
 
+@pytest.mark.parametrize("damage", [_damage, _foreign])
+def test_what_are_no_answers_is_not_overwritten(damage, tmp_path):
+    with _open(tmp_path) as folder:
+        _write(folder, _answers((1, 3)))
+        _write(folder, _answers((1, 4)))
+    damage(tmp_path / "part-000001-000000000004.parquet")
+    held = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(OutputError, match=r"part-000001-000000000004.parquet is damaged, or no file of answers, and"):
+        _open(tmp_path, overwrite=True).__enter__()
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == held
+    (tmp_path / "part-000001-000000000004.parquet").unlink()
+    with _open(tmp_path, overwrite=True):
+        assert {path.name for path in tmp_path.iterdir()} == {JOB, LOCK}
+
+
 def _hold(path, ready, done):
     with _open(path):
         ready.set()
@@ -253,12 +321,25 @@ def test_an_input_without_rows_has_a_table_without_rows(tmp_path):
     assert pq.read_table(tmp_path).schema.names == SCHEMA.names  # all else in the folder is passed over
 
 
+#: Of a run that answered one row, with an error.
+COUNTS = {"rows": 1, "finish_reasons": {"error": 1}, "errors": {"image: E": 1}}
+
+
+@pytest.mark.parametrize("other", [{"rows": 2}, {"finish_reasons": {"stop": 1}}, {"errors": {"read: E": 1}}, {}])
+def test_a_report_of_other_answers_is_none(other, tmp_path):
+    with _open(tmp_path) as folder:
+        _write(folder, _answers((1, 4)))
+    with _open(tmp_path) as folder:
+        folder.write_report(COUNTS | other, "")
+        assert folder.reported() == (not other)
+
+
 def test_a_report_is_of_the_answers_that_are_there_and_goes_with_them(tmp_path):
     with _open(tmp_path) as folder:
         assert not folder.reported()
         _write(folder, _answers((1, 4)))
     bins = {"seconds_per_bin": 0.25, "rows": [0, 1, 20], "shares": [0.5, -1e-3], "none": []}
-    record = {"rows": 1, "timeline": bins, "text": "[\n 1,\n 2\n]", "names": ["a", "b"]}
+    record = COUNTS | {"timeline": bins, "text": "[\n 1,\n 2\n]", "names": ["a", "b"]}
     with _open(tmp_path) as folder:
         assert not folder.reported()
         # A folder whose name is no UTF-8 can be told all the same.
@@ -285,17 +366,18 @@ def test_a_report_of_something_else_is_refused_and_kept(overwrite, tmp_path):
     assert (tmp_path / REPORT).read_text() == "precious"
 
 
-def test_a_disk_that_is_full_stops_the_job_with_a_line(tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(28, "No space left on device")
+def _full(*_):
+    raise OSError(28, "No space left on device")
 
+
+def test_a_disk_that_is_full_stops_the_job_with_a_line(tmp_path, monkeypatch):
     with _open(tmp_path) as folder:
-        monkeypatch.setattr("qvl_batch.folder.os.fsync", full)
+        monkeypatch.setattr("qvl_batch.folder.os.fsync", _full)
         with pytest.raises(OutputError, match="cannot be written: No space left on device"):
             _write(folder, _answers((1, 4)))
         with pytest.raises(OutputError, match="cannot be written: No space left on device"):
             folder.write_report({"rows": 0}, "")
-    assert not (tmp_path / REPORT).exists()
+    assert {path.name for path in tmp_path.iterdir()} == {JOB, LOCK}
     monkeypatch.undo()
     with _open(tmp_path) as folder:
         assert folder.done.count == 0

@@ -4,6 +4,7 @@ import pytest
 from conftest import ROOT
 
 from qvl_batch.config import CaptionConfig
+from qvl_batch.errors import ConfigError
 from qvl_batch.plan import FOR_TASKS, make_plan
 
 
@@ -13,13 +14,27 @@ def _plan(bundle, *nodes, **options):
 
 
 @pytest.mark.parametrize("cpus", [2, 3, 4, 8, 16, 61, 192])
-@pytest.mark.parametrize("options", [{}, {"vision_workers": 5, "decoder_workers": 3}, {"decoder_workers": 40}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"vision_workers": 5, "decoder_workers": 3},
+        {"decoder_workers": 40},
+        {"vision_workers": 64},
+        {"vision_workers": 1000},
+    ],
+)
 def test_actors_leave_cpus_to_tasks(cpus, options, tiny_bundle):
     plan = _plan(tiny_bundle, cpus, **options)
     claimed = plan.vision_workers * plan.vision_cpus + plan.decoder_workers * plan.decoder_cpus
     assert 0 < claimed <= cpus - FOR_TASKS + 1e-9
     for name, value in options.items():
         assert getattr(plan, name) == value
+
+
+def test_more_workers_than_ray_can_share_cpus_among_are_refused(tiny_bundle):
+    with pytest.raises(ConfigError, match=r"2 CPUs are too few for 9999 --vision-workers and 1 --decoder-workers"):
+        _plan(tiny_bundle, 2, vision_workers=9999)
 
 
 @pytest.mark.parametrize("nodes", [(2, 2), (2, 2, 2, 2), (4, 1, 1, 1, 1, 1, 1), (64, 16), (2, 1)])

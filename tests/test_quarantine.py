@@ -5,10 +5,14 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from qvl_batch.quarantine import ALONE, TOGETHER, AttemptsInMemory, Guarded, _Calls
-from qvl_batch.source import FILE, ROW, failure_columns, failures_of
+from qvl_batch.fetch import Fetcher
+from qvl_batch.quarantine import ALONE, BEHIND, TOGETHER, AttemptsInMemory, Guarded, GuardedRead, _Calls
+from qvl_batch.reader import read_unit
+from qvl_batch.schema import InputColumns
+from qvl_batch.source import FILE, ROW, Unit, failure_columns, failures_of
 
 
 class Died(BaseException):
@@ -124,3 +128,80 @@ def test_a_call_that_fails_lets_the_others_go_on():
             raise Died
     with calls.together():
         pass
+
+
+COLUMNS = InputColumns(pa.field("id", pa.int64()), (pa.field("note", pa.string()),), "image", None)
+
+
+def _read_through(path, groups, ends, spans=None, *, ids_end=False):
+    """Read row groups of 10 as one of Ray's tasks does, again after each death: tables are taken as they come, and
+    those of a later attempt from where the earlier ones ended; tables, deaths.
+    """
+    rows = range(10 * groups)
+    pq.write_table(pa.table({"id": rows, "image": [b"i"] * len(rows), "note": ["n"] * len(rows)}), path, 10)
+    units = [Unit(str(path), 0, at, 10 * at, spans or [(10 * at, 10 * at + 10)]) for at in range(groups)]
+    attempts, tables, deaths = AttemptsInMemory(), [], 0
+
+    def read(unit, rows_per_table, lost=None):
+        if lost and lost.known and ids_end:
+            raise Died
+        for table in read_unit(unit, COLUMNS, "What?", rows_per_table, Fetcher(()), lost):
+            if lost is None and any(ends(unit, row) for row in range(unit.first_row, table[ROW][-1].as_py() + 1)):
+                raise Died
+            yield table
+
+    while True:
+        try:
+            for number, table in enumerate(GuardedRead(read, 4, attempts)(units)):
+                if number == len(tables):
+                    tables.append(table)
+                assert table[ROW].equals(tables[number][ROW])
+        except Died:
+            deaths += 1
+        else:
+            break
+    assert not attempts._together
+    assert not attempts._alone
+    return tables, deaths
+
+
+def _alone(*poison):
+    """Rows that end their reader, unless they are left out."""
+    return lambda unit, row: row in poison and any(start <= row < stop for start, stop in unit.spans)
+
+
+def _from(first, end):
+    """No reader gets past a row within its row group."""
+    return lambda _, row: first <= row < end
+
+
+@pytest.mark.parametrize(
+    ("ends", "failed", "behind", "deaths"),
+    [
+        (_alone(), [], [], 0),
+        (_alone(13), [13], [], TOGETHER + ALONE),
+        (_alone(10, 12, 25), [10, 12, 25], [], TOGETHER + 3 * ALONE),
+        (_from(13, 20), [13, 14], [15, 16, 17, 18, 19], TOGETHER + 2 * ALONE),
+    ],
+)
+def test_rows_that_end_their_reader_fail_and_those_that_can_be_read_do_not(ends, failed, behind, deaths, tmp_path):
+    tables, died = _read_through(tmp_path / "a.parquet", 3, ends)
+    assert [table.num_rows for table in tables] == [4, 4, 2] * 3
+    assert died == deaths
+    rows = pa.concat_tables(tables)
+    assert rows[ROW].to_pylist() == rows["id"].to_pylist() == list(range(30))
+    assert set(rows["note"].to_pylist()) == {"n"}
+    failures = {row: failure for row, failure in enumerate(failures_of(rows)) if failure}
+    assert list(failures) == failed + behind
+    for row, failure in failures.items():
+        assert (failure.stage, failure.type) == ("read", "WorkerLostError")
+        why = BEHIND if row in behind else "ended its worker 4 times, the last 2 alone in it"
+        assert failure.message.startswith(f"row {row} of {tmp_path}/a.parquet (row group {row // 10}) {why}")
+
+
+def test_rows_whose_ids_end_their_reader_too_have_none(tmp_path):
+    tables, _ = _read_through(tmp_path / "a.parquet", 1, _alone(3), [(1, 5), (8, 10)], ids_end=True)
+    rows = pa.concat_tables(tables)
+    assert rows[ROW].to_pylist() == [1, 2, 3, 4, 8, 9]
+    assert rows["id"].to_pylist() == [1, 2, None, 4, 8, 9]
+    assert [failure is not None for failure in failures_of(rows)] == [row == 3 for row in rows[ROW].to_pylist()]

@@ -1,12 +1,15 @@
 """Features that were kept are those that the graph would give, or are not there."""
 
+import errno
+import math
 import os
 import threading
 
 import numpy as np
 import pytest
 
-from qvl_batch.errors import OutputError
+from qvl_batch.config import CaptionConfig
+from qvl_batch.errors import ConfigError, OutputError
 from qvl_batch.images import image_key
 from qvl_batch.vision_cache import VisionCache
 
@@ -96,6 +99,33 @@ def test_a_folder_that_cannot_be_used_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match=r"--vision-cache .*file cannot be used"):
         VisionCache(tmp_path / "file", GRAPH, SHAPE, 10**6)
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    def read_only(**_):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", read_only)
+    with pytest.raises(OutputError, match=r"--vision-cache .* cannot be used: Read-only file system"):
+        VisionCache(tmp_path, GRAPH, SHAPE, 10**6)
+
+
+def test_a_disk_that_is_full_is_named_and_nothing_is_left(tmp_path, monkeypatch):
+    def write(path, _):
+        path.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    cache = VisionCache(tmp_path, GRAPH, SHAPE, 10**6)
+    monkeypatch.setattr("pathlib.Path.write_bytes", write)
+    with pytest.raises(OutputError, match=r"--vision-cache .* cannot be written: No space left"):
+        cache.put(b"key", _features(1))
+    assert _files(tmp_path) == []
+
+
+@pytest.mark.parametrize("gigabytes", [0.0, -1.0, math.nan, math.inf])
+def test_a_size_is_a_number_above_0(gigabytes, tmp_path):
+    with pytest.raises(ConfigError, match="--vision-cache-gb must be a number above 0, not"):
+        CaptionConfig(bundle=tmp_path, input=("x",), output="out", vision_cache_gb=gigabytes)
 
 
 def test_a_key_stands_for_contents_and_fit():

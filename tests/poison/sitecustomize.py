@@ -1,7 +1,7 @@
 """Found by every Python process that has this folder in PYTHONPATH: some rows end it.
 
-An image whose file has `POISON_IMAGE` in it ends the process that decodes it; a prompt of
-`POISON_PROMPT` the one that lays it out, which is the decoder's.
+An image whose file has `POISON_FILE` in it ends the process that reads it, one with `POISON_IMAGE` the
+process that decodes it; a prompt of `POISON_PROMPT` the one that lays it out, which is the decoder's.
 """
 
 import importlib.machinery
@@ -9,11 +9,20 @@ import os
 import signal
 import sys
 
-POISON_IMAGE, POISON_PROMPT = b"ends whatever decodes it", "End."
+POISON_FILE, POISON_IMAGE, POISON_PROMPT = b"ends whatever reads it", b"ends whatever decodes it", "End."
 
 
 def _die():
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _poison_reader(module):
+    image = module._bytes_or_location
+
+    def poisoned(value):
+        return _die() if POISON_FILE in value["bytes"] else image(value)
+
+    module._bytes_or_location = poisoned
 
 
 def _poison_images(module):
@@ -34,7 +43,11 @@ def _poison_layout(module):
     module.RowLayout.row_ids = poisoned
 
 
-POISONED = {"qvl_batch.images": _poison_images, "qvl_batch.layout": _poison_layout}
+POISONED = {
+    "qvl_batch.reader": _poison_reader,
+    "qvl_batch.images": _poison_images,
+    "qvl_batch.layout": _poison_layout,
+}
 
 
 class _Finder:
