@@ -22,6 +22,9 @@ from soak import soak
 from benchmark.memory import family
 from comparison.reference import PyTorch
 from qvl_batch import Captioner
+from qvl_batch.config import CaptionConfig
+from qvl_batch.errors import InputError
+from qvl_batch.pipeline import run
 
 #: What `poison/sitecustomize.py` looks for.
 POISON_IMAGE, POISON_PROMPT = b"ends whatever decodes it", "End."
@@ -186,6 +189,14 @@ def test_answers_are_not_overwritten_unasked(tiny_bundle, ray_env, tmp_path):
     assert [path.read_bytes() for path in output.iterdir()] == [b"precious"]
     _caption(ray_env, *options, "--overwrite")
     assert len(_answers(output)) == 1
+
+
+def test_the_input_is_not_overwritten(tmp_path):
+    path = tmp_path / "part-0.parquet"
+    path.write_bytes(QUESTIONS.read_bytes())
+    with pytest.raises(InputError, match="no file but those of the output folder"):
+        run(CaptionConfig(bundle=tmp_path, input=(str(tmp_path),), output=str(tmp_path), overwrite=True))
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_rows_that_cannot_be_read_are_error_rows_and_the_others_are_answered(tiny_bundle, demo, ray_env, tmp_path):
