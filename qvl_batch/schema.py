@@ -8,7 +8,7 @@ Output columns: `id`, kept columns, then `ANSWER_FIELDS`. A row that failed has
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import pyarrow as pa
 
@@ -99,6 +99,13 @@ class InputColumns:
     def output_schema(self) -> pa.Schema:
         """Schema of the answers."""
         return pa.schema([pa.field(ID, self.id.type), *self.kept, *ANSWER_FIELDS])
+
+
+def readable(column: pa.ChunkedArray) -> list[Any]:
+    """Values to show: of a string that is no UTF-8, as ids and kept columns may be, what can be read."""
+    if not _is_text(column.type):
+        return list(column.to_pylist())
+    return [each if each is None else each.decode(errors="replace") for each in column.cast(pa.binary()).to_pylist()]
 
 
 def input_columns(schema: pa.Schema, file: str, config: CaptionConfig) -> InputColumns:
