@@ -125,6 +125,9 @@ def open_source(config: CaptionConfig, known: Sequence[InputFile] = ()) -> Sourc
             parquet, its columns cannot be used, or a known file is gone or has changed.
         ConfigError: a kept column has the name of another, or the output is no place.
     """
+    own = next((name for name in config.keep_columns if name.startswith(OWN)), None)
+    if own is not None:
+        raise ConfigError(f"--keep-columns {own}: the pipeline has columns of its own that begin with {OWN}")
     found = _find_files(config)
     numbered: dict[Path, str] = {}
     for path in [*(file.path for file in known), *found]:

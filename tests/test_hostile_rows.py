@@ -178,6 +178,10 @@ def test_control_characters_are_text(tmp_path):
         ({"id": [["a"]]}, r"'id' \(--id-column\) is list"),
         ({"image": [["a"]]}, r"'image' \(--image-column\) is list"),
         ({"image": [{"data": b"x"}]}, r"'image' \(--image-column\) is struct<data: binary>"),
+        (
+            {"image": pa.StructArray.from_arrays([pa.array([b"x"])] * 3, ["path", "bytes", "bytes"])},
+            r"'image' \(--image-column\) is struct<path: binary, bytes: binary, bytes: binary>",
+        ),
         ({"prompt": [b"x"]}, r"'prompt' \(--prompt-column\) is binary"),
         ({"prompt": [["x"]]}, r"'prompt' \(--prompt-column\) is list"),
     ],
@@ -202,6 +206,24 @@ def test_a_struct_whose_parts_are_of_other_types_fails_row_by_row(tmp_path):
     rows = _read(_source(tmp_path))
     assert rows[KIND].to_pylist() == ["RecordError", "ImageError"]
     assert rows[MESSAGE][0].as_py() == "the image is a int, not bytes or a path"
+
+
+def test_what_else_a_struct_has_is_not_looked_at(tmp_path):
+    beyond = pa.array([2**61, None], pa.timestamp("ms"))
+    columns = [pa.array([b"inside", None]), beyond, beyond]
+    image = pa.StructArray.from_arrays(columns, names=["bytes", "taken", "taken"])
+    pq.write_table(pa.table({"id": [1, 2], "image": image, "prompt": ["?"] * 2}), tmp_path / "a.parquet")
+    rows = _read(_source(tmp_path))
+    assert rows[IMAGE].to_pylist() == [b"inside", None]
+    assert rows[MESSAGE].to_pylist() == [None, "the image is null"]
+
+
+def test_an_image_that_python_has_no_value_for_fails_alone(tmp_path):
+    image = pa.StructArray.from_arrays([pa.array([2**61, None], pa.timestamp("ms"))], names=["bytes"])
+    pq.write_table(pa.table({"id": [1, 2], "image": image, "prompt": ["?"] * 2}), tmp_path / "a.parquet")
+    rows = _read(_source(tmp_path))
+    assert rows[KIND].to_pylist() == ["RecordError", "ImageError"]
+    assert rows[MESSAGE][0].as_py().startswith("a timestamp[ms] cannot be read: ")
 
 
 def test_a_folder_of_many_files_is_opened_by_their_footers_alone(tmp_path):

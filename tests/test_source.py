@@ -236,6 +236,40 @@ def test_kept_columns_keep_their_types(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("value", "kind", "kept"),
+    [
+        ("b", pa.string_view(), pa.large_string()),
+        (b"b", pa.binary_view(), pa.large_binary()),
+        ({"a": "b"}, pa.struct([("a", pa.string_view())]), pa.struct([("a", pa.large_string())])),
+        (["b"], pa.list_(pa.string_view()), pa.list_(pa.large_string())),
+        (["b"], pa.list_(pa.string_view(), 1), pa.list_(pa.large_string(), 1)),
+        (["b"], pa.large_list(pa.string_view()), pa.large_list(pa.large_string())),
+        (["b"], pa.list_view(pa.string_view()), pa.large_list(pa.large_string())),
+        ([("a", "b")], pa.map_(pa.string_view(), pa.string_view()), pa.map_(pa.large_string(), pa.large_string())),
+    ],
+)
+def test_kept_columns_of_views_are_kept_as_what_rows_can_be_taken_of(value, kind, kept, tmp_path):
+    table = TABLE.append_column("kept", pa.array([value, None, value], kind))
+    pq.write_table(table, tmp_path / "a.parquet")
+    config = _config(tmp_path, keep_columns=("kept",))
+    rows = _read(config).take([2, 1])
+    assert rows["kept"].type == open_source(config).columns.kept[0].type == kept
+    assert rows["kept"].to_pylist() == [value, None]
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        pa.array([b"a", None], pa.binary_view()),
+        pa.array([{"bytes": b"a"}, None], pa.struct([("bytes", pa.binary_view())])),
+    ],
+)
+def test_images_may_be_views(image, tmp_path):
+    pq.write_table(pa.table({"id": [1, 2], "image": image, "prompt": ["x", "y"]}), tmp_path / "a.parquet")
+    assert _read(_config(tmp_path))[IMAGE].to_pylist() == [b"a", None]
+
+
+@pytest.mark.parametrize(
     ("ids", "kind"),
     [
         (pa.array(["a", "b", "c"]), pa.string()),
@@ -360,7 +394,7 @@ def test_settings_that_cannot_work_are_refused(options, message, tmp_path):
         _config(tmp_path, **options)
 
 
-@pytest.mark.parametrize("name", ["answer", "id", "error_type"])
+@pytest.mark.parametrize("name", ["answer", "id", "error_type", "__qvl_row"])
 def test_a_kept_column_may_not_hide_an_output_column(name, tmp_path):
     table = TABLE.append_column("key", TABLE["id"])
     table = table if name in table.column_names else table.append_column(name, TABLE["prompt"])
