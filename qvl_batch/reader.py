@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from qvl_batch.errors import ImageError, InputError, RecordError, RowError, stable_message
 from qvl_batch.fetch import Fetcher
 from qvl_batch.schema import ID, Failure, InputColumns
-from qvl_batch.source import FILE, IMAGE, PROMPT, ROW, Unit, failure_columns
+from qvl_batch.source import FILE, IMAGE, PROMPT, ROW, Unit, failure_columns, footer_sha256
 
 
 def read_unit(
@@ -35,11 +35,13 @@ def read_unit(
     read of them: every row of the input is answered.
 
     Raises:
-        InputError: the file is gone, or another.
+        InputError: the file is gone, or another, or has fewer rows than it says.
     """
     at, left = unit.first_row, deque(unit.spans)
     try:
-        with pq.ParquetFile(unit.file) as file:
+        with pa.OSFile(unit.file) as opened, pq.ParquetFile(opened) as file:
+            if footer_sha256(opened) != unit.footer:
+                raise InputError(f"{unit.file} has changed while this job ran: put it back, or give another --output")
             for table, error in _tables(file, unit, columns, rows_per_table):
                 end = at + table.num_rows
                 while left and left[0][0] < end:
@@ -54,15 +56,13 @@ def read_unit(
     except (OSError, pa.ArrowException) as error:
         raise InputError(f"{unit.file}: row group {unit.row_group} cannot be read: {error}") from error
     rows, expected = at - unit.first_row, unit.spans[-1][1] - unit.first_row
-    raise InputError(f"{unit.file}: row group {unit.row_group} has {rows} rows, not {expected}: was it replaced?")
+    raise InputError(f"{unit.file}: row group {unit.row_group} has {rows} rows, not {expected}: the file is damaged")
 
 
 def _tables(
     file: pq.ParquetFile, unit: Unit, columns: InputColumns, rows_per_table: int
 ) -> Iterator[tuple[pa.Table, Exception | None]]:
     """A row group in tables; from where it cannot be read on, what can be, and the error."""
-    if unit.row_group >= file.num_row_groups or not set(columns.names) <= set(file.schema_arrow.names):
-        return
     done = 0
     try:
         for batch in file.iter_batches(rows_per_table, row_groups=[unit.row_group], columns=columns.names):

@@ -8,6 +8,7 @@ not be unique. A file keeps its number when a job goes on, whatever files were a
 """
 
 import glob
+import hashlib
 import os
 import stat
 from collections.abc import Iterator, Sequence
@@ -34,18 +35,22 @@ FAILURE = tuple(f"{OWN}error_{name}" for name in ("stage", "type", "message"))
 
 @dataclass(frozen=True, slots=True)
 class InputFile:
-    """A parquet file: absolute path, bytes, rows."""
+    """A parquet file: absolute path, bytes, rows, and SHA-256 of its footer, where sizes and bounds of columns are."""
 
     path: str
     size: int
     rows: int
+    footer: str
 
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """Rows to read: `spans` of a file's rows, all of them in one row group, which begins at row `first_row`."""
+    """Rows to read: `spans` of the rows of a file, known by its footer, all of them in one row group, which begins at
+    row `first_row`.
+    """
 
     file: str
+    footer: str
     file_number: int
     row_group: int
     first_row: int
@@ -97,7 +102,7 @@ class Source:
         for number, (file, starts, wanted) in enumerate(zip(self.files, self.groups, self.wanted, strict=True)):
             for group, (start, end) in enumerate(pairwise(starts.tolist())):
                 if left := self.done.missing(number, start, max(start, min(end, wanted))):
-                    yield Unit(file.path, number, group, start, left)
+                    yield Unit(file.path, file.footer, number, group, start, left)
 
     def parts(self, rows: int) -> Iterator[list[Unit]]:
         """The units in parts of at most so many rows, but of at least one unit."""
@@ -156,6 +161,13 @@ def open_source(config: CaptionConfig, known: Sequence[InputFile] = ()) -> Sourc
     assert columns is not None
     wanted = _first_rows(files, config.limit)
     return Source(tuple(files), columns, tuple(groups), wanted, RowSet(file.rows for file in files))
+
+
+def footer_sha256(file: pa.NativeFile) -> str:
+    """Of a parquet file that is open."""
+    end = file.size() - 8  # behind it the footer's length, and `PAR1`
+    start = max(0, end - int.from_bytes(file.read_at(4, end), "little"))
+    return hashlib.sha256(file.read_at(end - start, start)).hexdigest()
 
 
 def with_columns(table: pa.Table, columns: dict[str, pa.Array]) -> pa.Table:
@@ -296,7 +308,7 @@ def _metadata(path: str) -> tuple[InputFile, pa.Schema, NDArray[np.int64]]:
         with _open(path) as opened, pq.ParquetFile(opened) as file:
             rows = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
             starts = np.cumsum([0, *rows], dtype=np.int64)
-            found = InputFile(path, opened.size(), int(starts[-1]))
+            found = InputFile(path, opened.size(), int(starts[-1]), footer_sha256(opened))
             schema = file.schema_arrow
     except (OSError, ValueError, pa.ArrowException) as error:  # a name that is no UTF-8 is a ValueError
         raise InputError(f"{path} is no readable parquet file: {error}") from error
@@ -312,7 +324,7 @@ def _open(path: str) -> pa.NativeFile:
 
 
 def _extent(file: InputFile) -> str:
-    return f"{file.size:,} bytes and {file.rows:,} rows"
+    return f"{file.size:,} bytes, footer {file.footer[:8]}, {file.rows:,} rows"
 
 
 def _types(columns: InputColumns) -> str:
