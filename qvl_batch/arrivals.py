@@ -16,7 +16,7 @@ from qvl_batch.busy import BUSY, Stage, seconds_of
 from qvl_batch.plan import Plan
 from qvl_batch.rowset import Row
 from qvl_batch.sample import sampled, short
-from qvl_batch.schema import ID
+from qvl_batch.schema import ID, readable
 from qvl_batch.sink import Tally
 from qvl_batch.stages import STARTED, WORKERS
 from qvl_batch.timeline import Timeline
@@ -87,7 +87,7 @@ class Arrivals:
         }
 
     def _keep_errors(self, failed: pa.Table) -> None:
-        columns = (failed[name].to_pylist() for name in (ID, "error_stage", "error_type", "error_message"))
+        columns = (readable(failed[name]) for name in (ID, "error_stage", "error_type", "error_message"))
         for id_, stage, kind, message in zip(*columns, strict=True):
             kept = self.examples.setdefault(f"{stage}: {kind}", [])
             if len(kept) < EXAMPLES:

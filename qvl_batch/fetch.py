@@ -20,7 +20,15 @@ from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
 from urllib.parse import unquote, urlsplit
-from urllib.request import HTTPHandler, HTTPRedirectHandler, HTTPSHandler, Request, build_opener, getproxies
+from urllib.request import (
+    HTTPHandler,
+    HTTPRedirectHandler,
+    HTTPSHandler,
+    Request,
+    build_opener,
+    getproxies,
+    proxy_bypass,
+)
 
 import fsspec
 
@@ -28,13 +36,19 @@ from qvl_batch.errors import ConfigError, ImageError, stable_message
 
 #: Largest file of an image.
 MAX_BYTES = 1 << 28
+#: Most bytes that are taken from a server at a time.
+PIECE = 1 << 16
 #: Images of one task that are fetched at a time.
 AT_ONCE = 8
 #: Longest that fetching an image may take, and the waits before each further attempt.
 SECONDS, WAITS = 30.0, (0.5, 2.0)
-LOCAL, HTTP, STORES = {"", "file"}, {"http", "https"}, {"s3", "gs"}
+LOCAL, HTTP, STORES = {"", "file"}, {"http": 80, "https": 443}, {"s3", "gs"}
+#: Most characters of a path, as the system has them, and of a location or an error in a message.
+LONGEST_PATH, SHOWN = 4_096, 300
 #: Answers of a server that may be another the next time, as those from 500 on.
 BUSY = {HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS}
+#: A name that nobody has, as looking it up says.
+UNKNOWN = {socket.EAI_NONAME, socket.EAI_NODATA}
 #: What will be no different the next time.
 FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 
@@ -59,7 +73,7 @@ class Fetcher:
                 raise ConfigError(f"--allow-images-from {error}") from error
             if address.scheme in LOCAL:
                 self._folders.append(Path(_local(place)).resolve())
-            elif address.scheme in HTTP | STORES:
+            elif address.scheme in STORES.union(HTTP):
                 self._addresses.append(address)
                 try:
                     if address.scheme in STORES:
@@ -67,7 +81,7 @@ class Fetcher:
                 except ImportError as error:
                     raise ConfigError(f"--allow-images-from {place}: {error}") from error
             else:
-                schemes = ", ".join(sorted(HTTP | STORES))
+                schemes = ", ".join(sorted(STORES.union(HTTP)))
                 raise ConfigError(f"--allow-images-from {place}: give a folder, or an address of {schemes}")
 
     def fetch_all(self, locations: Sequence[str], folder: Path) -> list[bytes | ImageError]:
@@ -99,21 +113,22 @@ class Fetcher:
             return self._read(location, folder)
         place = next((place for place in self._addresses if address.is_in(place)), None)
         if place is None:
-            raise ImageError(f"{location} is in no place of --allow-images-from")
-        if address.scheme in HTTP and not place.is_ip:
-            _check_public(address)
-        return _patiently(location, lambda: _download(location, address.scheme, is_public=not place.is_ip))
+            raise ImageError(f"{_short(location)} is in no place of --allow-images-from")
+        return _patiently(location, lambda: _download(location, address, is_public=not place.is_ip))
 
     def _read(self, location: str, folder: Path) -> bytes:
+        name = _short(location)
+        if len(location) > LONGEST_PATH:
+            raise ImageError(f"{name} is too long for a path")
         try:
             path = (folder / _local(location)).resolve()
             if not any(path.is_relative_to(allowed) for allowed in self._folders):
-                raise ImageError(f"{location} is in no folder of --allow-images-from")
+                raise ImageError(f"{name} is in no folder of --allow-images-from")
             found = path.stat()
             if not stat.S_ISREG(found.st_mode):
-                raise ImageError(f"{location} is no file")
+                raise ImageError(f"{name} is no file")
             if found.st_size > MAX_BYTES:
-                raise ImageError(f"{location} has {found.st_size:,} bytes; the most is {MAX_BYTES:,}")
+                raise ImageError(f"{name} has {found.st_size:,} bytes; the most is {MAX_BYTES:,}")
             return path.read_bytes()
         except (OSError, ValueError, RuntimeError) as error:  # not there; a null byte; a loop of links
             raise _unreadable(location, error) from error
@@ -130,11 +145,13 @@ class _Address:
 
     @classmethod
     def of(cls, location: str) -> "_Address":
+        if "://" not in location and not location.lower().startswith("file:"):
+            return cls("", "", None, ())  # a name may have a colon in it
         try:
             parts = urlsplit(location)
             host, port = parts.hostname or "", parts.port
         except ValueError as error:
-            raise ImageError(f"{location} is no address: {error}") from error
+            raise ImageError(f"{_short(location)} is no address: {_short(str(error))}") from error
         return cls(parts.scheme, host, port, tuple(step for step in unquote(parts.path).split("/") if step))
 
     @property
@@ -146,6 +163,12 @@ class _Address:
             return False
         return True
 
+    @property
+    def is_proxied(self) -> bool:
+        """Whether a proxy is asked for it."""
+        host = self.host if self.port is None else f"{self.host}:{self.port}"
+        return self.scheme in getproxies() and not proxy_bypass(host)
+
     def is_in(self, place: "_Address") -> bool:
         """Whether the address lies in a place; one with `..` in it lies nowhere."""
         if ".." in self.steps or "." in self.steps:
@@ -156,19 +179,26 @@ class _Address:
 
 def _local(location: str) -> str:
     """A path, or that of a `file:` address."""
-    parts = urlsplit(location)
-    return unquote(parts.path) if parts.scheme == "file" else location
+    return unquote(urlsplit(location).path) if location.lower().startswith("file:") else location
 
 
 def _check_public(address: _Address) -> None:
-    """Refuse a host that leads into a private network.
+    """Refuse a host that leads into a private network. A proxy looks names up by itself.
 
     Raises:
-        ImageError: it does, or is not known.
+        ImageError: it does, or there is no such name.
+        OSError: that cannot be said now.
     """
+    flags = socket.AI_NUMERICHOST if address.is_proxied else 0
     try:
-        found = socket.getaddrinfo(address.host, address.port or address.scheme, type=socket.SOCK_STREAM)
-    except OSError as error:
+        found = socket.getaddrinfo(
+            address.host, address.port or HTTP[address.scheme], type=socket.SOCK_STREAM, flags=flags
+        )
+    except (socket.gaierror, UnicodeError) as error:
+        if address.is_proxied:
+            return
+        if isinstance(error, socket.gaierror) and error.errno not in UNKNOWN:
+            raise
         raise ImageError(f"{address.host} is not known: {error}") from error
     for each in found:
         _check_global(address.host, str(each[4][0]))
@@ -179,13 +209,44 @@ def _check_global(host: str, ip: str) -> None:
         raise ImageError(f"{host} leads to {ip}, which is in a private network")
 
 
-def _download(location: str, scheme: str, *, is_public: bool) -> bytes:
-    opened = _open_http(location, is_public) if scheme in HTTP else fsspec.filesystem(scheme).open(location, "rb")
+def _download(location: str, address: _Address, *, is_public: bool) -> bytes:
+    """Read an image to its end.
+
+    Raises:
+        ImageError: it is not allowed, or too large.
+        OSError: it did not come, or not whole.
+    """
+    deadline = time.monotonic() + SECONDS
+    if address.scheme in HTTP:
+        if is_public:
+            _check_public(address)
+        opened = _open_http(location, is_public=is_public and not address.is_proxied)  # a proxy may be private
+    else:
+        opened = fsspec.filesystem(address.scheme).open(location, "rb")
     with opened as stream:
-        data: bytes = stream.read(MAX_BYTES + 1)
+        if address.scheme in HTTP:
+            size, data = stream.length, _read_until(deadline, stream)
+        else:
+            size, data = stream.size, stream.read(MAX_BYTES + 1)
     if len(data) > MAX_BYTES:
-        raise ImageError(f"{location} has more than {MAX_BYTES:,} bytes, the most that is read")
+        raise ImageError(f"{_short(location)} has more than {MAX_BYTES:,} bytes, the most that is read")
+    if size is not None and len(data) < size:
+        raise OSError(f"it was cut off after {len(data):,} of {size:,} bytes")
     return data
+
+
+def _read_until(deadline: float, stream: HTTPResponse) -> bytes:
+    """What a server sends. Nobody would wait any longer for the rest, and nothing ends a thread that does.
+
+    Raises:
+        TimeoutError: it went on for too long.
+    """
+    data = bytearray()
+    while len(data) <= MAX_BYTES and (piece := stream.read1(PIECE)):
+        data += piece
+        if time.monotonic() > deadline:
+            raise TimeoutError
+    return bytes(data)
 
 
 class _NoRedirects(HTTPRedirectHandler):
@@ -221,15 +282,16 @@ class _PublicTlsHandler(HTTPSHandler):
         return self.do_open(_PublicTls, request)
 
 
-def _open_http(location: str, is_public: bool) -> Any:
-    # A proxy looks names up by itself, and may be in a private network.
-    handlers = (_PublicHandler, _PublicTlsHandler) if is_public and not getproxies() else ()
+def _open_http(location: str, *, is_public: bool) -> Any:
+    handlers = (_PublicHandler, _PublicTlsHandler) if is_public else ()
     try:
         return build_opener(_NoRedirects, *handlers).open(location, timeout=SECONDS)  # scheme and host are checked
     except HTTPError as error:
         if error.code < HTTPStatus.INTERNAL_SERVER_ERROR and error.code not in BUSY:
             where = f", to {error.headers['Location']}; redirects are not followed" if error.headers["Location"] else ""
-            raise ImageError(f"{location} cannot be read: {error.code} {error.reason}{where}") from error
+            raise ImageError(
+                f"{_short(location)} cannot be read: {error.code} {error.reason}{_short(where)}"
+            ) from error
         raise
 
 
@@ -245,7 +307,7 @@ def _patiently(location: str, work: Callable[[], bytes]) -> bytes:
         except FINAL as error:
             raise _unreadable(location, error) from error
         except TimeOut as error:
-            failure = ImageError(f"{location} did not come within {SECONDS:g} s")
+            failure = ImageError(f"{_short(location)} did not come within {SECONDS:g} s")
             failure.__cause__ = error
         except Exception as error:  # clients raise whatever they do
             failure = _unreadable(location, error)
@@ -259,4 +321,9 @@ def _patiently(location: str, work: Callable[[], bytes]) -> bytes:
 
 
 def _unreadable(location: str, error: BaseException) -> ImageError:
-    return ImageError(f"{location} cannot be read: {type(error).__name__}: {stable_message(error)}")
+    return ImageError(f"{_short(location)} cannot be read: {type(error).__name__}: {_short(stable_message(error))}")
+
+
+def _short(text: str) -> str:
+    """A text for a message: an image may stand in the place of its address."""
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}… ({len(text):,} characters)"

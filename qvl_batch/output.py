@@ -35,7 +35,7 @@ from qvl_batch.sink import PARTS, PartRecord, Tally, cannot_write, is_part, part
 from qvl_batch.source import InputFile, rows_of, with_columns
 
 JOB, RUN, REPORT = "_job.json", "_run.json", "_report.html"
-FORMAT = 1
+FORMAT = 2
 #: Footers that are read at a time: on a network's file system each waits.
 READERS = 16
 Found = TypeVar("Found")

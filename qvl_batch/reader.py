@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from qvl_batch.errors import ImageError, InputError, RecordError, RowError, WorkerLostError, stable_message
 from qvl_batch.fetch import Fetcher
 from qvl_batch.schema import ID, Failure, InputColumns
-from qvl_batch.source import FILE, IMAGE, PROMPT, ROW, Unit, failure_columns
+from qvl_batch.source import FILE, IMAGE, PROMPT, ROW, Unit, failure_columns, footer_sha256
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +51,13 @@ def read_unit(
     read of them: every row of the input is answered.
 
     Raises:
-        InputError: the file is gone, or another.
+        InputError: the file is gone, or another, or has fewer rows than it says.
     """
     at, left = unit.first_row, deque(unit.spans)
     try:
-        with pq.ParquetFile(unit.file) as file:
+        with pa.OSFile(unit.file) as opened, pq.ParquetFile(opened) as file:
+            if footer_sha256(opened) != unit.footer:
+                raise InputError(f"{unit.file} has changed while this job ran: put it back, or give another --output")
             for table, error in _tables(file, unit, columns, rows_per_table, lost):
                 end = at + table.num_rows
                 while left and left[0][0] < end:
@@ -69,15 +72,13 @@ def read_unit(
     except (OSError, pa.ArrowException) as error:
         raise InputError(f"{unit.file}: row group {unit.row_group} cannot be read: {error}") from error
     rows, expected = at - unit.first_row, unit.spans[-1][1] - unit.first_row
-    raise InputError(f"{unit.file}: row group {unit.row_group} has {rows} rows, not {expected}: was it replaced?")
+    raise InputError(f"{unit.file}: row group {unit.row_group} has {rows} rows, not {expected}: the file is damaged")
 
 
 def _tables(
     file: pq.ParquetFile, unit: Unit, columns: InputColumns, rows_per_table: int, lost: Lost | None
 ) -> Iterator[tuple[pa.Table, Exception | None]]:
     """A row group in tables; from where it cannot be read on, what can be, and the error."""
-    if unit.row_group >= file.num_row_groups or not set(columns.names) <= set(file.schema_arrow.names):
-        return
     done = 0
     if lost is None:
         try:
@@ -119,7 +120,7 @@ def _own_table(
     images: list[bytes | None] = [None] * len(rows)
     failures: list[Failure | None]
     if error is None:
-        images, failures = _images(_values(table[columns.image]), Path(unit.file).parent, fetcher)
+        images, failures = _images(_image_values(table[columns.image]), Path(unit.file).parent, fetcher)
         failures = [failure or _prompt_failure(each) for failure, each in zip(failures, prompts, strict=True)]
     else:
         failures = [
@@ -129,7 +130,7 @@ def _own_table(
         FILE: pa.array([unit.file_number] * len(rows), pa.int32()),
         ROW: pa.array(rows, pa.int64()),
         ID: table[columns.id.name].cast(columns.id.type),
-        **{field.name: table[field.name] for field in columns.kept},
+        **{field.name: table[field.name].cast(field.type) for field in columns.kept},
         PROMPT: pa.array([each if isinstance(each, str) else None for each in prompts], pa.large_string()),
         IMAGE: pa.array(images, pa.large_binary()),
         **failure_columns(failures),
@@ -143,22 +144,34 @@ def _unread(row: str, error: Exception) -> RowError:
     return RecordError(f"{row} cannot be read: {stable_message(error)}")
 
 
+def _image_values(column: pa.ChunkedArray) -> list[object]:
+    """An image column's values: a struct's bytes, or else its path. What else a struct has is not looked at."""
+    if not pa.types.is_struct(column.type):
+        return _values(column)
+    values: list[object] = [None] * len(column)
+    for name in ("path", "bytes"):
+        if (index := column.type.get_field_index(name)) >= 0:
+            parts = _values(pc.struct_field(column, index))
+            values = [value if part is None else part for part, value in zip(parts, values, strict=True)]
+    return values
+
+
 def _values(column: pa.ChunkedArray) -> list[object]:
     """Values as Python has them, an error in place of a string that is none."""
     try:
         values: list[object] = column.to_pylist()
-    except UnicodeDecodeError:  # nothing checks strings before
+    except (ValueError, OverflowError):  # nothing checks strings before; a date may be one that Python has not
         return [_value(scalar) for scalar in column]
     return values
 
 
 def _value(scalar: pa.Scalar) -> object:
-    if isinstance(scalar, pa.StructScalar) and scalar.is_valid:
-        return {name: _value(part) for name, part in scalar.items()}
     try:
         return scalar.as_py()
     except UnicodeDecodeError as error:
         return RecordError(f"a string is not valid Unicode text: {error}")
+    except (ValueError, OverflowError) as error:
+        return RecordError(f"a {scalar.type} cannot be read: {error}")
 
 
 def _prompt_failure(prompt: object) -> Failure | None:
@@ -178,9 +191,6 @@ def _images(values: list[object], folder: Path, fetcher: Fetcher) -> tuple[list[
 
 
 def _bytes_or_location(value: object) -> bytes | str | RowError:
-    """An image column's value: a struct's bytes, or else its path."""
-    if isinstance(value, dict):
-        value = value.get("bytes") if value.get("bytes") is not None else value.get("path")
     if value is None:
         return ImageError("the image is null")
     if isinstance(value, bytes | str | RowError):

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from qvl_batch.rowset import Row
-from qvl_batch.schema import ANSWER_FIELDS, ID
+from qvl_batch.schema import ANSWER_FIELDS, ID, readable
 from qvl_batch.source import OWN, PROMPT, Source, rows_of
 
 #: Rows of a sample, pixels of a thumbnail's side, and characters of a text that are kept.
@@ -53,13 +53,12 @@ def sample_columns(
 
 def sampled(table: pa.Table, sample: frozenset[Row]) -> dict[Row, dict[str, Any]]:
     """Rows of a table of answers that are in the sample, by place: `id`, `prompt`, `thumbnail`, and the answer."""
-    places = [(index, place) for index, place in enumerate(rows_of(table)) if place in sample]
+    chosen = {place: index for index, place in enumerate(rows_of(table)) if place in sample}
     names = {ID: ID, ASKED: "prompt", THUMBNAIL: "thumbnail"} | {field.name: field.name for field in ANSWER_FIELDS}
-    found = {}
-    for index, place in places:
-        row = {name: table[column][index].as_py() for column, name in names.items()}
-        found[place] = {name: short(value) if isinstance(value, str) else value for name, value in row.items()}
-    return found
+    rows = table.select(list(names)).take(pa.array(chosen.values(), pa.int64()))
+    values = zip(*(readable(column) for column in rows.columns), strict=True)
+    shortened = [[short(each) if isinstance(each, str) else each for each in row] for row in values]
+    return {place: dict(zip(names.values(), row, strict=True)) for place, row in zip(chosen, shortened, strict=True)}
 
 
 def short(text: str | None) -> str | None:

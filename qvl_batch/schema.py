@@ -7,8 +7,9 @@ Output columns: `id`, kept columns, then `ANSWER_FIELDS`. A row that failed has
 `finish_reason = error`, its stage, type and message, and a null answer.
 """
 
+from collections import Counter
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import pyarrow as pa
 
@@ -27,6 +28,12 @@ ANSWER_FIELDS = (
     pa.field("error_message", pa.string()),
 )
 ID = "id"
+LISTS = (
+    (pa.types.is_list, pa.list_),
+    (pa.types.is_large_list, pa.large_list),
+    (pa.types.is_list_view, pa.large_list),
+    (pa.types.is_large_list_view, pa.large_list),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +108,13 @@ class InputColumns:
         return pa.schema([pa.field(ID, self.id.type), *self.kept, *ANSWER_FIELDS])
 
 
+def readable(column: pa.ChunkedArray) -> list[Any]:
+    """Values to show: of a string that is no UTF-8, as ids and kept columns may be, what can be read."""
+    if not _is_text(column.type):
+        return list(column.to_pylist())
+    return [each if each is None else each.decode(errors="replace") for each in column.cast(pa.binary()).to_pylist()]
+
+
 def input_columns(schema: pa.Schema, file: str, config: CaptionConfig) -> InputColumns:
     """Choose and check the columns of one input file.
 
@@ -122,8 +136,8 @@ def input_columns(schema: pa.Schema, file: str, config: CaptionConfig) -> InputC
     if _is_text(_plain(image.type)) and not config.allow_images_from:
         raise InputError(f"{file}: column {image.name!r} names images; say where they may be: --allow-images-from")
     kept = tuple(_field(schema, name, file, "--keep-columns") for name in config.keep_columns)
-    plain = tuple(pa.field(field.name, field.type) for field in kept)
-    return InputColumns(pa.field(config.id_column, id_type), plain, config.image_column, prompt)
+    copied = tuple(pa.field(field.name, _without_views(field.type)) for field in kept)
+    return InputColumns(pa.field(config.id_column, id_type), copied, config.image_column, prompt)
 
 
 def _field(schema: pa.Schema, name: str, file: str, option: str) -> pa.Field:
@@ -151,8 +165,8 @@ def _check_text(field: pa.Field, file: str, option: str, wanted: str) -> None:
 def _check_image(field: pa.Field, file: str) -> None:
     kind = field.type
     if pa.types.is_struct(kind):
-        parts = {part.name for part in kind}
-        if parts & {"bytes", "path"}:
+        counts = Counter(part.name for part in kind)
+        if 1 in (found := {counts["bytes"], counts["path"]}) and max(found) == 1:
             return
     elif _is_bytes(kind):
         return
@@ -164,8 +178,29 @@ def _plain(kind: pa.DataType) -> pa.DataType:
     return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
+def _without_views(kind: pa.DataType) -> pa.DataType:
+    """The type with values in one piece in place of views, of which Arrow cannot take rows."""
+
+    def of(field: pa.Field) -> pa.Field:
+        return field.with_type(_without_views(field.type))
+
+    if pa.types.is_string_view(kind):
+        kind = pa.large_string()
+    elif pa.types.is_binary_view(kind):
+        kind = pa.large_binary()
+    elif pa.types.is_struct(kind):
+        kind = pa.struct([of(field) for field in kind])
+    elif pa.types.is_map(kind):
+        kind = pa.map_(of(kind.key_field), of(kind.item_field), kind.keys_sorted)
+    elif pa.types.is_fixed_size_list(kind):
+        kind = pa.list_(of(kind.value_field), kind.list_size)
+    elif make := next((make for is_kind, make in LISTS if is_kind(kind)), None):
+        kind = make(of(kind.value_field))
+    return kind
+
+
 def _is_bytes(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
 
 
 def _is_text(kind: pa.DataType) -> bool:

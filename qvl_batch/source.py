@@ -8,8 +8,12 @@ not be unique. A file keeps its number when a job goes on, whatever files were a
 """
 
 import glob
+import hashlib
+import os
+import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from itertools import accumulate, pairwise
 from pathlib import Path
 
@@ -19,7 +23,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from qvl_batch.config import CaptionConfig
-from qvl_batch.errors import InputError
+from qvl_batch.errors import ConfigError, InputError
 from qvl_batch.rowset import PIECE, Row, RowSet, Span
 from qvl_batch.schema import Failure, InputColumns, input_columns
 
@@ -31,18 +35,22 @@ FAILURE = tuple(f"{OWN}error_{name}" for name in ("stage", "type", "message"))
 
 @dataclass(frozen=True, slots=True)
 class InputFile:
-    """A parquet file: absolute path, bytes, rows."""
+    """A parquet file: absolute path, bytes, rows, and SHA-256 of its footer, where sizes and bounds of columns are."""
 
     path: str
     size: int
     rows: int
+    footer: str
 
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """Rows to read: `spans` of a file's rows, all of them in one row group, which begins at row `first_row`."""
+    """Rows to read: `spans` of the rows of a file, known by its footer, all of them in one row group, which begins at
+    row `first_row`.
+    """
 
     file: str
+    footer: str
     file_number: int
     row_group: int
     first_row: int
@@ -94,7 +102,7 @@ class Source:
         for number, (file, starts, wanted) in enumerate(zip(self.files, self.groups, self.wanted, strict=True)):
             for group, (start, end) in enumerate(pairwise(starts.tolist())):
                 if left := self.done.missing(number, start, max(start, min(end, wanted))):
-                    yield Unit(file.path, number, group, start, left)
+                    yield Unit(file.path, file.footer, number, group, start, left)
 
     def parts(self, rows: int) -> Iterator[list[Unit]]:
         """The units in parts of at most so many rows, but of at least one unit."""
@@ -118,22 +126,28 @@ def open_source(config: CaptionConfig, known: Sequence[InputFile] = ()) -> Sourc
         known: files that have their numbers already, in order; those found besides follow them.
 
     Raises:
-        InputError: nothing is there, a file is no parquet, its columns cannot be used, or a known
-            file is gone or has changed.
+        InputError: nothing is there, or nothing but the output, a folder cannot be listed, a file is no
+            parquet, its columns cannot be used, or a known file is gone or has changed.
+        ConfigError: a kept column has the name of another, or the output is no place.
     """
-    found = _find_files(config.input)
-    numbered = dict.fromkeys([*(file.path for file in known), *found])
+    own = next((name for name in config.keep_columns if name.startswith(OWN)), None)
+    if own is not None:
+        raise ConfigError(f"--keep-columns {own}: the pipeline has columns of its own that begin with {OWN}")
+    found = _find_files(config)
+    numbered: dict[Path, str] = {}
+    for path in [*(file.path for file in known), *found]:
+        if path not in found:
+            raise InputError(f"{path} was part of the input when this job began, and --input no longer names it")
+        numbered.setdefault(found[path], path)
     files: list[InputFile] = []
     columns: InputColumns | None = None
     groups: list[NDArray[np.int64]] = []
-    for number, path in enumerate(numbered):
-        if path not in found:
-            raise InputError(f"{path} was part of the input when this job began, and --input no longer names it")
-        schema, starts, size = _metadata(path)
-        files.append(InputFile(path, size, int(starts[-1])))
-        if number < len(known) and files[number] != known[number]:
+    for number, path in enumerate(numbered.values()):
+        file, schema, starts = _metadata(path)
+        files.append(file)
+        if number < len(known) and file != known[number]:
             raise InputError(
-                f"{path} has changed since this job began: {_extent(files[number])} now, {_extent(known[number])} then"
+                f"{path} has changed since this job began: {_extent(file)} now, {_extent(known[number])} then"
             )
         of_file = input_columns(schema, path, config)
         if columns is None:
@@ -147,6 +161,13 @@ def open_source(config: CaptionConfig, known: Sequence[InputFile] = ()) -> Sourc
     assert columns is not None
     wanted = _first_rows(files, config.limit)
     return Source(tuple(files), columns, tuple(groups), wanted, RowSet(file.rows for file in files))
+
+
+def footer_sha256(file: pa.NativeFile) -> str:
+    """Of a parquet file that is open."""
+    end = file.size() - 8  # behind it the footer's length, and `PAR1`
+    start = max(0, end - int.from_bytes(file.read_at(4, end), "little"))
+    return hashlib.sha256(file.read_at(end - start, start)).hexdigest()
 
 
 def with_columns(table: pa.Table, columns: dict[str, pa.Array]) -> pa.Table:
@@ -175,23 +196,96 @@ def failures_of(table: pa.Table) -> list[Failure | None]:
     return [Failure(*row) if row[0] is not None else None for row in rows]
 
 
-def _find_files(inputs: tuple[str, ...]) -> dict[str, None]:
-    """Every parquet file once, those of a folder or glob in order of name, as the keys."""
-    files: dict[str, None] = {}
-    for item in inputs:
+def _find_files(config: CaptionConfig) -> dict[str, Path]:
+    """Parquet files, those of a folder or glob in order of name: where each is named, and where links lead from there.
+
+    What is in the output folder is never input: a job writes it, and may delete it.
+    """
+    output = _output_folder(config)
+    files: dict[str, Path] = {}
+    for item in config.input:
         if "://" in item:
             raise InputError(f"--input {item}: only files that are mounted can be read; give their path")
-        path = Path(item)
-        if path.is_dir():
-            found = sorted(str(p) for p in path.rglob("*.parquet") if not _hidden(p.relative_to(path)))
-        elif path.is_file():
-            found = [item]
-        else:
-            found = sorted(p for p in glob.glob(item, recursive=True) if Path(p).is_file())  # noqa: PTH207  (absolute too)
+        try:
+            found = {str(path): path.resolve() for path in _named_by(item)}
+        except (OSError, RuntimeError, ValueError) as error:  # not to be listed; a loop of links; a name that is none
+            raise InputError(f"--input {item} cannot be looked into: {error}") from error
         if not found:
             raise InputError(f"--input {item}: no parquet file is there")
-        files.update((str(Path(p).resolve()), None) for p in found)
+        if output is not None:
+            found = {
+                path: target
+                for path, target in found.items()
+                if not (Path(path).is_relative_to(output) or target.is_relative_to(output))
+            }
+        if not found:
+            raise InputError(
+                f"--input {item} has no file but those of the output folder {output}: give another --output"
+            )
+        files |= found
     return files
+
+
+def _output_folder(config: CaptionConfig) -> Path | None:
+    """Where answers are written, None if that is not among local files."""
+    place = str(config.output)
+    if not place or "://" in place:
+        return None
+    try:
+        return Path(place).resolve()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ConfigError(f"--output {place} cannot be a folder: {error}") from error
+
+
+def _named_by(item: str) -> list[Path]:
+    """Parquet files that a path or glob names, in its order of names, in folders as they are behind links."""
+    path = Path(item)
+    matches = [path] if path.exists() else _matches(item)
+    found: dict[str, Path] = {}
+    for match in matches:
+        if not match.is_dir():
+            found[str(match)] = match.parent.resolve() / match.name
+            continue
+        for folder, names in _folders(match):
+            real = folder.resolve()
+            found |= {str(folder / name): real / name for name in names if name.endswith(".parquet")}
+    return [found[name] for name in sorted(found)]
+
+
+def _matches(pattern: str) -> list[Path]:
+    """What a glob matches; `glob.glob` would pass over folders that it may not list."""
+    found = [Path()]
+    for part in Path(pattern).parts:
+        if part == "**":
+            found = [folder for path in found if path.is_dir() for folder, _ in _folders(path)]
+        elif glob.has_magic(part):
+            folders = [path for path in found if path.is_dir()]
+            found = [each for path in folders for each in path.iterdir() if _is_meant(each, part)]
+        else:
+            found = [each for path in found if (each := path / part).exists() or each.is_symlink()]
+    return found
+
+
+def _is_meant(path: Path, pattern: str) -> bool:
+    """Whether a pattern with wildcards matches; names of a dot, and folders of an underscore, must begin it."""
+    hidden = path.name.startswith(".") or (_hidden(path) and path.is_dir())
+    return fnmatchcase(path.name, pattern) and (not hidden or pattern[0] == path.name[0])
+
+
+def _folders(top: Path) -> Iterator[tuple[Path, list[str]]]:
+    """A folder and all below it, with names of files. Links are followed, and each folder is taken once."""
+    taken: set[Path] = set()
+    waiting = [top]
+    while waiting:
+        folder = waiting.pop()
+        real = folder.resolve()
+        if real in taken:
+            continue
+        taken.add(real)
+        with os.scandir(folder) as entries:
+            shown = sorted((path, entry.is_dir()) for entry in entries if not _hidden(path := Path(entry.path)))
+        waiting += [path for path, is_folder in reversed(shown) if is_folder]
+        yield folder, [path.name for path, is_folder in shown if not is_folder]
 
 
 def _first_rows(files: Sequence[InputFile], limit: int | None) -> tuple[int, ...]:
@@ -204,22 +298,33 @@ def _first_rows(files: Sequence[InputFile], limit: int | None) -> tuple[int, ...
 
 def _hidden(path: Path) -> bool:
     """Names that begin with a dot or an underscore are not data, as in Hive and Spark."""
-    return any(part.startswith((".", "_")) for part in path.parts)
+    return path.name.startswith((".", "_"))
 
 
-def _metadata(path: str) -> tuple[pa.Schema, NDArray[np.int64], int]:
-    """Schema, first row of each row group and the end, and size in bytes."""
+def _metadata(path: str) -> tuple[InputFile, pa.Schema, NDArray[np.int64]]:
+    """A file, its schema, and the first row of each row group and the end."""
     try:
         # `to_arrow_schema` of bare metadata leaves half a megabyte behind for each thousand row groups.
-        with pq.ParquetFile(path) as file:
+        with _open(path) as opened, pq.ParquetFile(opened) as file:
             rows = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
-            return file.schema_arrow, np.cumsum([0, *rows], dtype=np.int64), Path(path).stat().st_size
-    except (OSError, pa.ArrowException) as error:
+            starts = np.cumsum([0, *rows], dtype=np.int64)
+            found = InputFile(path, opened.size(), int(starts[-1]), footer_sha256(opened))
+            schema = file.schema_arrow
+    except (OSError, ValueError, pa.ArrowException) as error:  # a name that is no UTF-8 is a ValueError
         raise InputError(f"{path} is no readable parquet file: {error}") from error
+    if (np.diff(starts) < 0).any():
+        raise InputError(f"{path} is no readable parquet file: a row group has less than no rows")
+    return found, schema, starts
+
+
+def _open(path: str) -> pa.NativeFile:
+    if not stat.S_ISREG(Path(path).stat().st_mode):
+        raise OSError("it is neither a file nor a folder")  # to open a pipe is to wait for its other end
+    return pa.OSFile(path)
 
 
 def _extent(file: InputFile) -> str:
-    return f"{file.size:,} bytes and {file.rows:,} rows"
+    return f"{file.size:,} bytes, footer {file.footer[:8]}, {file.rows:,} rows"
 
 
 def _types(columns: InputColumns) -> str:

@@ -1,9 +1,13 @@
 """Images are read from where that was allowed, within bounds of size and time, and from nowhere else."""
 
+import io
 import os
+import re
+import socket
 import threading
 import time
 from collections import Counter
+from contextlib import nullcontext, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -19,6 +23,9 @@ def images(tmp_path):
     (tmp_path / "secret").write_bytes(b"outside")
     (tmp_path / "allowed-not").mkdir()
     (tmp_path / "allowed-not" / "image").write_bytes(b"outside")
+    for name in ("IMG-10:30.jpg", "a:"):
+        (tmp_path / "allowed" / name).symlink_to("inner" + "/image" * (name != "a:"))
+    (tmp_path / "allowed" / "inner" / "b").write_bytes(b"inside")
     (tmp_path / "allowed" / "link").symlink_to("inner/image")
     (tmp_path / "allowed" / "way out").symlink_to("../secret")
     (tmp_path / "allowed" / "loop").symlink_to("loop")
@@ -28,7 +35,15 @@ def images(tmp_path):
 
 @pytest.mark.parametrize(
     "location",
-    ["inner/image", "../allowed/inner/image", "link", "{0}/allowed/inner/image", "file://{0}/allowed/inner/image"],
+    [
+        "inner/image",
+        "IMG-10:30.jpg",
+        "a:/b",
+        "../allowed/inner/image",
+        "link",
+        "{0}/allowed/inner/image",
+        "file://{0}/allowed/inner/image",
+    ],
 )
 def test_files_in_an_allowed_folder_are_read(location, images):
     fetcher = Fetcher([str(images / "nowhere"), str(images / "allowed")])
@@ -50,6 +65,7 @@ def test_files_in_an_allowed_folder_are_read(location, images):
         ("missing", "cannot be read: FileNotFoundError"),
         ("loop", "cannot be read: "),
         ("nul\0l", "cannot be read: ValueError"),
+        ("x" * 1_000, r"^x{300}… \(1,000 characters\) cannot be read: OSError: .{300}… \(1,... characters\)$"),
     ],
 )
 def test_other_files_are_not(location, message, images):
@@ -88,6 +104,25 @@ def test_addresses_elsewhere_are_refused(location, tmp_path, monkeypatch):
         fetcher.fetch(location, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("location", "message"),
+    [
+        ("data:image/png;base64,{0}", r"is too long for a path$"),
+        ("http://127.0.0.1:1/images/{0}", r"cannot be read: URLError"),
+        ("http://elsewhere/{0}", r"is in no place of --allow-images-from$"),
+        ("http://[{0}/", r"is no address: "),
+    ],
+)
+def test_a_location_as_long_as_an_image_is_told_by_its_beginning(location, message, images, monkeypatch):
+    monkeypatch.setattr("qvl_batch.fetch.WAITS", ())
+    fetcher = Fetcher([str(images), "http://127.0.0.1:1/images"])
+    with pytest.raises(
+        ImageError, match=rf"^{re.escape(location.format('')[:7])}.*… \(1,000,\d\d\d characters\) {message}"
+    ) as error:
+        fetcher.fetch(location.format("a/" * 500_000), images)
+    assert len(str(error.value)) < 800
+
+
 @pytest.mark.parametrize("place", ["ftp://host/images", "memory://images", "az://container"])
 def test_places_that_cannot_be_read_are_refused(place):
     with pytest.raises(ConfigError, match=f"--allow-images-from {place}: give a folder, or an address of gs, http, "):
@@ -103,27 +138,25 @@ MEETING = threading.Barrier(2)
 class _Server(BaseHTTPRequestHandler):
     def do_GET(self):
         ASKED[self.path] += 1
-        status, body = 200, b"from afar"
-        match self.path.split("/")[-1]:
-            case "missing":
-                status = 404
-            case "elsewhere":
-                status = 302
-            case "busy":
-                status = 503 if ASKED[self.path] < 3 else 200
-            case "broken":
-                status = 500
-            case "large":
-                body = b"x" * 2000
-            case "slow":
-                time.sleep(1)
-            case "meeting":
-                MEETING.wait(30)
+        name = self.path.split("/")[-1]
+        status = {"missing": 404, "elsewhere": 302, "broken": 500}.get(name, 200)
+        if name == "busy" and ASKED[self.path] < 3:
+            status = 503
+        if name == "slow":
+            time.sleep(1)
+        if name == "meeting":
+            MEETING.wait(30)
         self.send_response(status)
         if status == 302:
             self.send_header("Location", "http://127.0.0.1/other")
+        if name in ("cut", "drips"):
+            self.send_header("Content-Length", "18" if name == "cut" else "900")
         self.end_headers()
-        self.wfile.write(body)
+        self.wfile.write(b"x" * 2000 if name == "large" else b"from afar")
+        with suppress(OSError):
+            while name == "drips":
+                time.sleep(0.05)
+                self.wfile.write(b"x")
 
     def log_message(self, *_):
         pass
@@ -149,16 +182,23 @@ def server(monkeypatch):
         ("elsewhere", "302 Found, to http://127.0.0.1/other; redirects are not followed", 1),
         ("broken", "cannot be read: HTTPError: HTTP Error 500", 3),
         ("large", "has more than 1,000 bytes", 1),
+        ("cut", "cannot be read: OSError: it was cut off after 9 of 18 bytes", 3),
+        ("drips", r"did not come within 0.1 s", 3),
         ("slow", r"did not come within 0.1 s|timed out", 3),
     ],
 )
 def test_what_a_server_does_not_give_is_an_error_of_the_row(name, message, asked, server, tmp_path, monkeypatch):
-    if name == "slow":
+    if name in ("slow", "drips"):
         monkeypatch.setattr("qvl_batch.fetch.SECONDS", 0.1)
     location = f"http://{server}/images/{name}"
     with pytest.raises(ImageError, match=message):
         Fetcher([f"http://{server}/images"]).fetch(location, tmp_path)
     assert ASKED[f"/images/{name}"] == asked
+    # Nothing goes on when nobody waits any longer.
+    for thread in threading.enumerate():
+        if thread.name.startswith("qvl-download"):
+            thread.join(10)
+            assert not thread.is_alive()
 
 
 def test_what_may_pass_is_tried_again(server, tmp_path):
@@ -180,6 +220,45 @@ def test_a_name_that_leads_elsewhere_once_it_was_checked_is_refused(server, tmp_
     with pytest.raises(ImageError, match=r"localhost leads to 127.0.0.1, which is in a private network"):
         Fetcher([place]).fetch(f"{place}/a", tmp_path)
     assert not ASKED
+
+
+class _Stream(io.BytesIO):
+    length = None
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "asked"),
+    [
+        (socket.EAI_AGAIN, None, 3),
+        (socket.EAI_NONAME, "host is not known", 1),
+    ],
+)
+def test_a_name_that_is_not_found_now_may_be_found_later(error, message, asked, tmp_path, monkeypatch):
+    found = []
+
+    def look_up(host, port, **_):
+        found.append((host, port))
+        if len(found) < 3:
+            raise socket.gaierror(error, "not found")
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("93.184.216.34", port))]
+
+    monkeypatch.setattr("qvl_batch.fetch.WAITS", (0.01, 0.01))
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    monkeypatch.setattr("qvl_batch.fetch._open_http", lambda *_, **__: _Stream(b"fetched"))
+    with pytest.raises(ImageError, match=message) if message else nullcontext():
+        assert Fetcher(["https://host/images"]).fetch("https://host/images/a", tmp_path) == b"fetched"
+    assert found == [("host", 443)] * asked
+
+
+def test_a_proxy_looks_names_up(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("http_proxy", f"http://{server}")
+    monkeypatch.setenv("no_proxy", "localhost")
+    fetcher = Fetcher(["http://name.invalid/images", "http://localhost/images", "http://2130706433/images"])
+    assert fetcher.fetch("http://name.invalid/images/a", tmp_path) == b"from afar"
+    assert ASKED == {"http://name.invalid/images/a": 1}
+    for host in ("localhost", "2130706433"):
+        with pytest.raises(ImageError, match=rf"{host} leads to (127.0.0.1|::1), which is in a private network"):
+            fetcher.fetch(f"http://{host}/images/a", tmp_path)
 
 
 def test_several_are_fetched_at_a_time_in_order(server, images):

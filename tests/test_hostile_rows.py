@@ -1,5 +1,6 @@
 """Rows that are odd, or that cannot be read, are answered or fail by themselves; files are refused by name."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -84,18 +85,23 @@ def test_rows_before_the_damage_are_read_and_a_limit_holds(tmp_path):
     assert failed == sorted(failed)
 
 
-def test_a_file_that_went_or_lost_a_column_stops_the_job(tmp_path):
+def test_a_file_that_went_stops_the_job(tmp_path):
     pq.write_table(_table(), tmp_path / "a.parquet")
     source = _source(tmp_path)
-    pq.write_table(_table().drop_columns(["image"]), tmp_path / "a.parquet")
-    with pytest.raises(InputError, match=r"a.parquet: row group 0 has 0 rows, not 40: was it replaced\?"):
-        _read(source)
     (tmp_path / "a.parquet").write_bytes(b"PAR1 no more")
     with pytest.raises(InputError, match=r"a.parquet: row group 0 cannot be read"):
         _read(source)
     (tmp_path / "a.parquet").unlink()
     with pytest.raises(InputError, match=r"a.parquet: row group 0 cannot be read: .*No such file"):
         _read(source)
+
+
+def test_a_row_group_with_fewer_rows_than_its_footer_says_stops_the_job(tmp_path):
+    pq.write_table(_table(), tmp_path / "a.parquet")
+    source = _source(tmp_path)
+    unit = replace(next(source.units()), spans=[(0, ROWS + 1)])
+    with pytest.raises(InputError, match=r"a.parquet: row group 0 has 40 rows, not 41: the file is damaged"):
+        list(read_unit(unit, source.columns, None, 8, Fetcher(())))
 
 
 def test_a_damaged_footer_among_good_files_is_named_at_the_start(tmp_path):
@@ -178,6 +184,10 @@ def test_control_characters_are_text(tmp_path):
         ({"id": [["a"]]}, r"'id' \(--id-column\) is list"),
         ({"image": [["a"]]}, r"'image' \(--image-column\) is list"),
         ({"image": [{"data": b"x"}]}, r"'image' \(--image-column\) is struct<data: binary>"),
+        (
+            {"image": pa.StructArray.from_arrays([pa.array([b"x"])] * 3, ["path", "bytes", "bytes"])},
+            r"'image' \(--image-column\) is struct<path: binary, bytes: binary, bytes: binary>",
+        ),
         ({"prompt": [b"x"]}, r"'prompt' \(--prompt-column\) is binary"),
         ({"prompt": [["x"]]}, r"'prompt' \(--prompt-column\) is list"),
     ],
@@ -202,6 +212,24 @@ def test_a_struct_whose_parts_are_of_other_types_fails_row_by_row(tmp_path):
     rows = _read(_source(tmp_path))
     assert rows[KIND].to_pylist() == ["RecordError", "ImageError"]
     assert rows[MESSAGE][0].as_py() == "the image is a int, not bytes or a path"
+
+
+def test_what_else_a_struct_has_is_not_looked_at(tmp_path):
+    beyond = pa.array([2**61, None], pa.timestamp("ms"))
+    columns = [pa.array([b"inside", None]), beyond, beyond]
+    image = pa.StructArray.from_arrays(columns, names=["bytes", "taken", "taken"])
+    pq.write_table(pa.table({"id": [1, 2], "image": image, "prompt": ["?"] * 2}), tmp_path / "a.parquet")
+    rows = _read(_source(tmp_path))
+    assert rows[IMAGE].to_pylist() == [b"inside", None]
+    assert rows[MESSAGE].to_pylist() == [None, "the image is null"]
+
+
+def test_an_image_that_python_has_no_value_for_fails_alone(tmp_path):
+    image = pa.StructArray.from_arrays([pa.array([2**61, None], pa.timestamp("ms"))], names=["bytes"])
+    pq.write_table(pa.table({"id": [1, 2], "image": image, "prompt": ["?"] * 2}), tmp_path / "a.parquet")
+    rows = _read(_source(tmp_path))
+    assert rows[KIND].to_pylist() == ["RecordError", "ImageError"]
+    assert rows[MESSAGE][0].as_py().startswith("a timestamp[ms] cannot be read: ")
 
 
 def test_a_folder_of_many_files_is_opened_by_their_footers_alone(tmp_path):

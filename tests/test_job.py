@@ -24,6 +24,9 @@ import caption
 from benchmark.memory import family
 from comparison.reference import PyTorch
 from qvl_batch import Captioner
+from qvl_batch.config import CaptionConfig
+from qvl_batch.errors import InputError
+from qvl_batch.pipeline import run
 
 #: What `poison/sitecustomize.py` looks for.
 POISON_FILE, POISON_IMAGE, POISON_PROMPT = b"ends whatever reads it", b"ends whatever decodes it", "End."
@@ -207,6 +210,14 @@ def test_answers_are_not_overwritten_unasked(tiny_bundle, ray_env, tmp_path):
     assert (result.returncode, "is damaged, or no file of answers, and" in result.stderr) == (1, True)
     (held,) = output.glob("part-*")
     assert held.read_bytes() == b"precious"
+
+
+def test_the_input_is_not_overwritten(tmp_path):
+    path = tmp_path / "part-0.parquet"
+    path.write_bytes(QUESTIONS.read_bytes())
+    with pytest.raises(InputError, match="no file but those of the output folder"):
+        run(CaptionConfig(bundle=tmp_path, input=(str(tmp_path),), output=str(tmp_path), overwrite=True))
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_rows_that_cannot_be_read_are_error_rows_and_the_others_are_answered(tiny_bundle, demo, ray_env, tmp_path):

@@ -17,7 +17,7 @@ from qvl_batch.schema import ANSWER_FIELDS, ID, Answer, Failure
 from qvl_batch.sink import AnswerWriter, PartRecord, read_part
 from qvl_batch.source import FILE, ROW, InputFile, with_columns
 
-FILES = (InputFile("/in/a.parquet", 10, 6), InputFile("/in/b.parquet", 20, 5))
+FILES = (InputFile("/in/a.parquet", 10, 6, "a"), InputFile("/in/b.parquet", 20, 5, "b"))
 JOB_OF_FILES = Job({"bundle": "abc", "--fit": "crop", "--keep-columns": ["x"]}, FILES)
 SCHEMA = pa.schema([pa.field(ID, pa.int64()), *ANSWER_FIELDS])
 
@@ -108,7 +108,7 @@ def test_what_was_answered_is_known_when_a_job_goes_on(tmp_path):
 def test_files_that_were_added_are_work_left(tmp_path):
     with _open(tmp_path) as folder:
         _write(folder, _answers((1, 4)))
-    more = Job(JOB_OF_FILES.settings, (*FILES, InputFile("/in/0.parquet", 5, 2)))
+    more = Job(JOB_OF_FILES.settings, (*FILES, InputFile("/in/0.parquet", 5, 2, "0")))
     with _open(tmp_path, more) as folder:
         assert folder.done.missing(2, 0, 2) == [(0, 2)]
         assert folder.done.missing(1, 0, 5) == [(0, 4)]
@@ -199,7 +199,7 @@ def test_answers_without_a_job_are_refused_and_kept(tmp_path):
     assert (tmp_path / "part-000000-000000000000.parquet").read_bytes() == b"precious"
 
 
-@pytest.mark.parametrize("text", ["", "{}", '{"format": 1}', '{"format": 1, "settings": {}, "files": [1]}', "[]"])
+@pytest.mark.parametrize("text", ["", "{}", '{"format": 2}', '{"format": 2, "settings": {}, "files": [1]}', "[]"])
 def test_a_job_that_cannot_be_read_is_named(text, tmp_path):
     (tmp_path / JOB).write_text(text)
     with pytest.raises(OutputError, match=r"_job.json cannot be read: .*--overwrite"):
@@ -207,7 +207,7 @@ def test_a_job_that_cannot_be_read_is_named(text, tmp_path):
 
 
 def test_a_job_of_another_version_is_named(tmp_path):
-    (tmp_path / JOB).write_text('{"format": 2}')
+    (tmp_path / JOB).write_text('{"format": 1}')
     with pytest.raises(OutputError, match="is of another version"):
         Job.of(LocalFolder(tmp_path))
 
@@ -308,7 +308,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
 
 
 def test_an_input_without_rows_has_a_table_without_rows(tmp_path):
-    empty = Job({}, (InputFile("/in/a.parquet", 1, 0),))
+    empty = Job({}, (InputFile("/in/a.parquet", 1, 0, "a"),))
     for _ in range(2):
         with _open(tmp_path, empty) as folder:
             assert folder.done.count == 0

@@ -12,7 +12,7 @@ from qvl_batch.fetch import Fetcher
 from qvl_batch.quarantine import ALONE, BEHIND, TOGETHER, AttemptsInMemory, Guarded, GuardedRead, _Calls
 from qvl_batch.reader import read_unit
 from qvl_batch.schema import InputColumns
-from qvl_batch.source import FILE, ROW, Unit, failure_columns, failures_of
+from qvl_batch.source import FILE, ROW, Unit, failure_columns, failures_of, footer_sha256
 
 
 class Died(BaseException):
@@ -139,7 +139,9 @@ def _read_through(path, groups, ends, spans=None, *, ids_end=False):
     """
     rows = range(10 * groups)
     pq.write_table(pa.table({"id": rows, "image": [b"i"] * len(rows), "note": ["n"] * len(rows)}), path, 10)
-    units = [Unit(str(path), 0, at, 10 * at, spans or [(10 * at, 10 * at + 10)]) for at in range(groups)]
+    with pa.OSFile(str(path)) as file:
+        footer = footer_sha256(file)
+    units = [Unit(str(path), footer, 0, at, 10 * at, spans or [(10 * at, 10 * at + 10)]) for at in range(groups)]
     attempts, tables, deaths = AttemptsInMemory(), [], 0
 
     def read(unit, rows_per_table, lost=None):

@@ -128,6 +128,15 @@ def test_the_driver_keeps_the_sample_and_a_few_errors_of_each_kind():
     assert arrivals.workers == {stage: {stage: 13} for stage in WORKERS}
 
 
+def test_an_id_that_is_no_text_is_shown_as_far_as_it_can_be_read():
+    ids = pa.array([b"\xff\xfe", b"a\xffb"]).view(pa.string())
+    table = _table(0, [NO, YES])
+    table = table.set_column(table.column_names.index(ID), ID, ids)
+    arrivals = _arrived(Arrivals(frozenset({(0, 0), (0, 1)})), table)
+    assert [row["id"] for row in arrivals.rows] == ["\ufffd\ufffd", "a\ufffdb"]
+    assert [each["id"] for each in arrivals.examples["image: ImageError"]] == ["\ufffd\ufffd"]
+
+
 def test_the_stages_of_a_run_have_their_work_and_their_time():
     arrivals = Arrivals(frozenset())
     _arrived(arrivals, _table(0, [YES] * 3, started=arrivals.began + 50), _table(3, [YES], started=arrivals.began + 20))

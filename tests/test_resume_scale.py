@@ -13,7 +13,7 @@ from qvl_batch.folder import LocalFolder
 from qvl_batch.output import Job
 from qvl_batch.schema import ANSWER_FIELDS, ID, Answer
 from qvl_batch.sink import ROWS_PER_FILE, PartRecord, Tally
-from qvl_batch.source import InputFile
+from qvl_batch.source import InputFile, footer_sha256
 
 FILES, ROWS_OF_FILE, ROWS_OF_GROUP = 1_000, 100_000, 100
 #: Growth of the process, in bytes.
@@ -51,7 +51,9 @@ def _write_input(folder):
     pq.write_table(nothing, first, row_group_size=ROWS_OF_GROUP)
     for number in range(1, FILES):
         (folder / f"{number:04d}.parquet").hardlink_to(first)
-    return [InputFile(str(path), path.stat().st_size, ROWS_OF_FILE) for path in sorted(folder.iterdir())]
+    with pa.OSFile(str(first)) as opened:
+        footer = footer_sha256(opened)
+    return [InputFile(str(path), path.stat().st_size, ROWS_OF_FILE, footer) for path in sorted(folder.iterdir())]
 
 
 def _write_footers(folder, files):

@@ -1,5 +1,9 @@
 """Every row of the input is found and read as what it is, or the job says what it cannot read."""
 
+import os
+import re
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +45,73 @@ def test_files_folders_and_globs_are_found_once_in_order(tmp_path):
     assert names == ["/b/1.parquet", "/b/2.parquet", "/a.parquet"]
     assert source.rows == 9
     assert {(file.size, file.rows) for file in source.files} == {((tmp_path / "a.parquet").stat().st_size, 3)}
+
+
+def _names(source, tmp_path):
+    return [file.path.removeprefix(f"{tmp_path}/") for file in source.files]
+
+
+def _write(tmp_path, *names):
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(TABLE, tmp_path / name)
+
+
+@pytest.mark.parametrize("given", ["in", "in/**", "in/**/*.parquet", "i[n]", "in/l*", "./in/../in"])
+def test_folders_are_read_whole_through_links_and_whatever_their_names(given, tmp_path, monkeypatch):
+    _write(tmp_path, "in/leaf.parquet/part-0.parquet", "far/1.parquet", "far/_temporary/2.parquet", "far/.3.parquet")
+    (tmp_path / "in" / "link").symlink_to("../far")
+    (tmp_path / "far" / "back").symlink_to("../in")
+    monkeypatch.chdir(tmp_path)
+    source = open_source(_config(tmp_path, given))
+    assert _names(source, tmp_path) == ["in/leaf.parquet/part-0.parquet", "far/1.parquet"]
+
+
+@pytest.mark.parametrize("given", ["in", "in/*", "in/*/*.parquet", "in/**/*.parquet"])
+def test_a_folder_that_may_not_be_listed_is_named(given, tmp_path, monkeypatch):
+    _write(tmp_path, "in/a/1.parquet", "in/b/2.parquet")
+    for name in ("scandir", "listdir"):
+        monkeypatch.setattr(os, name, partial(_refused, getattr(os, name)))
+    with pytest.raises(InputError, match=r"--input .* cannot be looked into: .*Permission denied: '.*in/b'"):
+        open_source(_config(tmp_path, tmp_path / given))
+
+
+def _refused(real, path):
+    if Path(path).name == "b":
+        raise PermissionError(13, "Permission denied", str(path))
+    return real(path)
+
+
+@pytest.mark.parametrize(
+    ("given", "output"),
+    [
+        ("in", "in"),
+        ("in/out", "in"),
+        ("in/out/1.parquet", "in"),
+        ("in/**/*.parquet", "link/to-in"),
+        ("link", "in/out"),
+        ("l.parquet", "in/out"),
+        ("in/*", "in/out"),
+    ],
+)
+def test_the_output_is_no_input(given, output, tmp_path):
+    _write(tmp_path, "in/out/1.parquet", "else/1.parquet")
+    (tmp_path / "link").mkdir()
+    (tmp_path / "link" / "to-in").symlink_to("../in")
+    (tmp_path / "l.parquet").symlink_to("in/out/1.parquet")
+    config = replace(_config(tmp_path, tmp_path / "else", tmp_path / given), output=str(tmp_path / output))
+    with pytest.raises(
+        InputError, match=rf"{re.escape(given)} has no file but those of the output .*: give another --output"
+    ):
+        open_source(config)
+
+
+@pytest.mark.parametrize("given", ["in", "in/**/*.parquet", "in/*"])
+def test_an_output_inside_an_input_folder_is_left_out(given, tmp_path):
+    _write(tmp_path, "in/1.parquet", "in/out/part-0.parquet", "in/out/deeper/2.parquet", "in/outer/3.parquet")
+    (tmp_path / "in" / "4.parquet").symlink_to("out/part-0.parquet")
+    source = open_source(replace(_config(tmp_path, tmp_path / given), output=str(tmp_path / "in" / "out")))
+    assert _names(source, tmp_path) == ["in/1.parquet", "in/outer/3.parquet"]
 
 
 def test_row_groups_are_read_whole_and_in_place(tmp_path):
@@ -97,6 +168,10 @@ def test_files_that_changed_or_went_are_named(tmp_path):
     pq.write_table(pa.concat_tables([TABLE] * 3), tmp_path / "b.parquet")
     with pytest.raises(InputError, match=r"b.parquet has changed since this job began: .* 9 rows now, .* 3 rows then"):
         open_source(_config(tmp_path), known)
+    pq.write_table(TABLE.set_column(0, "id", pa.array([4, 5, 6])), tmp_path / "b.parquet")
+    assert (tmp_path / "b.parquet").stat().st_size == known[1].size
+    with pytest.raises(InputError, match=r"b.parquet has changed since this job began: .* 3 rows now, .* 3 rows then"):
+        open_source(_config(tmp_path), known)
     (tmp_path / "b.parquet").unlink()
     with pytest.raises(InputError, match=r"b.parquet was part of the input when this job began, and --input no longer"):
         open_source(_config(tmp_path), known)
@@ -137,6 +212,17 @@ def test_images_may_be_structs_bytes_or_paths(tmp_path):
     assert rows[FAILURE[0]].to_pylist() == [None] * 4 + ["image"] * 3
 
 
+def test_relative_paths_start_where_the_file_is_named_not_where_a_link_leads(tmp_path):
+    _write(tmp_path, "blobs/abc")
+    pq.write_table(pa.table({"id": ["a"], "image": ["img/1"], "prompt": ["x"]}), tmp_path / "blobs" / "abc")
+    (tmp_path / "in" / "img").mkdir(parents=True)
+    (tmp_path / "in" / "img" / "1").write_bytes(b"data")
+    (tmp_path / "in" / "a.parquet").symlink_to("../blobs/abc")
+    (tmp_path / "other").symlink_to("in")
+    config = _config(tmp_path, tmp_path / "other", tmp_path / "blobs" / "abc", allow_images_from=(str(tmp_path),))
+    assert _read(config)[IMAGE].to_pylist() == [b"data"]
+
+
 def test_a_path_column_of_strings_is_read(tmp_path):
     (tmp_path / "image").write_bytes(b"data")
     pq.write_table(pa.table({"id": ["a"], "image": ["image"], "prompt": ["x"]}), tmp_path / "a.parquet")
@@ -151,6 +237,40 @@ def test_kept_columns_keep_their_types(tmp_path):
     pq.write_table(table, tmp_path / "a.parquet")
     rows = _read(_config(tmp_path, keep_columns=("nested", "count", "prompt")))
     assert rows.select(["nested", "count", "prompt"]).combine_chunks() == table.select(["nested", "count", "prompt"])
+
+
+@pytest.mark.parametrize(
+    ("value", "kind", "kept"),
+    [
+        ("b", pa.string_view(), pa.large_string()),
+        (b"b", pa.binary_view(), pa.large_binary()),
+        ({"a": "b"}, pa.struct([("a", pa.string_view())]), pa.struct([("a", pa.large_string())])),
+        (["b"], pa.list_(pa.string_view()), pa.list_(pa.large_string())),
+        (["b"], pa.list_(pa.string_view(), 1), pa.list_(pa.large_string(), 1)),
+        (["b"], pa.large_list(pa.string_view()), pa.large_list(pa.large_string())),
+        (["b"], pa.list_view(pa.string_view()), pa.large_list(pa.large_string())),
+        ([("a", "b")], pa.map_(pa.string_view(), pa.string_view()), pa.map_(pa.large_string(), pa.large_string())),
+    ],
+)
+def test_kept_columns_of_views_are_kept_as_what_rows_can_be_taken_of(value, kind, kept, tmp_path):
+    table = TABLE.append_column("kept", pa.array([value, None, value], kind))
+    pq.write_table(table, tmp_path / "a.parquet")
+    config = _config(tmp_path, keep_columns=("kept",))
+    rows = _read(config).take([2, 1])
+    assert rows["kept"].type == open_source(config).columns.kept[0].type == kept
+    assert rows["kept"].to_pylist() == [value, None]
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        pa.array([b"a", None], pa.binary_view()),
+        pa.array([{"bytes": b"a"}, None], pa.struct([("bytes", pa.binary_view())])),
+    ],
+)
+def test_images_may_be_views(image, tmp_path):
+    pq.write_table(pa.table({"id": [1, 2], "image": image, "prompt": ["x", "y"]}), tmp_path / "a.parquet")
+    assert _read(_config(tmp_path))[IMAGE].to_pylist() == [b"a", None]
 
 
 @pytest.mark.parametrize(
@@ -201,17 +321,68 @@ def test_input_that_is_not_there_is_named(tmp_path):
             open_source(_config(tmp_path, missing))
 
 
+@pytest.mark.parametrize(
+    ("name", "given", "message"),
+    [
+        ("l.parquet", ".", "cannot be looked into: .*Too many levels of symbolic links"),
+        ("l.parquet", "x" * 300, "cannot be looked into: .*File name too long"),
+        ("\udcff.parquet", ".", "is no readable parquet file: .* surrogates not allowed"),
+        ("a.parquet", ".", "is no readable parquet file: .*No such file"),
+        ("pipe.parquet", ".", "is no readable parquet file: it is neither a file nor a folder"),
+    ],
+)
+def test_names_that_cannot_be_read_are_named(name, given, message, tmp_path):
+    match name:
+        case "pipe.parquet":
+            os.mkfifo(tmp_path / name)
+        case "\udcff.parquet":
+            _write(tmp_path, "a.parquet")
+            (tmp_path / "a.parquet").rename(tmp_path / name)
+        case _:
+            (tmp_path / name).symlink_to("nowhere" if name == "a.parquet" else name)
+    with pytest.raises(InputError, match=message):
+        open_source(_config(tmp_path, tmp_path / given))
+
+
+def test_a_folder_that_may_not_be_looked_into_is_named(tmp_path, monkeypatch):
+    def refused(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    config = _config(tmp_path, tmp_path / "a.parquet")
+    monkeypatch.setattr(os, "stat", refused)
+    with pytest.raises(InputError, match=r"a.parquet cannot be looked into: .*Permission denied"):
+        open_source(config)
+
+
+def test_footers_that_cannot_be_right_are_named(tmp_path):
+    path = tmp_path / "a.parquet"
+    pq.write_table(TABLE.rename_columns(["id", "image", "XXXX"]), path, store_schema=False)
+    path.write_bytes(path.read_bytes().replace(b"XXXX", b"\xff\xfeXX"))
+    with pytest.raises(InputError, match=r"a.parquet is no readable parquet file: 'utf-8' codec can't decode"):
+        open_source(_config(tmp_path))
+    pq.write_table(pa.table({"id": [7] * 37}), path)
+    data = path.read_bytes()
+    footer = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
+    # Thrift's zigzag: 74 is 37, 73 is -37.
+    path.write_bytes(data[:footer] + data[footer:].replace(bytes([74]), bytes([73])))
+    with pytest.raises(InputError, match=r"a.parquet is no readable parquet file: a row group has less than no rows"):
+        open_source(_config(tmp_path))
+
+
 def test_a_file_that_is_no_parquet_is_named(tmp_path):
     (tmp_path / "a.parquet").write_bytes(b"PAR1 but not for long")
     with pytest.raises(InputError, match=r"a.parquet is no readable parquet file"):
         open_source(_config(tmp_path))
 
 
-def test_a_file_replaced_under_the_job_is_named(tmp_path):
+@pytest.mark.parametrize(
+    "other", [TABLE.slice(0, 1), TABLE.drop_columns(["image"]), TABLE.set_column(0, "id", pa.array([4, 5, 6]))]
+)
+def test_a_file_replaced_under_the_job_is_named(other, tmp_path):
     pq.write_table(TABLE, tmp_path / "a.parquet")
     source = open_source(_config(tmp_path))
-    pq.write_table(TABLE.slice(0, 1), tmp_path / "a.parquet")
-    with pytest.raises(InputError, match="has 1 rows, not 3: was it replaced"):
+    pq.write_table(other, tmp_path / "a.parquet")
+    with pytest.raises(InputError, match=r"a.parquet has changed while this job ran"):
         list(read_unit(next(source.units()), source.columns, None, 8, Fetcher(())))
 
 
@@ -230,7 +401,7 @@ def test_settings_that_cannot_work_are_refused(options, message, tmp_path):
         _config(tmp_path, **options)
 
 
-@pytest.mark.parametrize("name", ["answer", "id", "error_type"])
+@pytest.mark.parametrize("name", ["answer", "id", "error_type", "__qvl_row"])
 def test_a_kept_column_may_not_hide_an_output_column(name, tmp_path):
     table = TABLE.append_column("key", TABLE["id"])
     table = table if name in table.column_names else table.append_column(name, TABLE["prompt"])

@@ -246,7 +246,7 @@ def _settings(config: CompareConfig, sides: _Sides, questions: Questions, rows_p
     return {
         "bundle": sides.bundle.sha256,
         "reference": sides.reference_source.sha256,
-        "input files": [[file.path, file.size] for file in files],
+        "input files": [[file.path, file.footer] for file in files],
         "limit": config.limit,
         "prompt": config.prompt,
         "allow_images_from": sorted(config.allow_images_from),
