@@ -142,12 +142,11 @@ def _expected_field(source: Source, name: str) -> pa.Field:
         schema = pq.read_schema(file.path)
         if schema.names.count(name) != 1:
             raise InputError(f"{file.path} has no single column {name!r} (--expected-column)")
-        fields.append(schema.field(name))
-        if not is_textual(fields[-1].type):
-            kind = fields[-1].type
-            raise InputError(
-                f"{file.path}: column {name!r} (--expected-column) is {kind}; it must be strings or integers"
-            )
+        field = schema.field(name)
+        if not is_textual(field.type):
+            what = f"column {name!r} (--expected-column) is {field.type}"
+            raise InputError(f"{file.path}: {what}; it must be strings or integers")
+        fields.append(field)
     return fields[0]
 
 
