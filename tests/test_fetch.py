@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from contextlib import nullcontext, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import pytest
 
@@ -223,7 +224,7 @@ def test_a_name_that_leads_elsewhere_once_it_was_checked_is_refused(server, tmp_
 
 
 class _Stream(io.BytesIO):
-    length = None
+    length, size = None, 9
 
 
 @pytest.mark.parametrize(
@@ -248,6 +249,17 @@ def test_a_name_that_is_not_found_now_may_be_found_later(error, message, asked, 
     with pytest.raises(ImageError, match=message) if message else nullcontext():
         assert Fetcher(["https://host/images"]).fetch("https://host/images/a", tmp_path) == b"fetched"
     assert found == [("host", 443)] * asked
+
+
+@pytest.mark.parametrize("data", [b"from", b"from afar"])
+def test_an_object_of_a_store_is_read_whole_or_not_at_all(data, tmp_path, monkeypatch):
+    store = SimpleNamespace(open=lambda *_: _Stream(data))
+    monkeypatch.setattr("qvl_batch.fetch.WAITS", ())
+    monkeypatch.setattr("fsspec.get_filesystem_class", lambda _: None)
+    monkeypatch.setattr("fsspec.filesystem", lambda _: store)
+    whole = nullcontext() if len(data) == 9 else pytest.raises(ImageError, match="cut off after 4 of 9 bytes")
+    with whole:
+        assert Fetcher(["s3://bucket"]).fetch("s3://bucket/a", tmp_path) == data
 
 
 def test_a_proxy_looks_names_up(server, tmp_path, monkeypatch):
