@@ -14,7 +14,7 @@
         ├── PromptError          the prompt is missing or does not fit the contract (stage `layout`)
         ├── NumericError         the model produced values that mean nothing (stage `vision`, `decode`)
         ├── RepetitionError      the answer says one thing over and over until it is cut (stage `decode`)
-        └── WorkerLostError      the row ends whatever process works on it (stage `image`, `vision`, `decode`)
+        └── WorkerLostError      the row ends whatever process works on it (stage `read`, `image`, `vision`, `decode`)
 
 Errors of the libraries below are translated where they are met, so that a caller needs to
 catch nothing else.
