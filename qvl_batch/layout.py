@@ -50,10 +50,13 @@ class RowLayout:
         """Token ids of a row up to its answer.
 
         Raises:
-            PromptError: no prompt, or one that leaves no room for an answer.
+            PromptError: no prompt, none that is text, or one that leaves no room for an answer.
         """
-        if prompt is None or not prompt.strip():
-            raise PromptError("the prompt is null" if prompt is None else "the prompt is empty")
+        if not isinstance(prompt, str):
+            what = "null" if prompt is None else f"{type(prompt).__name__} and no text"
+            raise PromptError(f"the prompt is {what}")
+        if not prompt.strip():
+            raise PromptError("the prompt is empty")
         try:
             ids = self._tokenizer.encode(prompt, add_special_tokens=False).ids
         except (TypeError, UnicodeError) as error:

@@ -1,7 +1,9 @@
 """Without Ray: answers in order, a failure only in its own row, and no torch or transformers anywhere."""
 
+import io
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -10,7 +12,7 @@ from conftest import QUESTIONS, ROOT
 from PIL import Image
 
 from qvl_batch import Captioner, JobError
-from qvl_batch.captioner import _file_bytes
+from qvl_batch.captioner import _picture
 from qvl_batch.errors import ConfigError, DeviceError
 from qvl_batch.images import decode_image
 
@@ -54,9 +56,43 @@ def test_a_file_that_is_not_there_fails_its_row(captioner):
     assert answer.failure.message == "/nowhere.png: No such file or directory"
 
 
-def test_what_is_no_image_at_all_fails_its_row(captioner):
-    (answer,) = captioner.caption([np.zeros((2, 2, 7), np.uint8)], ["What?"])
-    assert answer.failure.type == "ImageError"
+def _truncated():
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 64), "red").save(buffer, "AVIF")
+    return Image.open(io.BytesIO(buffer.getvalue()[:-20]))
+
+
+@pytest.mark.parametrize(
+    ("image", "prompt", "kind", "message"),
+    [
+        (np.zeros((2, 2, 7), np.uint8), "What?", "ImageError", "ndarray is no image"),
+        (np.zeros((), np.uint8), "What?", "ImageError", "ndarray is no image"),
+        (None, "What?", "ImageError", "NoneType is no image"),
+        ("a\0b", "What?", "ImageError", r"'a\x00b' is no path: embedded null byte"),
+        ("a\ud800b", "What?", "ImageError", r"'a\ud800b' is no path: "),
+        (_truncated(), "What?", "ImageError", "SyntaxError: "),
+        (np.zeros((2, 2, 3), np.uint8), float("nan"), "PromptError", "the prompt is float and no text"),
+    ],
+)
+def test_what_is_no_image_or_no_prompt_fails_its_row_alone(image, prompt, kind, message, captioner):
+    good, bad = captioner.caption([ROWS[0]["image"]["bytes"], image], ["What?", prompt], max_new_tokens=1)
+    assert good.failure is None
+    assert (bad.failure.type, bad.failure.message[: len(message)]) == (kind, message)
+
+
+@pytest.mark.parametrize(
+    "image",
+    ["a.jpg", Path("a.jpg"), b"any", np.zeros((2, 2, 3), np.uint8), Image.new("L", (2, 2))],
+    ids=type,
+)
+def test_one_image_in_place_of_a_list_is_refused(image, captioner):
+    with pytest.raises(ConfigError, match=r"images is one \w+, not one for each row: give a list, \[image\]"):
+        captioner.caption(image, "What?")
+
+
+def test_an_array_may_hold_several_images(captioner):
+    answers = captioner.caption(np.zeros((2, 4, 4, 3), np.uint8), "What?", max_new_tokens=1)
+    assert [answer.failure for answer in answers] == [None, None]
 
 
 def test_prompts_must_be_as_many_as_images(captioner):
@@ -117,5 +153,5 @@ assert "onnx" not in sys.modules
 
 def test_pixels_pass_through_pillow_unchanged():
     pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
-    assert np.array_equal(decode_image(_file_bytes(pixels)), pixels)
-    assert np.array_equal(decode_image(_file_bytes(Image.fromarray(pixels))), pixels)
+    assert np.array_equal(_picture(pixels), pixels)
+    assert np.array_equal(_picture(Image.fromarray(pixels)), pixels)
