@@ -32,6 +32,8 @@ class Captioner:
             answers = captioner.caption(images=["a.jpg"], prompts=["What is this?"])
             print(answers[0])
 
+    Leaving `with` by an exception, such as Ctrl-C, stops it at once.
+
     Args:
         bundle: folder of the bundle.
         device: where the decoder runs; `auto` is what the bundle was made for.
@@ -65,8 +67,10 @@ class Captioner:
         encoder_device = resolve_vision_device(vision_device, self._bundle.manifest)
         self._fit: Fit = fit
         threads = usable_cpus()
-        self._features = ImageFeatures(VisionEncoder(self._bundle, threads, encoder_device))
-        self._answerer = Answerer(self._bundle, slots, threads, allow_repetition=allow_repetition)
+        features = ImageFeatures(VisionEncoder(self._bundle, threads, encoder_device))
+        answerer = Answerer(self._bundle, slots, threads, allow_repetition=allow_repetition)
+        #: None once it is closed.
+        self._parts: tuple[ImageFeatures, Answerer] | None = (features, answerer)
 
     def caption(
         self,
@@ -87,7 +91,11 @@ class Captioner:
         Raises:
             ConfigError: there are not as many prompts as images, one image is given in place of a list, or
                 `max_new_tokens` is less than 1.
+            RuntimeError: it was closed.
         """
+        if self._parts is None:
+            raise RuntimeError("the captioner is closed")
+        features, answerer = self._parts
         if max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
         if isinstance(images, str | Path | bytes | Image.Image) or _is_pixels(images):
@@ -101,13 +109,21 @@ class Captioner:
             window = slice(start, start + WINDOW)
             pixels = [self._pixels_or_failure(image) for image in images[window]]
             keys = [None if isinstance(each, Failure) else image_key(each.tobytes(), self._fit) for each in pixels]
-            questions = map(Question, self._features.of(pixels, keys), texts[window], keys)
-            answers.extend(self._answerer.answer(list(questions), max_new_tokens))
+            questions = map(Question, features.of(pixels, keys), texts[window], keys)
+            answers.extend(answerer.answer(list(questions), max_new_tokens))
         return answers
 
     def close(self) -> None:
-        """Stop the engine and let go of the graphs."""
-        self._answerer.close()
+        """Stop when what was asked is answered, and let go of graphs and threads."""
+        for part in self._parts or ():
+            part.close()
+        self._parts = None
+
+    def stop(self) -> None:
+        """Stop at once: what is being answered fails. Let go of graphs and threads."""
+        for part in self._parts or ():
+            part.stop()
+        self._parts = None
 
     def _pixels_or_failure(self, image: ImageLike) -> Pixels | Failure:
         try:
@@ -118,8 +134,11 @@ class Captioner:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.stop()
 
 
 def _is_pixels(images: object) -> bool:

@@ -3,6 +3,8 @@
 import io
 import subprocess
 import sys
+import threading
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,10 @@ from conftest import QUESTIONS, ROOT
 from PIL import Image
 
 from qvl_batch import Captioner, JobError
+from qvl_batch.answerer import Answerer
 from qvl_batch.captioner import _picture
+from qvl_batch.decoder import Decoder
+from qvl_batch.engine import Engine
 from qvl_batch.errors import ConfigError, DeviceError
 from qvl_batch.images import decode_image
 
@@ -130,6 +135,49 @@ def test_the_limit_ends_an_answer(captioner):
 def test_a_device_that_the_bundle_is_not_for_is_an_error(tiny_bundle):
     with pytest.raises(DeviceError, match=r"--device cuda: this bundle's decoder is in fp32 and made for cpu; export"):
         Captioner(tiny_bundle.path, device="cuda")
+
+
+@pytest.mark.parametrize("end", ["close", "stop", None])
+def test_a_captioner_that_is_closed_or_gone_lets_go_of_its_graphs_and_threads(end, tiny_bundle):
+    before = set(threading.enumerate())
+    captioner = Captioner(tiny_bundle.path, slots=2)
+    captioner.caption([ROWS[0]["image"]["bytes"]], "What?", max_new_tokens=1)
+    threads = set(threading.enumerate()) - before
+    features, answerer = captioner._parts
+    graphs = [weakref.ref(features._vision), weakref.ref(answerer._engine._loop._decoder)]
+    del features, answerer
+    if end:
+        getattr(captioner, end)()
+        getattr(captioner, end)()
+        with pytest.raises(RuntimeError, match="the captioner is closed"):
+            captioner.caption([], [])
+    else:
+        del captioner
+    assert len(threads) == 2
+    while threads:
+        threads.pop().join(timeout=60)
+    assert [graph() for graph in graphs] == [None, None]
+
+
+def test_an_exception_within_it_stops_it_at_once(tiny_bundle, monkeypatch):
+    stopped = []
+    monkeypatch.setattr(Answerer, "stop", lambda _: stopped.append(True))
+    with pytest.raises(ZeroDivisionError), Captioner(tiny_bundle.path, slots=1):
+        _ = 1 / 0
+    assert stopped
+
+
+def test_rows_of_an_interrupted_call_are_not_answered(captioner, monkeypatch):
+    _, answerer = captioner._parts
+    futures, go = [], threading.Event()
+    decoder, submit, step = answerer._engine._loop._decoder, Engine.submit, Decoder.step
+    monkeypatch.setattr(Engine, "submit", lambda self, request: futures.append(submit(self, request)) or futures[-1])
+    monkeypatch.setattr(decoder, "step", lambda tokens: go.wait(timeout=60) and step(decoder, tokens))
+    monkeypatch.setattr(answerer, "_outcome", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        captioner.caption([ROWS[0]["image"]["bytes"]] * 24, "Describe the image.")
+    go.set()
+    assert sum(future.cancelled() for future in futures) >= 24 - decoder.slots
 
 
 def test_no_bundle_is_one_line(tmp_path):
