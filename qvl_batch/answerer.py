@@ -13,6 +13,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 
 from qvl_batch.bundle import Bundle, InFp32
+from qvl_batch.clock import Clock
 from qvl_batch.decoder import Decoder
 from qvl_batch.engine import Completion, Engine, Request, decoder_clocks
 from qvl_batch.errors import NumericError, RepetitionError, RowError
@@ -52,11 +53,11 @@ class Answerer:
 
     def __init__(self, bundle: Bundle, slots: int, threads: int, *, allow_repetition: bool = False) -> None:
         self._layout = RowLayout(bundle)
-        self._threads, self._allow_repetition = threads, allow_repetition
+        self._allow_repetition = allow_repetition
         #: Seconds of the decoder's work, by kind.
-        self.clocks = decoder_clocks()
-        self._engine = self._new_engine(bundle, slots)
-        self._fp32 = InFp32(bundle, lambda exact: self._new_engine(exact, FP32_SLOTS))
+        self.clocks = clocks = decoder_clocks()
+        self._engine = _new_engine(bundle, slots, threads, clocks)
+        self._fp32 = InFp32(bundle, lambda exact: _new_engine(exact, FP32_SLOTS, threads, clocks))
 
     def answer(self, questions: Sequence[Question], max_new_tokens: int) -> list[Answer]:
         """Answer questions, in order; all of them are in the engine at once.
@@ -76,9 +77,16 @@ class Answerer:
 
     def close(self) -> None:
         """Stop when what was asked is answered."""
-        self._engine.close()
-        if self._fp32.made:
-            self._fp32.made.close()
+        for engine in self._engines():
+            engine.close()
+
+    def stop(self) -> None:
+        """Stop at once; what is left fails."""
+        for engine in self._engines():
+            engine.stop()
+
+    def _engines(self) -> list[Engine]:
+        return [self._engine, self._fp32.made] if self._fp32.made else [self._engine]
 
     def _request(self, question: Question, max_new_tokens: int) -> Request | Failure:
         if isinstance(question.features, Failure):
@@ -101,7 +109,11 @@ class Answerer:
 
     def _run(self, engine: Engine, requests: Sequence[Request]) -> list[Completion | RowError]:
         futures = [engine.submit(request) for request in requests]
-        return [self._outcome(future) for future in futures]
+        try:
+            return [self._outcome(future) for future in futures]
+        finally:  # after an interrupt, nobody waits for the others
+            for future in futures:
+                future.cancel()
 
     def _outcome(self, future: "Future[Completion]") -> Completion | RowError:
         try:
@@ -123,9 +135,10 @@ class Answerer:
         text = self._layout.text(outcome.token_ids)
         return Answer(text, outcome.finish_reason, prompt_tokens, len(outcome.token_ids))
 
-    def _new_engine(self, bundle: Bundle, slots: int) -> Engine:
-        decoder = Decoder(bundle, slots, self._threads, memory=memory_on(bundle.manifest.device))
-        return Engine(decoder, bundle.manifest.generation.eos_token_ids, self.clocks)
+
+def _new_engine(bundle: Bundle, slots: int, threads: int, clocks: dict[str, Clock]) -> Engine:
+    decoder = Decoder(bundle, slots, threads, memory=memory_on(bundle.manifest.device))
+    return Engine(decoder, bundle.manifest.generation.eos_token_ids, clocks)
 
 
 def repeated_phrase(tokens: list[int]) -> tuple[list[int], int]:

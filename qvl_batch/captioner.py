@@ -1,6 +1,5 @@
 """Answers without Ray: one process, images and prompts in, answers out, in order."""
 
-import io
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Self, get_args
@@ -13,13 +12,14 @@ from qvl_batch.answerer import Answerer, Question
 from qvl_batch.bundle import Bundle
 from qvl_batch.config import DEFAULT_MAX_NEW_TOKENS, Device, Fit
 from qvl_batch.errors import ConfigError, ImageError
-from qvl_batch.features import ImageFeatures
-from qvl_batch.images import image_key, pixels_or_failure
+from qvl_batch.features import ImageFeatures, Pixels
+from qvl_batch.images import decode_image, fit_image, image_key, upright_rgb
 from qvl_batch.runtime import resolve_device, resolve_vision_device, usable_cpus
 from qvl_batch.schema import Answer, Failure
 from qvl_batch.vision import VisionEncoder
 
-#: An image as a file's path, as a file's bytes, as pixels uint8 (H, W, 3), or as Pillow has it.
+#: An image as a file's path, as a file's bytes, as pixels uint8 (H, W, 3), or as Pillow has it, where EXIF says
+#: which side is up as it does in a file.
 ImageLike = str | Path | bytes | NDArray[np.uint8] | Image.Image
 #: Images in memory at a time, as pixels.
 WINDOW = 32
@@ -31,6 +31,8 @@ class Captioner:
         with Captioner("bundle") as captioner:
             answers = captioner.caption(images=["a.jpg"], prompts=["What is this?"])
             print(answers[0])
+
+    Leaving `with` by an exception, such as Ctrl-C, stops it at once.
 
     Args:
         bundle: folder of the bundle.
@@ -65,8 +67,10 @@ class Captioner:
         encoder_device = resolve_vision_device(vision_device, self._bundle.manifest)
         self._fit: Fit = fit
         threads = usable_cpus()
-        self._features = ImageFeatures(VisionEncoder(self._bundle, threads, encoder_device))
-        self._answerer = Answerer(self._bundle, slots, threads, allow_repetition=allow_repetition)
+        features = ImageFeatures(VisionEncoder(self._bundle, threads, encoder_device))
+        answerer = Answerer(self._bundle, slots, threads, allow_repetition=allow_repetition)
+        #: None once it is closed.
+        self._parts: tuple[ImageFeatures, Answerer] | None = (features, answerer)
 
     def caption(
         self,
@@ -85,56 +89,78 @@ class Captioner:
             max_new_tokens: longest answer in tokens.
 
         Raises:
-            ConfigError: there are not as many prompts as images, or `max_new_tokens` is less than 1.
+            ConfigError: there are not as many prompts as images, one image is given in place of a list, or
+                `max_new_tokens` is less than 1.
+            RuntimeError: it was closed.
         """
+        if self._parts is None:
+            raise RuntimeError("the captioner is closed")
+        features, answerer = self._parts
         if max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+        if isinstance(images, str | Path | bytes | Image.Image) or _is_pixels(images):
+            raise ConfigError(f"images is one {type(images).__name__}, not one for each row: give a list, [image]")
         images = list(images)
         texts = [prompts] * len(images) if isinstance(prompts, str) else list(prompts)
         if len(texts) != len(images):
             raise ConfigError(f"{len(images)} images and {len(texts)} prompts: give one prompt each, or one for all")
-        size = self._bundle.manifest.layout.image_size
         answers: list[Answer] = []
         for start in range(0, len(images), WINDOW):
             window = slice(start, start + WINDOW)
-            files = [_file_or_failure(image) for image in images[window]]
-            keys = [None if isinstance(file, Failure) else image_key(file, self._fit) for file in files]
-            pixels = [file if isinstance(file, Failure) else pixels_or_failure(file, size, self._fit) for file in files]
-            questions = map(Question, self._features.of(pixels, keys), texts[window], keys)
-            answers.extend(self._answerer.answer(list(questions), max_new_tokens))
+            pixels = [self._pixels_or_failure(image) for image in images[window]]
+            keys = [None if isinstance(each, Failure) else image_key(each.tobytes(), self._fit) for each in pixels]
+            questions = map(Question, features.of(pixels, keys), texts[window], keys)
+            answers.extend(answerer.answer(list(questions), max_new_tokens))
         return answers
 
     def close(self) -> None:
-        """Stop the engine and let go of the graphs."""
-        self._answerer.close()
+        """Stop when what was asked is answered, and let go of graphs and threads."""
+        for part in self._parts or ():
+            part.close()
+        self._parts = None
+
+    def stop(self) -> None:
+        """Stop at once: what is being answered fails. Let go of graphs and threads."""
+        for part in self._parts or ():
+            part.stop()
+        self._parts = None
+
+    def _pixels_or_failure(self, image: ImageLike) -> Pixels | Failure:
+        try:
+            return fit_image(_picture(image), self._bundle.manifest.layout.image_size, self._fit)
+        except ImageError as error:
+            return Failure.of(error)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.stop()
 
 
-def _file_or_failure(image: ImageLike) -> bytes | Failure:
-    try:
-        return _file_bytes(image)
-    except ImageError as error:
-        return Failure.of(error)
+def _is_pixels(images: object) -> bool:
+    """Whether it is pixels of one image; an array may also hold several, or paths."""
+    return isinstance(images, np.ndarray) and images.ndim in {2, 3}
 
 
-def _file_bytes(image: ImageLike) -> bytes:
-    """An image as a file, so that all kinds take the same way through decoding."""
+def _picture(image: ImageLike) -> Image.Image:
     if isinstance(image, bytes):
-        return image
+        return decode_image(image)
     if isinstance(image, str | Path):
         try:
-            return Path(image).read_bytes()
+            data = Path(image).read_bytes()
         except OSError as error:
             raise ImageError(f"{image}: {error.strerror}") from error
+        except ValueError as error:
+            raise ImageError(f"{str(image)!r} is no path: {error}") from error
+        return decode_image(data)
+    if isinstance(image, Image.Image):
+        return upright_rgb(image)
     try:
-        picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
-        buffer = io.BytesIO()
-        picture.save(buffer, "PNG")
-    except (TypeError, ValueError, OSError, AttributeError) as error:
+        picture = Image.fromarray(image)
+    except (TypeError, ValueError, AttributeError, IndexError) as error:
         raise ImageError(f"{type(image).__name__} is no image: {error}") from error
-    return buffer.getvalue()
+    return upright_rgb(picture)

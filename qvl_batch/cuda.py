@@ -6,6 +6,7 @@ This module knows nothing of graphs or of what the bytes mean.
 """
 
 import ctypes
+import weakref
 
 from qvl_batch.errors import DeviceError
 
@@ -18,6 +19,8 @@ NAME_BYTES, PROPERTIES_BYTES = 256, 8192
 
 class Cuda:
     """A GPU, and a stream on it in which all that is asked of this object happens in order.
+
+    Memory lives as long as this object.
 
     Args:
         version: major version of the CUDA runtime that ONNX Runtime was built for.
@@ -43,6 +46,9 @@ class Cuda:
         self._call("cudaStreamCreateWithFlags", ctypes.byref(stream), ctypes.c_uint(NON_BLOCKING))
         #: Address of the stream, for ONNX Runtime to run in.
         self.stream = stream.value or 0
+        self._allocated: list[tuple[str, int]] = []
+        # When the process ends, the driver frees all.
+        weakref.finalize(self, _free, self._library, self._allocated).atexit = False
 
     @property
     def name(self) -> str:
@@ -59,13 +65,14 @@ class Cuda:
         return free.value, total.value
 
     def allocate(self, size: int) -> int:
-        """Address of so many bytes on the GPU, all zero. They live as long as the process.
+        """Address of so many bytes on the GPU, all zero.
 
         Raises:
             DeviceError: the card has no more memory.
         """
         address = ctypes.c_void_p()
         self._call("cudaMalloc", ctypes.byref(address), ctypes.c_size_t(size))
+        self._allocated.append(("cudaFree", address.value or 0))
         self._call("cudaMemsetAsync", address, ctypes.c_int(0), ctypes.c_size_t(size), ctypes.c_void_p(self.stream))
         return address.value or 0
 
@@ -73,6 +80,7 @@ class Cuda:
         """Address of so many bytes in host memory that the GPU reads and writes directly."""
         address = ctypes.c_void_p()
         self._call("cudaHostAlloc", ctypes.byref(address), ctypes.c_size_t(size), ctypes.c_uint(0))
+        self._allocated.append(("cudaFreeHost", address.value or 0))
         return address.value or 0
 
     def copy(self, target: int, source: int, size: int) -> None:
@@ -95,6 +103,8 @@ class Cuda:
 
     def _call(self, name: str, *arguments: object) -> None:
         code = getattr(self._library, name)(*arguments)
+        if code:  # CUDA would give it again to whoever asks next, such as ONNX Runtime
+            self._library.cudaGetLastError()
         if code == OUT_OF_MEMORY:
             raise out_of_memory()
         if code:
@@ -107,6 +117,11 @@ def out_of_memory() -> DeviceError:
         "the GPU has no memory left: lower --slots, run the vision tower on the CPU (--vision-device cpu), "
         "or stop other programs on the card"
     )
+
+
+def _free(library: ctypes.CDLL, allocated: list[tuple[str, int]]) -> None:
+    for call, address in allocated:
+        getattr(library, call)(_at(address))
 
 
 def _at(address: int) -> ctypes.c_void_p:

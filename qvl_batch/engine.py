@@ -11,9 +11,11 @@ for seconds under back-pressure.
 This module knows nothing of text, images or Ray.
 """
 
+import atexit
 import logging
 import queue
 import threading
+import weakref
 from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
@@ -69,10 +71,12 @@ class _Live:
 
 
 class Engine:
-    """Runs a decoder until it is closed; use it as a context manager.
+    """Runs a decoder until it is closed or nobody holds it any more; use it as a context manager.
+
+    Leaving that by an exception stops it. So does the end of the interpreter.
 
     Args:
-        decoder: whose slots the engine fills. Nobody else may use it meanwhile.
+        decoder: whose slots the engine fills. Nobody else may use it while there are requests.
         eos_token_ids: tokens that end an answer.
         clocks: as `decoder_clocks` makes them. They run while the decoder does, and have a row's last step
             before its future has a result.
@@ -81,50 +85,82 @@ class Engine:
     def __init__(
         self, decoder: Decoder, eos_token_ids: Sequence[int], clocks: Mapping[str, Clock] | None = None
     ) -> None:
-        self._decoder = decoder
-        self._eos = frozenset(eos_token_ids)
-        self._submitted: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
-        self._waiting: deque[_Item] = deque()
-        self._shelves: dict[bytes, int] = {}
-        self._live: list[_Live] = []
-        self._clocks = clocks or decoder_clocks()
-        self._closing = False
-        self._failure: BaseException | None = None
-        self._lock = threading.Lock()
-        self._thread = threading.Thread(target=self._loop, name="qvl-engine", daemon=True)
-        self._thread.start()
+        self._loop = _Loop(decoder, frozenset(eos_token_ids), clocks or decoder_clocks())
+        self._loop.start()
+        # The thread holds the loop, and nothing in it holds the engine.
+        weakref.finalize(self, self._loop.submitted.put, None).atexit = False
 
     def submit(self, request: Request) -> "Future[Completion]":
-        """Queue a request. Its future fails if the row's logits are not finite, or if the engine fails.
+        """Queue a request. Its future fails if the row's logits are not finite, or if the engine fails or is stopped.
+        One that is cancelled while it waits for a slot is dropped.
 
         Raises:
             RuntimeError: the engine was closed or has failed.
         """
-        future: Future[Completion] = Future()
-        with self._lock:
-            if self._closing or self._failure:
-                raise RuntimeError("the engine no longer runs") from self._failure
-            self._submitted.put((request, future))
-        return future
+        return self._loop.submit(request)
 
     def close(self) -> None:
         """Finish what was submitted, then stop."""
-        with self._lock:
-            if not self._closing:
-                self._closing = True
-                self._submitted.put(None)
-        self._thread.join()
+        self._loop.refuse()
+        self._loop.join()
+
+    def stop(self) -> None:
+        """Stop after the step that is being run; what is left fails."""
+        self._loop.stop()
+        self._loop.join()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.stop()
 
-    def _loop(self) -> None:
+
+class _Loop(threading.Thread):
+    """The thread of an engine, and all that it works on."""
+
+    def __init__(self, decoder: Decoder, eos: frozenset[int], clocks: Mapping[str, Clock]) -> None:
+        super().__init__(name="qvl-engine", daemon=True)
+        #: Requests; None if no more will come.
+        self.submitted: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
+        self._decoder, self._eos, self._clocks = decoder, eos, clocks
+        self._waiting: deque[_Item] = deque()
+        self._shelves: dict[bytes, int] = {}
+        self._live: list[_Live] = []
+        self._refusing = self._stopping = False
+        self._failure: BaseException | None = None
+        self._lock = threading.Lock()
+
+    def submit(self, request: Request) -> "Future[Completion]":
+        """As `Engine.submit`."""
+        future: Future[Completion] = Future()
+        with self._lock:
+            if self._refusing or self._failure:
+                raise RuntimeError("the engine no longer runs") from self._failure
+            self.submitted.put((request, future))
+        return future
+
+    def refuse(self) -> None:
+        """End when all that was submitted is done."""
+        with self._lock:
+            self._refusing = True
+            self.submitted.put(None)
+
+    def stop(self) -> None:
+        """End after the step that is being run."""
+        self._stopping = True
+        self.refuse()
+
+    def run(self) -> None:
+        """Admit rows and step them until there are no more."""
         try:
-            while self._admit():
+            while not self._stopping and self._admit():
                 self._step()
+            if self._stopping:
+                self._fail(RuntimeError("the engine was stopped"))
         except BaseException as error:
             logger.exception("the decoder failed")
             self._fail(error)
@@ -139,7 +175,8 @@ class Engine:
         rest = [item for item in self._waiting if item[0].image in self._shelves][:free]
         for item in rest:
             self._waiting.remove(item)
-            self._prefill_rest(item)
+            if item[1].set_running_or_notify_cancel():
+                self._prefill_rest(item)
         if not rest and (whole := self._whole_rows(free)):
             self._prefill(whole)
         return True
@@ -153,23 +190,23 @@ class Engine:
                 chosen.append(item)
         for item in chosen:
             self._waiting.remove(item)
-        return chosen
+        return [item for item in chosen if item[1].set_running_or_notify_cancel()]
 
     def _receive(self) -> bool:
         """Take what was submitted, waiting for it if there is nothing else to do."""
         while True:
             idle = not self._live and not self._waiting
             try:
-                item = self._submitted.get(block=idle)
+                item = self.submitted.get(block=idle)
             except queue.Empty:
                 return True
             if item is not None:
                 self._waiting.append(item)
             elif idle:
-                # Nothing comes after it: `submit` refuses once closing has begun.
+                # Nothing comes after it: `submit` refuses, or there is nobody who could call it.
                 return False
             else:
-                self._submitted.put(None)
+                self.submitted.put(None)
                 return True
 
     def _prefill(self, admitted: "list[_Item]") -> None:
@@ -231,11 +268,11 @@ class Engine:
                     self._retire(slot, Completion(row.tokens, "length"))
 
     def _retire(self, slot: int, outcome: Completion | NumericError) -> None:
-        row = self._live[slot]
-        last = self._live.pop()
+        row, last = self._live[slot], self._live[-1]
         if last is not row:
-            self._decoder.move(len(self._live), slot)
+            self._decoder.move(len(self._live) - 1, slot)
             self._live[slot] = last
+        self._live.pop()
         if isinstance(outcome, Completion):
             row.future.set_result(outcome)
         else:
@@ -245,11 +282,20 @@ class Engine:
         """Fail everything that waits, so that nobody waits for ever."""
         with self._lock:
             self._failure = error
-        futures = [row.future for row in self._live] + [future for _, future in self._waiting]
-        while not self._submitted.empty():
-            item = self._submitted.get()
+        waiting = [future for _, future in self._waiting]
+        while not self.submitted.empty():
+            item = self.submitted.get()
             if item is not None:
-                futures.append(item[1])
-        for future in futures:
-            if not future.done():
-                future.set_exception(error)
+                waiting.append(item[1])
+        for future in [*(row.future for row in self._live), *filter(Future.set_running_or_notify_cancel, waiting)]:
+            future.set_exception(error)
+
+
+@atexit.register
+def _stop_all() -> None:
+    """A process that ends while a graph runs in another thread aborts, so engines that nobody closed are stopped."""
+    loops = [thread for thread in threading.enumerate() if isinstance(thread, _Loop)]
+    for loop in loops:
+        loop.stop()
+    for loop in loops:
+        loop.join()

@@ -49,6 +49,8 @@ def _fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
     at = 0
     while at < len(message):
         tag, at = _varint(message, at)
+        if tag >> 32:  # protobuf would take its lower bits for another field
+            raise ValueError("a field whose number is too large")
         kind = tag & 7
         if kind == _BYTES:
             length, at = _varint(message, at)

@@ -56,7 +56,21 @@ class ImageFeatures:
             image if isinstance(image, Failure) else self._begin(image, cast("bytes", key))
             for image, key in zip(images, keys, strict=True)
         ]
-        return [_features_or_failure(row) if isinstance(row, Future) else row for row in begun]
+        try:
+            return [_features_or_failure(row) if isinstance(row, Future) else row for row in begun]
+        except KeyboardInterrupt:  # the interpreter would encode what is queued before it ends
+            for row, key in zip(begun, keys, strict=True):
+                if isinstance(row, Future) and row.cancel():
+                    self._forget(cast("bytes", key))
+            raise
+
+    def close(self) -> None:
+        """Let go of the threads when what was asked is encoded."""
+        self._runs.shutdown()
+
+    def stop(self) -> None:
+        """Let go of the threads when the images that they work on are encoded; others are cancelled."""
+        self._runs.shutdown(cancel_futures=True)
 
     def _begin(self, image: Pixels, key: bytes) -> "Future[Features]":
         with self._lock:
@@ -66,14 +80,24 @@ class ImageFeatures:
                 self._recent[key] = self._runs.submit(self._find, image, key)
             return self._recent[key]
 
+    def _forget(self, key: bytes) -> None:
+        with self._lock:
+            self._recent.pop(key, None)
+
     def _find(self, image: Pixels, key: bytes) -> Features:
-        with self.clock.running():
-            found = self._kept.get(key) if self._kept else None
-            if found is None:
-                found = self._vision.encode(image)
-                if self._kept:
-                    self._kept.put(key, found)
-            return found
+        try:
+            with self.clock.running():
+                found = self._kept.get(key) if self._kept else None
+                if found is None:
+                    found = self._vision.encode(image)
+                    if self._kept:
+                        self._kept.put(key, found)
+                return found
+        except NumericError:
+            raise
+        except BaseException:  # a full disk or memory, which says nothing of the image
+            self._forget(key)
+            raise
 
 
 def _features_or_failure(future: "Future[Features]") -> Features | Failure:

@@ -1,8 +1,8 @@
 """From the bytes of an image file to the square of pixels that the vision graph takes.
 
-What enters: encoded bytes of one of `FORMATS`, which nobody may have checked. What leaves: uint8 RGB
-(H, W, 3) with H = W = the bundle's image size, or an `ImageError`. Memory and time of any file are
-bounded by Pillow's limit on pixels. Rescaling and normalisation are inside the graph.
+What enters: encoded bytes of one of `FORMATS`, which nobody may have checked, or images as Pillow has them.
+What leaves: uint8 RGB (H, W, 3) with H = W = the bundle's image size, or an `ImageError`. Memory and time
+of any file are bounded by Pillow's limit on pixels. Rescaling and normalisation are inside the graph.
 
 This module knows nothing of where the bytes come from, nor of tokens.
 """
@@ -12,6 +12,8 @@ import io
 import math
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -52,7 +54,7 @@ ALPHA_GROUND = (255, 255, 255)
 
 
 def image_key(data: bytes, fit: Fit) -> bytes:
-    """16 bytes that stand for an image file's contents and how it is fitted."""
+    """16 bytes that stand for an image, by its file's contents or its pixels, and how it is fitted."""
     return hashlib.sha256(fit.encode() + b"\0" + data).digest()[:16]
 
 
@@ -72,24 +74,19 @@ def decode_image(data: bytes) -> Image.Image:
     """
     if not data:
         raise ImageError("the image has no bytes")
-    try:
-        with warnings.catch_warnings():
-            # What is odd in a file is not the job's concern; what is wrong raises.
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
-            _check_size(image)
-            _check_work(image, data)
-            image.load()
-            turn = _turn(image)
-            image = _to_rgb(image)  # lets go of the original, which may be as large
-            return image if turn is None else image.transpose(turn)
-    except ImageError:
-        raise
-    except UnidentifiedImageError as error:
-        raise ImageError(f"the bytes are no image of {', '.join(FORMATS)} (first 8: {data[:8]!r})") from error
-    except Exception as error:  # Pillow's plugins raise whatever their parsing met
-        raise ImageError(f"{type(error).__name__}: {stable_message(error)}") from error
+    with _failures_named():
+        return _upright_rgb(_opened(data))
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """An image as `decode_image` gives the file that it is of: RGB, upright and opaque.
+
+    Raises:
+        ImageError: it is damaged, or too large.
+    """
+    with _failures_named():
+        _check_size(image)
+        return _upright_rgb(image)
 
 
 def fit_image(image: Image.Image, size: int, fit: Fit = "letterbox") -> NDArray[np.uint8]:
@@ -127,10 +124,38 @@ def _letterbox(image: Image.Image, size: int) -> Image.Image:
     return canvas
 
 
+@contextmanager
+def _failures_named() -> Iterator[None]:
+    try:
+        with warnings.catch_warnings():
+            # What is odd in a file is not the job's concern; what is wrong raises.
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            yield
+    except ImageError:
+        raise
+    except Exception as error:  # Pillow's plugins raise whatever their parsing met
+        raise ImageError(f"{type(error).__name__}: {stable_message(error)}") from error
+
+
+def _opened(data: bytes) -> Image.Image:
+    """An image file whose pixels have not been decoded yet, and may be."""
+    try:
+        image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError as error:
+        raise ImageError(f"the bytes are no image of {', '.join(FORMATS)} (first 8: {data[:8]!r})") from error
+    _check_size(image)
+    _check_work(image, data)
+    return image
+
+
 def _check_size(image: Image.Image) -> None:
     if min(image.size) < 1 or max(image.size) > LONGEST_SIDE:
         width, height = image.size
         raise ImageError(f"the image has {width:,} x {height:,} pixels; a side may have 1 to {LONGEST_SIDE:,}")
+    most, pixels = Image.MAX_IMAGE_PIXELS, math.prod(image.size)
+    if most and pixels > most:  # of a file, Pillow has looked at that
+        raise ImageError(f"the image has {pixels:,} pixels; it may have {most:,}")
 
 
 def _check_work(image: Image.Image, data: bytes) -> None:
@@ -157,6 +182,13 @@ def _jpeg_scans(data: bytes) -> int:
     return scans
 
 
+def _upright_rgb(image: Image.Image) -> Image.Image:
+    image.load()
+    turn = _turn(image)
+    image = _to_rgb(image)  # lets go of the original, which may be as large
+    return image if turn is None else image.transpose(turn)
+
+
 def _turn(image: Image.Image) -> Image.Transpose | None:
     """What makes the image upright."""
     try:
@@ -170,7 +202,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         return _eight_bits(image).convert("RGB")
     if image.has_transparency_data:
-        seen = image if image.mode in {"LA", "RGBA"} else image.convert("RGBA")
+        seen = image if image.mode in {"LA", "RGBA"} else image.convert("LA" if image.mode == "La" else "RGBA")
         ground = Image.new("RGB", seen.size, ALPHA_GROUND)
         ground.paste(seen, mask=seen)
         return ground
@@ -191,4 +223,8 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         shades = np.multiply(samples, 255 if high <= 1 else 1, dtype=np.float32)
         return Image.fromarray(shades.round(out=shades).astype(np.uint8))
-    return Image.fromarray((samples >> 8).astype(np.uint8))
+    shades = (samples >> 8).astype(np.uint8)
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):  # a shade of all 16 bits, as PNG has it
+        shades[samples == transparent] = ALPHA_GROUND[0]
+    return Image.fromarray(shades)

@@ -17,6 +17,10 @@ from tokenizers import Tokenizer
 from qvl_batch.bundle import TOKENIZER, Bundle
 from qvl_batch.errors import BundleError, PromptError
 
+#: What a prompt's bytes may shrink by: the tokenizer brings text into Unicode's NFC, which makes 2 bytes of 7 where
+#: it shortens most (U+1FBE U+0308 U+0301).
+NFC_SHORTENS = 4
+
 
 class RowLayout:
     """Turns prompts into rows and answer ids into text, with a bundle's tokenizer; threads may share it.
@@ -38,6 +42,10 @@ class RowLayout:
         parts = (layout.head_ids, (layout.image_token_id,), layout.bridge_ids, layout.tail_ids)
         if layout.image_start != len(layout.head_ids) or any(self._again(ids) != ids for ids in parts):
             raise BundleError(f"{bundle.path}: the tokens of the contract are not the tokenizer's: export again")
+        # A token is spelled with a character for each byte, or as itself.
+        longest = max(len(token.encode()) for token in self._tokenizer.get_vocab())
+        #: Bytes of a prompt that may fit; the tokenizer takes 300 bytes of memory for each.
+        self._most_bytes = layout.room * longest * NFC_SHORTENS
         # A special token spelled in a prompt is text like any other.
         self._tokenizer.encode_special_tokens = True
 
@@ -50,20 +58,28 @@ class RowLayout:
         """Token ids of a row up to its answer.
 
         Raises:
-            PromptError: no prompt, or one that leaves no room for an answer.
+            PromptError: no prompt, none that is text, or one that leaves no room for an answer.
         """
-        if prompt is None or not prompt.strip():
-            raise PromptError("the prompt is null" if prompt is None else "the prompt is empty")
+        if not isinstance(prompt, str):
+            what = "null" if prompt is None else f"{type(prompt).__name__} and no text"
+            raise PromptError(f"the prompt is {what}")
+        if not prompt.strip():
+            raise PromptError("the prompt is empty")
         try:
+            if len(prompt.encode()) > self._most_bytes:
+                raise self._too_long("too many")
             ids = self._tokenizer.encode(prompt, add_special_tokens=False).ids
         except (TypeError, UnicodeError) as error:
             raise PromptError(f"the prompt is not valid Unicode text: {error}") from error
         if len(ids) >= self.layout.room:
-            raise PromptError(
-                f"the prompt has {len(ids)} tokens; the bundle leaves {self.layout.room - 1} beside the image "
-                f"(exported with --max-seq-len {self.layout.max_seq_len})"
-            )
+            raise self._too_long(str(len(ids)))
         return self.layout.row_ids(ids)
+
+    def _too_long(self, tokens: str) -> PromptError:
+        return PromptError(
+            f"the prompt has {tokens} tokens; the bundle leaves {self.layout.room - 1} beside the image "
+            f"(exported with --max-seq-len {self.layout.max_seq_len})"
+        )
 
     def text(self, token_ids: list[int]) -> str:
         """Text of an answer, special tokens left out."""

@@ -156,6 +156,7 @@ class CudaMemory:
         host = None
         if on_host:
             data = (ctypes.c_char * size).from_address(self.card.allocate_host(size))
+            data.card = self.card  # whose memory lives as long as it does
             host = np.frombuffer(data, dtype, math.prod(shape)).reshape(shape)
             host[...] = 0
         return Buffer(shape, element, self.device, self.card.allocate(size), host)

@@ -137,6 +137,15 @@ def test_weights_are_found_wherever_a_graph_may_have_them():
     assert external_locations(model.SerializeToString()) == {"found"}
 
 
+def test_a_field_number_that_onnx_runtime_would_cut_short_is_refused():
+    entry = onnx.StringStringEntryProto(key="location", value="found").SerializeToString()
+    tensor = b"\xea\x80\x80\x80\x10" + bytes([len(entry)]) + entry  # 13, where external data are, and a bit beyond 32
+    graph = b"\x2a" + bytes([len(tensor)]) + tensor
+    model = b"\x3a" + bytes([len(graph)]) + graph
+    with pytest.raises(ValueError, match="a field whose number is too large"):
+        external_locations(model)
+
+
 def test_a_cut_file_is_named(copied_bundle):
     data = (copied_bundle / DECODER).read_bytes()
     (copied_bundle / DECODER).write_bytes(data[:-1])

@@ -1,7 +1,11 @@
 """Without Ray: answers in order, a failure only in its own row, and no torch or transformers anywhere."""
 
+import io
 import subprocess
 import sys
+import threading
+import weakref
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -10,7 +14,10 @@ from conftest import QUESTIONS, ROOT
 from PIL import Image
 
 from qvl_batch import Captioner, JobError
-from qvl_batch.captioner import _file_bytes
+from qvl_batch.answerer import Answerer
+from qvl_batch.captioner import _picture
+from qvl_batch.decoder import Decoder
+from qvl_batch.engine import Engine
 from qvl_batch.errors import ConfigError, DeviceError
 from qvl_batch.images import decode_image
 
@@ -54,9 +61,43 @@ def test_a_file_that_is_not_there_fails_its_row(captioner):
     assert answer.failure.message == "/nowhere.png: No such file or directory"
 
 
-def test_what_is_no_image_at_all_fails_its_row(captioner):
-    (answer,) = captioner.caption([np.zeros((2, 2, 7), np.uint8)], ["What?"])
-    assert answer.failure.type == "ImageError"
+def _truncated():
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 64), "red").save(buffer, "AVIF")
+    return Image.open(io.BytesIO(buffer.getvalue()[:-20]))
+
+
+@pytest.mark.parametrize(
+    ("image", "prompt", "kind", "message"),
+    [
+        (np.zeros((2, 2, 7), np.uint8), "What?", "ImageError", "ndarray is no image"),
+        (np.zeros((), np.uint8), "What?", "ImageError", "ndarray is no image"),
+        (None, "What?", "ImageError", "NoneType is no image"),
+        ("a\0b", "What?", "ImageError", r"'a\x00b' is no path: embedded null byte"),
+        ("a\ud800b", "What?", "ImageError", r"'a\ud800b' is no path: "),
+        (_truncated(), "What?", "ImageError", "SyntaxError: "),
+        (np.zeros((2, 2, 3), np.uint8), float("nan"), "PromptError", "the prompt is float and no text"),
+    ],
+)
+def test_what_is_no_image_or_no_prompt_fails_its_row_alone(image, prompt, kind, message, captioner):
+    good, bad = captioner.caption([ROWS[0]["image"]["bytes"], image], ["What?", prompt], max_new_tokens=1)
+    assert good.failure is None
+    assert (bad.failure.type, bad.failure.message[: len(message)]) == (kind, message)
+
+
+@pytest.mark.parametrize(
+    "image",
+    ["a.jpg", Path("a.jpg"), b"any", np.zeros((2, 2, 3), np.uint8), Image.new("L", (2, 2))],
+    ids=type,
+)
+def test_one_image_in_place_of_a_list_is_refused(image, captioner):
+    with pytest.raises(ConfigError, match=r"images is one \w+, not one for each row: give a list, \[image\]"):
+        captioner.caption(image, "What?")
+
+
+def test_an_array_may_hold_several_images(captioner):
+    answers = captioner.caption(np.zeros((2, 4, 4, 3), np.uint8), "What?", max_new_tokens=1)
+    assert [answer.failure for answer in answers] == [None, None]
 
 
 def test_prompts_must_be_as_many_as_images(captioner):
@@ -96,6 +137,49 @@ def test_a_device_that_the_bundle_is_not_for_is_an_error(tiny_bundle):
         Captioner(tiny_bundle.path, device="cuda")
 
 
+@pytest.mark.parametrize("end", ["close", "stop", None])
+def test_a_captioner_that_is_closed_or_gone_lets_go_of_its_graphs_and_threads(end, tiny_bundle):
+    before = set(threading.enumerate())
+    captioner = Captioner(tiny_bundle.path, slots=2)
+    captioner.caption([ROWS[0]["image"]["bytes"]], "What?", max_new_tokens=1)
+    threads = set(threading.enumerate()) - before
+    features, answerer = captioner._parts
+    graphs = [weakref.ref(features._vision), weakref.ref(answerer._engine._loop._decoder)]
+    del features, answerer
+    if end:
+        getattr(captioner, end)()
+        getattr(captioner, end)()
+        with pytest.raises(RuntimeError, match="the captioner is closed"):
+            captioner.caption([], [])
+    else:
+        del captioner
+    assert len(threads) == 2
+    while threads:
+        threads.pop().join(timeout=60)
+    assert [graph() for graph in graphs] == [None, None]
+
+
+def test_an_exception_within_it_stops_it_at_once(tiny_bundle, monkeypatch):
+    stopped = []
+    monkeypatch.setattr(Answerer, "stop", lambda _: stopped.append(True))
+    with pytest.raises(ZeroDivisionError), Captioner(tiny_bundle.path, slots=1):
+        _ = 1 / 0
+    assert stopped
+
+
+def test_rows_of_an_interrupted_call_are_not_answered(captioner, monkeypatch):
+    _, answerer = captioner._parts
+    futures, go = [], threading.Event()
+    decoder, submit, step = answerer._engine._loop._decoder, Engine.submit, Decoder.step
+    monkeypatch.setattr(Engine, "submit", lambda self, request: futures.append(submit(self, request)) or futures[-1])
+    monkeypatch.setattr(decoder, "step", lambda tokens: go.wait(timeout=60) and step(decoder, tokens))
+    monkeypatch.setattr(answerer, "_outcome", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        captioner.caption([ROWS[0]["image"]["bytes"]] * 24, "Describe the image.")
+    go.set()
+    assert sum(future.cancelled() for future in futures) >= 24 - decoder.slots
+
+
 def test_no_bundle_is_one_line(tmp_path):
     with pytest.raises(JobError) as refused:
         Captioner(tmp_path)
@@ -117,5 +201,5 @@ assert "onnx" not in sys.modules
 
 def test_pixels_pass_through_pillow_unchanged():
     pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
-    assert np.array_equal(decode_image(_file_bytes(pixels)), pixels)
-    assert np.array_equal(decode_image(_file_bytes(Image.fromarray(pixels))), pixels)
+    assert np.array_equal(_picture(pixels), pixels)
+    assert np.array_equal(_picture(Image.fromarray(pixels)), pixels)

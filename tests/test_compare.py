@@ -7,6 +7,7 @@ import math
 import re
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import onnx
@@ -214,6 +215,17 @@ def test_both_sides_read_a_prompt_alike(tiny_bundle, tiny_checkpoint):
         "a" * 300,
     ):
         assert pytorch.input_ids(prompt) == side.layout.row_ids(prompt)
+
+
+def test_the_bundle_answers_all_questions_in_one_thread(tiny_bundle, demo):
+    before = set(threading.enumerate())
+    side, threads = BundleSide(tiny_bundle, 2, 1024, layers=False), set()
+    step = side._decoder.step
+    side._decoder.step = lambda tokens: threads.add(threading.get_ident()) or step(tokens)
+    found = [side.answer([question(row) for row in demo[:3]]) for _ in range(2)]
+    assert [trace.token_ids for trace in found[0]] == [trace.token_ids for trace in found[1]]
+    (started,) = set(threading.enumerate()) - before
+    assert threads == {started.ident}
 
 
 def test_a_comparison_that_was_stopped_goes_on_where_it_was(tiny_bundle, demo, tmp_path, monkeypatch):

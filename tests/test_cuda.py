@@ -254,6 +254,7 @@ def test_every_node_runs_on_the_gpu_and_only_tokens_cross_the_bus(half_bundle, a
     assert report["moved"]["moved_bytes"] % (2 * shape.layers * shape.kv_heads * shape.head_dim * 2) == 0
     assert not report["moved"]["crossings"]
     assert report["features"] == [[1, *half_bundle.manifest.feature_shape]]
+    assert (report["last_error"], report["not_freed"]) == (0, 0)
 
 
 @pytest.mark.long

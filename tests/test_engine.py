@@ -3,13 +3,17 @@
 import dataclasses
 import json
 import shutil
-from concurrent.futures import ThreadPoolExecutor
+import subprocess
+import sys
+import threading
+import weakref
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 from answers import complete, demo_rows, requests_of
-from conftest import TINY, TRACES
+from conftest import ROOT, TINY, TRACES
 from reference import question
 
 from comparison.reference import PyTorch
@@ -179,3 +183,81 @@ def test_closing_finishes_what_was_submitted(tiny_bundle, requests, alone):
     assert [future.result(timeout=0) for future in futures] == alone[:6]
     with pytest.raises(RuntimeError):
         engine.submit(requests[0])
+
+
+class _Held(Decoder):
+    """Its first step waits to be let go."""
+
+    def __init__(self, bundle, slots):
+        super().__init__(bundle, slots, threads=1)
+        self.stepping, self.go = threading.Event(), threading.Event()
+
+    def step(self, tokens):
+        self.stepping.set()
+        assert self.go.wait(timeout=60)
+        return super().step(tokens)
+
+
+def test_a_request_that_is_cancelled_while_it_waits_is_dropped(tiny_bundle, requests, alone):
+    decoder = _Held(tiny_bundle, 1)
+    with Engine(decoder, tiny_bundle.manifest.generation.eos_token_ids) as engine:
+        futures = [engine.submit(request) for request in requests[:4]]
+        assert decoder.stepping.wait(timeout=60)
+        assert [future.cancel() for future in futures] == [False, True, True, True]
+        futures[2:3] = [engine.submit(requests[2])]
+        decoder.go.set()
+        assert [futures[i].result(timeout=60) for i in (0, 2)] == [alone[0], alone[2]]
+        with pytest.raises(CancelledError):
+            futures[1].result(timeout=60)
+
+
+def test_leaving_by_an_exception_fails_what_is_left(tiny_bundle, requests, monkeypatch):
+    decoder = _Held(tiny_bundle, 1)
+    with pytest.raises(KeyboardInterrupt), Engine(decoder, eos_token_ids=()) as engine:  # noqa: PT012
+        futures = [engine.submit(request) for request in requests[:3]]
+        assert decoder.stepping.wait(timeout=60)
+        thread = engine._loop
+        monkeypatch.setattr(thread, "join", lambda: decoder.go.set() or threading.Thread.join(thread))
+        raise KeyboardInterrupt
+    assert [str(future.exception(timeout=0)) for future in futures] == ["the engine was stopped"] * 3
+
+
+def test_an_engine_that_nobody_holds_finishes_and_goes(tiny_bundle, requests, alone):
+    decoder = Decoder(tiny_bundle, 4, threads=1)
+    engine = Engine(decoder, tiny_bundle.manifest.generation.eos_token_ids)
+    thread, freed = engine._loop, weakref.ref(decoder)
+    futures = [engine.submit(request) for request in requests[:3]]
+    del engine, decoder
+    assert [future.result(timeout=60) for future in futures] == alone[:3]
+    thread.join(timeout=60)
+    del thread
+    assert freed() is None
+
+
+@pytest.mark.parametrize(("end", "status"), [("", 0), ("1 / 0", 1), ("os.kill(os.getpid(), signal.SIGINT)", -2)])
+def test_a_process_may_end_while_its_engine_steps(end, status, tiny_bundle):
+    script = f"""
+import os, signal, threading
+import numpy as np
+from qvl_batch.bundle import Bundle
+from qvl_batch.decoder import Decoder
+from qvl_batch.engine import Engine, Request
+bundle = Bundle.load({str(tiny_bundle.path)!r}, verify=False)
+decoder, stepped, step = Decoder(bundle, 2, 2), threading.Event(), Decoder.step
+decoder.step = lambda tokens: (stepped.set(), step(decoder, tokens))[1]
+engine = Engine(decoder, ())
+features = np.ones(bundle.manifest.feature_shape, np.float32)
+futures = [engine.submit(Request(bundle.manifest.layout.row_ids([5]), features, 400)) for _ in range(40)]
+stepped.wait()
+{end}
+"""
+    found = subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=False, capture_output=True)
+    assert found.returncode == status
+
+
+def test_a_row_whose_slot_cannot_be_filled_again_fails_with_the_others(tiny_bundle, requests, monkeypatch):
+    decoder = Decoder(tiny_bundle, 2, threads=1)
+    monkeypatch.setattr(decoder, "move", lambda *_: (_ for _ in ()).throw(MemoryError("no memory left")))
+    engine = Engine(decoder, eos_token_ids=())
+    futures = [engine.submit(dataclasses.replace(r, max_new_tokens=n)) for r, n in zip(requests, (2, 9), strict=False)]
+    assert ["no memory left" in str(future.exception(timeout=60)) for future in futures] == [True, True]

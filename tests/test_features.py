@@ -1,6 +1,7 @@
 """An image goes through the vision graph once, whoever asks for it and however many at a time."""
 
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -79,6 +80,44 @@ def test_features_that_mean_nothing_fail_every_row_of_their_image():
     found = ImageFeatures(_Counting()).of(images, keys)
     assert [isinstance(row, Failure) for row in found] == [True, False, True]
     assert found[0].type == "NumericError"
+
+
+def test_what_happened_once_is_not_remembered_of_an_image():
+    vision = _Counting()
+    features, images = ImageFeatures(vision), _images(3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vision, "encode", lambda _: (_ for _ in ()).throw(MemoryError))
+        with pytest.raises(MemoryError):
+            features.of(*images)
+    assert int(features.of(*images)[0][0, 0]) == 3
+
+
+def test_an_interrupt_leaves_nothing_queued(monkeypatch):
+    hold = threading.Event()
+    vision = _Counting(hold)
+    features, images = ImageFeatures(vision), _images(1, 2, 3)
+
+    def interrupted(_):
+        while not vision.encoded:
+            time.sleep(0.001)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("qvl_batch.features._features_or_failure", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        features.of(*images)
+    hold.set()
+    features.close()
+    assert vision.encoded == [1]
+
+
+def test_images_of_an_interrupted_call_can_be_asked_for_again(monkeypatch):
+    vision = _Counting()
+    features, images = ImageFeatures(vision), _images(1, 2, 3)
+    with monkeypatch.context() as patch:
+        patch.setattr("qvl_batch.features._features_or_failure", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            features.of(*images)
+    assert [int(row[0, 0]) for row in features.of(*images)] == [1, 2, 3]
 
 
 def test_kept_features_are_not_made_again(tmp_path):

@@ -9,7 +9,7 @@ from PIL import Image, ImageOps
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from qvl_batch.errors import ImageError
-from qvl_batch.images import LETTERBOX_RGB, decode_image, fit_image
+from qvl_batch.images import LETTERBOX_RGB, decode_image, fit_image, upright_rgb
 
 
 def _file(image, file_format="PNG", **options):
@@ -38,6 +38,7 @@ def test_exif_orientation_is_honoured(orientation):
     expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
     decoded = decode_image(data)
     assert np.array_equal(decoded, expected.convert("RGB"))
+    assert np.array_equal(upright_rgb(Image.open(io.BytesIO(data))), decoded)
     assert (decoded.size != (40, 30)) == (orientation >= 5)
 
 
@@ -66,11 +67,38 @@ def test_sixteen_bits_are_scaled_not_clipped():
     assert [decoded.getpixel((x, 0))[0] for x in range(3)] == [0, 100, 255]
 
 
+def test_a_transparent_shade_of_sixteen_bits_shows_white():
+    samples = np.array([[1000, 256 * 90, 1001]], np.uint16)
+    decoded = decode_image(_file(Image.fromarray(samples), transparency=1000))
+    assert [decoded.getpixel((x, 0))[0] for x in range(3)] == [255, 90, 3]
+
+
 @pytest.mark.parametrize("mode", ["1", "L", "CMYK", "YCbCr"])
 def test_every_mode_becomes_rgb(mode):
     file_format = "JPEG" if mode in {"CMYK", "YCbCr"} else "PNG"
     decoded = decode_image(_file(_gradient().convert(mode), file_format))
     assert (decoded.mode, decoded.size) == ("RGB", (40, 30))
+
+
+@pytest.mark.parametrize(
+    "mode", ["1", "CMYK", "F", "HSV", "I", "I;16", "I;16B", "I;16L", "LAB", "La", "PA", "RGBX", "RGBa"]
+)
+def test_a_pillow_image_may_have_any_mode(mode):
+    image = Image.fromarray(np.full((6, 4, 3), 255, np.uint8))
+    if mode in {"La", "RGBa"}:
+        image = image.convert(mode.upper())
+    image = image.convert("I").point(lambda sample: sample * 257) if mode.startswith("I") else image
+    shown = np.asarray(upright_rgb(image.convert(mode)))
+    assert shown.shape == (6, 4, 3)
+    assert shown.min() >= 250  # LAB rounds
+
+
+def test_a_pillow_image_is_refused_as_its_file_would_be(monkeypatch):
+    with pytest.raises(ImageError, match="truncated"):
+        upright_rgb(Image.open(io.BytesIO(_file(_gradient(400, 300), "JPEG")[:2000])))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(ImageError, match="has 1,200 pixels; it may have 1,000"):
+        upright_rgb(_gradient())
 
 
 def test_of_an_animation_the_first_frame_is_taken():

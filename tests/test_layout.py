@@ -1,7 +1,9 @@
 """Rows are what transformers' chat template makes of them, and a prompt cannot break out of its place."""
 
 import dataclasses
+import unicodedata
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 from conftest import TINY
@@ -10,7 +12,7 @@ from transformers import AutoTokenizer
 from export.chat import chat_turn
 from qvl_batch.bundle import Bundle
 from qvl_batch.errors import PromptError
-from qvl_batch.layout import RowLayout
+from qvl_batch.layout import NFC_SHORTENS, RowLayout
 
 IMAGE = "<|image_pad|>"
 
@@ -78,10 +80,11 @@ def test_special_tokens_in_a_prompt_are_text(layout, tokenizer):
     ("prompt", "message"),
     [
         (None, "the prompt is null"),
+        (float("nan"), "the prompt is float and no text"),
         ("", "the prompt is empty"),
         (" \n", "the prompt is empty"),
         ("word " * 1000, r"has \d+ tokens; the bundle leaves 42\d beside the image"),
-        ("x" * 100_000, "has .* tokens"),
+        ("x" * 100_000, "has too many tokens; the bundle leaves 42\\d beside the image"),
         ("\ud800", "not valid Unicode"),
     ],
 )
@@ -97,6 +100,22 @@ def test_the_longest_prompt_that_fits_leaves_room_for_one_token(layout, tokenize
     assert len(layout.row_ids(longest)) == layout.layout.max_seq_len - 1
     with pytest.raises(PromptError):
         layout.row_ids(longest + " the")
+
+
+def test_a_prompt_that_cannot_fit_is_not_tokenized(layout, monkeypatch):
+    asked = []
+    monkeypatch.setattr(layout, "_tokenizer", SimpleNamespace(encode=lambda *_, **__: asked.append(1)))
+    with pytest.raises(PromptError, match="too many tokens"):
+        layout.row_ids("a.b," * 1_250_000)
+    assert not asked
+
+
+def test_the_longest_prompt_that_normalization_shortens_fits(layout):
+    tokenizer = layout._tokenizer
+    longest = max((token for token in tokenizer.get_vocab(with_added_tokens=False) if token.isascii()), key=len)
+    assert layout.row_ids("\u212a" + longest * (layout.layout.room - 8))  # Kelvin, which becomes K
+    shortened = "\u1fbe\u0308\u0301"
+    assert len(shortened.encode()) <= NFC_SHORTENS * len(unicodedata.normalize("NFC", shortened).encode())
 
 
 def test_many_threads_may_share_a_layout(layout):

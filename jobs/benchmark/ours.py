@@ -45,6 +45,8 @@ class Ours:
         self.images_at_once = CUDA_VISION_THREADS if device == "cuda" else threads
         self._pool = ThreadPoolExecutor(self.images_at_once)
         self.decoder = Decoder(loaded, slots, threads, memory=memory_on(loaded.manifest.device))
+        # One for all answers: a GPU captures its steps for each thread anew.
+        self._engine = Engine(self.decoder, eos_token_ids=())
 
     def answer(self, rows: Rows) -> list[list[int]]:
         """Answer all rows; tokens of each."""
@@ -69,9 +71,8 @@ class Ours:
 
     def decode(self, requests: Sequence[Request]) -> list[list[int]]:
         """Answer requests; tokens of each."""
-        with Engine(self.decoder, eos_token_ids=()) as engine:
-            futures = [engine.submit(request) for request in requests]
-            return [future.result().token_ids for future in futures]
+        futures = [self._engine.submit(request) for request in requests]
+        return [future.result().token_ids for future in futures]
 
     def fit(self, rows: Rows) -> list[Any]:
         """Decode and fit the images."""
@@ -113,9 +114,9 @@ class Overlapped(Ours):
             pixels = fit_image(decode_image(file), size)
             with turns:
                 features = self.vision.encode(pixels)
-            return engine.submit(Request(self.layout.row_ids(prompt), features, self.new_tokens))
+            return self._engine.submit(Request(self.layout.row_ids(prompt), features, self.new_tokens))
 
-        with Engine(self.decoder, eos_token_ids=()) as engine, ThreadPoolExecutor(usable_cpus()) as pool:
+        with ThreadPoolExecutor(usable_cpus()) as pool:
             return [future.result().token_ids for future in list(pool.map(ask, rows.files, rows.prompts))]
 
     def step_seconds(self, rows: Rows, live: int, steps: int) -> float:

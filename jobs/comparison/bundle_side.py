@@ -6,7 +6,7 @@ there is one, and else on the CPU, where half precision is emulated.
 """
 
 from collections.abc import Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -94,7 +94,6 @@ class BundleSide:
     ) -> None:
         threads = usable_cpus()
         self.layout = RowLayout(bundle)
-        self._eos = bundle.manifest.generation.eos_token_ids
         self._max_new_tokens, self._max_seq_len = max_new_tokens, max_seq_len
         types = {VISION: bundle.manifest.vision_dtype, DECODER: bundle.manifest.dtype}
         on_gpu = device == "cuda" or (device == "auto" and has_cuda())
@@ -106,6 +105,8 @@ class BundleSide:
         memory = memory_on("cuda" if bundle.manifest.device == "cuda" and on_gpu else "cpu")
         self._vision = VisionEncoder(bundle, threads, where, graph=graphs[VISION])
         self._decoder = RecordingDecoder(bundle, SLOTS, threads, memory, graphs[DECODER])
+        # One for all questions: a GPU captures its steps for each thread anew.
+        self._engine = Engine(self._decoder, bundle.manifest.generation.eos_token_ids)
         self._probe = LayerProbe(bundle, self._decoder, threads) if layers else None
 
     @property
@@ -135,8 +136,8 @@ class BundleSide:
 
     def _run(self, requests: Sequence[Request]) -> list[Trace | Failure]:
         self._decoder.records = []
-        with Engine(self._decoder, self._eos) as engine:
-            futures = [engine.submit(request) for request in requests]
+        futures = [self._engine.submit(request) for request in requests]
+        wait(futures)
         return list(map(self._trace, requests, futures, self._decoder.records))
 
     def _trace(self, request: Request, future: "Future[Completion]", record: _Record) -> Trace | Failure:

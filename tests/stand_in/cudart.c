@@ -9,12 +9,12 @@
 #define OUT_OF_MEMORY 2
 
 /* Copies on the card, copies from or to host memory, and CUDA graphs. */
-size_t moves, moved_bytes, crossings, crossed_bytes, captures, launches;
-static int capturing;
+size_t moves, moved_bytes, crossings, crossed_bytes, captures, launches, mallocs, frees;
+static int capturing, last_error;
 /* What opaque handles point to. */
 static char handle[64];
 
-/* Memory: the card's is reserved as a whole, handed out from its beginning and never taken back. */
+/* Memory: the card's is reserved as a whole and handed out from its beginning; what is freed is counted alone. */
 static char *card;
 static size_t allocated;
 static int is_on_card(const void *address) {
@@ -33,12 +33,13 @@ static int copy(void *target, const void *source, size_t size) {
 }
 int cudaMalloc(void **address, size_t size) {
   if (!card) card = mmap(0, TOTAL, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (card == MAP_FAILED || size > TOTAL - allocated) return OUT_OF_MEMORY;
+  if (card == MAP_FAILED || size > TOTAL - allocated) return last_error = OUT_OF_MEMORY;
   *address = card + allocated;
   allocated += (size + 511) / 512 * 512;
+  mallocs += 1;
   return 0;
 }
-int cudaFree(void *address) { return 0; }
+int cudaFree(void *address) { frees += 1; return 0; }
 int cudaMallocHost(void **address, size_t size) { return posix_memalign(address, 512, size ? size : 1); }
 int cudaHostAlloc(void **address, size_t size, unsigned flags) { return cudaMallocHost(address, size); }
 int cudaFreeHost(void *address) { free(address); return 0; }
@@ -101,6 +102,10 @@ int cudaGetDeviceProperties(char *properties, int device) {
   *(int *)(properties + 384) = 132; /* multiprocessors */
   return 0;
 }
+
+/* The last error, until somebody asks for it. */
+int cudaGetLastError(void) { int error = last_error; last_error = 0; return error; }
+int cudaPeekAtLastError(void) { return last_error; }
 
 /* Streams, events and kernels. */
 int cudaStreamCreate(void **stream) { *stream = handle; return 0; }

@@ -4,6 +4,7 @@ python tests/stand_in/report.py BUNDLE
 """
 
 import collections
+import contextlib
 import ctypes
 import json
 import sys
@@ -17,14 +18,17 @@ import onnxruntime as ort
 
 from qvl_batch.bundle import DECODER, VISION, Bundle
 from qvl_batch.decoder import Decoder, PrefillRow
+from qvl_batch.errors import DeviceError
 from qvl_batch.memory import CudaMemory
 from qvl_batch.runtime import Session, _providers, open_cuda
 
-COUNTERS = ("moves", "moved_bytes", "crossings", "crossed_bytes", "captures", "launches")
+COUNTERS = ("moves", "moved_bytes", "crossings", "crossed_bytes", "captures", "launches", "mallocs", "frees")
 
 
 def report(bundle: Bundle) -> dict[str, Any]:
-    """Nodes by provider, counts of what six steps and a row's move ask for, and shapes of an image's features."""
+    """Nodes by provider, counts of what six steps and a row's move ask for, shapes of an image's features, the error
+    that is left of asking for too much memory, and how much of a decoder's is not freed with it.
+    """
     memory = CudaMemory(open_cuda("--device cuda"))
     nodes = {name: _nodes(bundle.file(name), memory, captures=name == DECODER) for name in (DECODER, VISION)}
     decoder = Decoder(bundle, 4, 1, memory=memory)
@@ -36,7 +40,15 @@ def report(bundle: Bundle) -> dict[str, Any]:
     size = bundle.manifest.layout.image_size
     vision = Session(bundle.file(VISION), 1, memory=memory)
     encoded = vision.run(["image_features"], {"pixels": np.zeros((1, size, size, 3), np.uint8)})
+    full = memory.card.memory()[1] * 2
+    with contextlib.suppress(DeviceError):
+        memory.card.allocate(full)
+    before = _counts()
+    _ = Decoder(bundle, 4, 1, memory=CudaMemory(open_cuda("--device cuda"))).step(np.array([5]))
+    after = _counts()
     return {
+        "last_error": _runtime().cudaPeekAtLastError(),
+        "not_freed": after["mallocs"] - before["mallocs"] - (after["frees"] - before["frees"]),
         "card": memory.card.name,
         "nodes": nodes,
         "steps": steps,
@@ -72,8 +84,11 @@ def _counted(work: Any) -> dict[str, int]:
 
 
 def _counts() -> dict[str, int]:
-    library = ctypes.CDLL(f"libcudart.so.{ort.cuda_version.split('.')[0]}")
-    return {name: ctypes.c_size_t.in_dll(library, name).value for name in COUNTERS}
+    return {name: ctypes.c_size_t.in_dll(_runtime(), name).value for name in COUNTERS}
+
+
+def _runtime() -> ctypes.CDLL:
+    return ctypes.CDLL(f"libcudart.so.{ort.cuda_version.split('.')[0]}")
 
 
 if __name__ == "__main__":
