@@ -14,6 +14,8 @@ OUT_OF_MEMORY = 2
 #: `cudaMemcpyDefault`: addresses say on which side they are.
 ANY_DIRECTION = 4
 NON_BLOCKING = 1
+#: `cudaStreamCaptureModeThreadLocal`.
+THREAD_LOCAL = 1
 NAME_BYTES, PROPERTIES_BYTES = 256, 8192
 
 
@@ -93,6 +95,10 @@ class Cuda:
         self._call(
             "cudaMemcpy2DAsync", _at(target), sizes[0], _at(source), sizes[0], sizes[1], sizes[2], *self._in_stream()
         )
+
+    def ignore_captures(self) -> None:
+        """Let the calling thread have memory while another one captures a graph, which CUDA otherwise refuses it."""
+        self._call("cudaThreadExchangeStreamCaptureMode", ctypes.byref(ctypes.c_int(THREAD_LOCAL)))
 
     def synchronize(self) -> None:
         """Wait until all that was asked for has happened."""

@@ -132,6 +132,7 @@ class Card(Protocol):
 
     stream: int
 
+    def ignore_captures(self) -> None: ...  # noqa: D102
     def allocate(self, size: int) -> int: ...  # noqa: D102
     def allocate_host(self, size: int) -> int: ...  # noqa: D102
     def copy(self, target: int, source: int, size: int) -> None: ...  # noqa: D102

@@ -183,7 +183,7 @@ class Session:
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
         self.memory: Memory = memory or HostMemory()
         providers = _providers(self.memory, captures=captures)
-        with _full_card_named():
+        with _on(self.memory):
             try:
                 with subnormals_flushed():  # or the first session would set this thread for good
                     self._session = ort.InferenceSession(model or path, options, providers=providers)
@@ -207,7 +207,7 @@ class Session:
 
     def run(self, outputs: Sequence[str], inputs: dict[str, NDArray[Any]]) -> list[NDArray[Any]]:
         """Run once, outputs in arrays of their own."""
-        with subnormals_flushed(), _full_card_named():
+        with subnormals_flushed(), _on(self.memory):
             results: list[NDArray[Any]] = self._session.run(list(outputs), inputs)
         return results
 
@@ -252,7 +252,7 @@ class Binding:
         inputs, outputs = self._arrays
         for array in inputs.values():
             self._memory.upload(array)
-        with subnormals_flushed(), _full_card_named():
+        with subnormals_flushed(), _on(self._memory):
             self._session.run_with_iobinding(self._binding, self._options)
         for array in outputs.values():
             self._memory.download(array)
@@ -276,7 +276,10 @@ def _providers(memory: Memory, *, captures: bool) -> list[Any]:
 
 
 @contextlib.contextmanager
-def _full_card_named() -> Iterator[None]:
+def _on(memory: Memory) -> Iterator[None]:
+    """Where ONNX Runtime may ask for memory, whatever is captured meanwhile; a full card is named."""
+    if isinstance(memory, CudaMemory) and memory.device == "cuda":
+        memory.card.ignore_captures()
     try:
         yield
     except Exception as error:

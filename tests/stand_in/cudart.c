@@ -7,10 +7,14 @@
 
 #define TOTAL (80ull << 30)
 #define OUT_OF_MEMORY 2
+#define CAPTURE_UNSAFE 906
 
 /* Copies on the card, copies from or to host memory, and CUDA graphs. */
 size_t moves, moved_bytes, crossings, crossed_bytes, captures, launches, mallocs, frees;
-static int capturing, last_error;
+static int last_error;
+/* Threads that capture, whether this one does, and its mode: 0 minds others. */
+static int all_capturing;
+static __thread int capturing, mode;
 /* What opaque handles point to. */
 static char handle[64];
 
@@ -32,6 +36,7 @@ static int copy(void *target, const void *source, size_t size) {
   return 0;
 }
 int cudaMalloc(void **address, size_t size) {
+  if (all_capturing > capturing && mode == 0) return last_error = CAPTURE_UNSAFE;
   if (!card) card = mmap(0, TOTAL, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (card == MAP_FAILED || size > TOTAL - allocated) return last_error = OUT_OF_MEMORY;
   *address = card + allocated;
@@ -124,7 +129,8 @@ int cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int *blocks, const vo
 
 /* Captured graphs. */
 int cudaStreamIsCapturing(void *stream, int *status) { *status = capturing; return 0; }
-int cudaStreamBeginCapture(void *stream, int mode) { capturing = 1; captures += 1; return 0; }
-int cudaStreamEndCapture(void *stream, void **graph) { capturing = 0; *graph = handle; return 0; }
+int cudaStreamBeginCapture(void *stream, int mode) { all_capturing += capturing = 1; captures += 1; return 0; }
+int cudaStreamEndCapture(void *stream, void **graph) { all_capturing -= 1; capturing = 0; *graph = handle; return 0; }
+int cudaThreadExchangeStreamCaptureMode(int *other) { int before = mode; mode = *other; *other = before; return 0; }
 int cudaGraphInstantiate(void **executable, void *graph, unsigned long long flags) { *executable = handle; return 0; }
 int cudaGraphLaunch(void *executable, void *stream) { launches += 1; return 0; }
