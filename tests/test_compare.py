@@ -332,7 +332,7 @@ def _asked(folder, say=lambda _: None, options=(), **columns):
     for at in range(max(map(len, columns.values()))):
         table = pa.table(plain | {name: values[at] for name, values in columns.items()})
         pq.write_table(table, folder / f"{at}.parquet")
-    questions = open_questions(_config(TINY, folder, input=(str(folder),), **dict(options)), 336, say)
+    questions = open_questions(_config(TINY, folder / "out", input=(str(folder),), **dict(options)), 336, say)
     return [asked for chunk in questions.chunks(8, 0) for asked in chunk]
 
 

@@ -20,7 +20,7 @@ def _poison_reader(module):
     image = module._bytes_or_location
 
     def poisoned(value):
-        return _die() if POISON_FILE in value["bytes"] else image(value)
+        return _die() if POISON_FILE in value else image(value)
 
     module._bytes_or_location = poisoned
 
