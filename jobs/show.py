@@ -13,12 +13,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from comparison.questions import EXPECTED, is_textual, texts
 from qvl_batch.errors import ConfigError, InputError, JobError
 from qvl_batch.folder import folder_at
 from qvl_batch.page import printable
+from qvl_batch.schema import is_textual, texts
 from qvl_batch.sink import PARTS, read_part
 
+EXPECTED = "expected"
 COLUMNS = ("id", "prompt", "answer", EXPECTED, "error_type", "error_message")
 
 

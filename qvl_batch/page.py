@@ -22,8 +22,9 @@ TEMPLATE = "page.html.jinja"
 POINTS, FEW_POINTS, ROWS_PER_POINT = 80, 12, 24
 #: Labels of an axis at most.
 TICKS = 6
-#: Control characters are shown by their pictures; line breaks and tabs are left.
+#: Control characters are shown by their pictures, or as unreadable where they have none; line breaks and tabs are left.
 CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"} | {0x7F: 0x2421}
+CONTROLS |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
 UNITS = {"s": 1, "min": 60, "h": 3600, "d": 86_400}
 #: Seconds from label to label; beyond them, days by the decade.
 TIME_STEPS = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 10_800, 21_600, 43_200)

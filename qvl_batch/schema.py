@@ -112,7 +112,19 @@ def readable(column: pa.ChunkedArray) -> list[Any]:
     """Values to show: of a string that is no UTF-8, as ids and kept columns may be, what can be read."""
     if not _is_text(column.type):
         return list(column.to_pylist())
-    return [each if each is None else each.decode(errors="replace") for each in column.cast(pa.binary()).to_pylist()]
+    values = column.cast(pa.large_string()).cast(pa.large_binary()).to_pylist()
+    return [None if value is None else value.decode(errors="replace") for value in values]
+
+
+def is_textual(kind: pa.DataType) -> bool:
+    """Whether `texts` takes columns of this type: strings, integers, dictionaries of them, nulls."""
+    kind = _plain(kind)
+    return bool(_is_text(kind) or pa.types.is_integer(kind) or pa.types.is_null(kind))
+
+
+def texts(column: pa.ChunkedArray) -> list[str | None]:
+    """Values of a column as text, as far as it can be read."""
+    return readable(column.cast(pa.large_string()))
 
 
 def input_columns(schema: pa.Schema, file: str, config: CaptionConfig) -> InputColumns:

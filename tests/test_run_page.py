@@ -145,7 +145,7 @@ def test_what_strangers_wrote_is_text(text):
 
 
 def test_control_characters_are_shown_by_their_pictures():
-    assert printable("a\x00b\tc\nd\x1b\x7f\ud800") == "a␀b\tc\nd␛␡?"
+    assert printable("a\x00b\tc\nd\x1b\x7f\x9b\ud800") == "a␀b\tc\nd␛␡\ufffd?"
     assert (printable(7), printable(None)) == (7, None)
 
 

@@ -17,7 +17,7 @@ from qvl_batch.errors import ConfigError, ImageError, InputError
 from qvl_batch.fetch import Fetcher
 from qvl_batch.images import decode_image, fit_image
 from qvl_batch.reader import read_unit
-from qvl_batch.schema import ID, Failure
+from qvl_batch.schema import ID, Failure, is_textual, readable, texts
 from qvl_batch.source import FILE, IMAGE, PROMPT, ROW, Source, failures_of, open_source
 
 EXPECTED = "expected"
@@ -150,26 +150,12 @@ def _expected_field(source: Source, name: str) -> pa.Field:
     return fields[0]
 
 
-def is_textual(kind: pa.DataType) -> bool:
-    """Whether `texts` takes columns of this type: strings, integers, dictionaries of them, nulls."""
-    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    checks = ("is_string", "is_large_string", "is_string_view", "is_integer", "is_null")
-    return any(getattr(pa.types, check)(kind) for check in checks)
-
-
-def texts(column: pa.ChunkedArray) -> list[str | None]:
-    """Values of a column as text; bytes that are no UTF-8 are replaced."""
-    values = column.cast(pa.large_string()).cast(pa.large_binary()).to_pylist()
-    return [None if value is None else value.decode(errors="replace") for value in values]
-
-
 def _records(table: pa.Table, expected: str | None) -> list[dict[str, Any]]:
     """Rows of a table as what a `Question` is made of."""
-    ids = table[ID]
     values = {
         "file": table[FILE].to_pylist(),
         "row": table[ROW].to_pylist(),
-        "id": ids.to_pylist() if pa.types.is_integer(ids.type) else texts(ids),
+        "id": readable(table[ID]),
         "prompt": table[PROMPT].to_pylist(),
         "expected": texts(table[expected]) if expected else [None] * len(table),
         IMAGE: table[IMAGE].to_pylist(),
