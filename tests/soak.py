@@ -9,6 +9,7 @@ Exit status 1 says that one has not.
 """
 
 import argparse
+import math
 import os
 import signal
 import subprocess
@@ -29,8 +30,8 @@ from qvl_batch import Captioner
 
 #: Seconds from a kill, or a start, to the next kill, at least and at most: from before Ray runs until workers answer.
 SOONEST, LATEST = 1.0, 20.0
-#: Rows for each kill: about as many as are answered between two.
-ROWS_PER_KILL = 64
+#: Rows for each second between two kills, so that a fast machine is not done before the last.
+ROWS_PER_SECOND = 8
 #: A job of which a part was killed must end or write answers within so many seconds, or it hangs.
 PATIENCE = 120.0
 
@@ -63,7 +64,7 @@ def soak(bundle: Path, kills: int, seed: int, folder: Path, env: dict[str, str],
     """Run a job to its end through so many kills, or fewer if it ends before."""
     rng = np.random.default_rng(seed)
     demo = pq.read_table(QUESTIONS)
-    repeats = max(2, -(-kills * ROWS_PER_KILL // demo.num_rows))
+    repeats = max(2, math.ceil(kills * latest * ROWS_PER_SECOND / demo.num_rows))
     source, output = folder / "input", folder / "answers"
     _write_input(source, demo, repeats)
     command = [sys.executable, "jobs/caption.py", "--bundle", bundle, "--input", source, "--output", output]
