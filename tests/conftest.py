@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -21,6 +22,9 @@ QUESTIONS = ROOT / "datasets" / "demo" / "questions.parquet"
 
 #: Of all exports in the tests: to trace the tiny model's graphs takes longer than all that follows.
 TRACES = Traces()
+
+# What a shell starts in the background ignores Ctrl-C, and so would all that the tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The scripts there are run by their path, as no package.
 sys.path[:0] = [str(ROOT / "datasets"), str(ROOT / "jobs")]
