@@ -27,15 +27,16 @@ CARRIED = (
     "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
     "added_tokens.json", "chat_template.json", "chat_template.jinja",
 )  # fmt: skip
-#: Settings of `generate` under which greedy decoding is not the largest logit after the repetition penalty, and what
-#: is as good as not set, beside nothing and zero.
-DECODING: dict[str, object] = {
-    "num_beams": 1, "num_beam_groups": 1, "guidance_scale": 1, "encoder_repetition_penalty": 1,
-    "min_new_tokens": 0, "min_length": 0, "no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0,
-    "bad_words_ids": [], "suppress_tokens": [], "begin_suppress_tokens": [], "sequence_bias": {}, "constraints": [],
-    "force_words_ids": [], "forced_bos_token_id": None, "forced_eos_token_id": None, "stop_strings": [],
-    "exponential_decay_length_penalty": None, "watermarking_config": None, "penalty_alpha": 0, "dola_layers": None,
-}  # fmt: skip
+#: Settings of `generate` under which greedy decoding is not the largest logit after the repetition penalty, unless
+#: they are 1.
+OFF_AT_ONE = ("num_beams", "num_beam_groups", "guidance_scale", "encoder_repetition_penalty")
+#: And such settings that are so whatever they are set to, but nothing and zero.
+OFF_AT_NOTHING = (
+    "min_new_tokens", "min_length", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids",
+    "suppress_tokens", "begin_suppress_tokens", "sequence_bias", "constraints", "force_words_ids",
+    "forced_bos_token_id", "forced_eos_token_id", "stop_strings", "exponential_decay_length_penalty",
+    "watermarking_config", "penalty_alpha", "dola_layers",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -169,9 +170,9 @@ def _generation(path: Path, tokenizer: Any) -> Generation:
     if not (path / "generation_config.json").is_file():  # the model's own may hold settings, as it used to
         read = partial(read, config_file_name="config.json", _from_model_config=True)
     settings = _load(path, "generation config", read)
-    for name, neutral in DECODING.items():
+    for name in (*OFF_AT_ONE, *OFF_AT_NOTHING):
         value = getattr(settings, name, None)
-        if value and value != neutral:
+        if value and not (name in OFF_AT_ONE and value == 1):
             raise ExportError(
                 f"{path}: the generation config sets {name} to {value}, and answers are decoded greedily, with "
                 "a repetition penalty alone: take it out to export without it"
