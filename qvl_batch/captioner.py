@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Self, get_args
+from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +11,7 @@ from PIL import Image
 from qvl_batch.answerer import Answerer, Question
 from qvl_batch.bundle import Bundle
 from qvl_batch.config import DEFAULT_MAX_NEW_TOKENS, Device, Fit
+from qvl_batch.engine import Stoppable
 from qvl_batch.errors import ConfigError, ImageError
 from qvl_batch.features import ImageFeatures, Pixels
 from qvl_batch.images import decode_image, fit_image, image_key, upright_rgb
@@ -25,7 +26,7 @@ ImageLike = str | Path | bytes | NDArray[np.uint8] | Image.Image
 WINDOW = 32
 
 
-class Captioner:
+class Captioner(Stoppable):
     """A bundle ready to answer, in this process.
 
         with Captioner("bundle") as captioner:
@@ -130,15 +131,6 @@ class Captioner:
             return fit_image(_picture(image), self._bundle.manifest.layout.image_size, self._fit)
         except ImageError as error:
             return Failure.of(error)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self.stop()
 
 
 def _is_pixels(images: object) -> bool:

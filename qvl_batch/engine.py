@@ -16,6 +16,7 @@ import logging
 import queue
 import threading
 import weakref
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
@@ -70,7 +71,28 @@ class _Live:
     tokens: list[int] = field(default_factory=list)
 
 
-class Engine:
+class Stoppable(ABC):
+    """A context manager that is closed at its end, and stopped where an exception ends it."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Finish what was asked, then stop."""
+
+    @abstractmethod
+    def stop(self) -> None:
+        """Stop at once; what is left fails."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.stop()
+
+
+class Engine(Stoppable):
     """Runs a decoder until it is closed or nobody holds it any more; use it as a context manager.
 
     Leaving that by an exception stops it. So does the end of the interpreter.
@@ -108,15 +130,6 @@ class Engine:
         """Stop after the step that is being run; what is left fails."""
         self._loop.stop()
         self._loop.join()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self.stop()
 
 
 class _Loop(threading.Thread):
