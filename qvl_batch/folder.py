@@ -204,7 +204,7 @@ class StoreFolder:
         keeper = threading.Thread(target=self._keep, args=(lock, ended), name="qvl-lock", daemon=True)
         keeper.start()
         try:
-            for name in self.names(f"{LOCK}-*"):
+            for name in self._locks():
                 if name < lock:
                     self.remove(name)
             yield
@@ -220,7 +220,15 @@ class StoreFolder:
             raise OutputError(f"another job took {self} over while this one stood still: it goes on there")
 
     def _last_lock(self) -> str | None:
-        return max(self.names(f"{LOCK}-*"), default=None)
+        return max(self._locks(), default=None)
+
+    def _locks(self) -> list[str]:
+        """Names of all locks, in order. A store lists these alone: each write asks, and there may be many answers."""
+        with _as_os_errors():
+            self._files.invalidate_cache()
+            paths: list[str] = self._files.find(self._root, prefix=f"{LOCK}-")
+        names = (path.removeprefix(f"{self._root}/") for path in paths)
+        return sorted(name for name in names if name.startswith(f"{LOCK}-") and "/" not in name)
 
     def _wait_for(self, lock: str) -> None:
         """Return when a lock's holder has ended or is dead; a living one renews it meanwhile."""

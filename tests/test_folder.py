@@ -23,9 +23,14 @@ RENEWAL, LEASE = 0.1, 1.0
 
 
 class _Bytes(fsspec.get_filesystem_class("memory")):
-    """Objects of this process, of which a put can be told to fail where one is, as s3 and gs can be."""
+    """Objects of this process, of which a put can be told to fail where one is, as s3 and gs can be, and
+    which can be listed by the beginning of their names.
+    """
 
     protocol = "memory"
+
+    def find(self, path, prefix="", **options):
+        return [found for found in super().find(path, **options) if found.startswith(f"{path}/{prefix}")]
 
 
 @pytest.fixture
@@ -95,6 +100,18 @@ def _dead(address, machine="elsewhere"):
     """A lock that nobody renews any more."""
     record = {"machine": machine, "pid": 2**22 + 1, "holder": "process 7 on elsewhere"}
     _Bytes().pipe_file(f"{address.removeprefix('memory:/')}/{LOCK}-000004", json.dumps(record).encode())
+
+
+def test_a_write_lists_locks_alone(address, monkeypatch):
+    with _store(address).held():
+        pass
+    folder = _store(address)
+    monkeypatch.setattr(StoreFolder, "names", None)
+    folder._files.pipe_file(f"{folder._root}/{LOCK}-000007/of another program", b"")
+    with folder.held():
+        folder.write("a", b"")
+        folder.remove("a")
+    assert folder._locks() == [f"{LOCK}-000001"]
 
 
 def test_a_lock_of_a_dead_job_does_not_block(address, caplog):
