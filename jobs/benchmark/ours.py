@@ -18,7 +18,7 @@ from benchmark.rows import Rows, median_seconds, timed
 from qvl_batch.bundle import Bundle
 from qvl_batch.config import CaptionConfig
 from qvl_batch.decoder import Decoder, PrefillRow
-from qvl_batch.engine import Completion, Engine, Request
+from qvl_batch.engine import Completion, Engine, Request, decoder_clocks
 from qvl_batch.images import decode_image, fit_image
 from qvl_batch.layout import RowLayout
 from qvl_batch.plan import CUDA_VISION_THREADS
@@ -45,8 +45,10 @@ class Ours:
         self.images_at_once = CUDA_VISION_THREADS if device == "cuda" else threads
         self._pool = ThreadPoolExecutor(self.images_at_once)
         self.decoder = Decoder(loaded, slots, threads, memory=memory_on(loaded.manifest.device))
+        #: Seconds of what the engine has its decoder do.
+        self.clocks = decoder_clocks()
         # One for all answers: a GPU captures its steps for each thread anew.
-        self._engine = Engine(self.decoder, eos_token_ids=())
+        self._engine = Engine(self.decoder, (), self.clocks)
 
     def answer(self, rows: Rows) -> list[list[int]]:
         """Answer all rows; tokens of each."""

@@ -45,7 +45,7 @@ def skew(ours: Ours, rows: Rows) -> dict[str, float]:
         prefill += seconds(partial(ours.prefill, filled))
         static += seconds(partial(_static, ours, batch))
     refilled = seconds(lambda: ours.decode(requests))
-    return {"skew": static / (refilled - prefill), "skew_with_prefill": (prefill + static) / refilled}
+    return {"skew": static / ours.clocks["decode"].take(), "skew_with_prefill": (prefill + static) / refilled}
 
 
 def _static(ours: Ours, batch: list[Request]) -> None:
