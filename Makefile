@@ -6,7 +6,7 @@
 # real-size  export a checkpoint of 3.75 G parameters, and trace larger ones (20 minutes, 25 GB of disk)
 # compare  compare the tiny bundle with its checkpoint in PyTorch, layer by layer
 # lint     ruff and mypy
-# bench    measure engine and Ray job against transformers' generate on a made-up model (40 minutes)
+# bench    measure engine and Ray job against transformers' generate on a made-up model (an hour)
 # openvino install OpenVINO GenAI beside, so that `bench` measures it too
 # train    train the tiny model anew (an hour or two)
 # Each installs what it needs into .venv first, once.
