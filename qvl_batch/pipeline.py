@@ -39,7 +39,15 @@ from qvl_batch.folder import folder_at
 from qvl_batch.memory import RealDevice
 from qvl_batch.output import Job, OutputFolder
 from qvl_batch.page import render
-from qvl_batch.plan import CALLS_PER_VISION_WORKER, ROWS_PER_BLOCK, TASK_CPUS, Card, Plan, make_plan
+from qvl_batch.plan import (
+    CALLS_PER_VISION_WORKER,
+    ROWS_PER_BLOCK,
+    TASK_CPUS,
+    Card,
+    Plan,
+    card_of_this_process,
+    make_plan,
+)
 from qvl_batch.prepare import prepare
 from qvl_batch.quarantine import Guarded, GuardedRead
 from qvl_batch.reader import Lost, read_unit
@@ -56,7 +64,6 @@ from qvl_batch.workers import (
     JoinedWorker,
     RemoteAttempts,
     VisionWorker,
-    card_of_this_process,
     worker_name,
 )
 

@@ -12,6 +12,7 @@ one actor does both, and what it does not hold is cache.
 
 import math
 import os
+import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -180,6 +181,29 @@ def make_plan(
         tasks_at_once=math.ceil(cpus / CPUS_PER_TASK),
         card=card,
     )
+
+
+def card_of_this_process() -> Card:
+    """The GPU that Ray gave this process, as the driver's own tool sees it: to ask CUDA would take memory of it.
+
+    Raises:
+        DeviceError: the tool is missing or fails.
+    """
+    wanted = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    query = [
+        "nvidia-smi",
+        f"--id={wanted}",
+        "--query-gpu=name,memory.free,memory.total",
+        "--format=csv,noheader,nounits",
+    ]
+    try:
+        found = subprocess.run(query, capture_output=True, text=True, check=True, timeout=60).stdout  # noqa: S603
+        name, free, total = found.strip().split("\n")[0].rsplit(", ", 2)
+        return Card(name, int(free) << 20, int(total) << 20)
+    except (OSError, subprocess.SubprocessError, ValueError) as error:
+        raise DeviceError(
+            f"nvidia-smi does not say how much memory the GPU has ({error}): install it with the driver"
+        ) from error
 
 
 def slots_on_card(card: Card, manifest: Manifest, *, vision_too: bool) -> int:

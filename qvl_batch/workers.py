@@ -5,15 +5,12 @@ This module and `pipeline` are the only ones, apart from the jobs, that import r
 
 import os
 import socket
-import subprocess
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import pyarrow as pa
 import ray
 
-from qvl_batch.errors import DeviceError
-from qvl_batch.plan import Card
 from qvl_batch.quarantine import AttemptsInMemory, Guarded
 from qvl_batch.rowset import Row
 from qvl_batch.stages import DecodeStage, VisionStage
@@ -84,29 +81,6 @@ class JoinedWorker:
     def __call__(self, table: pa.Table) -> pa.Table:
         """Encode the images of a table, then answer its rows."""
         return self._decoder(self._vision(table))
-
-
-def card_of_this_process() -> Card:
-    """The GPU that Ray gave this process, as the driver's own tool sees it: to ask CUDA would take memory of it.
-
-    Raises:
-        DeviceError: the tool is missing or fails.
-    """
-    wanted = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    query = [
-        "nvidia-smi",
-        f"--id={wanted}",
-        "--query-gpu=name,memory.free,memory.total",
-        "--format=csv,noheader,nounits",
-    ]
-    try:
-        found = subprocess.run(query, capture_output=True, text=True, check=True, timeout=60).stdout  # noqa: S603
-        name, free, total = found.strip().split("\n")[0].rsplit(", ", 2)
-        return Card(name, int(free) << 20, int(total) << 20)
-    except (OSError, subprocess.SubprocessError, ValueError) as error:
-        raise DeviceError(
-            f"nvidia-smi does not say how much memory the GPU has ({error}): install it with the driver"
-        ) from error
 
 
 def worker_name() -> str:

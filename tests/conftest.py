@@ -7,14 +7,17 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-from selenium import webdriver
 
 from export.checkpoint import Checkpoint, load_checkpoint
 from export.graphs import Traces
 from export.package import ExportConfig, export_bundle
 from qvl_batch.bundle import Bundle
+
+if TYPE_CHECKING:
+    from selenium.webdriver import Chrome
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "datasets" / "tiny-qwen2.5-vl"
@@ -45,8 +48,10 @@ def tiny_checkpoint() -> Checkpoint:
 
 
 @pytest.fixture(scope="session")
-def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Chrome"]:
     """A browser without a window."""
+    from selenium import webdriver  # noqa: PLC0415  (machines with a GPU may be without it)
+
     program, service = shutil.which("chromium"), shutil.which("chromedriver")
     if program is None or service is None:
         pytest.skip("chromium and chromedriver are not installed (Debian: apt-get install chromium chromium-driver)")

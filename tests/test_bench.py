@@ -201,13 +201,30 @@ def test_a_bundle_for_the_cpu_is_not_measured_as_one_for_a_gpu(option, tiny_bund
 
 
 @pytest.mark.long
-def test_the_bench_for_a_gpu_runs_on_whatever_the_bundle_is_for(tiny_bundle):
-    config = gpu.GpuBenchConfig(rows=8, cpu_vision_rows=4, new_tokens=4, rounds=1, slots=8, step_rows=(1, 8))
+def test_the_bench_for_a_gpu_runs_on_whatever_the_bundle_is_for(tiny_bundle, tmp_path):
+    config = gpu.GpuBenchConfig(
+        rows=8, cpu_vision_rows=4, new_tokens=4, rounds=1, slots=8, step_rows=(1, 8), output=tmp_path
+    )
     figures = gpu.measured(config, TINY, tiny_bundle.path, tiny_bundle.path, Console())
     json.dumps(figures)
     assert set(figures["ratios"]) == {"hf", "hf_cpu_vision", "vision_peak", "prefill_peak", "step_1", "step_8"}
     assert all(ratio > 0 for ratio in figures["ratios"].values())
     assert set(figures["images_per_second"]) == {*gpu.OURS, *gpu.PEERS.values()}
+
+
+@pytest.mark.long
+def test_what_was_measured_of_a_card_is_kept_if_a_peer_fails(tiny_bundle, tmp_path, monkeypatch):
+    def fail(*_):
+        raise JobError("out of memory")
+
+    monkeypatch.setattr(gpu, "_peers", fail)
+    config = gpu.GpuBenchConfig(rows=4, new_tokens=4, rounds=1, slots=4, step_rows=(1,), at_once=(1,), output=tmp_path)
+    with pytest.raises(JobError, match="out of memory"):
+        gpu.measured(config, TINY, tiny_bundle.path, None, Console())
+    figures = json.loads((tmp_path / "bench.json").read_text())
+    assert set(figures["ratios"]) == {"vision_peak", "prefill_peak", "step_1"}
+    assert figures["limits"]["copy_gb_per_second"] > 0
+    assert figures["versions"]
 
 
 @pytest.mark.long

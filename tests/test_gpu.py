@@ -14,10 +14,9 @@ from qvl_batch.captioner import Captioner
 from qvl_batch.decoder import SHELVES, Decoder
 from qvl_batch.errors import DeviceError
 from qvl_batch.kv_cache import slot_bytes
-from qvl_batch.plan import CARD_RESERVE, bytes_beside_slots
+from qvl_batch.plan import CARD_RESERVE, bytes_beside_slots, card_of_this_process
 from qvl_batch.runtime import memory_on, open_cuda
 from qvl_batch.vision import VisionEncoder
-from qvl_batch.workers import card_of_this_process
 
 
 def _missing():

@@ -116,10 +116,15 @@ def _processor() -> str:
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
-def write(figures: dict[str, Any], ours: Collection[str], output: Path) -> None:
-    """`bench.json` and `bench.svg`, in which our bars have a colour of their own."""
+def keep(figures: dict[str, Any], output: Path) -> None:
+    """Write `bench.json`."""
     output.mkdir(parents=True, exist_ok=True)
     (output / "bench.json").write_text(json.dumps(figures, indent=1) + "\n")
+
+
+def write(figures: dict[str, Any], ours: Collection[str], output: Path) -> None:
+    """`bench.json` and `bench.svg`, in which our bars have a colour of their own."""
+    keep(figures, output)
     (output / "bench.svg").write_text(_plot(figures["images_per_second"], ours))
 
 
@@ -133,7 +138,12 @@ def show(figures: dict[str, Any], console: Console) -> None:
         tokens, memory = figures["tokens_per_second"][contender], figures["peak_memory_gb"][contender]
         table.add_row(contender, f"{speed:.2f}", f"{tokens:.0f}", *took, f"{memory:.2f}")
     console.print(table)
-    for name, ratio in figures["ratios"].items():
+    show_ratios(figures["ratios"], console)
+
+
+def show_ratios(ratios: dict[str, float], console: Console) -> None:
+    """A line each."""
+    for name, ratio in ratios.items():
         console.print(f"{name:<18} {ratio:.2f}")
 
 

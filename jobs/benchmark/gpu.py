@@ -19,7 +19,18 @@ from rich.console import Console
 from transformers import AutoConfig
 
 from benchmark import limits
-from benchmark.figures import DEMO, best_batch, check_positive, choose_batch, circumstances, measure, medians, read_rows
+from benchmark.figures import (
+    DEMO,
+    best_batch,
+    check_positive,
+    choose_batch,
+    circumstances,
+    keep,
+    measure,
+    medians,
+    read_rows,
+    show_ratios,
+)
 from benchmark.host import ROOT, Host
 from benchmark.rows import Rows
 from qvl_batch.bundle import MANIFEST, Bundle
@@ -145,6 +156,8 @@ def measured(
 ) -> dict[str, Any]:
     """What `bench` returns, on whatever the bundles are made for.
 
+    The engine alone comes first, and what is known is in `bench.json` after each part: time on a card may end.
+
     Raises:
         JobError: the contenders do not do the same work.
     """
@@ -152,23 +165,31 @@ def measured(
     rows = read_rows(folder, config.input, config.rows)
     ours = (config.slots, config.new_tokens)
     with Host("limits of the card", "benchmark.device_limits", "DeviceLimits", bundle.manifest.device) as card:
+        figures: dict[str, Any] = circumstances(
+            config, ("onnxruntime-gpu", "torch", "transformers"), card=card.call("name")
+        )
         with ExitStack() as stack:
             engine = OnCard(card, stack, CUDA_VISION, "ours", "Overlapped", folder, *ours)
+            engine.call("stages", rows)  # captures its steps
+            found, ratios = _against_limits(card, config, engine, AutoConfig.from_pretrained(checkpoint), bundle, rows)
+            figures |= {"ratios": ratios, "limits": found}
+            console.print(f"against the limits of {figures['card']}: {found}")
+            show_ratios(ratios, console)
+            keep(figures, config.output)
             peers, tried, failures = _peers(config, card, stack, (checkpoint, bundle), rows, console)
             contenders = {CUDA_VISION: engine, **peers}
             _check(contenders, rows, config.new_tokens)
             seconds, stages = measure(contenders, rows, config.rounds, console)
-            figures: dict[str, Any] = {
-                "stages_ms_per_image": {name: medians(taken) for name, taken in stages.items()},
-                "best_batch": {name: best_batch(sizes) for name, sizes in tried.items()},
-                "seconds": seconds,
-                "batches_tried": tried,
-                "not_measured": failures,
-            }
-            speed = {name: len(rows) / statistics.median(taken) for name, taken in seconds.items()}
-            console.print("limits of the card")
-            figures["limits"] = _limits(card, TORCH_NAMES[bundle.manifest.dtype])
-            ratios = _against_limits(figures, config, engine, AutoConfig.from_pretrained(checkpoint), bundle, rows)
+        speed = {name: len(rows) / statistics.median(taken) for name, taken in seconds.items()}
+        figures |= {
+            "images_per_second": speed,
+            "stages_ms_per_image": {name: medians(taken) for name, taken in stages.items()},
+            "best_batch": {name: best_batch(sizes) for name, sizes in tried.items()},
+            "seconds": seconds,
+            "batches_tried": tried,
+            "not_measured": failures,
+        }
+        keep(figures, config.output)
         if cpu_vision is not None:
             few = rows.part(0, config.cpu_vision_rows)
             console.print(f"{CPU_VISION}: {len(few)} rows")
@@ -178,17 +199,13 @@ def measured(
                 )
                 slower.call("answer", few.part(0, 2))
                 speed[CPU_VISION] = len(few) / slower.seconds("answer", few)
-        theirs = max((each for name, each in speed.items() if name not in OURS), default=None)
-        if theirs:
-            ratios |= {key: speed[name] / theirs for key, name in HF_RATIOS.items() if name in speed}
-        return {
-            "ratios": ratios,
-            "images_per_second": speed,
-            "tokens_per_second": {name: each * config.new_tokens for name, each in speed.items()},
-            "peak_memory_gb": {name: each.held / 1e9 for name, each in contenders.items()},
-            **figures,
-            **circumstances(config, ("onnxruntime-gpu", "torch", "transformers"), card=card.call("name")),
-        }
+    theirs = max((each for name, each in speed.items() if name not in OURS), default=None)
+    if theirs:
+        ratios |= {key: speed[name] / theirs for key, name in HF_RATIOS.items() if name in speed}
+    return figures | {
+        "tokens_per_second": {name: each * config.new_tokens for name, each in speed.items()},
+        "peak_memory_gb": {name: each.held / 1e9 for name, each in contenders.items()},
+    }
 
 
 def _prepare(config: GpuBenchConfig, console: Console) -> tuple[Path, Path, Path | None]:
@@ -266,19 +283,13 @@ def _check(contenders: dict[str, OnCard], rows: Rows, new_tokens: int) -> None:
             raise JobError(f"{short} answers of {name} are not of {new_tokens} tokens, there is nothing to compare")
 
 
-def _limits(card: Host, dtype: str) -> dict[str, float]:
-    return {
-        "matrix_tflops": card.call("matrix_rate", dtype) / 1e12,
-        "copy_gb_per_second": card.call("copy_bandwidth") / 1e9,
-    }
-
-
 def _against_limits(
-    figures: dict[str, Any], config: GpuBenchConfig, engine: OnCard, settings: Any, bundle: Bundle, rows: Rows
-) -> dict[str, float]:
-    """Shares of the measured matrix rate and bandwidth that stages reach; times of steps are noted."""
-    found, took = figures["limits"], figures["stages_ms_per_image"][CUDA_VISION]
-    rate, bandwidth = found["matrix_tflops"] * 1e12, found["copy_gb_per_second"] * 1e9
+    card: Host, config: GpuBenchConfig, engine: OnCard, settings: Any, bundle: Bundle, rows: Rows
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """The card's measured limits with times of stages and steps, and the shares of the limits that these reach."""
+    rate, bandwidth = card.call("matrix_rate", TORCH_NAMES[bundle.manifest.dtype]), card.call("copy_bandwidth")
+    took = medians([engine.call("stages", rows) for _ in range(config.rounds)])
+    found: dict[str, Any] = {"matrix_tflops": rate / 1e12, "copy_gb_per_second": bandwidth / 1e9, "stages_ms": took}
     tokens = len(RowLayout(bundle).row_ids(rows.prompts[0]))
     operations = {
         "vision": limits.vision_operations(settings, bundle.manifest.layout),
@@ -293,4 +304,4 @@ def _against_limits(
     for live, milliseconds in found["step_ms"].items():
         read = limits.step_bytes(bundle, live, tokens + STEPS // 2)
         ratios[f"step_{live}"] = read / (milliseconds / 1e3) / bandwidth
-    return ratios
+    return found, ratios
