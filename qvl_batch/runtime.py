@@ -7,6 +7,7 @@ that a run copies nothing that is where it is needed already. Failures of ONNX R
 
 import contextlib
 import ctypes
+import importlib.util
 import io
 import os
 import re
@@ -132,10 +133,17 @@ def open_cuda(option: str) -> Cuda:
 
 
 def _preload() -> None:
-    """Load CUDA's libraries where they were installed by pip, so that whoever asks for them later finds them."""
+    """Load CUDA's libraries where they were installed by pip, so that whoever asks for them later finds them.
+
+    ONNX Runtime looks beside itself alone. It may be elsewhere on the path than they are.
+    """
+    nvidia = importlib.util.find_spec("nvidia")
+    roots = nvidia.submodule_search_locations if nvidia else None
+    folders = [str(folder) for root in roots or () for folder in sorted(Path(root).glob("*/lib"))]
     # It prints what it cannot find; what is really missing is said by whoever needs it.
     with contextlib.redirect_stdout(io.StringIO()):
-        ort.preload_dlls()
+        for folder in [*folders, None]:
+            ort.preload_dlls(directory=folder)
 
 
 def memory_on(device: RealDevice, option: str = "--device cuda") -> Memory:

@@ -23,7 +23,15 @@ from qvl_batch.errors import ConfigError, DeviceError
 from qvl_batch.kv_cache import slot_bytes
 from qvl_batch.memory import CudaMemory
 from qvl_batch.plan import Card, bytes_beside_slots, make_plan, slots_on_card
-from qvl_batch.runtime import _OUT_OF_MEMORY, _providers, has_cuda, open_cuda, resolve_device, resolve_vision_device
+from qvl_batch.runtime import (
+    _OUT_OF_MEMORY,
+    _preload,
+    _providers,
+    has_cuda,
+    open_cuda,
+    resolve_device,
+    resolve_vision_device,
+)
 
 GIB = 1 << 30
 
@@ -76,6 +84,22 @@ def requests(tiny_bundle):
         for number, request in enumerate(images)
         for asked in images[:2]
     ]
+
+
+def test_libraries_of_cuda_are_found_wherever_pip_installed_them(tmp_path, monkeypatch):
+    folders = [tmp_path / "nvidia" / name / "lib" for name in ("cu13", "cudnn")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    monkeypatch.syspath_prepend(tmp_path)
+    looked = []
+
+    def look(directory):
+        looked.append(directory)
+
+    monkeypatch.setattr("onnxruntime.preload_dlls", look)
+    _preload()
+    assert looked[:2] == list(map(str, folders))
+    assert looked[-1] is None
 
 
 def test_rows_in_memory_apart_are_answered_the_same(half_bundle, requests):
