@@ -52,7 +52,9 @@ SHAPES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize(
+    "name", [name if name == "untied" else pytest.param(name, marks=pytest.mark.long) for name in SHAPES]
+)
 def test_any_shape_passes_the_parity_gate(name, tmp_path):
     text, vision, size = SHAPES[name]
     checkpoint = make_checkpoint(tmp_path / "checkpoint", text=text, vision=vision)
@@ -141,10 +143,22 @@ def _raster_order(grid, config):
 @pytest.mark.parametrize(
     ("module", "function", "wrong", "message"),
     [
-        (export.decoder, "_axis_of_frequency", _one_dimensional, "logits are off by"),
-        (export.vision, "window_order", _raster_order, "vision features are off by"),
+        pytest.param(
+            export.decoder,
+            "_axis_of_frequency",
+            _one_dimensional,
+            "logits are off by",
+            id="positions of one dimension",
+        ),
+        pytest.param(
+            export.vision,
+            "window_order",
+            _raster_order,
+            "vision features are off by",
+            id="windows in raster order",
+            marks=pytest.mark.long,
+        ),
     ],
-    ids=["positions of one dimension", "windows in raster order"],
 )
 def test_the_gate_refuses_wrong_graphs_and_leaves_nothing(module, function, wrong, message, monkeypatch, tmp_path):
     monkeypatch.setattr(module, function, wrong)
@@ -159,6 +173,7 @@ def test_a_skipped_gate_is_recorded(tmp_path):
     assert json.loads((tmp_path / "bundle" / "bundle.json").read_text())["parity"] is None
 
 
+@pytest.mark.long
 def test_a_trace_is_not_changed_by_exports_that_use_it(tiny_bundle, tmp_path):
     hashes = [_hashes(tiny_bundle)]
     for dtype in ("int8", "bf16", "bf16", "int8", "fp32"):
