@@ -59,13 +59,7 @@ from qvl_batch.schema import InputColumns
 from qvl_batch.sink import AnswerWriter
 from qvl_batch.source import Source, Unit, open_source
 from qvl_batch.stages import open_vision_cache
-from qvl_batch.workers import (
-    DecoderWorker,
-    JoinedWorker,
-    RemoteAttempts,
-    VisionWorker,
-    worker_name,
-)
+from qvl_batch.workers import DecoderWorker, JoinedWorker, RemoteAttempts, VisionWorker, worker_name
 
 #: With fewer, the actors would leave no CPU to the tasks that feed them.
 LEAST_CPUS = 2

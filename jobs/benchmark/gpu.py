@@ -201,7 +201,7 @@ def measured(
                 speed[CPU_VISION] = len(few) / slower.seconds("answer", few)
     theirs = max((each for name, each in speed.items() if name not in OURS), default=None)
     if theirs:
-        ratios |= {key: speed[name] / theirs for key, name in HF_RATIOS.items() if name in speed}
+        figures["ratios"] |= {key: speed[name] / theirs for key, name in HF_RATIOS.items() if name in speed}
     return figures | {
         "tokens_per_second": {name: each * config.new_tokens for name, each in speed.items()},
         "peak_memory_gb": {name: each.held / 1e9 for name, each in contenders.items()},
