@@ -25,6 +25,7 @@ from qvl_batch.errors import BundleError, ConfigError, DeviceError
 from qvl_batch.memory import ELEMENTS, Buffer, CudaMemory, HostMemory, Memory, RealDevice
 from qvl_batch.subnormals import subnormals_flushed
 
+ORT_VERSION: str = ort.__version__
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 #: Numbers of ONNX's types that NumPy does not have, and of all halves.
 ONNX_TYPES = {"float16": 10, "bfloat16": 16}

@@ -11,14 +11,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import PIL
 import pyarrow as pa
 
 from qvl_batch.answerer import Answerer, Question
-from qvl_batch.bundle import Bundle, Manifest
+from qvl_batch.bundle import Bundle, Manifest, combined_sha256
 from qvl_batch.busy import seconds_column
 from qvl_batch.features import ImageFeatures, Pixels
 from qvl_batch.memory import RealDevice
 from qvl_batch.prepare import IMAGE_KEY, PIXELS
+from qvl_batch.runtime import ORT_VERSION
 from qvl_batch.schema import ANSWER_FIELDS, Failure
 from qvl_batch.source import FAILURE, OWN, PROMPT, failure_columns, failures_of, with_columns
 from qvl_batch.vision import Features, VisionEncoder
@@ -30,12 +32,15 @@ WORKERS = {"vision": f"{OWN}vision_worker", "decoder": f"{OWN}decoder_worker"}
 
 
 def open_vision_cache(folder: Path, gigabytes: float, manifest: Manifest) -> VisionCache:
-    """Features of a bundle's vision graph that are kept.
+    """Features that are kept of a bundle's vision graph, and of these versions of Pillow and ONNX Runtime.
 
     Raises:
         OutputError: the folder cannot be written.
     """
-    return VisionCache(folder, manifest.vision_sha256, manifest.feature_shape, int(gigabytes * 1e9))
+    maker = combined_sha256(
+        [("vision", manifest.vision_sha256), ("pillow", PIL.__version__), ("onnxruntime", ORT_VERSION)]
+    )
+    return VisionCache(folder, maker, manifest.feature_shape, int(gigabytes * 1e9))
 
 
 class VisionStage:

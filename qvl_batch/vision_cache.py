@@ -1,11 +1,11 @@
 """Image features kept on disk, so that a second prompt over the same images runs no vision.
 
-    DIR/<vision graph>/<first byte of key>/<key>.f32     float32 (T_img, D), then CRC-32
+    DIR/<maker>/<first byte of key>/<key>.f32     float32 (T_img, D), then CRC-32
 
-A key stands for an image's bytes and how it is fitted; the folder for the graph's contents. What is
-found is therefore what the graph would give, bit for bit. Files appear whole (temporary name,
-rename), so several workers may share a folder and be killed at any time; a file that is damaged
-all the same is taken for missing. The oldest, by last use, go when the folder is full.
+A key stands for an image's bytes and how it is fitted; the folder for what made features of them. What is
+found is therefore what would be made again, bit for bit on the same kind of processor. Files appear whole
+(temporary name, rename), so several workers may share a folder and be killed at any time; a file that is
+damaged all the same is taken for missing. The oldest, by last use, go when the folder is full.
 
 This module knows nothing of how features are made.
 """
@@ -38,7 +38,7 @@ class VisionCache:
 
     Args:
         folder: shared by workers and runs; it is made if it is missing.
-        graph: identifies the vision graph's contents.
+        maker: identifies what makes the features: the vision graph, and what decodes images for it and runs it.
         shape: of an image's features, (T_img, D).
         max_bytes: bound on the size of all files under `folder`.
 
@@ -46,8 +46,8 @@ class VisionCache:
         OutputError: the folder cannot be written.
     """
 
-    def __init__(self, folder: Path, graph: str, shape: tuple[int, int], max_bytes: int) -> None:
-        self._root, self._folder = folder, folder / graph[:16]
+    def __init__(self, folder: Path, maker: str, shape: tuple[int, int], max_bytes: int) -> None:
+        self._root, self._folder = folder, folder / maker[:16]
         self._shape, self._max_bytes = shape, max_bytes
         self._writes = 0
         try:

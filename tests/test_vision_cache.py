@@ -11,6 +11,7 @@ import pytest
 from qvl_batch.config import CaptionConfig
 from qvl_batch.errors import ConfigError, OutputError
 from qvl_batch.images import image_key
+from qvl_batch.stages import open_vision_cache
 from qvl_batch.vision_cache import VisionCache
 
 SHAPE = (4, 3)
@@ -126,6 +127,17 @@ def test_a_disk_that_is_full_is_named_and_nothing_is_left(tmp_path, monkeypatch)
 def test_a_size_is_a_number_above_0(gigabytes, tmp_path):
     with pytest.raises(ConfigError, match="--vision-cache-gb must be a number above 0, not"):
         CaptionConfig(bundle=tmp_path, input=("x",), output="out", vision_cache_gb=gigabytes)
+
+
+def test_features_of_other_versions_are_not_taken(tiny_bundle, tmp_path, monkeypatch):
+    manifest = tiny_bundle.manifest
+    features = np.ones(manifest.feature_shape, np.float32)
+    open_vision_cache(tmp_path, 1, manifest).put(b"key", features)
+    assert (open_vision_cache(tmp_path, 1, manifest).get(b"key") == features).all()
+    for name in ("PIL.__version__", "qvl_batch.stages.ORT_VERSION"):
+        with monkeypatch.context() as changed:
+            changed.setattr(name, "another")
+            assert open_vision_cache(tmp_path, 1, manifest).get(b"key") is None
 
 
 def test_a_key_stands_for_contents_and_fit():
