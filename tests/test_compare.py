@@ -298,9 +298,28 @@ def test_rows_that_cannot_be_asked_are_counted_apart(tiny_bundle, demo, tmp_path
         assert "intervals hold for one fit alone" in text
     said = []
     compare(config, say=said.append)
-    assert said[-1] == (
-        "resuming  14 are compared already; 8 of them failed and are not asked again: --overwrite asks all again"
-    )
+    assert said[-1] == ("resuming  14 are compared already; 8 of them failed (--retry-errors)")
+
+
+def test_rows_that_failed_are_asked_again_if_that_is_wanted(tiny_bundle, demo, tmp_path):
+    rows = [dict(row) for row in demo[:5]]
+    rows[1]["image"] = rows[3]["image"] = {"bytes": None, "path": "late.png"}
+    pq.write_table(pa.Table.from_pylist(rows, pq.read_schema(QUESTIONS)), tmp_path / "questions.parquet")
+    options = {"input": (str(tmp_path / "questions.parquet"),), "allow_images_from": (str(tmp_path),)}
+    config = _config(tiny_bundle.path, tmp_path / "out", fit=("crop", "stretch"), **options)
+    assert compare(config).summary["compared"] == 6
+    first = _rows(tmp_path / "out")
+    (tmp_path / "late.png").write_bytes(demo[1]["image"]["bytes"])
+    assert compare(config).summary["compared"] == 6
+    said = []
+    outcome = compare(dataclasses.replace(config, retry_errors=True), say=said.append)
+    assert said[-1] == "resuming  6 are compared already; 4 that failed are asked again"
+    assert (outcome.summary["compared"], outcome.passed) == (10, True)
+    again = _rows(tmp_path / "out")
+    assert [(row["id"], row["fit"]) for row in again] == [(row["id"], row["fit"]) for row in first]
+    assert [row for row in again if row["row"] in (0, 2, 4)] == [row for row in first if row["row"] in (0, 2, 4)]
+    compare(dataclasses.replace(config, retry_errors=True), say=said.append)
+    assert said[-1] == "resuming  10 are compared already"
 
 
 TRACE = Trace("yes", [1], [1, 2], np.ones((1, 1), np.float32), np.ones((1, 2), np.float32))
@@ -333,7 +352,7 @@ def _asked(folder, say=lambda _: None, options=(), **columns):
         table = pa.table(plain | {name: values[at] for name, values in columns.items()})
         pq.write_table(table, folder / f"{at}.parquet")
     questions = open_questions(_config(TINY, folder / "out", input=(str(folder),), **dict(options)), 336, say)
-    return [asked for chunk in questions.chunks(8, 0) for asked in chunk]
+    return [asked for chunk in questions.chunks(8) for asked in chunk]
 
 
 @pytest.mark.parametrize(
@@ -432,6 +451,7 @@ def test_a_graph_without_such_layers_is_named(tiny_bundle):
         ({"max_drift": -1.0}, ConfigError, "--max-drift must be at least 0"),
         ({"tie_margin": math.nan}, ConfigError, "--tie-margin must be at least 0"),
         ({"gallery": -1}, ConfigError, "--gallery must be at least 0"),
+        ({"overwrite": True, "retry_errors": True}, ConfigError, "give one of them"),
         ({"fit": ()}, ConfigError, "--fit needs"),
         ({"max_new_tokens": 0}, ConfigError, "--max-new-tokens must be at least 1"),
         ({"expected_column": "right"}, InputError, r"no single column 'right' \(--expected-column\)"),

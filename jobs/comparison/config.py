@@ -56,6 +56,8 @@ class CompareConfig:
     """Rows to show on the page: those that differ or failed first, then others at random."""
     overwrite: bool = False
     """Delete what the output folder holds of another comparison."""
+    retry_errors: bool = False
+    """Ask again about the rows that failed on a side or could not be asked about."""
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work on any machine.
@@ -72,6 +74,8 @@ class CompareConfig:
                 raise ConfigError(f"{option} must be at least 0, not {value}")
         if self.gallery < 0:
             raise ConfigError(f"--gallery must be at least 0, not {self.gallery}")
+        if self.overwrite and self.retry_errors:
+            raise ConfigError("--retry-errors has nothing to ask again after --overwrite: give one of them")
         if not self.fit or len(set(self.fit)) < len(self.fit):
             raise ConfigError("--fit needs at least one way to fit an image, each once")
         self.captions()

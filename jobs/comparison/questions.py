@@ -1,7 +1,7 @@
 """The questions of a comparison: rows of the input, their images decoded and fitted once for both sides."""
 
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from qvl_batch.errors import ConfigError, ImageError, InputError
 from qvl_batch.fetch import Fetcher
 from qvl_batch.images import decode_image, fit_image
 from qvl_batch.reader import read_unit
+from qvl_batch.rowset import Row, RowSet
 from qvl_batch.schema import ID, Failure, is_textual, readable, texts
 from qvl_batch.source import FILE, IMAGE, PROMPT, ROW, Source, failures_of, open_source
 
@@ -56,7 +57,7 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Questions:
-    """All questions of a comparison, in chunks that follow from the input alone."""
+    """All questions of a comparison."""
 
     source: Source
     fetcher: Fetcher
@@ -68,19 +69,19 @@ class Questions:
     def __len__(self) -> int:
         return self.source.rows * len(self.fits)
 
-    def chunks(self, rows: int, skip: int) -> "Iterator[list[Question]]":
-        """Questions, at most `rows` rows of the input at a time, after the first `skip` chunks."""
+    def without(self, rows: Iterable[Row]) -> "Questions":
+        """The questions less those about some rows of the input."""
+        done = RowSet(file.rows for file in self.source.files)
+        for file, row in rows:
+            done.add(file, row, row + 1)
+        return replace(self, source=self.source.without(done))
+
+    def chunks(self, rows: int) -> "Iterator[list[Question]]":
+        """Questions about at most `rows` rows of the input at a time."""
         waiting: list[dict[str, Any]] = []
-        left = skip * rows
         for unit in self.source.units():
-            # Chunks that are done are not decoded again.
-            if left >= unit.rows:
-                left -= unit.rows
-                continue
             for table in read_unit(unit, self.source.columns, self.prompt, rows, self.fetcher):
-                records = _records(table, self.expected)[left:]
-                left = max(0, left - table.num_rows)
-                waiting += records
+                waiting += _records(table, self.expected)
                 while len(waiting) >= rows:
                     yield self._ask(waiting[:rows])
                     waiting = waiting[rows:]

@@ -1,10 +1,11 @@
 """What a comparison has found so far, on disk: a part for each chunk of questions.
 
     DIR/_parts/settings.json        what the parts depend on
-    DIR/_parts/part-000000.parquet  rows of chunk 0, whole or not there
+    DIR/_parts/part-000000.parquet  what was asked first, whole or not there
 
-A comparison that was stopped goes on after the last part. Parts of another comparison are not
-mixed with: whatever changes a row of them stands in `settings.json`.
+A comparison that was stopped goes on with what no part has. Parts of another comparison are not
+mixed with: whatever changes a row of them stands in `settings.json`. A row of the input that was
+asked about again stands in several parts, of which the last counts.
 """
 
 import json
@@ -23,6 +24,7 @@ from comparison.traces import INPUT_STAGES, Trace
 from qvl_batch.errors import OutputError
 from qvl_batch.folder import LocalFolder
 from qvl_batch.output import check_same_settings
+from qvl_batch.rowset import Row
 from qvl_batch.schema import Failure, failure_record
 from qvl_batch.sink import parquet
 
@@ -134,12 +136,10 @@ class Records:
     Args:
         output: the folder.
         schema: of the parts.
-        chunks: how many parts are there already.
     """
 
     output: Path
     schema: pa.Schema
-    chunks: int
 
     @classmethod
     def open(cls, output: Path, id_type: pa.DataType, settings: dict[str, Any], *, overwrite: bool) -> "Records":
@@ -160,28 +160,34 @@ class Records:
                 raise OutputError(f"{output} holds a report already: give another --output, or --overwrite")
             parts.mkdir(parents=True, exist_ok=True)
             LocalFolder(parts).write(SETTINGS, json.dumps(settings, indent=1).encode())
-            chunks = 0
-            while (parts / _part(chunks)).is_file():
-                chunks += 1
         except (OSError, ValueError) as error:
             raise OutputError(f"{output} cannot be used: {error}; give another --output") from error
-        return cls(output, pa.schema([pa.field("id", id_type), *FIELDS, THUMBNAIL]), chunks)
+        return cls(output, pa.schema([pa.field("id", id_type), *FIELDS, THUMBNAIL]))
 
-    def failed(self) -> int:
-        """Rows found so far that have a failure."""
-        columns = (pq.read_table(path, columns=["error_side"])["error_side"] for path in self._files())
-        return sum(len(column) - column.null_count for column in columns)
+    def failures(self) -> dict[Row, int]:
+        """How many questions about each row failed, of all rows that were asked about."""
+        asked = self._latest(["file", "row", "error_side"])
+        return {row: sum(each["error_side"] is not None for each in found) for row, found in asked.items()}
 
-    def write(self, chunk: int, rows: list[dict[str, Any]]) -> None:
-        """Write the rows of a chunk."""
-        LocalFolder(self.output / PARTS).write(_part(chunk), parquet(pa.Table.from_pylist(rows, self.schema)))
+    def add(self, rows: list[dict[str, Any]]) -> None:
+        """Write a part; what it says of a row of the input replaces what others said."""
+        name = f"part-{len(self._files()):06d}.parquet"
+        LocalFolder(self.output / PARTS).write(name, parquet(pa.Table.from_pylist(rows, self.schema)))
 
     def read(self) -> list[dict[str, Any]]:
         """All rows, in the order of the input."""
-        rows: list[dict[str, Any]] = []
+        latest = self._latest(None)
+        return [each for row in sorted(latest) for each in latest[row]]
+
+    def _latest(self, columns: list[str] | None) -> dict[Row, list[dict[str, Any]]]:
+        """What the last part that has a row of the input says of it."""
+        latest: dict[Row, list[dict[str, Any]]] = {}
         for path in self._files():
-            rows += pq.read_table(path).to_pylist()
-        return rows
+            found: dict[Row, list[dict[str, Any]]] = {}
+            for each in pq.read_table(path, columns=columns).to_pylist():
+                found.setdefault((each["file"], each["row"]), []).append(each)
+            latest |= found
+        return latest
 
     def _files(self) -> list[Path]:
         return sorted((self.output / PARTS).glob("part-*.parquet"))
@@ -195,10 +201,6 @@ class Records:
         folder.write(COMPARISON, parquet(pa.Table.from_pylist(rows, schema)))
         folder.write(SUMMARY, json.dumps(summary, indent=1, allow_nan=False).encode() + b"\n")
         folder.write(PAGE, page.encode())
-
-
-def _part(chunk: int) -> str:
-    return f"part-{chunk:06d}.parquet"
 
 
 def _clear(output: Path) -> None:

@@ -80,16 +80,16 @@ def compare(config: CompareConfig, say: Callable[[str], None] = lambda _: None) 
     """
     sides = _Sides(config, Bundle.load(config.bundle))
     questions = open_questions(config, sides.bundle.manifest.layout.image_size, say)
-    rows_per_chunk = _rows_per_chunk(config, sides.bundle)
-    settings = _settings(config, sides, questions, rows_per_chunk)
+    settings = _settings(config, sides, questions)
     id_type = questions.source.columns.id.type
     records = Records.open(config.output, id_type, settings, overwrite=config.overwrite)
-    done = min(len(questions), records.chunks * rows_per_chunk * len(config.fit))
     _say_what(say, config, sides, questions)
-    if done:
-        _say_resuming(say, done, records.failed())
-    with progress_line(len(questions) - done) as progress:
-        _answer(questions, sides, records, rows_per_chunk, progress)
+    failures = records.failures()
+    left = questions.without(row for row, failed in failures.items() if not (failed and config.retry_errors))
+    if failures:
+        _say_resuming(say, len(questions) - len(left), sum(failures.values()), again=config.retry_errors)
+    with progress_line(len(left)) as progress:
+        _answer(left, sides, records, _rows_per_chunk(config, sides.bundle), progress)
     return _report(config, sides, records, settings)
 
 
@@ -98,9 +98,9 @@ def _answer(
 ) -> None:
     """Answer what is not answered yet, a chunk at a time."""
     done, failed, started = 0, 0, time.monotonic()
-    for number, chunk in enumerate(questions.chunks(rows_per_chunk, records.chunks), start=records.chunks):
+    for chunk in questions.chunks(rows_per_chunk):
         rows = _rows(chunk, sides)
-        records.write(number, rows)
+        records.add(rows)
         done += len(rows)
         failed += sum(row["error_side"] is not None for row in rows)
         progress.show(done, failed, time.monotonic() - started)
@@ -240,7 +240,7 @@ def _first_error(rows: Sequence[dict[str, Any]]) -> str:
     return f"{rows[0]['id']}: {rows[0]['error_type']}: {rows[0]['error_message']}" if rows else "the input is empty"
 
 
-def _settings(config: CompareConfig, sides: _Sides, questions: Questions, rows_per_chunk: int) -> dict[str, Any]:
+def _settings(config: CompareConfig, sides: _Sides, questions: Questions) -> dict[str, Any]:
     """What the rows of the comparison depend on, and what else must be as it was to go on."""
     files = questions.source.files
     return {
@@ -254,7 +254,6 @@ def _settings(config: CompareConfig, sides: _Sides, questions: Questions, rows_p
         "fit": list(config.fit),
         "max_new_tokens": config.max_new_tokens,
         "layers": config.layers,
-        "rows a part": rows_per_chunk,
         "versions": installed_versions(PACKAGES),
     }
 
@@ -273,9 +272,13 @@ def _say_what(say: Callable[[str], None], config: CompareConfig, sides: _Sides, 
     say(f"questions {len(questions):,} from {len(questions.source.files):,} files")
 
 
-def _say_resuming(say: Callable[[str], None], done: int, failed: int) -> None:
-    again = f"; {failed:,} of them failed and are not asked again: --overwrite asks all again" if failed else ""
-    say(f"resuming  {done:,} are compared already{again}")
+def _say_resuming(say: Callable[[str], None], done: int, failed: int, *, again: bool) -> None:
+    what = f"{done:,} are compared already"
+    if failed:
+        what += (
+            f"; {failed:,} that failed are asked again" if again else f"; {failed:,} of them failed (--retry-errors)"
+        )
+    say(f"resuming  {what}")
 
 
 def _figure(value: float | str | None) -> str:
