@@ -2,9 +2,9 @@
 
 What enters: a traced graph in fp32. What leaves, in place: the same graph, in which products with
 their biases, attention, and what lies between two of them (the gate of an MLP) are in fp16 or
-bf16. The residual stream, norms, rotary embedding, softmax (inside the attention operators),
-logits and what decides about them stay in fp32, as does the patch embedding, which is 2 % of the
-vision tower's work and takes pixels.
+bf16. The residual stream, norms, rotary embedding, softmax (inside the attention operators)
+and what picks a token stay in fp32, as does the patch embedding, which is 2 % of the vision tower's
+work and takes pixels.
 
 In fp16 the residual stream is in a larger unit than the checkpoint's (see `export.decoder`), as
 Qwen2.5-VL was trained in bf16 and has states that fp16 does not hold.

@@ -79,7 +79,7 @@ class Decoder:
         if kinds.get("image_embeds") != "float":
             raise BundleError(f"{bundle.path / DECODER} has no residual stream in fp32: export the checkpoint again")
         self._cache = KvCache(manifest, slots, SHELVES, kinds["past_key.0"], self.memory)
-        self._hidden_size = manifest.decoder.hidden_size
+        self._hidden_size, self._feature_shape = manifest.decoder.hidden_size, manifest.feature_shape
         self._seen = SeenTokens(manifest, slots, self.memory) if "past_seen" in kinds else None
         if (self._seen is None) != (manifest.generation.repetition_penalty == 1):
             raise BundleError(f"{bundle.path / DECODER} has another repetition penalty: export the checkpoint again")
@@ -96,6 +96,8 @@ class Decoder:
         self._outputs = {"next_token": self.memory.zeros((slots,), "int64")}
         if keep_logits:
             self._outputs["logits"] = self.memory.zeros((slots, manifest.decoder.vocab_size), "float")
+        if self.memory.device == "cuda":
+            self._take_memory()
 
     def prefill(self, first: int, rows: Sequence[PrefillRow]) -> Tokens:
         """Fill slots `first`, `first + 1`, ... with `rows`; returns int64 (B,) of first tokens."""
@@ -200,6 +202,12 @@ class Decoder:
             inputs["past_seen"] = seen or self._seen.of_slots.rows(first, rows)
             outputs["present_seen"] = self._seen.of_slots.rows(first, rows)
         return self._session.bind(inputs, outputs, graph)
+
+    def _take_memory(self) -> None:
+        """Run the largest prefill, so that what it takes of a card is one piece that others use too, and is there."""
+        nothing = np.zeros(self._feature_shape, np.float32)
+        row = PrefillRow([self.layout.image_token_id] * self.layout.max_seq_len, nothing)
+        self.prefill(0, [row] * min(self.prefill_rows, self.slots))
 
     def _pick(self, rows: int) -> Tokens:
         found = {name: each.values[:rows] for name, each in self._outputs.items()}

@@ -188,6 +188,8 @@ class Session:
         options.add_session_config_entry("session.intra_op.spin_duration_us", str(SPIN_MICROSECONDS))
         # Of its own threads; the calling one, which works as hard, is up to each run.
         options.add_session_config_entry("session.set_denormal_as_zero", "1")
+        # A plan of memory for each shape of inputs takes room of its own on a card, and keeps it.
+        options.enable_mem_pattern = memory is None or memory.device == "cpu"
         if model is not None:
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
         self.memory: Memory = memory or HostMemory()
@@ -278,6 +280,9 @@ def _providers(memory: Memory, *, captures: bool) -> list[Any]:
         "arena_extend_strategy": "kSameAsRequested",
         # What is in fp32 is meant to be.
         "use_tf32": "0",
+        # Flash (1) or memory-efficient (2) attention. Of its own accord, ONNX Runtime takes cuDNN's on new cards, which
+        # needs a plan for every shape (tens of milliseconds each), and on others none that is fused for bf16 windows.
+        "sdpa_kernel": "3",
         "enable_cuda_graph": str(int(captures)),
     }
     # Shapes are computed on the host.

@@ -4,6 +4,7 @@ import ctypes
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from answers import complete, demo_rows, requests_of
 from conftest import ROOT, TINY, TRACES
+from shallow import make_shallow
 from stand_in.build import PROVIDER, build
 
 from export.half import emulated_graph
@@ -279,6 +281,38 @@ def test_every_node_runs_on_the_gpu_and_only_tokens_cross_the_bus(half_bundle, a
     assert not report["moved"]["crossings"]
     assert report["features"] == [[1, *half_bundle.manifest.feature_shape]]
     assert (report["last_error"], report["not_freed"]) == (0, 0)
+    _attention_is_fused(report)
+    # Rows of whatever lengths take no more than the decoder had when it started.
+    assert report["memory"]["added"] == 0
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("shape", "dtype", "in_steps", "in_vision"),
+    [
+        ("3b", "bf16", r"grp8_bf1610kernel_mha", "attention_kernel_batched"),
+        ("3b", "fp16", r"grp8_fp1610kernel_mha", "flash_fwd"),
+        ("7b", "bf16", "flash_fwd_splitkv", "attention_kernel_batched"),
+    ],
+)
+def test_attention_of_published_shapes_is_fused(shape, dtype, in_steps, in_vision, tmp_path, asked_of_a_gpu):
+    checkpoint = make_shallow(tmp_path / "checkpoint", shape)
+    export_bundle(ExportConfig(checkpoint=checkpoint, output=tmp_path / "bundle", dtype=dtype, skip_parity=True))
+    report = asked_of_a_gpu(tmp_path / "bundle")
+    _stays_on_the_gpu(report)
+    _attention_is_fused(report, in_steps, in_vision)
+    memory = report["memory"]
+    assert memory["added"] == 0
+    assert 0.75 * memory["planned"] <= memory["decoder"] + memory["vision"] <= memory["planned"]
+
+
+def _attention_is_fused(report, in_steps="flash_fwd_splitkv", in_vision="attention_kernel_batched"):
+    """And none of it cuDNN's, which has not even been asked: the stand-in's has no attention."""
+    wanted = {"prefill": "flash_fwd", "step": in_steps, "rest": "flash_fwd_splitkv", "vision": in_vision}
+    for run, kernel in wanted.items():
+        names = report["kernels"][run]
+        assert any(re.search(kernel, name) for name in names), (run, names)
+        assert not any("softmax" in name.lower() for name in names), (run, names)
 
 
 @pytest.mark.long

@@ -7,11 +7,14 @@ import numpy as np
 import pytest
 from answers import complete, demo_rows, requests_of
 from conftest import QUESTIONS, ROOT, TINY, TRACES
+from reference import letterboxed
+from shallow import make_shallow
 
+from export.half import emulated_graph
 from export.package import ExportConfig, export_bundle
-from qvl_batch.bundle import Bundle
+from qvl_batch.bundle import DECODER, VISION, Bundle
 from qvl_batch.captioner import Captioner
-from qvl_batch.decoder import SHELVES, Decoder
+from qvl_batch.decoder import SHELVES, Decoder, PrefillRow
 from qvl_batch.errors import DeviceError
 from qvl_batch.kv_cache import slot_bytes
 from qvl_batch.plan import CARD_RESERVE, bytes_beside_slots, card_of_this_process
@@ -58,6 +61,36 @@ def on_cpu(tiny_bundle):
     return requests, complete(Decoder(tiny_bundle, 8, 2), tiny_bundle, requests)
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("shape", ["3b", "7b"])
+def test_attention_of_published_shapes_is_what_was_emulated(shape, dtype, tmp_path):
+    """The GPU takes other kernels for their number and size of heads than for the tiny model's."""
+    checkpoint = make_shallow(tmp_path / "checkpoint", shape)
+    export_bundle(ExportConfig(checkpoint=checkpoint, output=tmp_path / "bundle", dtype=dtype, skip_parity=True))
+    bundle, bound = Bundle.load(tmp_path / "bundle"), {"bf16": 0.1, "fp16": 0.01}[dtype]
+    emulated = {name: emulated_graph(bundle.file(name)) for name in (VISION, DECODER)}
+    pixels = letterboxed(demo_rows(1)[0]["image"]["bytes"])
+    expected = VisionEncoder(bundle, 8, graph=emulated[VISION]).encode(pixels)
+    features = VisionEncoder(bundle, 1, "cuda").encode(pixels)
+    assert np.abs(features - expected).max() <= bound * np.abs(expected).max()
+    rows = [PrefillRow(bundle.manifest.layout.row_ids([5] * length), expected) for length in (3, 40, 9)]
+    decoders = [
+        Decoder(bundle, 4, 8, graph=emulated[DECODER], keep_logits=True),
+        Decoder(bundle, 4, 1, memory=memory_on("cuda"), keep_logits=True),
+    ]
+    for run in (
+        lambda decoder: decoder.prefill(0, rows),
+        *[lambda decoder: decoder.step(np.array([7, 8, 9]))] * 3,
+        lambda decoder: (decoder.shelve(0, 0), decoder.prefill_rest(3, 0, rows[1])),
+        *[lambda decoder: decoder.step(np.array([7, 8, 9, 10]))] * 3,
+    ):
+        for decoder in decoders:
+            run(decoder)
+        cpu, gpu = (decoder.logits for decoder in decoders)
+        assert cpu.shape == gpu.shape
+        assert np.abs(gpu - cpu).max() <= bound * np.abs(cpu).max()
+
+
 def _answers(bundle, slots=8):
     requests = requests_of(bundle, demo_rows(), NEW_TOKENS, VisionEncoder(bundle, 1, "cuda"))
     return requests, complete(Decoder(bundle, slots, 1, memory=memory_on("cuda")), bundle, requests)
@@ -85,7 +118,9 @@ def test_in_half_precision_nearly_all_tokens_are_those_of_the_cpu(dtype, bundles
 def test_captured_steps_answer_as_others_do(bundles, monkeypatch):
     _, captured = _answers(bundles("bf16"), slots=5)
     monkeypatch.setattr("qvl_batch.decoder.HALVES", ())
-    assert _answers(bundles("bf16"), slots=5)[1] == captured
+    _, plain = _answers(bundles("bf16"), slots=5)
+    # Not all: a step that is not captured divides a shorter cache among the GPU's cores, and adds in another order.
+    assert sum(a == b for a, b in zip(captured, plain, strict=True)) >= AGREEMENT["bf16"] * len(plain)
 
 
 def test_memory_is_what_was_planned(bundles):

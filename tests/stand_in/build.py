@@ -14,6 +14,8 @@ import onnxruntime
 DRIVER, RUNTIME = "libcuda.so.1", "libcudart"
 #: Opened only when attention runs, so that nobody lists what is asked of it.
 CUDNN, OF_CUDNN = "libcudnn.so.9", ["cudnnCreate", "cudnnSetStream", "cudnnDestroy", "cudnnGetVersion"]
+#: Of a cuDNN whose attention ONNX Runtime would take on this card, and which the stand-in has not.
+RETURNS = {"cudnnGetVersion": 92000}
 #: What gives a handle, which nobody looks into.
 MAKES = ("cublasCreate_v2", "cublasLtCreate", "cudnnCreate")
 SOURCE = Path(__file__).with_name("cudart.c")
@@ -45,7 +47,7 @@ def _compile(folder: Path, library: str, text: str, names: list[str], *linked: P
     own = SOURCE.read_text()
     source, versions = folder / f"{library}.c", folder / f"{library}.map"
     stubs = [
-        f"long {name}(void **made) {{ {'*made = made; ' if name in MAKES else ''}return 0; }}"
+        f"long {name}(void **made) {{ {'*made = made; ' if name in MAKES else ''}return {RETURNS.get(name, 0)}; }}"
         for name in names
         if not re.search(rf"\b{name}\(", own)
     ]

@@ -1,6 +1,8 @@
 /* The calls of the CUDA runtime that cannot merely succeed. Memory is this machine's, and copies
-   copy; nothing computes, so what a kernel would write stays as it was. Counts what is asked of it. */
+   copy; nothing computes, so what a kernel would write stays as it was. Counts what is asked of it,
+   and remembers the names of kernels. */
 
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -36,7 +38,7 @@ static int copy(void *target, const void *source, size_t size) {
   return 0;
 }
 int cudaMalloc(void **address, size_t size) {
-  if (all_capturing > capturing && mode == 0) return last_error = CAPTURE_UNSAFE;
+  if (capturing || (all_capturing && mode == 0)) return last_error = CAPTURE_UNSAFE;
   if (!card) card = mmap(0, TOTAL, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (card == MAP_FAILED || size > TOTAL - allocated) return last_error = OUT_OF_MEMORY;
   *address = card + allocated;
@@ -58,6 +60,8 @@ int cudaMemcpy2DAsync(void *target, size_t target_pitch, const void *source, siz
     copy((char *)target + row * target_pitch, (const char *)source + row * source_pitch, width);
   return 0;
 }
+/* A kernel's variable: none has a value. */
+int cudaMemcpyFromSymbol(void *target, const void *symbol, size_t size) { memset(target, 0, size); return 0; }
 int cudaMemset(void *address, int value, size_t size) { memset(address, value, size); return 0; }
 int cudaMemsetAsync(void *address, int value, size_t size, void *stream) { return cudaMemset(address, value, size); }
 int cudaMemGetInfo(size_t *free_bytes, size_t *total_bytes) {
@@ -105,6 +109,9 @@ int cudaGetDeviceProperties(char *properties, int device) {
   *(int *)(properties + 332) = 64;
   *(int *)(properties + 360) = 9; /* compute capability */
   *(int *)(properties + 384) = 132; /* multiprocessors */
+  *(int *)(properties + 604) = 2048;       /* threads of a multiprocessor */
+  *(size_t *)(properties + 624) = 233472;  /* shared memory of a multiprocessor */
+  *(size_t *)(properties + 672) = 232448;  /* and of a block, if asked for */
   return 0;
 }
 
@@ -126,6 +133,36 @@ int cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int *blocks, const vo
   *blocks = 2;
   return 0;
 }
+
+/* Kernels by name, as compilers mangle them, each on a line. */
+#define MOST_KERNELS 400000
+static struct { const void *function; const char *name; } known[MOST_KERNELS];
+static int known_count;
+static char asked[1 << 24];
+static size_t asked_length;
+void __cudaRegisterFunction(void **binary, const void *function, char *device_function, const char *name) {
+  if (known_count < MOST_KERNELS) {
+    known[known_count].function = function;
+    known[known_count++].name = name;
+  }
+}
+static int launched(const void *function) {
+  const char *name = "unknown";
+  for (int i = 0; i < known_count; i++)
+    if (known[i].function == function) name = known[i].name;
+  if (asked_length + strlen(name) + 2 < sizeof asked) asked_length += sprintf(asked + asked_length, "%s\n", name);
+  return 0;
+}
+/* Those since this was last called. */
+const char *take_kernels(void) {
+  asked[asked_length] = 0;
+  asked_length = 0;
+  return asked;
+}
+int cudaLaunchKernel(const void *function) { return launched(function); }
+int cudaLaunchKernelExC(const void *config, const void *function) { return launched(function); }
+int __cudaLaunchKernel(const void *function) { return launched(function); }
+int __cudaGetKernel(const void **kernel, const void *function) { *kernel = function; return 0; }
 
 /* Captured graphs. */
 int cudaStreamIsCapturing(void *stream, int *status) { *status = capturing; return 0; }

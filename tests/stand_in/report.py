@@ -17,28 +17,38 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
+from qvl_batch import runtime
 from qvl_batch.bundle import DECODER, VISION, Bundle
-from qvl_batch.decoder import Decoder, PrefillRow
+from qvl_batch.decoder import SHELVES, Decoder, PrefillRow
 from qvl_batch.errors import DeviceError
+from qvl_batch.kv_cache import slot_bytes
 from qvl_batch.memory import CudaMemory
+from qvl_batch.plan import CUDA_BYTES, CUDA_VISION_THREADS, bytes_beside_slots
 from qvl_batch.runtime import Session, _providers, open_cuda
 
 COUNTERS = ("moves", "moved_bytes", "crossings", "crossed_bytes", "captures", "launches", "mallocs", "frees")
 
 
 def report(bundle: Bundle) -> dict[str, Any]:
-    """Nodes by provider; counts of what six steps and a row's move ask for; shapes of the features of an image that
-    is encoded while this thread captures; the error that is left of asking for too much memory; and how much of a
-    decoder's memory is not freed with it.
+    """Nodes by provider; counts of what six steps and a row's move ask for; kernels of each kind of run; shapes of the
+    features of an image that is encoded while this thread captures; bytes that a decoder takes and would take by plan;
+    the error that is left of asking for too much memory; and how much of a decoder's memory is not freed with it.
     """
+    runtime._preload = lambda: None  # pip may have installed the real libraries
     memory = CudaMemory(open_cuda("--device cuda"))
     nodes = {name: _nodes(bundle.file(name), memory, captures=name == DECODER) for name in (DECODER, VISION)}
     decoder = Decoder(bundle, 4, 1, memory=memory)
     rows = [PrefillRow(bundle.manifest.layout.row_ids([5] * n), _features(bundle)) for n in (2, 3)]
+    kernels = {"before": _kernels()}
     decoder.prefill(0, rows)
+    kernels["prefill"] = _kernels()
     steps = [_counted(lambda: decoder.step(np.array([5, 6]))) for _ in range(4)]
     moved = _counted(lambda: decoder.move(1, 0))
     steps += [_counted(lambda: decoder.step(np.array([5]))) for _ in range(2)]
+    kernels["step"] = _kernels()
+    decoder.shelve(0, 0)
+    decoder.prefill_rest(1, 0, rows[1])
+    kernels["rest"] = _kernels()
     size = bundle.manifest.layout.image_size
     vision = Session(bundle.file(VISION), 1, memory=memory)
     _runtime().cudaStreamBeginCapture(None, 0)
@@ -46,6 +56,8 @@ def report(bundle: Bundle) -> dict[str, Any]:
         pixels = {"pixels": np.zeros((1, size, size, 3), np.uint8)}
         encoded = other.submit(vision.run, ["image_features"], pixels).result()
     _runtime().cudaStreamEndCapture(None, ctypes.byref(ctypes.c_void_p()))
+    kernels["vision"] = _kernels()
+    memory_taken = _memory(bundle)
     full = memory.card.memory()[1] * 2
     with contextlib.suppress(DeviceError):
         memory.card.allocate(full)
@@ -58,8 +70,43 @@ def report(bundle: Bundle) -> dict[str, Any]:
         "card": memory.card.name,
         "nodes": nodes,
         "steps": steps,
+        "kernels": kernels,
+        "memory": memory_taken,
         "moved": moved,
         "features": [list(features.shape) for features in encoded],
+    }
+
+
+def _memory(bundle: Bundle) -> dict[str, int]:
+    """Bytes of a card that a decoder takes when it starts, and what many rows of many lengths add to them; the same
+    of a vision tower with two threads; and both by plan.
+    """
+    manifest, memory, slots = bundle.manifest, CudaMemory(open_cuda("--device cuda")), 8
+    chance = np.random.default_rng(3)
+
+    def taken() -> int:
+        free, total = memory.card.memory()
+        return total - free
+
+    before = taken()
+    decoder = Decoder(bundle, slots, 1, memory=memory)
+    started = taken()
+    for _ in range(40):
+        lengths = chance.integers(2, 300, size=chance.integers(1, slots, endpoint=True))
+        decoder.prefill(0, [PrefillRow(manifest.layout.row_ids([5] * n), _features(bundle)) for n in lengths])
+        decoder.step(np.array([5] * len(lengths)))
+    answered = taken()
+    vision, size = Session(bundle.file(VISION), 1, memory=memory), manifest.layout.image_size
+    pixels = {"pixels": np.zeros((1, size, size, 3), np.uint8)}
+    with ThreadPoolExecutor(CUDA_VISION_THREADS) as threads:
+        list(threads.map(lambda _: vision.run(["image_features"], pixels), range(16)))
+    return {
+        "decoder": started - before,
+        "added": answered - started,
+        "vision": taken() - answered,
+        "planned": bytes_beside_slots(manifest, vision_too=True)
+        - CUDA_BYTES
+        + (slots + SHELVES) * slot_bytes(manifest),
     }
 
 
@@ -91,6 +138,13 @@ def _counted(work: Any) -> dict[str, int]:
 
 def _counts() -> dict[str, int]:
     return {name: ctypes.c_size_t.in_dll(_runtime(), name).value for name in COUNTERS}
+
+
+def _kernels() -> dict[str, int]:
+    """How often each kernel was launched since this was last called, by its mangled name."""
+    take = _runtime().take_kernels
+    take.restype = ctypes.c_char_p
+    return dict(collections.Counter(take().decode().split()))
 
 
 def _runtime() -> ctypes.CDLL:
