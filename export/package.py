@@ -6,7 +6,6 @@ the parity gate included, has passed.
 
 import importlib.metadata
 import shutil
-import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -40,7 +39,8 @@ from qvl_batch.bundle import (
     Manifest,
     file_sha256,
 )
-from qvl_batch.errors import ExportError
+from qvl_batch.command_line import settings, stop_as_by_ctrl_c
+from qvl_batch.errors import ExportError, JobError
 
 #: A contract that leaves fewer tokens than this for prompt and answer is of no use.
 LEAST_ROOM = 32
@@ -251,11 +251,11 @@ def _staging(output: Path) -> Iterator[Path]:
 
 def main() -> int:
     """Run `python -m export`."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that half a bundle is removed then too
-    config = tyro.cli(ExportConfig, prog="python -m export", config=(tyro.conf.FlagCreatePairsOff,))
+    stop_as_by_ctrl_c()  # so that half a bundle is removed then too
     try:
+        config = settings(ExportConfig, prog="python -m export")
         manifest = export_bundle(config, ShownProgress(Console()))
-    except (ExportError, OSError) as error:
+    except (JobError, OSError) as error:
         print(f"export: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

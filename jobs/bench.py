@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import tyro
 from rich.console import Console
 from transformers import AutoConfig
 
@@ -39,6 +38,7 @@ from benchmark.host import Host
 from benchmark.ours import Ours
 from benchmark.rows import Rows
 from qvl_batch.bundle import Bundle
+from qvl_batch.command_line import settings
 from qvl_batch.errors import ConfigError, JobError
 from qvl_batch.layout import RowLayout
 from qvl_batch.plan import DEFAULT_SLOTS
@@ -262,10 +262,10 @@ def main() -> int:
     on_gpu.add_argument("--device")
     try:
         if on_gpu.parse_known_args()[0].device == "cuda":
-            config: Any = tyro.cli(gpu.GpuBenchConfig)
+            config: Any = settings(gpu.GpuBenchConfig)
             figures = gpu.bench(config, console)
         else:
-            config = tyro.cli(BenchConfig)
+            config = settings(BenchConfig)
             figures = bench(config, console)
     except (JobError, RuntimeError) as error:
         print(f"bench: {error}", file=sys.stderr)

@@ -5,34 +5,46 @@
 Runs on this machine, or, under `ray job submit`, on the cluster.
 """
 
-import signal
+import os
 import sys
 
-import tyro
-
+from qvl_batch.command_line import settings, stop_as_by_ctrl_c
 from qvl_batch.config import CaptionConfig
 from qvl_batch.errors import JobError
 
+STOPPED = 130
+
 
 def main() -> int:
-    """Run the job; 0 if every row was answered or has its error, 1 if the job could not be done."""
-    # A cluster ends jobs by SIGTERM: stop as Ctrl-C does, so that no answer is lost.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    """Run the job; 0 if every row was answered or has its error, 1 if the job could not be done or no row was answered,
+    130 if it was stopped.
+    """
+    is_stopped = stop_as_by_ctrl_c()
     going_on = "the same command"
     try:
-        config = tyro.cli(CaptionConfig, config=(tyro.conf.FlagCreatePairsOff,))
+        config = settings(CaptionConfig)
         going_on = config.going_on
         from qvl_batch.pipeline import run  # noqa: PLC0415  (ray takes a second to import; --help need not)
 
-        print(run(config, say=lambda line: print(line, file=sys.stderr, flush=True)))
+        report = run(config, say=lambda line: print(line, file=sys.stderr, flush=True), is_stopped=is_stopped)
+        print(report)
+        if report.total.rows and report.total.rows == report.total.finish_reasons["error"]:
+            print("caption: no row was answered; why not is in the column error_message", file=sys.stderr)
+            return 1
     except JobError as error:
         print(f"caption: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as stop:
         print("; ".join(["caption: stopped", *map(str, stop.args), f"{going_on} goes on"]), file=sys.stderr)
-        return 130
+        return STOPPED
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if status == STOPPED:
+        # Ray's threads that were just starting may crash where the interpreter ends in order.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)

@@ -6,20 +6,18 @@ Writes `comparison.parquet`, `summary.json` and `report.html`. Runs on this mach
 `ray job submit`, on the cluster's head.
 """
 
-import signal
 import sys
 
-import tyro
-
 from comparison.config import CompareConfig
+from qvl_batch.command_line import settings, stop_as_by_ctrl_c
 from qvl_batch.errors import JobError
 
 
 def main() -> int:
     """Compare; 0 if everything is within its bounds, 1 if not or if it could not be done."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    stop_as_by_ctrl_c()
     try:
-        config = tyro.cli(CompareConfig, config=(tyro.conf.FlagCreatePairsOff,))
+        config = settings(CompareConfig)
         from comparison.run import compare  # noqa: PLC0415  (takes seconds to import; --help need not)
 
         outcome = compare(config, say=lambda line: print(line, file=sys.stderr, flush=True))

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from qvl_batch.command_line import settings
 from qvl_batch.errors import ConfigError, InputError, JobError
 from qvl_batch.folder import folder_at
 from qvl_batch.page import printable
@@ -90,7 +91,7 @@ def _is_right(row: dict[str, str | None]) -> bool:
 def main() -> int:
     """Run the command."""
     try:
-        show(tyro.cli(ShowConfig), Console())
+        show(settings(ShowConfig), Console())
     except JobError as error:
         print(f"show: {error}", file=sys.stderr)
         return 1

@@ -1,8 +1,9 @@
 """Answers without Ray: one process, images and prompts in, answers out, in order."""
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +22,9 @@ from qvl_batch.vision import VisionEncoder
 
 #: An image as a file's path, as a file's bytes, as pixels uint8 (H, W, 3), or as Pillow has it, where EXIF says
 #: which side is up as it does in a file.
-ImageLike = str | Path | bytes | NDArray[np.uint8] | Image.Image
+ImageLike = str | Path | bytes | bytearray | NDArray[Any] | Image.Image
+#: Whole numbers beyond a byte that Pillow would take for shades of 16 or 32 bits.
+_WIDE = ("int16", "int32", "int64", "uint32", "uint64")
 #: Images in memory at a time, as pixels.
 WINDOW = 32
 
@@ -67,6 +70,7 @@ class Captioner(Stoppable):
         resolve_device(device, self._bundle.manifest)
         encoder_device = resolve_vision_device(vision_device, self._bundle.manifest)
         self._fit: Fit = fit
+        self._process = os.getpid()
         threads = usable_cpus()
         features = ImageFeatures(VisionEncoder(self._bundle, threads, encoder_device))
         answerer = Answerer(self._bundle, slots, threads, allow_repetition=allow_repetition)
@@ -92,14 +96,16 @@ class Captioner(Stoppable):
         Raises:
             ConfigError: there are not as many prompts as images, one image is given in place of a list, or
                 `max_new_tokens` is less than 1.
-            RuntimeError: it was closed.
+            RuntimeError: it was closed, or made by the process that this one was forked from.
         """
         if self._parts is None:
             raise RuntimeError("the captioner is closed")
+        if os.getpid() != self._process:
+            raise RuntimeError("the captioner is another process's, whose threads a fork leaves behind: make one here")
         features, answerer = self._parts
         if max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
-        if isinstance(images, str | Path | bytes | Image.Image) or _is_pixels(images):
+        if isinstance(images, str | Path | bytes | bytearray | Image.Image) or _is_pixels(images):
             raise ConfigError(f"images is one {type(images).__name__}, not one for each row: give a list, [image]")
         images = list(images)
         texts = [prompts] * len(images) if isinstance(prompts, str) else list(prompts)
@@ -139,8 +145,8 @@ def _is_pixels(images: object) -> bool:
 
 
 def _picture(image: ImageLike) -> Image.Image:
-    if isinstance(image, bytes):
-        return decode_image(image)
+    if isinstance(image, bytes | bytearray):
+        return decode_image(bytes(image))
     if isinstance(image, str | Path):
         try:
             data = Path(image).read_bytes()
@@ -151,8 +157,16 @@ def _picture(image: ImageLike) -> Image.Image:
         return decode_image(data)
     if isinstance(image, Image.Image):
         return upright_rgb(image)
+    if not isinstance(image, np.ndarray):
+        raise ImageError(
+            f"{type(image).__name__} is no image: give a path, a file's bytes, an array, or Pillow's image"
+        )
+    if image.dtype.name in _WIDE and image.size and 0 <= image.min() <= image.max() <= np.iinfo(np.uint8).max:
+        image = image.astype(np.uint8)
     try:
         picture = Image.fromarray(image)
     except (TypeError, ValueError, AttributeError, IndexError) as error:
-        raise ImageError(f"{type(image).__name__} is no image: {error}") from error
+        raise ImageError(
+            f"an array {image.shape} of {image.dtype} is no image: give uint8 (height, width, 3), or (height, width)"
+        ) from error
     return upright_rgb(picture)

@@ -75,8 +75,9 @@ class CaptionConfig:
         Raises:
             ConfigError: names the option, what it was, and what it may be.
         """
-        if not self.input:
-            raise ConfigError("--input needs at least one file, folder or glob")
+        # An empty name, such as an unset variable of a shell, would be the current folder.
+        if not self.input or not all(str(name).strip() for name in (self.output, *self.input)):
+            raise ConfigError("--input needs at least one file, folder or glob, and --output a folder; none may be ''")
         for name in ("max_new_tokens", "vision_workers", "decoder_workers", "slots", "limit"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -19,7 +19,7 @@ from http.client import HTTPConnection, HTTPResponse, HTTPSConnection
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 from urllib.request import (
     HTTPHandler,
     HTTPRedirectHandler,
@@ -45,6 +45,8 @@ SECONDS, WAITS = 30.0, (0.5, 2.0)
 LOCAL, HTTP, STORES = {"", "file"}, {"http": 80, "https": 443}, {"s3", "gs"}
 #: Most characters of a path, as the system has them, and of a location or an error in a message.
 LONGEST_PATH, SHOWN = 4_096, 300
+#: Characters of an address that mean something, or may; others are sent quoted, as browsers do.
+_AS_IT_IS = "%/:=&?~#+!$,;'@()*[]"
 #: Answers of a server that may be another the next time, as those from 500 on.
 BUSY = {HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS}
 #: A name that nobody has, as looking it up says.
@@ -67,12 +69,16 @@ class Fetcher:
         self._folders: list[Path] = []
         self._addresses: list[_Address] = []
         for place in allowed:
+            if not place.strip():
+                raise ConfigError("--allow-images-from must not be empty")
             try:
                 address = _Address.of(place)
             except ImageError as error:
                 raise ConfigError(f"--allow-images-from {error}") from error
             if address.scheme in LOCAL:
                 self._folders.append(Path(_local(place)).resolve())
+                if not self._folders[-1].is_dir():
+                    raise ConfigError(f"--allow-images-from {place}: there is no such folder")
             elif address.scheme in STORES.union(HTTP):
                 self._addresses.append(address)
                 try:
@@ -206,7 +212,10 @@ def _check_public(address: _Address) -> None:
 
 def _check_global(host: str, ip: str) -> None:
     if not ipaddress.ip_address(ip).is_global:
-        raise ImageError(f"{host} leads to {ip}, which is in a private network")
+        raise ImageError(
+            f"{host} leads to {ip}, which is in a private network: of those, --allow-images-from takes hosts by number "
+            "alone, in place of their names"
+        )
 
 
 def _download(location: str, address: _Address, *, is_public: bool) -> bytes:
@@ -285,7 +294,8 @@ class _PublicTlsHandler(HTTPSHandler):
 def _open_http(location: str, *, is_public: bool) -> Any:
     handlers = (_PublicHandler, _PublicTlsHandler) if is_public else ()
     try:
-        return build_opener(_NoRedirects, *handlers).open(location, timeout=SECONDS)  # scheme and host are checked
+        # Scheme and host are checked.
+        return build_opener(_NoRedirects, *handlers).open(quote(location, safe=_AS_IT_IS), timeout=SECONDS)
     except HTTPError as error:
         if error.code < HTTPStatus.INTERNAL_SERVER_ERROR and error.code not in BUSY:
             where = f", to {error.headers['Location']}; redirects are not followed" if error.headers["Location"] else ""

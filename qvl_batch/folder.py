@@ -9,6 +9,7 @@ and a job that died does not hold it.
 This module knows nothing of what the files hold.
 """
 
+import errno
 import fcntl
 import json
 import logging
@@ -108,6 +109,8 @@ class LocalFolder:
     @contextmanager
     def held(self) -> Iterator[None]:
         """Hold the folder by a lock that the system takes away when this process ends, however that happens."""
+        if self._path.is_file():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
         self._path.mkdir(parents=True, exist_ok=True)
         with (self._path / LOCK).open("a+") as stream:
             try:

@@ -57,7 +57,7 @@ from qvl_batch.runtime import require_cuda, resolve_device, resolve_vision_devic
 from qvl_batch.sample import choose
 from qvl_batch.schema import InputColumns
 from qvl_batch.sink import AnswerWriter
-from qvl_batch.source import Source, Unit, open_source
+from qvl_batch.source import Source, Unit, open_source, passed_over
 from qvl_batch.stages import open_vision_cache
 from qvl_batch.workers import DecoderWorker, JoinedWorker, RemoteAttempts, VisionWorker, worker_name
 
@@ -82,12 +82,15 @@ QUIET = {
 }
 
 
-def run(config: CaptionConfig, say: Callable[[str], None] = lambda _: None) -> Report:
+def run(
+    config: CaptionConfig, say: Callable[[str], None] = lambda _: None, is_stopped: Callable[[], bool] = lambda: False
+) -> Report:
     """Answer every row of the input that the output does not answer yet.
 
     Args:
         config: what to answer, with what, and where to.
         say: receives a line about each decision made at the start.
+        is_stopped: is asked now and then whether to stop, as by Ctrl-C.
 
     Raises:
         JobError: input, output, bundle, device or settings make the job impossible. Answers
@@ -110,6 +113,10 @@ def run(config: CaptionConfig, say: Callable[[str], None] = lambda _: None) -> R
     with OutputFolder(output, job, schema, overwrite=config.overwrite, retry=retry) as folder:
         left = source.without(folder.done)
         say(f"input     {source.rows:,} rows in {len(source.files):,} files")
+        others = passed_over(config)
+        if (first := next(others, None)) is not None:
+            count = 1 + sum(1 for _ in others)
+            say(f"note      {count:,} files of its folders do not end in .parquet and are passed over, such as {first}")
         if folder.tally.rows:
             say(f"resuming  {folder.tally.rows:,} rows are answered already, {left.rows:,} are left")
         where = ", ".join(f"{stage} on {device}" for stage, device in devices.items())
@@ -118,7 +125,7 @@ def run(config: CaptionConfig, say: Callable[[str], None] = lambda _: None) -> R
         report = Report(str(output), folder.tally, price_per_hour=config.price_per_hour, settings=settings)
         if left.rows:
             report = replace(report, startup_seconds=time.time() - began)
-            report = _work(config, devices, left, fetcher, bundle, folder, report, say)
+            report = _work(config, devices, left, fetcher, bundle, folder, report, say, is_stopped)
         elif not source.rows:
             folder.write_none()
         if left.rows or not folder.reported():
@@ -154,6 +161,7 @@ def _work(
     folder: OutputFolder,
     report: Report,
     say: Callable[[str], None],
+    is_stopped: Callable[[], bool],
 ) -> Report:
     """Answer what is left; the report of it, from one of what was before."""
     began = time.time()
@@ -168,7 +176,7 @@ def _work(
                 AnswerWriter(folder.folder, folder.schema, folder.failed) as writer,
                 progress_line(left.rows) as progress,
             ):
-                for table in _answers(config, left, sample, fetcher, bundle, plan):
+                for table in _until(is_stopped, _answers(config, left, sample, fetcher, bundle, plan)):
                     arrivals.add(table, writer.add(table))
                     tally = writer.tally
                     progress.show(tally.rows, tally.finish_reasons["error"], arrivals.seconds)
@@ -189,6 +197,13 @@ def _work(
         details={"timeline": arrivals.timeline.record(), "error_examples": arrivals.examples},
         settings=report.settings | {"plan": asdict(plan), "rows_of_workers": arrivals.workers},
     )
+
+
+def _until(is_stopped: Callable[[], bool], tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
+    for table in tables:
+        if is_stopped():
+            raise KeyboardInterrupt
+        yield table
 
 
 def _answers(
@@ -319,11 +334,6 @@ def _ray() -> Iterator[list[int]]:
     for name, level in QUIET.items():
         logging.getLogger(name).setLevel(level)
     joined = ray.is_initialized()
-    if not joined:
-        on_sigterm = signal.getsignal(signal.SIGTERM)
-        _start_ray()
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, on_sigterm)  # Ray puts its own in its place
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -331,6 +341,11 @@ def _ray() -> Iterator[list[int]]:
     # It would advise to reserve for a worker, as of its third second, all memory that its graph takes.
     context.issue_detectors_config.high_memory_detector_config.detection_time_interval_s = -1
     try:
+        if not joined:
+            on_sigterm = signal.getsignal(signal.SIGTERM)
+            _start_ray()
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, on_sigterm)  # Ray puts its own in its place
         nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
         if max(nodes, default=0) < LEAST_CPUS:
             raise ConfigError(f"no node of the Ray cluster has {LEAST_CPUS} CPUs, which this job needs: {nodes}")
@@ -344,7 +359,13 @@ def _start_ray() -> None:
     address = os.environ.get("RAY_ADDRESS")
     if address is None:
         cpus = max(LEAST_CPUS, usable_cpus())
-        ray.init(address="local", num_cpus=cpus, include_dashboard=False, logging_level=logging.WARNING)
+        try:
+            ray.init(address="local", num_cpus=cpus, include_dashboard=False, logging_level=logging.WARNING)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise ConfigError(
+                f"Ray cannot be started: {type(error).__name__}: {str(error).strip().split(chr(10))[0]} (it needs a "
+                "home folder to write to, and in RAY_TMPDIR or /tmp a folder with a short path)"
+            ) from error
         return
     try:
         host, _, port = address.rpartition(":")

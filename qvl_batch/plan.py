@@ -14,7 +14,9 @@ import math
 import os
 import subprocess
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from qvl_batch.bundle import DECODER, HALVES, VISION, Manifest
 from qvl_batch.config import CaptionConfig
@@ -46,6 +48,8 @@ CACHE_SHARE, DEFAULT_SLOTS = 0.25, 32
 DEFAULT_CUDA_SLOTS = 128
 #: Of a card: the part that is never planned for, and what CUDA, its libraries and captured steps take.
 CARD_RESERVE, CUDA_BYTES = 0.05, 1_500_000_000
+#: Where a container says how much memory it may take, in versions 2 and 1 of control groups.
+CONTAINER_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 #: Images that a decoder's actor encodes at a time on its GPU: one runs while the next one's pixels come.
 CUDA_VISION_THREADS = 2
 
@@ -159,6 +163,12 @@ def make_plan(
     vision_threads = CUDA_VISION_THREADS if joined else max(1, min(for_vision // vision, node_cpus))
     if card is None:
         in_memory, most = _slots_in_memory(manifest, decoders), DEFAULT_SLOTS
+        size, memory = decoders * (config.slots or 0) * slot_bytes(manifest), machine_memory()
+        if len(nodes) == 1 and size > memory:  # of other machines nothing is known
+            raise ConfigError(
+                f"--slots {config.slots}: their caches take {size / 1e9:,.1f} GB, and this machine has "
+                f"{memory / 1e9:,.1f} GB; by default there would be {max(1, min(most, in_memory))}"
+            )
     else:
         in_memory, most = slots_on_card(card, manifest, vision_too=joined), DEFAULT_CUDA_SLOTS
         if config.slots and config.slots > in_memory:
@@ -253,8 +263,16 @@ def bytes_beside_slots(manifest: Manifest, *, vision_too: bool) -> int:
 
 def _slots_in_memory(manifest: Manifest, decoders: int) -> int:
     """Slots of a decoder that its part of this machine's memory holds."""
+    return int(CACHE_SHARE * machine_memory() / decoders / slot_bytes(manifest))
+
+
+def machine_memory() -> int:
+    """Bytes of memory of this machine, or of the container that this process is in."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return int(CACHE_SHARE * memory / decoders / slot_bytes(manifest))
+    for limit in CONTAINER_LIMITS:
+        with suppress(OSError, ValueError):  # no such file, or "max"
+            memory = min(memory, int(limit.read_text()))
+    return memory
 
 
 def _floor(cpus: float) -> float:

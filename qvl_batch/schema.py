@@ -57,7 +57,7 @@ def failure_record(failure: Failure | None) -> dict[str, str | None]:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a row was answered, or its failure. `str()` gives the answer's text.
+    """What a row was answered, or its failure. `str()` gives the answer's text, or in brackets why there is none.
 
     `prompt_tokens` counts the whole row up to the answer, image included; `answer_tokens`
     leaves out the token that ends it. Both are None where the row failed before they were known.
@@ -75,7 +75,9 @@ class Answer:
         return cls(None, "error", failure=failure)
 
     def __str__(self) -> str:
-        return self.answer if self.answer is not None else ""
+        if self.failure is not None:
+            return f"({self.failure.type}: {self.failure.message})"
+        return self.answer or ""
 
     def record(self) -> dict[str, str | int | None]:
         """Values of `ANSWER_FIELDS`, by name."""

@@ -248,8 +248,22 @@ def _named_by(item: str) -> list[Path]:
             continue
         for folder, names in _folders(match):
             real = folder.resolve()
-            found |= {str(folder / name): real / name for name in names if name.endswith(".parquet")}
+            found |= {str(folder / name): real / name for name in names if _is_parquet(name)}
     return [found[name] for name in sorted(found)]
+
+
+def passed_over(config: CaptionConfig) -> Iterator[str]:
+    """Files in folders of the input that are not taken for parquet, as their names say nothing of it."""
+    for item in config.input:
+        path = Path(item)
+        for match in [path] if path.exists() else _matches(item):
+            if match.is_dir():
+                for folder, names in _folders(match):
+                    yield from (str(folder / name) for name in names if not _is_parquet(name))
+
+
+def _is_parquet(name: str) -> bool:
+    return name.lower().endswith((".parquet", ".pq"))
 
 
 def _matches(pattern: str) -> list[Path]:

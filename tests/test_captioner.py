@@ -1,6 +1,7 @@
 """Without Ray: answers in order, a failure only in its own row, and no torch or transformers anywhere."""
 
 import io
+import os
 import subprocess
 import sys
 import threading
@@ -43,7 +44,7 @@ def test_rows_that_fail_leave_the_others_alone(captioner):
         ("image", "ImageError"),
         ("layout", "PromptError"),
     ]
-    assert (broken[3].answer, str(broken[3])) == (None, "")
+    assert broken[3].answer is None
 
 
 def test_images_may_come_as_files_bytes_pixels_or_pillow(captioner, tmp_path):
@@ -70,9 +71,10 @@ def _truncated():
 @pytest.mark.parametrize(
     ("image", "prompt", "kind", "message"),
     [
-        (np.zeros((2, 2, 7), np.uint8), "What?", "ImageError", "ndarray is no image"),
-        (np.zeros((), np.uint8), "What?", "ImageError", "ndarray is no image"),
-        (None, "What?", "ImageError", "NoneType is no image"),
+        (np.zeros((2, 2, 7), np.uint8), "What?", "ImageError", "an array (2, 2, 7) of uint8 is no image: give uint8 ("),
+        (np.zeros((2, 2, 3), np.float32), "What?", "ImageError", "an array (2, 2, 3) of float32 is no image"),
+        (np.zeros((), np.uint8), "What?", "ImageError", "an array () of uint8 is no image"),
+        (None, "What?", "ImageError", "NoneType is no image: give a path"),
         ("a\0b", "What?", "ImageError", r"'a\x00b' is no path: embedded null byte"),
         ("a\ud800b", "What?", "ImageError", r"'a\ud800b' is no path: "),
         (_truncated(), "What?", "ImageError", "SyntaxError: "),
@@ -93,6 +95,30 @@ def test_what_is_no_image_or_no_prompt_fails_its_row_alone(image, prompt, kind, 
 def test_one_image_in_place_of_a_list_is_refused(image, captioner):
     with pytest.raises(ConfigError, match=r"images is one \w+, not one for each row: give a list, \[image\]"):
         captioner.caption(image, "What?")
+
+
+@pytest.mark.parametrize("kind", ["int16", "int32", "int64", "uint64"])
+def test_shades_of_a_byte_may_be_in_wider_integers(kind):
+    shades = np.arange(0, 256, 17).reshape(4, 4)
+    assert np.array_equal(np.asarray(_picture(shades.astype(kind)))[..., 0], shades)
+
+
+def test_a_process_that_was_forked_is_told_to_make_its_own(captioner):
+    reader, writer = os.pipe()
+    if (child := os.fork()) == 0:
+        try:
+            captioner.caption([b""], "What?")
+        except RuntimeError as error:
+            os.write(writer, str(error).encode())
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    assert os.read(reader, 1000).startswith(b"the captioner is another process's")
+
+
+def test_a_failure_is_printed_as_one(captioner):
+    (answer,) = captioner.caption(["/nowhere.png"], "What?")
+    assert str(answer) == "(ImageError: /nowhere.png: No such file or directory)"
 
 
 def test_an_array_may_hold_several_images(captioner):

@@ -47,7 +47,7 @@ def images(tmp_path):
     ],
 )
 def test_files_in_an_allowed_folder_are_read(location, images):
-    fetcher = Fetcher([str(images / "nowhere"), str(images / "allowed")])
+    fetcher = Fetcher([str(images / "allowed-not"), str(images / "allowed")])
     assert fetcher.fetch(location.format(images), images / "allowed") == b"inside"
 
 
@@ -130,6 +130,12 @@ def test_places_that_cannot_be_read_are_refused(place):
         Fetcher([place])
 
 
+@pytest.mark.parametrize(("place", "message"), [("", "must not be empty"), ("/nowhere", "there is no such folder")])
+def test_folders_that_are_not_there_are_refused(place, message):
+    with pytest.raises(ConfigError, match=f"--allow-images-from {place}.*{message}"):
+        Fetcher([place])
+
+
 #: How often each path was asked for.
 ASKED = Counter()
 #: Where two requests wait for each other.
@@ -200,6 +206,14 @@ def test_what_a_server_does_not_give_is_an_error_of_the_row(name, message, asked
         if thread.name.startswith("qvl-download"):
             thread.join(10)
             assert not thread.is_alive()
+
+
+def test_addresses_are_quoted_as_browsers_do(server, tmp_path):
+    place = f"http://{server}/images"
+    for name in ("with space.png", "ü日本.png?at=é", "100%25.png"):
+        assert Fetcher([place]).fetch(f"{place}/{name}", tmp_path) == b"from afar"
+    sent = ["with%20space.png", "%C3%BC%E6%97%A5%E6%9C%AC.png?at=%C3%A9", "100%25.png"]
+    assert sorted(ASKED) == sorted(f"/images/{name}" for name in sent)
 
 
 def test_what_may_pass_is_tried_again(server, tmp_path):

@@ -233,8 +233,10 @@ def test_rows_that_cannot_be_read_are_error_rows_and_the_others_are_answered(tin
     options = ["--bundle", tiny_bundle.path, "--input", path, "--output", output]
     result = _caption(ray_env, *options, "--max-new-tokens", 4)
     assert "errors    6\n          6 read: RecordError" in result.stdout
-    rows = pq.read_table(next(output.glob("part-*.parquet"))).to_pylist()
-    assert [row["id"] for row in rows] == [None] * 6 + [row["id"] for row in demo[6:12]]
+    parts = sorted(output.glob("part-*.parquet"))  # several, where the machine is slow
+    rows = [row for part in parts for row in pq.read_table(part).to_pylist()]
+    rows.sort(key=lambda row: row["id"] or "")
+    assert [row["id"] for row in rows] == [None] * 6 + sorted(row["id"] for row in demo[6:12])
     assert all(f"row {place} of {path} (row group 0)" in row["error_message"] for place, row in enumerate(rows[:6]))
     assert all(row["answer"] for row in rows[6:])
 

@@ -105,7 +105,7 @@ def test_a_library_is_met_in_one_place(library, modules):
 def test_the_exporter_knows_only_the_contract_of_the_worker():
     for name, path in _files("export").items():
         used = {module for module in _imports(path) if module.startswith("qvl_batch")}
-        assert used <= {"qvl_batch.bundle", "qvl_batch.errors"}, name
+        assert used <= {"qvl_batch.bundle", "qvl_batch.errors", "qvl_batch.command_line"}, name
 
 
 @pytest.mark.parametrize("command", [["jobs/caption.py"]])
@@ -150,10 +150,11 @@ def test_options_named_in_texts_exist():
     configs = (CaptionConfig, CompareConfig, ExportConfig, BenchConfig, GpuBenchConfig)
     ours = {"--" + field.name.replace("_", "-") for config in configs for field in dataclasses.fields(config)}
     rays, nvidias = {"--working-dir", "--address", "--entrypoint-num-gpus"}, {"--id", "--query-gpu", "--format"}
+    hubs = {"--local-dir"}
     texts = [*(ROOT / "qvl_batch").glob("*.py"), *(ROOT / "jobs").rglob("*.py"), ROOT / "README.md"]
     for path in texts:
         named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", path.read_text()))
-        assert named <= ours | rays | nvidias | {"--help"}, path.name
+        assert named <= ours | rays | nvidias | hubs | {"--help"}, path.name
 
 
 def test_tasks_that_only_read_and_decode_import_no_heavy_library():

@@ -16,7 +16,7 @@ from qvl_batch.errors import ConfigError, InputError
 from qvl_batch.fetch import Fetcher
 from qvl_batch.reader import read_unit
 from qvl_batch.rowset import RowSet
-from qvl_batch.source import FAILURE, FILE, IMAGE, PROMPT, ROW, open_source
+from qvl_batch.source import FAILURE, FILE, IMAGE, PROMPT, ROW, open_source, passed_over
 
 IMAGES = pa.array([b"a", b"b", b"c"])
 TABLE = pa.table({"id": [1, 2, 3], "image": IMAGES, "prompt": ["x", "y", None]})
@@ -45,6 +45,14 @@ def test_files_folders_and_globs_are_found_once_in_order(tmp_path):
     assert names == ["/b/1.parquet", "/b/2.parquet", "/a.parquet"]
     assert source.rows == 9
     assert {(file.size, file.rows) for file in source.files} == {((tmp_path / "a.parquet").stat().st_size, 3)}
+
+
+def test_files_of_folders_that_are_not_taken_are_known(tmp_path):
+    _write(tmp_path, "in/a.parquet", "in/b.PARQUET", "in/c.pq", "in/part-0", "in/_d", "in/e/f.csv", "in/.g")
+    config = _config(tmp_path, tmp_path / "in")
+    assert len(open_source(config).files) == 3
+    assert [path.removeprefix(f"{tmp_path}/in/") for path in passed_over(config)] == ["part-0", "e/f.csv"]
+    assert not list(passed_over(_config(tmp_path, tmp_path / "in" / "*.pq")))
 
 
 def _names(source, tmp_path):
@@ -399,6 +407,12 @@ def test_a_file_replaced_under_the_job_is_named(other, tmp_path):
 def test_settings_that_cannot_work_are_refused(options, message, tmp_path):
     with pytest.raises(ConfigError, match=message):
         _config(tmp_path, **options)
+
+
+@pytest.mark.parametrize("empty", [{"output": ""}, {"input": ()}, {"input": ("a", " ")}])
+def test_an_empty_name_is_not_the_current_folder(empty, tmp_path):
+    with pytest.raises(ConfigError, match=r"--input needs at least one file, .* none may be ''"):
+        CaptionConfig(**{"bundle": tmp_path, "input": ("a",), "output": "b"} | empty)
 
 
 @pytest.mark.parametrize("name", ["answer", "id", "error_type", "__qvl_row"])

@@ -22,8 +22,8 @@ from comparison.measures import Measures, measured
 from comparison.questions import Question
 from comparison.traces import INPUT_STAGES, Trace
 from qvl_batch.errors import OutputError
-from qvl_batch.folder import LocalFolder
-from qvl_batch.output import check_same_settings
+from qvl_batch.folder import LocalFolder, folder_at
+from qvl_batch.output import Job, check_same_settings
 from qvl_batch.rowset import Row
 from qvl_batch.schema import Failure, failure_record
 from qvl_batch.sink import parquet
@@ -152,6 +152,8 @@ class Records:
         # As it will be read back: tuples are lists in JSON.
         settings = json.loads(json.dumps(settings))
         try:
+            if Job.of(folder_at(str(output))):
+                raise OutputError(f"{output} holds the answers of a job: give another --output")
             if overwrite:
                 _clear(output)
             if (parts / SETTINGS).is_file():
