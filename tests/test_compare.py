@@ -43,6 +43,8 @@ from export.package import ExportConfig, export_bundle
 from qvl_batch.bundle import DECODER, DECODER_FULL, VISION, Bundle
 from qvl_batch.decoder import Decoder
 from qvl_batch.errors import BundleError, ConfigError, DeviceError, InputError, JobError, OutputError
+from qvl_batch.folder import LocalFolder
+from qvl_batch.output import Job
 from qvl_batch.schema import Failure
 
 COMPARE = [sys.executable, "jobs/compare.py"]
@@ -263,8 +265,8 @@ def test_another_comparison_is_not_mixed_in(tiny_bundle, tmp_path):
     compare(config)
     with pytest.raises(OutputError, match=r"another max_new_tokens \(64 there, 9 now\)"):
         compare(dataclasses.replace(config, max_new_tokens=9))
-    with pytest.raises(OutputError, match=r'another allow_images_from \(\[\] there, \["/data"\] now\)'):
-        compare(dataclasses.replace(config, allow_images_from=("/data",)))
+    with pytest.raises(OutputError, match=r'another allow_images_from \(\[\] there, \["/"\] now\)'):
+        compare(dataclasses.replace(config, allow_images_from=("/",)))
     outcome = compare(dataclasses.replace(config, max_new_tokens=9, overwrite=True))
     assert outcome.summary["settings"]["max_new_tokens"] == 9
     (tmp_path / "else").mkdir()
@@ -272,6 +274,10 @@ def test_another_comparison_is_not_mixed_in(tiny_bundle, tmp_path):
     with pytest.raises(OutputError, match="holds a report already"):
         compare(dataclasses.replace(config, output=tmp_path / "else"))
     assert (tmp_path / "else" / "report.html").read_text() == "precious"
+    Job({}, ()).write(LocalFolder(tmp_path / "else"))
+    for overwrite in (False, True):
+        with pytest.raises(OutputError, match="holds the answers of a job"):
+            compare(dataclasses.replace(config, output=tmp_path / "else", overwrite=overwrite))
 
 
 def test_rows_that_cannot_be_asked_are_counted_apart(tiny_bundle, demo, tmp_path):
