@@ -14,6 +14,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
+from qvl_batch.report import UNITS, span
 from qvl_batch.timeline import paired
 
 TEMPLATE = "page.html.jinja"
@@ -25,7 +26,6 @@ TICKS = 6
 #: Control characters are shown by their pictures, or as unreadable where they have none; line breaks and tabs are left.
 CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"} | {0x7F: 0x2421}
 CONTROLS |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
-UNITS = {"s": 1, "min": 60, "h": 3600, "d": 86_400}
 #: Seconds from label to label; beyond them, days by the decade.
 TIME_STEPS = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 10_800, 21_600, 43_200)
 
@@ -183,15 +183,3 @@ def figure(value: float) -> str:
     if value >= 100:  # noqa: PLR2004
         return f"{value:,.0f}"
     return f"{value:.2f}" if value >= 1 or not value else f"{value:.3g}"
-
-
-def span(seconds: float) -> str:
-    """A time in its two largest units, which stay in one line."""
-    if seconds < UNITS["min"]:
-        return f"{seconds:.1f}\u00a0s"
-    size, parts = round(seconds), []
-    for name, unit in reversed(UNITS.items()):
-        count, size = divmod(size, unit)
-        parts.append(f"{count:,}\u00a0{name}" if count else "")
-    first = next(at for at, part in enumerate(parts) if part)
-    return "\u00a0".join(part for part in parts[first : first + 2] if part)

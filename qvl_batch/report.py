@@ -21,6 +21,7 @@ from qvl_batch.source import Source
 #: Without a terminal, progress is a line every so many seconds.
 SECONDS_PER_LINE = 10.0
 MILLION, HOUR = 1_000_000, 3600
+UNITS = {"s": 1, "min": 60, "h": 3600, "d": 86_400}
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,8 +195,21 @@ class ProgressLine:
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=done, note=note)
         elif time.monotonic() >= self._next_line:
-            print(f"{done:,} of {self._rows:,} rows, {note}", file=sys.stderr, flush=True)
+            left = span((self._rows - done) * seconds / max(done, 1)).replace("\u00a0", " ")
+            print(f"{done:,} of {self._rows:,} rows, {note}, {left} left", file=sys.stderr, flush=True)
             self._next_line = time.monotonic() + SECONDS_PER_LINE
+
+
+def span(seconds: float) -> str:
+    """A time in its two largest units, which stay in one line."""
+    if seconds < UNITS["min"]:
+        return f"{seconds:.1f}\u00a0s"
+    size, parts = round(seconds), []
+    for name, unit in reversed(UNITS.items()):
+        count, size = divmod(size, unit)
+        parts.append(f"{count:,}\u00a0{name}" if count else "")
+    first = next(at for at, part in enumerate(parts) if part)
+    return "\u00a0".join(part for part in parts[first : first + 2] if part)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from qvl_batch.busy import BUSY, Stage, seconds_column
 from qvl_batch.config import CaptionConfig
 from qvl_batch.errors import ConfigError
 from qvl_batch.plan import Plan
-from qvl_batch.report import Report
+from qvl_batch.report import ProgressLine, Report
 from qvl_batch.rowset import RowSet
 from qvl_batch.sample import ASKED, CHARACTERS, ROWS, SIDE, THUMBNAIL, choose, sample_columns
 from qvl_batch.schema import ANSWER_FIELDS, ID, Answer, Failure
@@ -187,3 +187,10 @@ def test_without_a_price_or_without_rows_nothing_is_made_up():
 def test_a_price_is_a_number_from_0_on(price, tmp_path):
     with pytest.raises(ConfigError, match="--price-per-hour must be a number from 0 on, not"):
         CaptionConfig(bundle=tmp_path, input=("x",), output=tmp_path, price_per_hour=price)
+
+
+def test_without_a_terminal_progress_is_a_line_that_says_how_long_it_takes_still(capsys):
+    progress = ProgressLine(3_000, None)
+    progress.show(1_000, 2, 500.0)
+    progress.show(1_100, 2, 550.0)  # too soon for another
+    assert capsys.readouterr().err == "1,000 of 3,000 rows, 2.0 images/s, 2 errors, 16 min 40 s left\n"

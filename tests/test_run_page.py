@@ -10,7 +10,8 @@ from PIL import Image
 from selenium.webdriver.common.by import By
 
 from qvl_batch.busy import ADVICE
-from qvl_batch.page import Chart, figure, percent, printable, render, span, time_step
+from qvl_batch.page import Chart, figure, percent, printable, render, time_step
+from qvl_batch.report import span
 from qvl_batch.timeline import Timeline
 
 HOSTILE = '<script>window.ran = true</script><img src=x onerror="window.ran = true"> "What" & \'why\'?'
