@@ -8,7 +8,7 @@ Output columns: `id`, kept columns, then `ANSWER_FIELDS`. A row that failed has
 """
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -105,6 +105,16 @@ class InputColumns:
         prompt = [self.prompt] if self.prompt else []
         return list(dict.fromkeys([self.id.name, self.image, *prompt, *(field.name for field in self.kept)]))
 
+    def joined(self, other: "InputColumns") -> "InputColumns | None":
+        """Columns that hold those of two files, None if none does: types differ in more than their width, and neither
+        is all nulls.
+        """
+        kept = [_common(a.type, b.type) for a, b in zip(self.kept, other.kept, strict=True)]
+        if self.id.type != other.id.type or None in kept:
+            return None
+        fields = (a if kind == a.type else a.with_type(kind) for a, kind in zip(self.kept, kept, strict=True))
+        return replace(self, kept=tuple(fields))
+
     def output_schema(self) -> pa.Schema:
         """Schema of the answers."""
         return pa.schema([pa.field(ID, self.id.type), *self.kept, *ANSWER_FIELDS])
@@ -190,6 +200,19 @@ def _check_image(field: pa.Field, file: str) -> None:
 def _plain(kind: pa.DataType) -> pa.DataType:
     """The type itself, or that of a dictionary's values."""
     return kind.value_type if pa.types.is_dictionary(kind) else kind
+
+
+def _common(a: pa.DataType, b: pa.DataType) -> pa.DataType | None:
+    """A type that holds the values of both as they are."""
+    if a == b or pa.types.is_null(b):
+        return a
+    if pa.types.is_null(a):
+        return b
+    if _is_text(a) and _is_text(b):
+        return pa.large_string()
+    kinds = (pa.types.is_signed_integer, pa.types.is_unsigned_integer, pa.types.is_floating)
+    alike = any(is_kind(a) and is_kind(b) for is_kind in kinds)
+    return max(a, b, key=lambda kind: kind.bit_width) if alike else None
 
 
 def _without_views(kind: pa.DataType) -> pa.DataType:

@@ -152,11 +152,14 @@ def open_source(config: CaptionConfig, known: Sequence[InputFile] = ()) -> Sourc
         of_file = input_columns(schema, path, config)
         if columns is None:
             columns = of_file
-        elif (of_file.id.type, of_file.kept) != (columns.id.type, columns.kept):
+        both = columns.joined(of_file)
+        # Answers that are there already have the types of their files.
+        if both is None or (0 < len(known) <= number and both != columns):
             raise InputError(
                 f"{path} and {files[0].path} differ in the type of the id or of a kept column: "
                 f"{_types(of_file)} and {_types(columns)}"
             )
+        columns = both
         groups.append(starts)
     assert columns is not None
     wanted = _first_rows(files, config.limit)

@@ -323,6 +323,38 @@ def test_files_that_differ_in_what_is_kept_are_refused(tmp_path):
         open_source(_config(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("one", "other", "kind"),
+    [
+        (pa.nulls(3), pa.array(["x", "y", None]), pa.string()),
+        (pa.array(["x", "y", "z"]), pa.array(["x", "y", None], pa.large_string()), pa.large_string()),
+        (pa.array([1, 2, 3], pa.int32()), pa.array([1, 2**40, None]), pa.int64()),
+        (pa.array([1, 2, 3], pa.float64()), pa.array([1, 2, None], pa.float32()), pa.float64()),
+        (pa.array([1, 2, 3]), pa.array([1.0, 2.0, 3.0]), None),
+        (pa.array([1, 2, 3]), pa.array(["1", "2", "3"]), None),
+    ],
+    ids=str,
+)
+def test_a_kept_column_has_a_type_that_holds_all_files(one, other, kind, tmp_path):
+    for name, column in (("a", one), ("b", other)):
+        pq.write_table(TABLE.append_column("note", column), tmp_path / f"{name}.parquet")
+    config = _config(tmp_path, keep_columns=("note",))
+    if kind is None:
+        with pytest.raises(InputError, match=r"b.parquet and .*a.parquet differ in the type .* of a kept column"):
+            open_source(config)
+        return
+    source = open_source(config)
+    assert source.columns.output_schema().field("note").type == kind
+    assert _read(config)["note"].to_pylist() == one.to_pylist() + other.to_pylist()
+    # Of files that come later, the answers that are there do not know.
+    first = open_source(_config(tmp_path, tmp_path / "a.parquet", keep_columns=("note",))).files
+    if kind == one.type:
+        assert open_source(config, first).files == source.files
+    else:
+        with pytest.raises(InputError, match="differ in the type"):
+            open_source(config, first)
+
+
 def test_input_that_is_not_there_is_named(tmp_path):
     for missing in (tmp_path / "no.parquet", tmp_path / "*.parquet", tmp_path):
         with pytest.raises(InputError, match="no parquet file is there"):
