@@ -421,7 +421,8 @@ def test_comparisons_can_be_submitted_to_a_cluster(tiny_bundle, submit, tmp_path
     assert (tmp_path / "comparison" / "report.html").is_file()
 
 
-@pytest.mark.parametrize("nodes", [2, pytest.param(4, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("nodes", [2, 4])
 def test_work_spreads_over_nodes_and_answers_stay(nodes, tiny_bundle, ray_env, tmp_path):
     with subprocess.Popen(
         [sys.executable, "tests/cluster.py", str(nodes)],
