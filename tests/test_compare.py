@@ -163,6 +163,7 @@ def test_damage_turns_the_report_red_and_the_layer_plot_points_at_it(
     assert f'Drift begins at <b class="over">{begins_at}</b>' in page
 
 
+@pytest.mark.long
 def test_layers_of_an_exact_bundle_agree_at_every_depth(tmp_path):
     # Windows that are cut at the edge, so that the graph orders patches otherwise than transformers.
     vision = {"depth": 2, "fullatt_block_indexes": [1], "window_size": 140}

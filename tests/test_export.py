@@ -52,9 +52,8 @@ SHAPES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "name", [name if name == "untied" else pytest.param(name, marks=pytest.mark.long) for name in SHAPES]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("name", SHAPES)
 def test_any_shape_passes_the_parity_gate(name, tmp_path):
     text, vision, size = SHAPES[name]
     checkpoint = make_checkpoint(tmp_path / "checkpoint", text=text, vision=vision)
