@@ -242,10 +242,8 @@ def _output_folder(config: CaptionConfig) -> Path | None:
 
 def _named_by(item: str) -> list[Path]:
     """Parquet files that a path or glob names, in its order of names, in folders as they are behind links."""
-    path = Path(item)
-    matches = [path] if path.exists() else _matches(item)
     found: dict[str, Path] = {}
-    for match in matches:
+    for match in _matches(item):
         if not match.is_dir():
             found[str(match)] = match.parent.resolve() / match.name
             continue
@@ -258,8 +256,7 @@ def _named_by(item: str) -> list[Path]:
 def passed_over(config: CaptionConfig) -> Iterator[str]:
     """Files in folders of the input that are not taken for parquet, as their names say nothing of it."""
     for item in config.input:
-        path = Path(item)
-        for match in [path] if path.exists() else _matches(item):
+        for match in _matches(item):
             if match.is_dir():
                 for folder, names in _folders(match):
                     yield from (str(folder / name) for name in names if not _is_parquet(name))
@@ -270,7 +267,9 @@ def _is_parquet(name: str) -> bool:
 
 
 def _matches(pattern: str) -> list[Path]:
-    """What a glob matches; `glob.glob` would pass over folders that it may not list."""
+    """The path of that name, or what a glob matches; `glob.glob` would pass over folders that it may not list."""
+    if (path := Path(pattern)).exists():
+        return [path]
     found = [Path()]
     for part in Path(pattern).parts:
         if part == "**":

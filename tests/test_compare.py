@@ -305,7 +305,7 @@ def test_rows_that_cannot_be_asked_are_counted_apart(tiny_bundle, demo, tmp_path
         assert "intervals hold for one fit alone" in text
     said = []
     compare(config, say=said.append)
-    assert said[-1] == ("resuming  14 are compared already; 8 of them failed (--retry-errors)")
+    assert said[-1] == "resuming  14 are compared already; 8 of them failed (--retry-errors)"
 
 
 def test_rows_that_failed_are_asked_again_if_that_is_wanted(tiny_bundle, demo, tmp_path):

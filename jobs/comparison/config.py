@@ -74,8 +74,6 @@ class CompareConfig:
                 raise ConfigError(f"{option} must be at least 0, not {value}")
         if self.gallery < 0:
             raise ConfigError(f"--gallery must be at least 0, not {self.gallery}")
-        if self.overwrite and self.retry_errors:
-            raise ConfigError("--retry-errors has nothing to ask again after --overwrite: give one of them")
         if not self.fit or len(set(self.fit)) < len(self.fit):
             raise ConfigError("--fit needs at least one way to fit an image, each once")
         self.captions()
@@ -93,4 +91,6 @@ class CompareConfig:
             prompt_column=self.prompt_column,
             max_new_tokens=self.max_new_tokens,
             limit=self.limit,
+            overwrite=self.overwrite,
+            retry_errors=self.retry_errors,
         )
