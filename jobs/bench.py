@@ -113,7 +113,7 @@ class BenchConfig:
 
 def bench(config: BenchConfig, console: Console) -> dict[str, Any]:
     """Measure, and return what goes into `bench.json`."""
-    rows = read_rows(config.bundle, config.input, config.rows)
+    rows = read_rows(config.bundle, config.input, config.rows, config.output)
     with ExitStack() as stack:
         hosts = _hosts(config, stack)
         batches = {

@@ -7,11 +7,12 @@ from contextlib import ExitStack
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, TINY
+from conftest import QUESTIONS, ROOT, TINY
 from rich.console import Console
 
 import bench
 from benchmark import gpu, limits
+from benchmark.figures import read_rows
 from benchmark.host import Host
 from benchmark.memory import PeakMemory
 from benchmark.rows import Peer, Rows
@@ -239,3 +240,9 @@ def test_the_bench_measures_the_tiny_model(tiny_bundle, ray_env, tmp_path):
     }  # fmt: skip
     assert all(ratio > 0 for ratio in figures["ratios"].values())
     assert (tmp_path / "bench.svg").read_text().count("<rect") == 4
+
+
+def test_rows_of_a_bench_are_repeated_and_none_of_its_output(tiny_bundle, tmp_path):
+    rows = read_rows(tiny_bundle.path, QUESTIONS, 70, tmp_path)
+    assert len(rows) == 70
+    assert rows.part(0, 6) == rows.part(64, 70)

@@ -48,13 +48,19 @@ def check_positive(config: Any, *names: str) -> None:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(config, name)}")
 
 
-def read_rows(bundle: Path, path: Path, count: int) -> Rows:
+def read_rows(bundle: Path, path: Path, count: int, output: Path) -> Rows:
     """The first rows of a file that have an image and a prompt, repeated if there are fewer.
+
+    Args:
+        bundle: that answers them.
+        path: of the file.
+        count: rows to give.
+        output: folder for the figures; as of a job, it is no input.
 
     Raises:
         JobError: there is none.
     """
-    source = open_source(CaptionConfig(bundle=bundle, input=(str(path),), output=""))
+    source = open_source(CaptionConfig(bundle=bundle, input=(str(path),), output=str(output)))
     tables = (table for unit in source.units() for table in read_unit(unit, source.columns, None, count, Fetcher(())))
     pairs = [
         (image, prompt)

@@ -162,7 +162,7 @@ def measured(
         JobError: the contenders do not do the same work.
     """
     bundle = Bundle.load(folder)
-    rows = read_rows(folder, config.input, config.rows)
+    rows = read_rows(folder, config.input, config.rows, config.output)
     ours = (config.slots, config.new_tokens)
     with Host("limits of the card", "benchmark.device_limits", "DeviceLimits", bundle.manifest.device) as card:
         figures: dict[str, Any] = circumstances(
