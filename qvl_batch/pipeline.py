@@ -35,6 +35,7 @@ from qvl_batch.busy import timed
 from qvl_batch.config import CaptionConfig
 from qvl_batch.errors import ConfigError, DeviceError, JobError
 from qvl_batch.fetch import Fetcher
+from qvl_batch.files import passed_over
 from qvl_batch.folder import folder_at
 from qvl_batch.memory import RealDevice
 from qvl_batch.output import Job, OutputFolder
@@ -57,7 +58,7 @@ from qvl_batch.runtime import require_cuda, resolve_device, resolve_vision_devic
 from qvl_batch.sample import choose
 from qvl_batch.schema import InputColumns
 from qvl_batch.sink import AnswerWriter
-from qvl_batch.source import Source, Unit, open_source, passed_over
+from qvl_batch.source import Source, Unit, open_source
 from qvl_batch.stages import open_vision_cache
 from qvl_batch.workers import DecoderWorker, JoinedWorker, RemoteAttempts, VisionWorker, worker_name
 

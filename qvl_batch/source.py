@@ -7,13 +7,10 @@ A row is known by where it stands, the number of its file and its index in it, s
 not be unique. A file keeps its number when a job goes on, whatever files were added meanwhile.
 """
 
-import glob
 import hashlib
-import os
 import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from itertools import accumulate, pairwise
 from pathlib import Path
 
@@ -24,6 +21,7 @@ from numpy.typing import NDArray
 
 from qvl_batch.config import CaptionConfig
 from qvl_batch.errors import ConfigError, InputError
+from qvl_batch.files import find_files
 from qvl_batch.rowset import PIECE, Row, RowSet, Span
 from qvl_batch.schema import Failure, InputColumns, input_columns
 
@@ -126,14 +124,14 @@ def open_source(config: CaptionConfig, known: Sequence[InputFile] = ()) -> Sourc
         known: files that have their numbers already, in order; those found besides follow them.
 
     Raises:
-        InputError: nothing is there, or nothing but the output, a folder cannot be listed, a file is no
-            parquet, its columns cannot be used, or a known file is gone or has changed.
+        InputError: nothing is there, or nothing but the output, a folder cannot be listed or is a table's, a file
+            is no parquet, its columns cannot be used, or a known file is gone or has changed.
         ConfigError: a kept column has the name of another, or the output is no place.
     """
     own = next((name for name in config.keep_columns if name.startswith(OWN)), None)
     if own is not None:
         raise ConfigError(f"--keep-columns {own}: the pipeline has columns of its own that begin with {OWN}")
-    found = _find_files(config)
+    found = find_files(config)
     numbered: dict[Path, str] = {}
     for path in [*(file.path for file in known), *found]:
         if path not in found:
@@ -199,122 +197,12 @@ def failures_of(table: pa.Table) -> list[Failure | None]:
     return [Failure(*row) if row[0] is not None else None for row in rows]
 
 
-def _find_files(config: CaptionConfig) -> dict[str, Path]:
-    """Parquet files, those of a folder or glob in order of name: where each is named, and where links lead from there.
-
-    What is in the output folder is never input: a job writes it, and may delete it.
-    """
-    output = _output_folder(config)
-    files: dict[str, Path] = {}
-    for item in config.input:
-        if "://" in item:
-            raise InputError(f"--input {item}: only files that are mounted can be read; give their path")
-        try:
-            found = {str(path): path.resolve() for path in _named_by(item)}
-        except (OSError, RuntimeError, ValueError) as error:  # not to be listed; a loop of links; a name that is none
-            raise InputError(f"--input {item} cannot be looked into: {error}") from error
-        if not found:
-            raise InputError(f"--input {item}: no parquet file is there")
-        if output is not None:
-            found = {
-                path: target
-                for path, target in found.items()
-                if not (Path(path).is_relative_to(output) or target.is_relative_to(output))
-            }
-        if not found:
-            raise InputError(
-                f"--input {item} has no file but those of the output folder {output}: give another --output"
-            )
-        files |= found
-    return files
-
-
-def _output_folder(config: CaptionConfig) -> Path | None:
-    """Where answers are written, None if that is not among local files."""
-    place = str(config.output)
-    if not place or "://" in place:
-        return None
-    try:
-        return Path(place).resolve()
-    except (OSError, RuntimeError, ValueError) as error:
-        raise ConfigError(f"--output {place} cannot be a folder: {error}") from error
-
-
-def _named_by(item: str) -> list[Path]:
-    """Parquet files that a path or glob names, in its order of names, in folders as they are behind links."""
-    found: dict[str, Path] = {}
-    for match in _matches(item):
-        if not match.is_dir():
-            found[str(match)] = match.parent.resolve() / match.name
-            continue
-        for folder, names in _folders(match):
-            real = folder.resolve()
-            found |= {str(folder / name): real / name for name in names if _is_parquet(name)}
-    return [found[name] for name in sorted(found)]
-
-
-def passed_over(config: CaptionConfig) -> Iterator[str]:
-    """Files in folders of the input that are not taken for parquet, as their names say nothing of it."""
-    for item in config.input:
-        for match in _matches(item):
-            if match.is_dir():
-                for folder, names in _folders(match):
-                    yield from (str(folder / name) for name in names if not _is_parquet(name))
-
-
-def _is_parquet(name: str) -> bool:
-    return name.lower().endswith((".parquet", ".pq"))
-
-
-def _matches(pattern: str) -> list[Path]:
-    """The path of that name, or what a glob matches; `glob.glob` would pass over folders that it may not list."""
-    if (path := Path(pattern)).exists():
-        return [path]
-    found = [Path()]
-    for part in Path(pattern).parts:
-        if part == "**":
-            found = [folder for path in found if path.is_dir() for folder, _ in _folders(path)]
-        elif glob.has_magic(part):
-            folders = [path for path in found if path.is_dir()]
-            found = [each for path in folders for each in path.iterdir() if _is_meant(each, part)]
-        else:
-            found = [each for path in found if (each := path / part).exists() or each.is_symlink()]
-    return found
-
-
-def _is_meant(path: Path, pattern: str) -> bool:
-    """Whether a pattern with wildcards matches; names of a dot, and folders of an underscore, must begin it."""
-    hidden = path.name.startswith(".") or (_hidden(path) and path.is_dir())
-    return fnmatchcase(path.name, pattern) and (not hidden or pattern[0] == path.name[0])
-
-
-def _folders(top: Path) -> Iterator[tuple[Path, list[str]]]:
-    """A folder and all below it, with names of files. Links are followed, and each folder is taken once."""
-    taken: set[Path] = set()
-    waiting = [top]
-    while waiting:
-        folder = waiting.pop()
-        real = folder.resolve()
-        if real in taken:
-            continue
-        taken.add(real)
-        with os.scandir(folder) as entries:
-            shown = sorted((path, entry.is_dir()) for entry in entries if not _hidden(path := Path(entry.path)))
-        waiting += [path for path, is_folder in reversed(shown) if is_folder]
-        yield folder, [path.name for path, is_folder in shown if not is_folder]
-
-
 def _first_rows(files: Sequence[InputFile], limit: int | None) -> tuple[int, ...]:
     """Rows of each file that are among the first so many of all."""
     if limit is None:
         return tuple(file.rows for file in files)
     before = accumulate((file.rows for file in files), initial=0)
     return tuple(min(file.rows, max(0, limit - start)) for file, start in zip(files, before, strict=False))
-
-
-def _hidden(path: Path) -> bool:
-    """Names that begin with a dot or an underscore are not data, as in Hive and Spark."""
-    return path.name.startswith((".", "_"))
 
 
 def _metadata(path: str) -> tuple[InputFile, pa.Schema, NDArray[np.int64]]:
