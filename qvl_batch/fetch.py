@@ -7,6 +7,7 @@ unless the allowed place is that address. Size and time of each image, and image
 """
 
 import ipaddress
+import re
 import socket
 import stat
 import time
@@ -51,6 +52,10 @@ _AS_IT_IS = "%/:=&?~#+!$,;'@()*[]"
 BUSY = {HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS}
 #: A name that nobody has, as looking it up says.
 UNKNOWN = {socket.EAI_NONAME, socket.EAI_NODATA}
+#: How an image itself begins where it stands in place of its path: as a `data:` address; or in base64, as a JPEG, PNG,
+#: GIF, WebP, TIFF, AVIF or JPEG 2000, or as anything that is longer than paths are.
+DATA = re.compile(r"data:\w+/[\w.+-]+[;,]", re.IGNORECASE)
+BASE64 = re.compile(r"((?=/9j/|iVBORw|R0lGOD|UklGR|SUkqA|TU0AK|AAAA)[\w+/\s-]{64,}|[\w+/\s-]{2000,})=*", re.ASCII)
 #: What will be no different the next time.
 FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 
@@ -114,6 +119,16 @@ class Fetcher:
         Raises:
             ImageError: it is not allowed, not there, too large, or did not come in time.
         """
+        if not location.strip():
+            raise ImageError("the path of the image is empty")
+        try:
+            return self._fetch(location, folder)
+        except ImageError as error:
+            if (known := _image_as_text(location)) is None:
+                raise
+            raise ImageError(f"the path is no path but {known}") from error
+
+    def _fetch(self, location: str, folder: Path) -> bytes:
         address = _Address.of(location)
         if address.scheme in LOCAL:
             return self._read(location, folder)
@@ -332,6 +347,17 @@ def _patiently(location: str, work: Callable[[], bytes]) -> bytes:
 
 def _unreadable(location: str, error: BaseException) -> ImageError:
     return ImageError(f"{_short(location)} cannot be read: {type(error).__name__}: {_short(stable_message(error))}")
+
+
+def _image_as_text(location: str) -> str | None:
+    """What a location is that seems to be the image itself, and how bytes are made of it; it is not repeated."""
+    size = f"of {len(location):,} characters: write a column of bytes, which"
+    if DATA.match(location):
+        return f"a data: address {size} urllib.request.urlopen(text).read() makes of it in Python"
+    if BASE64.fullmatch(location.strip()):
+        decode = "urlsafe_b64decode" if "-" in location or "_" in location else "b64decode"
+        return f"base64 {size} base64.{decode}(text) makes of it in Python"
+    return None
 
 
 def _short(text: str) -> str:

@@ -244,10 +244,20 @@ class StoreFolder:
             time.sleep(self._renewal / 5)
 
     def _keep(self, lock: str, ended: threading.Event) -> None:
+        failing = False
         while not ended.wait(self._renewal):
-            # What does not work now may the next time; until then, others see an older lock.
-            with suppress(OSError):
+            try:
                 self._sign(lock)
+            except OSError as error:  # what does not work now may the next time; until then, others see an older lock
+                if not failing:
+                    logger.warning(
+                        "the lock of %s cannot be renewed, so that another job may take it over: %s", self, error
+                    )
+                failing = True
+            else:
+                if failing:
+                    logger.warning("the lock of %s is renewed again", self)
+                failing = False
 
     def _sign(self, lock: str, mode: str = "overwrite", *, ended: bool = False) -> None:
         process = {"machine": _this_machine(), "pid": os.getpid(), "holder": _this_process()}

@@ -21,6 +21,9 @@ from qvl_batch.source import Source
 #: Without a terminal, progress is a line every so many seconds.
 SECONDS_PER_LINE = 10.0
 MILLION, HOUR = 1_000_000, 3600
+#: Answered rows, and seconds since workers had started, from which on a rate says something of a million images: a
+#: pipeline fills and empties in the time of about twenty rows, and rows arrive by tables, seconds apart.
+ENOUGH_ROWS, ENOUGH_SECONDS = 100, 10.0
 UNITS = {"s": 1, "min": 60, "h": 3600, "d": 86_400}
 
 
@@ -62,16 +65,22 @@ class Report:
         return self.tally.answer_tokens / self.seconds if self.seconds else 0.0
 
     @property
+    def steady_seconds(self) -> float:
+        """Seconds since an image entered the vision graph, so without any start-up."""
+        return max(self.seconds - self.workers_seconds, 0.0)
+
+    @property
     def steady_images_per_second(self) -> float:
-        """Rows over the time since an image entered the vision graph, so without any start-up."""
-        seconds = self.seconds - self.workers_seconds
-        return self.tally.rows / seconds if seconds > 0 else 0.0
+        """Rows over those seconds."""
+        return self.tally.rows / self.steady_seconds if self.steady_seconds else 0.0
 
     @property
     def hours_per_million(self) -> float | None:
-        """Hours that a million images take at the steady rate."""
-        rate = self.steady_images_per_second
-        return MILLION / rate / HOUR if rate else None
+        """Hours that a million images take at the steady rate, None if too little was answered to say."""
+        answered = self.tally.rows - self.tally.finish_reasons["error"]
+        if answered < ENOUGH_ROWS or self.steady_seconds < ENOUGH_SECONDS:
+            return None
+        return MILLION / self.steady_images_per_second / HOUR
 
     @property
     def cost_per_million(self) -> float | None:

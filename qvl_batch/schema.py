@@ -28,6 +28,16 @@ ANSWER_FIELDS = (
     pa.field("error_message", pa.string()),
 )
 ID = "id"
+#: Python that makes of a file one with what is often missing: an id, one image where there is a list of them.
+NUMBERED = (
+    "import pyarrow as pa, pyarrow.parquet as pq; t = pq.read_table('OLD'); "
+    "pq.write_table(t.append_column({0!r}, pa.array(range(len(t)))), 'NEW')"
+)
+FIRST_OF_LIST = (
+    "import pyarrow.compute as pc, pyarrow.parquet as pq; t = pq.read_table('OLD'); "
+    "c = pc.list_element(pc.list_slice(t[{0!r}], 0, 1, return_fixed_size_list=True), 0); "
+    "pq.write_table(t.drop_columns({0!r}).append_column({0!r}, c), 'NEW')"
+)
 LISTS = (
     (pa.types.is_list, pa.list_),
     (pa.types.is_large_list, pa.large_list),
@@ -152,9 +162,9 @@ def input_columns(schema: pa.Schema, file: str, config: CaptionConfig) -> InputC
     if clash:
         raise ConfigError(f"--keep-columns {clash[0]}: the output has a column of its own of that name")
     prompt = None if config.prompt is not None else config.prompt_column
-    id_type = _id_type(_field(schema, config.id_column, file, "--id-column"), file)
+    id_type = _id_type(_field(schema, config.id_column, file, "--id-column", NUMBERED), file)
     if prompt:
-        _check_text(_field(schema, prompt, file, "--prompt-column"), file, "--prompt-column", "strings")
+        _check_prompt(_field(schema, prompt, file, "--prompt-column"), file)
     image = _field(schema, config.image_column, file, "--image-column")
     _check_image(image, file)
     if _is_text(_plain(image.type)) and not config.allow_images_from:
@@ -164,9 +174,12 @@ def input_columns(schema: pa.Schema, file: str, config: CaptionConfig) -> InputC
     return InputColumns(pa.field(config.id_column, id_type), copied, config.image_column, prompt)
 
 
-def _field(schema: pa.Schema, name: str, file: str, option: str) -> pa.Field:
-    if schema.names.count(name) != 1:
-        raise InputError(f"{file} has no single column {name!r} ({option}); it has {', '.join(schema.names) or 'none'}")
+def _field(schema: pa.Schema, name: str, file: str, option: str, makes: str | None = None) -> pa.Field:
+    """The column of that name; `makes` says how to make it where there is none."""
+    if (count := schema.names.count(name)) != 1:
+        there = ", ".join(schema.names) or "none"
+        advice = "" if makes is None or count else f"; name another, or make one: {makes.format(name)}"
+        raise InputError(f"{file} has no single column {name!r} ({option}); it has {there}{advice}")
     return schema.field(name)
 
 
@@ -180,21 +193,27 @@ def _id_type(field: pa.Field, file: str) -> pa.DataType:
     raise InputError(f"{file}: column {field.name!r} (--id-column) is {field.type}; it must be strings or integers")
 
 
-def _check_text(field: pa.Field, file: str, option: str, wanted: str) -> None:
+def _check_prompt(field: pa.Field, file: str) -> None:
     kind = _plain(field.type)
     if not (_is_text(kind) or pa.types.is_null(kind)):
-        raise InputError(f"{file}: column {field.name!r} ({option}) is {field.type}; it must be {wanted}")
+        raise InputError(f"{file}: column {field.name!r} (--prompt-column) is {field.type}; it must be strings")
 
 
 def _check_image(field: pa.Field, file: str) -> None:
-    kind = field.type
+    if _is_image(field.type):
+        return
+    wanted = "a struct of bytes and path, bytes, or paths"
+    if any(is_kind(field.type) for is_kind, _ in LISTS) and _is_image(field.type.value_type):
+        wanted += f"; to take the first of each list: {FIRST_OF_LIST.format(field.name)}"
+    raise InputError(f"{file}: column {field.name!r} (--image-column) is {field.type}; it must be {wanted}")
+
+
+def _is_image(kind: pa.DataType) -> bool:
     if pa.types.is_struct(kind):
         counts = Counter(part.name for part in kind)
-        if 1 in (found := {counts["bytes"], counts["path"]}) and max(found) == 1:
-            return
-    elif _is_bytes(kind):
-        return
-    _check_text(field, file, "--image-column", "a struct of bytes and path, bytes, or paths")
+        found = {counts["bytes"], counts["path"]}
+        return 1 in found and max(found) == 1
+    return _is_bytes(kind) or _is_text(_plain(kind)) or bool(pa.types.is_null(_plain(kind)))
 
 
 def _plain(kind: pa.DataType) -> pa.DataType:

@@ -1,17 +1,20 @@
 """Images are read from where that was allowed, within bounds of size and time, and from nowhere else."""
 
+import base64
 import io
 import os
 import re
 import socket
 import threading
 import time
+import urllib.request
 from collections import Counter
 from contextlib import nullcontext, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
 import pytest
+from PIL import Image
 
 from qvl_batch.errors import ConfigError, ImageError
 from qvl_batch.fetch import Fetcher
@@ -108,7 +111,7 @@ def test_addresses_elsewhere_are_refused(location, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("location", "message"),
     [
-        ("data:image/png;base64,{0}", r"is too long for a path$"),
+        ("images./{0}", r"is too long for a path$"),
         ("http://127.0.0.1:1/images/{0}", r"cannot be read: URLError"),
         ("http://elsewhere/{0}", r"is in no place of --allow-images-from$"),
         ("http://[{0}/", r"is no address: "),
@@ -122,6 +125,68 @@ def test_a_location_as_long_as_an_image_is_told_by_its_beginning(location, messa
     ) as error:
         fetcher.fetch(location.format("a/" * 500_000), images)
     assert len(str(error.value)) < 800
+
+
+@pytest.mark.parametrize("location", ["", " ", "\n"])
+def test_a_path_that_is_empty_is_said_to_be_so(location, images):
+    for allowed in ([str(images / "allowed")], ["https://host/images"], []):
+        with pytest.raises(ImageError, match=r"^the path of the image is empty$"):
+            Fetcher(allowed).fetch(location, images / "allowed")
+
+
+def _as_text(kind, size=80, **options):
+    buffer = io.BytesIO()
+    Image.effect_noise((size, size), 90).save(buffer, kind, **options)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+@pytest.mark.parametrize(
+    ("location", "message"),
+    [
+        *((_as_text(kind), "base64") for kind in ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "AVIF", "JPEG2000", "BMP")),
+        (_as_text("PNG", 1), "base64"),
+        (f" {_as_text('JPEG')}\n", "base64"),
+        (base64.encodebytes(base64.b64decode(_as_text("PNG"))).decode(), "base64"),
+        (base64.urlsafe_b64encode(base64.b64decode(_as_text("BMP"))).decode(), "base64"),
+        (f"data:image/png;base64,{_as_text('PNG')}", "a data: address"),
+        (f"DATA:image/png;base64,{_as_text('PNG', 1)}", "a data: address"),
+        ("data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg'/>", "a data: address"),
+    ],
+    ids=lambda value: value[:24],
+)
+def test_an_image_as_text_in_place_of_its_path_is_not_repeated_and_how_to_make_bytes_of_it_is_said(
+    location, message, images
+):
+    with pytest.raises(ImageError) as error:
+        Fetcher([str(images / "allowed"), "https://host/images"]).fetch(location, images / "allowed")
+    said = str(error.value)
+    assert said.startswith(f"the path is no path but {message} of {len(location):,} characters: ")
+    assert location.strip()[:20] not in said
+    assert len(said.splitlines()) == 1
+    (make,) = re.findall(r"which (.*) makes of it in Python$", said)
+    if "svg" not in location:
+        data = eval(make, {"base64": base64, "urllib": urllib, "text": location})  # noqa: S307
+        with Image.open(io.BytesIO(data)) as image:
+            image.load()
+
+
+def test_a_file_whose_name_looks_like_an_image_is_read(images):
+    for name in ("9j/" + "a" * 80, "data:image/png;x", "AAAA" * 20):
+        path = images / "allowed" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"inside")
+        assert Fetcher([str(images / "allowed")]).fetch(name, images / "allowed") == b"inside"
+    for missing in ("sha/" + "0123456789abcdef" * 8, "data:x.png", "data/images/" + "ab/" * 60):
+        with pytest.raises(ImageError, match=f"^{missing}.* cannot be read"):
+            Fetcher([str(images / "allowed")]).fetch(missing, images / "allowed")
+
+
+def test_what_looks_like_an_image_is_looked_at_in_little_time(images):
+    began = time.monotonic()
+    for location in ("AAAA" + " " * 2_000_000 + ".", "a" * 2_000_000 + ".", "data:image/" + "a" * 2_000_000):
+        with pytest.raises(ImageError, match="too long for a path"):
+            Fetcher([str(images / "allowed")]).fetch(location, images)
+    assert time.monotonic() - began < 2
 
 
 @pytest.mark.parametrize("place", ["ftp://host/images", "memory://images", "az://container"])

@@ -125,6 +125,52 @@ def test_a_lock_of_a_dead_job_does_not_block(address, caplog):
         assert _store(address).names(f"{LOCK}*") == [f"{LOCK}-000006"]
 
 
+def test_a_lock_that_cannot_be_renewed_is_said_once_and_so_is_its_renewal(address, monkeypatch, caplog):
+    put, failed = _Bytes.pipe_file, []
+
+    def refused(*_, **__):
+        failed.append(1)
+        raise ConnectionError("the store is away")
+
+    def wait_until(is_so):
+        until = time.monotonic() + 30
+        while not is_so() and time.monotonic() < until:
+            time.sleep(RENEWAL / 10)
+
+    lines = [
+        f"the lock of {address} cannot be renewed, so that another job may take it over: the store is away",
+        f"the lock of {address} is renewed again",
+    ]
+    with _store(address).held():
+        for outage in (1, 2):
+            monkeypatch.setattr(_Bytes, "pipe_file", refused)
+            wait_until(lambda: len(failed) >= 3)
+            monkeypatch.setattr(_Bytes, "pipe_file", put)
+            wait_until(lambda: len(caplog.messages) == 2 * outage)  # noqa: B023
+            assert caplog.messages == lines * outage
+            assert len(failed) >= 3
+            failed.clear()
+    assert caplog.messages == lines * 2
+
+
+def test_what_a_lock_says_reaches_the_terminal_of_a_job():
+    script = """
+import fsspec, time
+import qvl_batch.pipeline
+from qvl_batch.folder import StoreFolder
+
+class Away(fsspec.get_filesystem_class("memory")):
+    find = lambda *_, **__: []
+    pipe_file = lambda *_, mode="create", **__: 1 / 0 if mode == "overwrite" else None
+
+with StoreFolder(Away(skip_instance_cache=True), "memory://bucket/out", renewal=0.05).held():
+    time.sleep(0.5)
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert "the lock of memory://bucket/out cannot be renewed, so that" in result.stderr
+    assert result.stderr.count("cannot be renewed") == 1
+
+
 def test_a_lock_of_a_process_that_died_here_is_not_waited_for(address):
     from qvl_batch.folder import _this_machine  # noqa: PLC0415
 

@@ -94,10 +94,11 @@ def test_the_demo_is_answered_right_and_as_pytorch_answers_it(tiny_bundle, tiny_
     parts = run["stages"]["decoder"]["parts"].values()
     assert sum(part["seconds"] for part in parts) == pytest.approx(run["stages"]["decoder"]["seconds"], abs=0.01)
     assert [sum(run["timeline"][name]) for name in ("rows", "answer_tokens", "errors")] == [64, run["answer_tokens"], 0]
-    hours = 1e6 / run["steady_images_per_second"] / 3600
-    assert (run["hours_per_million"], run["cost_per_million"]) == pytest.approx((hours, 1.5 * hours), rel=1e-3)
-    for line in ("busy      read ", "million   "):
-        assert line in result.stdout
+    rate = 64 / (run["seconds"] - run["workers_seconds"])
+    assert run["steady_images_per_second"] == pytest.approx(rate, rel=1e-2)
+    assert (run["price_per_hour"], run["hours_per_million"], run["cost_per_million"]) == (1.5, None, None)
+    assert "busy      read " in result.stdout
+    assert "million" not in result.stdout  # of which 64 rows say nothing
     assert "✓ All 64 rows answered" in page
     given = {row["id"]: (row["prompt"], answer["answer"]) for row, answer in zip(demo, rows, strict=True)}
     assert len({id_ for id_, *_ in shown}) == 24

@@ -174,6 +174,28 @@ def test_time_and_price_of_a_million_images_are_those_of_the_steady_rate():
     assert record["advice"].startswith("Vision is what the job waits for")
 
 
+@pytest.mark.parametrize(
+    ("rows", "failed", "seconds", "said"),
+    [
+        (8, 0, 1_000.0, False),
+        (99, 0, 100.0, False),
+        (150, 51, 100.0, False),
+        (10_000, 0, 9.9, False),
+        (150, 50, 10.0, True),
+    ],
+)
+def test_of_a_million_images_nothing_is_said_after_few_rows_or_seconds(rows, failed, seconds, said):
+    tally = Tally(rows=rows, finish_reasons=Counter(stop=rows - failed, error=failed))
+    report = _report(tally=tally, seconds=seconds + 50.0, workers_seconds=50.0, price_per_hour=2.0)
+    record = report.record()
+    assert record["steady_images_per_second"] == pytest.approx(rows / seconds, abs=1e-3)
+    assert "speed " in str(report)
+    assert ("million " in str(report)) == said
+    hours = rows and 1e6 / (rows / seconds) / 3600
+    expected = (pytest.approx(hours, abs=1e-3), pytest.approx(2 * hours, abs=1e-3)) if said else (None, None)
+    assert (record["hours_per_million"], record["cost_per_million"]) == expected
+
+
 def test_without_a_price_or_without_rows_nothing_is_made_up():
     free = _report()
     assert (free.cost_per_million, "million   77.2 hours\n" in str(free)) == (None, True)

@@ -179,6 +179,13 @@ def test_where_nothing_was_left_to_do_nothing_is_made_up():
     assert "80 image: ImageError" in page.text
 
 
+def test_after_a_few_rows_nothing_is_said_of_a_million():
+    text = _Parsed(render(_record(hours_per_million=None, cost_per_million=None), [])).text
+    assert "a million images take" not in text
+    assert "\u2013 a million images too few rows to say" in text
+    assert "10.00 images/s" in text
+
+
 def test_without_a_price_the_time_stands_alone():
     text = _Parsed(render(_record(price_per_hour=None, cost_per_million=None), [])).text
     assert "a million images take 1 d 3 h." in text

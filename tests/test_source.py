@@ -2,6 +2,8 @@
 
 import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,9 +16,10 @@ import pytest
 from qvl_batch.config import CaptionConfig
 from qvl_batch.errors import ConfigError, InputError
 from qvl_batch.fetch import Fetcher
+from qvl_batch.files import passed_over
 from qvl_batch.reader import read_unit
 from qvl_batch.rowset import RowSet
-from qvl_batch.source import FAILURE, FILE, IMAGE, PROMPT, ROW, open_source, passed_over
+from qvl_batch.source import FAILURE, FILE, IMAGE, PROMPT, ROW, open_source
 
 IMAGES = pa.array([b"a", b"b", b"c"])
 TABLE = pa.table({"id": [1, 2, 3], "image": IMAGES, "prompt": ["x", "y", None]})
@@ -73,6 +76,41 @@ def test_folders_are_read_whole_through_links_and_whatever_their_names(given, tm
     monkeypatch.chdir(tmp_path)
     source = open_source(_config(tmp_path, given))
     assert _names(source, tmp_path) == ["in/leaf.parquet/part-0.parquet", "far/1.parquet"]
+
+
+TABLES = {
+    "t/_delta_log/00000000000000000000.json": "a Delta table: .* deltalake.DeltaTable",
+    "t/metadata/v12.metadata.json": "an Iceberg table: .* pyiceberg",
+    "t/metadata/00003-918d6cb2-95af.metadata.json": "an Iceberg table",
+    "t/metadata/snap-2564313941058365710-0-952d9a79.avro": "an Iceberg table",
+    "t/.hoodie/hoodie.properties": "a Hudi table: .* hudi",
+}
+
+
+@pytest.mark.parametrize(
+    "given", ["in", "in/t", "in/*", "in/**", "in/t/p=1", "in/t/p=*", "in/t/p=1/q", "in/link", "in/t/"]
+)
+@pytest.mark.parametrize("sign", TABLES)
+def test_a_folder_of_a_table_is_refused_wherever_it_is_met(sign, given, tmp_path):
+    _write(tmp_path, "in/1.parquet", "in/t/2.parquet", "in/t/p=1/q/3.parquet")
+    (tmp_path / "in" / sign).parent.mkdir()
+    (tmp_path / "in" / sign).touch()
+    (tmp_path / "in" / "link").symlink_to("t/p=1")
+    with pytest.raises(InputError, match=rf"^{tmp_path}/in/t is {TABLES[sign]}.*'{tmp_path}/in/t") as error:
+        open_source(_config(tmp_path, tmp_path / given))
+    assert len(str(error.value).splitlines()) == 1
+    # Files that are named are what was asked for.
+    named = open_source(
+        _config(tmp_path, tmp_path / "in" / "t" / "2.parquet", tmp_path / "in" / "t" / "p=1" / "*" / "*")
+    )
+    assert _names(named, tmp_path) == ["in/t/2.parquet", "in/t/p=1/q/3.parquet"]
+
+
+def test_a_folder_that_is_like_a_table_is_none(tmp_path):
+    _write(tmp_path, "in/metadata/1.parquet", "in/delta_log/2.parquet", "in/metadata/2026-01.parquet")
+    for name in ("image.metadata.json", "2026-01-02.metadata.json", "schema.avro"):
+        (tmp_path / "in" / "metadata" / name).touch()
+    assert len(open_source(_config(tmp_path, tmp_path / "in")).files) == 3
 
 
 @pytest.mark.parametrize("given", ["in", "in/*", "in/*/*.parquet", "in/**/*.parquet"])
@@ -314,6 +352,58 @@ def test_columns_that_cannot_be_used_are_named_with_what_is_there(table, options
     pq.write_table(table, tmp_path / "a.parquet")
     with pytest.raises(InputError, match=message):
         open_source(_config(tmp_path, **options))
+
+
+def _converted(tmp_path, config):
+    """What the line of Python in an error makes of the file."""
+    with pytest.raises(InputError) as error:
+        open_source(config)
+    assert len(str(error.value).splitlines()) == 1
+    line = re.search(r": (import pyarrow.*)$", str(error.value))[1]
+    old, new = tmp_path / "a.parquet", tmp_path / "new" / "a.parquet"
+    new.parent.mkdir()
+    subprocess.run([sys.executable, "-c", line.replace("OLD", str(old)).replace("NEW", str(new))], check=True)
+    return replace(config, input=(str(new),))
+
+
+def test_a_file_without_an_id_column_is_given_one_by_the_line_that_the_error_has(tmp_path):
+    pq.write_table(TABLE.drop_columns("id"), tmp_path / "a.parquet")
+    rows = _read(_converted(tmp_path, _config(tmp_path)))
+    assert rows["id"].to_pylist() == [0, 1, 2]
+    assert rows[IMAGE].to_pylist() == [b"a", b"b", b"c"]
+    pq.write_table(TABLE, tmp_path / "b.parquet")
+    two = pa.Table.from_arrays([pa.array([1])] * 2, ["id", "id"])
+    pq.write_table(two, tmp_path / "c.parquet")
+    for name, option in (("b", {"prompt_column": "more"}), ("c", {})):
+        with pytest.raises(InputError, match=r"no single column [^:]*$"):
+            open_source(_config(tmp_path, tmp_path / f"{name}.parquet", **option))
+
+
+@pytest.mark.parametrize("make", [pa.list_, pa.large_list])
+@pytest.mark.parametrize(
+    ("kind", "values"),
+    [
+        (
+            pa.struct([("bytes", pa.binary()), ("path", pa.string())]),
+            [{"bytes": b"a"}, {"bytes": b"b"}, {"bytes": b"c"}],
+        ),
+        (pa.binary(), [b"a", b"b", b"c"]),
+    ],
+    ids=str,
+)
+def test_of_a_list_of_images_the_line_that_the_error_has_takes_the_first(make, kind, values, tmp_path):
+    lists = pa.array([[values[0]], [], None, values[1:]], make(kind))
+    table = pa.table({"id": range(4), "it's": lists, "prompt": ["x"] * 4})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=3)
+    rows = _read(_converted(tmp_path, _config(tmp_path, image_column="it's")))
+    assert rows[IMAGE].to_pylist() == [b"a", None, None, b"b"]
+    assert rows["id"].to_pylist() == [0, 1, 2, 3]
+    # Bytes as a list of numbers are no list of images.
+    pq.write_table(TABLE.set_column(1, "image", pa.array([[1], [2], [3]])), tmp_path / "a.parquet")
+    with pytest.raises(
+        InputError, match=r"is list<[^:]*: int64>; it must be a struct of bytes and path, bytes, or paths$"
+    ):
+        open_source(_config(tmp_path))
 
 
 def test_files_that_differ_in_what_is_kept_are_refused(tmp_path):
