@@ -9,7 +9,7 @@
 # bench    measure engine and Ray job against transformers' generate on a made-up model (an hour)
 # openvino install OpenVINO GenAI beside, so that `bench` measures it too
 # train    train the tiny model anew (an hour or two)
-# Each installs what it needs into .venv first, once.
+# Each installs what it needs into .venv first, once. ARGS='...' gives the script more options.
 
 PYTHON ?= python3
 VENV := .venv
@@ -22,13 +22,14 @@ ANSWERS := build/demo-answers
 COMPARISON := build/comparison
 BENCH := build/bench
 OPENVINO := build/openvino
+TRAINING := build/train
 
 .PHONY: demo test test-long soak fuzz real-size compare lint bench openvino train clean browser
 .DELETE_ON_ERROR:
 
 demo: $(BUNDLE)/bundle.json
 	$(BIN)/python jobs/caption.py --bundle $(BUNDLE) --input $(QUESTIONS) --output $(ANSWERS) \
-		--keep-columns prompt expected --overwrite
+		--keep-columns prompt expected --overwrite $(ARGS)
 	$(BIN)/python jobs/show.py $(ANSWERS)
 
 test: $(READY) browser
@@ -38,17 +39,17 @@ test-long: $(READY)
 	$(BIN)/python -m pytest -m long
 
 soak: $(BUNDLE)/bundle.json
-	$(BIN)/python tests/soak.py --bundle $(BUNDLE)
+	$(BIN)/python tests/soak.py --bundle $(BUNDLE) $(ARGS)
 
 fuzz: $(READY)
-	$(BIN)/python tests/fuzz.py
+	$(BIN)/python tests/fuzz.py $(ARGS)
 
 real-size: $(READY)
-	$(BIN)/python tests/real_size.py
+	$(BIN)/python tests/real_size.py $(ARGS)
 
 compare: $(BUNDLE)/bundle.json
 	$(BIN)/python jobs/compare.py --bundle $(BUNDLE) --checkpoint $(TINY) --input $(QUESTIONS) \
-		--output $(COMPARISON) --layers --overwrite
+		--output $(COMPARISON) --layers --overwrite $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -58,12 +59,12 @@ lint: $(READY)
 bench: $(BENCH)/fp32/bundle.json $(BENCH)/int8/bundle.json
 	$(BIN)/python jobs/bench.py --bundle $(BENCH)/fp32 --reduced-bundle $(BENCH)/int8 --checkpoint $(BENCH)/model \
 		--output $(BENCH) --openvino $(OPENVINO) \
-		--against hf $(if $(wildcard $(OPENVINO)/model/openvino_language_model.xml),openvino)
+		--against hf $(if $(wildcard $(OPENVINO)/model/openvino_language_model.xml),openvino) $(ARGS)
 
 openvino: $(OPENVINO)/model/openvino_language_model.xml
 
 train: $(READY)
-	$(BIN)/python datasets/train.py --work-dir build/train --output $(TINY)
+	$(BIN)/python datasets/train.py --work-dir $(TRAINING) --output $(TINY) $(ARGS)
 
 $(BUNDLE)/bundle.json: $(READY) $(wildcard $(TINY)/*) $(wildcard export/*.py) qvl_batch/bundle.py
 	$(BIN)/python -m export $(TINY) --output $(BUNDLE) --overwrite

@@ -58,6 +58,7 @@ def _qwen(hidden: int, inner: int, layers: int, heads: int, kv_heads: int, vocab
 
 
 SHAPES: dict[str, Shape] = {
+    "tiny": ({}, {}),
     # 70 M parameters: large enough that matrix products, and not calls, take the time on a CPU.
     "bench": (
         {

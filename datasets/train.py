@@ -55,10 +55,10 @@ class Stage:
     warmup: int
 
 
-def stages(steps_224: int, steps_672: int) -> list[Stage]:
+def stages(steps_224: int, steps_672: int, images: int | None = None) -> list[Stage]:
     return [
-        Stage(steps_224, 224, 32, 16, 2e-3, 5e-4, 300),
-        Stage(steps_224 + steps_672, 672, 8, 16, 1e-3, 1e-5, 50),
+        Stage(steps_224, 224, images or 32, 16, 2e-3, 5e-4, 300),
+        Stage(steps_224 + steps_672, 672, images or 8, 16, 1e-3, 1e-5, 50),
     ]
 
 
@@ -314,6 +314,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="write the checkpoint here when trained")
     parser.add_argument("--steps-224", type=int, default=3600)
     parser.add_argument("--steps-672", type=int, default=1400)
+    parser.add_argument("--images", type=int, help="images of a step, if not 32 and then 8")
     args = parser.parse_args()
     args.work_dir.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(SEED)
@@ -321,7 +322,7 @@ def main() -> None:
     qwen.Qwen2_5_VLVisionAttention.forward = batched_vision_attention
     model = Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=torch.float32)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
-    train(model, Batches(config, CHECKPOINT), stages(args.steps_224, args.steps_672), args.work_dir)
+    train(model, Batches(config, CHECKPOINT), stages(args.steps_224, args.steps_672, args.images), args.work_dir)
     if args.output:
         model.to(torch.bfloat16).save_pretrained(args.work_dir / "checkpoint")
         args.output.mkdir(parents=True, exist_ok=True)

@@ -86,6 +86,8 @@ class BenchConfig:
     """Rows of the Ray job; 0 leaves it out."""
     ten_times: bool = True
     """Measure what ten times the rows take of the Ray job, time and memory."""
+    situations: bool = True
+    """Measure also what our engine gains where features and caches are shared, kept, or refilled."""
     output: Path = Path("build/bench")
     """Folder for the figures."""
 
@@ -138,16 +140,11 @@ def bench(config: BenchConfig, console: Console) -> dict[str, Any]:
         ours = (config.bundles[best], config.slots, config.new_tokens)
         if config.ray_rows:
             _ray(figures, config, hosts[best], ours, rows, console)
-    console.print("limits of the machine, and situations")
+    console.print("limits of the machine")
     _against_limits(figures, config, rows)
-    engine = Ours(*ours)
-    few = rows.part(0, 16)
-    engine.answer(few)
-    figures["ratios"] |= situations.skew(engine, few)
-    figures["ratios"] |= {
-        "four_prompts": situations.four_prompts(engine, few),
-        "second_prompt": situations.second_prompt(engine, few),
-    }
+    if config.situations:
+        console.print("situations")
+        _situations(figures, Ours(*ours), rows.part(0, 16))
     return figures | circumstances(config, ("onnxruntime-gpu", "torch", "transformers", "ray"))
 
 
@@ -253,6 +250,16 @@ def _against_limits(figures: dict[str, Any], config: BenchConfig, rows: Rows) ->
         }
     figures["limits"] = found
     figures["ratios"] |= {key: found[FP32][key] for key in ("vision_peak", "prefill_peak", "decode_bandwidth")}
+
+
+def _situations(figures: dict[str, Any], engine: Ours, few: Rows) -> None:
+    """Ratios of our engine to itself."""
+    engine.answer(few)
+    figures["ratios"] |= situations.skew(engine, few)
+    figures["ratios"] |= {
+        "four_prompts": situations.four_prompts(engine, few),
+        "second_prompt": situations.second_prompt(engine, few),
+    }
 
 
 def main() -> int:

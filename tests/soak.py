@@ -1,6 +1,6 @@
 """Kill random processes of a job at random moments, go on each time, and compare with an unbroken run.
 
-    python tests/soak.py --bundle BUNDLE [--kills 50] [--seed 0]
+    python tests/soak.py --bundle BUNDLE [--kills 50] [--latest 20] [--seed 0]
 
 The job answers the demo questions again and again. Its driver, Ray's own processes and its workers
 are equally likely to be killed. Where the job does not survive that, the same command is started
@@ -156,12 +156,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--bundle", type=Path, required=True)
     parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--latest", type=float, default=LATEST, help="seconds from kill to kill at most")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     began = time.time()
     with tempfile.TemporaryDirectory(prefix="qvl") as folder:
         env = os.environ | {"RAY_TMPDIR": folder}
-        outcome = soak(options.bundle, options.kills, options.seed, Path(folder) / "soak", env)
+        outcome = soak(options.bundle, options.kills, options.seed, Path(folder) / "soak", env, options.latest)
     print(f"{outcome}; {(time.time() - began) / 60:.0f} minutes")
     return 0 if outcome.passed and outcome.killed.total() == options.kills else 1
 

@@ -1,0 +1,470 @@
+"""Every command that a page, a docstring or the Makefile names can be run, and there is a test that runs it.
+
+`documented` lists them. Each line is parsed by the program that it calls, and `TESTS` says what runs that
+program, in small where it takes long.
+"""
+
+import argparse
+import ast
+import json
+import os
+import re
+import runpy
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tomllib
+from functools import partial
+from importlib.metadata import metadata
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+import tyro
+from conftest import QUESTIONS, ROOT, TINY, TRACES
+from packaging.requirements import Requirement
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLVisionAttention
+
+from export.package import export_bundle
+from qvl_batch.bundle import Bundle
+
+HERE = Path(__file__).name
+#: Tests that run a program: of this file, or of another one, where the program is named.
+TESTS = {
+    "make demo": ["test_the_demo_answers_and_shows"],
+    "make test": ["test_the_machine_that_checks_all_runs_lint_and_tests"],
+    "make test-long": ["test_tests_are_chosen_by_marks_that_exist"],
+    "make lint": ["test_the_machine_that_checks_all_runs_lint_and_tests"],
+    "make soak": ["test_the_soak_kills_once"],
+    "make fuzz": ["test_the_fuzz_damages_a_few_images"],
+    "make real-size": ["test_an_export_of_real_size_is_tried_at_tiny_size"],
+    "make compare": ["test_the_comparison_compares_two_rows"],
+    "make bench": ["test_the_bench_measures_two_rows"],
+    "make openvino": ["test_what_openvino_is_installed_from_can_be_read"],
+    "make train": ["test_training_goes_on_where_it_was"],
+    "make clean": ["test_clean_removes_what_was_built_and_nothing_else"],
+    "make browser": ["test_a_browser_is_installed_where_there_is_none"],
+    ".ci/run": ["test_the_machine_that_checks_all_runs_lint_and_tests"],
+    "python -m export": ["test_the_demo_exports_its_bundle"],
+    "python jobs/caption.py": ["test_the_demo_answers_and_shows"],
+    "python jobs/show.py": ["test_the_demo_answers_and_shows"],
+    "python jobs/compare.py": ["test_the_comparison_compares_two_rows"],
+    "python jobs/bench.py": [
+        "test_the_bench_measures_two_rows",
+        "test_bench.py::test_without_a_gpu_nothing_is_made_for_one",
+        "test_bench.py::test_the_bench_for_a_gpu_runs_on_whatever_the_bundle_is_for",
+    ],
+    "python datasets/train.py": ["test_training_goes_on_where_it_was"],
+    "python datasets/make_model.py": ["test_a_model_is_made_up"],
+    "python datasets/make_demo.py": ["test_the_demo_is_made_by_its_script"],
+    "python datasets/build_tokenizer.py": ["test_the_tokenizer_is_made_by_its_script"],
+    "python tests/soak.py": ["test_the_soak_kills_once"],
+    "python tests/fuzz.py": ["test_the_fuzz_damages_a_few_images"],
+    "python tests/real_size.py": ["test_an_export_of_real_size_is_tried_at_tiny_size"],
+    "python -m pytest": ["test_tests_are_chosen_by_marks_that_exist"],
+    "pip install": ["test_what_pip_is_to_install_exists"],
+    "hf download": ["test_the_hub_has_the_options_that_are_named"],
+    "ray job submit": ["test_job.py::test_jobs_can_be_submitted_to_a_cluster"],
+}
+PAGES = ("README.md", "export/README.md", "datasets/README.md")
+SCRIPTS = sorted(path for folder in ("jobs", "datasets", "tests") for path in ROOT.glob(f"{folder}/*.py"))
+#: What a line of a command begins with, and what a block of anything else does.
+LAUNCHERS = ("make", "python", "pip", "hf", "ray", ".ci/run")
+OTHERS = ("rows", "equal", "usage:", "image/prompt", "qvl_batch/", "head_ids")
+#: Lines of the Makefile that are no programs of ours.
+TOOLS = ("rm", "touch", "command", "ruff", "mypy", "optimum-cli", "python3")
+
+
+def _words(line):
+    """Words of a command, without variables of its environment and what stands for more of it."""
+    words = shlex.split(line)
+    while re.match(r"[A-Z_]+=", words[0]):
+        words.pop(0)
+    return words
+
+
+def _is_command(text):
+    return re.match(rf"(?:[A-Z_]+=\S+ )*(?:{'|'.join(map(re.escape, LAUNCHERS))})(?: \S|$)", text) is not None
+
+
+def _in_blocks(name):
+    """Lines of commands in the blocks of a page, of which each holds commands or something that is known."""
+    text = (ROOT / name).read_text()
+    blocks = re.findall(r"^ *```(\w*)\n(.*?)^ *```$", text, re.DOTALL | re.MULTILINE)
+    plain = re.sub(r"^ *```.*?^ *```$", "", text, flags=re.DOTALL | re.MULTILINE)
+    blocks += [("", block) for block in re.findall(r"(?:^    \S.*\n)+", plain, re.MULTILINE)]
+    for kind, block in blocks:
+        lines = [line for line in map(_joined, block.replace("\\\n", " ").splitlines()) if line]
+        if kind != "python" and lines[0].split()[0] not in OTHERS:
+            yield from (line.split(" # ")[0] for line in lines)
+
+
+def _in_sentences(name):
+    """Commands, or what they begin with."""
+    text = re.sub(r"^ *```.*?^ *```$", "", (ROOT / name).read_text(), flags=re.DOTALL | re.MULTILINE)
+    yield from (text for text in re.findall(r"`([^`\n]+)`", text) if _is_command(text))
+
+
+def _joined(line):
+    return " ".join(line.split())
+
+
+def _in_docstring(path):
+    lines = (ast.get_docstring(ast.parse(path.read_text())) or "").splitlines()
+    yield from (re.sub(r"[\[\]]", "", line.strip()) for line in lines if _is_command(line.strip()))
+
+
+def _recipe(target, **variables):
+    """Commands of a target and of what it is made of, as if nothing were there but what installs the rest."""
+    given = {"BIN": "BIN", "PYTHON": "python3", "BUNDLE": "BUNDLE", "BENCH": "BENCH", "OPENVINO": "OPENVINO"}
+    given |= {"READY": ".nothing"} | variables
+    options = [f"{name}={value}" for name, value in given.items()]
+    result = _make("--dry-run", "--old-file=.nothing", target, *options)
+    return [_joined(line) for line in result.stdout.replace("\\\n", " ").splitlines()]
+
+
+def _make(*options, cwd=ROOT, env=None, check=True):
+    env = {name: value for name, value in (env or os.environ).items() if not name.startswith(("MAKE", "MFLAGS"))}
+    command = [shutil.which("make"), "--no-print-directory", *map(str, options)]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=check, timeout=600)
+
+
+def whole_lines():
+    """Commands that are there with all their options: where, and the line."""
+    found = [(name, line) for name in PAGES for line in _in_blocks(name)]
+    found += [(str(path.relative_to(ROOT)), line) for path in SCRIPTS for line in _in_docstring(path)]
+    found += [
+        ("Makefile", line.replace("BIN/", "")) for target in TARGETS for line in _recipe(target) if "BIN/" in line
+    ]
+    found += [(where, line.split(" -- ")[1]) for where, line in found if " -- " in line]
+    return list(dict.fromkeys(found))
+
+
+def documented():
+    """Every command that is named anywhere: where, and the line, or what it begins with."""
+    found = whole_lines() + [(name, line) for name in PAGES for line in _in_sentences(name)]
+    return list(dict.fromkeys(found + [("Makefile", f"make {target}") for target in TARGETS]))
+
+
+def _programs(line):
+    """What a line runs, by the names of `TESTS`."""
+    words = _words(line)
+    match words:
+        case ["make", *rest]:
+            return [f"make {word}" for word in rest if "=" not in word and not word.startswith("-")]
+        case ["python", "-m", module, *_]:
+            return [f"python -m {module}"]
+        case ["python" | "pip" | "hf", what, *_]:
+            return [f"{words[0]} {what}"]
+        case ["ray", *_]:
+            return ["ray job submit"]
+    return [words[0]]
+
+
+TARGETS = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+DOCUMENTED = documented()
+
+
+@pytest.mark.parametrize(("where", "line"), DOCUMENTED)
+def test_every_documented_command_has_a_test_that_runs_it(where, line):
+    for program in _programs(line):
+        if program.split()[0] in TOOLS:
+            continue
+        assert program in TESTS, f"{where}: `{line}` is run by no test; write one, and name it in {HERE}"
+
+
+def test_what_is_said_to_run_a_program_is_a_test_that_names_it():
+    programs = {program for _, line in DOCUMENTED for program in _programs(line)}
+    assert set(TESTS) <= programs, "these are not documented any more"
+    for program, nodes in TESTS.items():
+        for node in nodes:
+            name, _, test = node.rpartition("::")
+            text = (ROOT / "tests" / (name or HERE)).read_text()
+            assert re.search(rf"^def {test}\(", text, re.MULTILINE), f"{program}: there is no {node}"
+            assert not name or re.search(rf"\b{Path(program.split()[-1]).stem}\b", text), f"{node} has no {program}"
+
+
+class _Parsed(BaseException):
+    """A program took its options."""
+
+
+@pytest.fixture
+def only_parse(monkeypatch):
+    """Programs end when they have parsed their options."""
+    for owner, name in ((tyro, "cli"), (argparse.ArgumentParser, "parse_args")):
+        real = getattr(owner, name)
+
+        def parsed(*arguments, real=real, **options):
+            raise _Parsed(real(*arguments, **options))
+
+        monkeypatch.setattr(owner, name, parsed)
+
+
+@pytest.fixture
+def run_here(monkeypatch):
+    """Runs a command of ours in this process, which has its libraries already, and gives its exit status."""
+
+    def run(line):
+        _, *words = _words(line)
+        monkeypatch.setattr(signal, "signal", lambda *_: None)
+        monkeypatch.setattr(sys, "argv", words[1:] if words[0] == "-m" else words)
+        try:
+            if words[0] == "-m":
+                runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+            else:
+                runpy.run_path(str(ROOT / words[0]), run_name="__main__")
+        except SystemExit as end:
+            return end.code or 0
+        return 0
+
+    return run
+
+
+OURS = [each for each in whole_lines() if re.match(r"python (-m export|jobs/|datasets/|tests/)", each[1])]
+
+
+@pytest.mark.usefixtures("only_parse")
+@pytest.mark.parametrize("line", sorted({line for _, line in OURS}))
+def test_every_documented_command_line_is_one_that_its_program_takes(line, run_here, in_a_folder):
+    python = in_a_folder / "build" / "openvino" / "venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.touch()
+    with pytest.raises(_Parsed):
+        run_here(line)
+
+
+@pytest.mark.usefixtures("only_parse")
+def test_a_command_line_that_its_program_does_not_take_is_noticed(run_here):
+    for line in ("python jobs/show.py ANSWERS --row 20", "python tests/fuzz.py --image=x", "python -m export A B"):
+        try:
+            status = run_here(line)
+        except _Parsed:
+            pytest.fail(f"{line} was taken")
+        assert status == 2
+
+
+@pytest.fixture
+def in_a_folder(tmp_path, monkeypatch):
+    """Where nothing is, so that a command leaves nothing in the project."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def two_rows(tmp_path):
+    """The first two demo questions."""
+    path = tmp_path / "questions.parquet"
+    pq.write_table(pq.read_table(QUESTIONS).slice(0, 2), path)
+    return path
+
+
+def _run(target, tmp_path, bundle=None, env=None, **variables):
+    """Run a target as make does, with this environment in place of one that it would install."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    (programs / "python").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
+    (programs / "python").chmod(0o755)
+    given = {"BIN": programs, "READY": "ready"} | ({"BUNDLE": bundle.path} if bundle else {}) | variables
+    there = ["ready", *([f"{bundle.path}/bundle.json"] if bundle else [])]
+    options = [*(f"--old-file={name}" for name in there), *(f"{name}={value}" for name, value in given.items())]
+    return _make(target, *options, env=(env or os.environ) | {"PYTHONPATH": str(ROOT)})
+
+
+def _small(target, arguments="", **variables):
+    """The command line of a target that is its own, with further arguments."""
+    lines = _recipe(target, ARGS=arguments, **{name: str(value) for name, value in variables.items()})
+    return [line.replace("BIN/", "") for line in lines if line.startswith("BIN/python")]
+
+
+def test_the_demo_answers_and_shows(tiny_bundle, two_rows, ray_env, tmp_path):
+    result = _run("demo", tmp_path, tiny_bundle, ray_env, QUESTIONS=two_rows, ANSWERS=tmp_path / "answers")
+    assert "rows      2 (2 stop)\nerrors    0\n" in result.stdout
+    assert "2 of 2 answers match what was expected (100.0%)" in result.stdout
+    # As the README shows it.
+    figures = re.search(r"^rows      64 .*?^answers ", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)[0]
+    shown = re.search(r"^rows      2 .*?^answers ", result.stdout, re.DOTALL | re.MULTILINE)[0]
+    assert [line[:10] for line in shown.splitlines()] == [line[:10] for line in figures.splitlines()]
+
+
+def test_the_demo_exports_its_bundle(run_here, in_a_folder, monkeypatch, capsys):
+    line, *_ = _small("demo", BUNDLE=in_a_folder / "bundle", TINY=TINY)
+    assert line.startswith("python -m export ")
+    monkeypatch.setattr("export.package.export_bundle", partial(export_bundle, traces=TRACES))
+    assert run_here(line) == 0
+    assert f"{in_a_folder}/bundle: " in capsys.readouterr().out
+    Bundle.load(in_a_folder / "bundle")
+
+
+def test_the_comparison_compares_two_rows(tiny_bundle, two_rows, run_here, in_a_folder, capsys):
+    *_, line = _small("compare", BUNDLE=tiny_bundle.path, TINY=TINY, QUESTIONS=two_rows, COMPARISON=in_a_folder / "out")
+    assert run_here(line) == 0
+    assert "equal     2 of 2 answers" in capsys.readouterr().out
+    assert {path.name for path in (in_a_folder / "out").iterdir()} >= {
+        "report.html", "comparison.parquet", "summary.json"
+    }  # fmt: skip
+
+
+def test_the_bench_measures_two_rows(tiny_bundle, run_here, in_a_folder, capsys):
+    small = "--rows 2 --rounds 1 --new-tokens 2 --ray-rows 0 --no-situations"
+    *_, line = _small("bench", small, BENCH=in_a_folder)
+    for name, target in (("fp32", tiny_bundle.path), ("int8", tiny_bundle.path), ("model", TINY)):
+        (in_a_folder / name).symlink_to(target)
+    assert run_here(line) == 0
+    figures = json.loads((in_a_folder / "bench.json").read_text())
+    assert set(figures["ratios"]) == {"hf_fp32", "hf", "vision_peak", "prefill_peak", "decode_bandwidth"}
+    assert all(ratio > 0 for ratio in figures["ratios"].values())
+    assert set(figures["answers_equal_to_fp32"]) == {
+        "qvl-batch fp32", "qvl-batch reduced", "transformers fp32", "transformers bf16"
+    }  # fmt: skip
+    assert figures["answers_equal_to_fp32"]["qvl-batch fp32"] == [2, 2]
+    assert f"written to {in_a_folder}" in capsys.readouterr().out
+
+
+def test_the_bench_makes_its_model_and_exports_it_twice():
+    made = [line for line in _small("bench") if "jobs/bench.py" not in line]
+    assert made == [
+        "python datasets/make_model.py BENCH/model",
+        *(
+            f"python -m export BENCH/model --output BENCH/{kind} --dtype {kind} --overwrite"
+            for kind in ("fp32", "int8")
+        ),
+    ]
+
+
+def test_a_model_is_made_up(run_here, in_a_folder, capsys):
+    assert run_here("python datasets/make_model.py model --shape tiny") == 0
+    assert re.fullmatch(r"1,\d{3},\d{3} parameters\n", capsys.readouterr().out)
+    assert (in_a_folder / "model" / "config.json").is_file()
+
+
+@pytest.mark.usefixtures("in_a_folder")
+def test_the_fuzz_damages_a_few_images(run_here, capsys):
+    (line,) = _small("fuzz", "--images 5")
+    assert run_here(line) == 0
+    assert "5 damaged images" in capsys.readouterr().out
+
+
+def test_training_goes_on_where_it_was(run_here, in_a_folder, monkeypatch, capsys):
+    # The script puts its own there, and seeds torch.
+    monkeypatch.setattr(Qwen2_5_VLVisionAttention, "forward", Qwen2_5_VLVisionAttention.forward)
+    weights, output = in_a_folder / "work" / "state.pt", in_a_folder / "out" / "model.safetensors"
+    found = []
+    with torch.random.fork_rng():
+        for steps in ((1, 0), (1, 1)):
+            small = "--images 2 --steps-224 {} --steps-672 {}".format(*steps)
+            (line,) = _small("train", small, TINY=output.parent, TRAINING=weights.parent)
+            assert run_here(line) == 0
+            found.append((torch.load(weights)["step"], "step 0 224px loss" in capsys.readouterr().out))
+            assert output.stat().st_size == (TINY / "model.safetensors").stat().st_size
+    assert found == [(1, True), (2, False)]
+
+
+@pytest.mark.usefixtures("in_a_folder")
+def test_the_demo_is_made_by_its_script(run_here):
+    assert run_here("python datasets/make_demo.py few.parquet --rows 2 --seed 7") == 0
+    assert pq.read_table("few.parquet").equals(pq.read_table(QUESTIONS).slice(0, 2))
+
+
+def test_the_tokenizer_is_made_by_its_script(run_here, in_a_folder):
+    assert run_here("python datasets/build_tokenizer.py tokenizer") == 0
+    for path in (in_a_folder / "tokenizer").iterdir():
+        assert path.read_bytes() == (TINY / path.name).read_bytes(), path.name
+
+
+@pytest.mark.long
+def test_the_soak_kills_once(tiny_bundle, tmp_path):
+    result = _run("soak", tmp_path, tiny_bundle, ARGS="--kills 1 --latest 4")
+    assert re.search(r"^1 kills \(.*: 128 rows, 0 missing, 0 twice, 0 with another", result.stdout, re.MULTILINE)
+
+
+@pytest.mark.long
+def test_an_export_of_real_size_is_tried_at_tiny_size(tmp_path):
+    small = f"--shape tiny --on-paper tiny --most 1000 --work-dir {tmp_path}/work"
+    result = _run("real-size", tmp_path, ARGS=small)
+    assert "tiny on paper: 0.0 G parameters, 0 of another shape" in result.stdout
+    assert Bundle.load(tmp_path / "work" / "tiny-fp32").manifest.parity
+
+
+def test_the_machine_that_checks_all_runs_lint_and_tests():
+    script = (ROOT / ".ci" / "run").read_text()
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+    assert script.index("make lint") < script.index("make test")
+    assert {line.split()[0] for line in _recipe("lint")} == {"BIN/ruff", "BIN/mypy"}
+    for tool in ("ruff", "mypy"):
+        assert shutil.which(tool, path=Path(sys.executable).parent), f"{tool} is not installed with the extra dev"
+
+
+def test_tests_are_chosen_by_marks_that_exist():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
+    marks = {mark.split(":")[0] for mark in settings["markers"]}
+    lines = [line for _, line in DOCUMENTED if line.startswith("python -m pytest")]
+    assert {word for line in lines for word in re.findall(r"(?<= -m )(?!pytest)\w+", line)} <= marks
+    assert len(lines) >= 3
+
+
+def test_clean_removes_what_was_built_and_nothing_else(tmp_path):
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    for name in ("build/a", ".venv/b", "answers/c"):
+        (tmp_path / name).mkdir(parents=True)
+    _make("clean", cwd=tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"Makefile", "answers"}
+
+
+@pytest.mark.parametrize("installed", [(), ("chromium",), ("chromium", "chromedriver")])
+def test_a_browser_is_installed_where_there_is_none(installed, tmp_path):
+    for name in (*installed, "apt-get"):
+        (tmp_path / name).write_text(f"#!/bin/sh\necho $0 $@ >> {tmp_path}/called; exit 1\n")
+        (tmp_path / name).chmod(0o755)
+    result = _make("browser", env=os.environ | {"PATH": str(tmp_path)})
+    assert ("Chromium can't be installed here" in result.stdout) == (len(installed) < 2)
+    assert (tmp_path / "called").exists() == (len(installed) < 2)
+
+
+def test_a_python_that_is_too_old_is_named_before_anything_is_installed(tmp_path):
+    for name in ("Makefile", "pyproject.toml", "requirements.lock"):
+        shutil.copy(ROOT / name, tmp_path)
+    old = tmp_path / "old"
+    old.write_text(f"#!{sys.executable}\nimport sys\nsys.version_info = (3, 10, 0)\nexec(sys.argv[2])\n")
+    old.chmod(0o755)
+    result = _make(f"PYTHON={old}", "demo", cwd=tmp_path, check=False)
+    assert result.returncode
+    assert "Python 3.11 or 3.12 is needed, this is 3.10: make PYTHON=python3.12" in result.stderr
+    assert not (tmp_path / ".venv").exists()
+
+
+def test_what_openvino_is_installed_from_can_be_read():
+    lines = _recipe("openvino")
+    (torch_line,) = [line for line in lines if "torch==" in line]
+    (given,) = re.findall(r"torch==[\d.]+", torch_line)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    (ours,) = [Requirement(each) for each in project["export"] if each.startswith("torch")]
+    assert ours.specifier.contains(given.removeprefix("torch=="))
+    (install,) = [line for line in lines if "--requirement" in line]
+    named = (ROOT / install.split()[-1]).read_text().splitlines()
+    packages = {Requirement(line).name for line in named if line and not line.startswith("#")}
+    assert {"optimum-intel", "openvino-genai"} <= packages
+    (export,) = [line for line in lines if "optimum-cli" in line]
+    assert export.endswith("--weight-format fp32 OPENVINO/model")
+
+
+PIP = sorted({line for _, line in DOCUMENTED if line.startswith("pip install")})
+
+
+@pytest.mark.parametrize("line", PIP)
+def test_what_pip_is_to_install_exists(line):
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for what in _words(line)[2:]:
+        name, asked = re.fullmatch(r"([\w.-]+)(?:\[([\w,]+)\])?", what).groups()
+        known = extras if name == "." else metadata(name).get_all("Provides-Extra")
+        assert set(asked.split(",") if asked else ()) <= set(known), what
+
+
+def test_the_hub_has_the_options_that_are_named():
+    help_text = subprocess.run(
+        [Path(sys.executable).parent / "hf", "download", "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    lines = [line for _, line in DOCUMENTED if line.startswith("hf ")]
+    assert all(option in help_text for line in lines for option in re.findall(r"--[\w-]+", line))
