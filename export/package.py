@@ -186,9 +186,11 @@ def _fill(
     names = [name for name in (VISION, DECODER, DECODER_FULL) if (staging / name).is_file()]
     graphs = {name: graph_spec(staging / name) for name in names}
     check_contract(layout, checkpoint.config.text_config.hidden_size, staging, precision)
-    parity = None
+    parity, tolerance = None, None
     if not config.skip_parity:
-        parity = check_parity(checkpoint, layout, precision, staging, progress)
+        proof = check_parity(checkpoint, layout, precision, staging, progress)
+        parity, tolerance = proof.parity, proof.tolerance
+        proof.known.write(staging)
         progress.say(
             f"parity: features {parity.features:.1e}, logits {parity.logits:.1e}, "
             f"first token {parity.first_token_kl:.0e} nats, tokens {parity.tokens_equal}/{parity.tokens}"
@@ -219,6 +221,7 @@ def _fill(
         generation=checkpoint.generation,
         graphs=graphs,
         parity=parity,
+        tolerance=tolerance,
         versions={n: importlib.metadata.version(n) for n in ("torch", "transformers", "onnx", "onnxscript")},
         files=files,
     )

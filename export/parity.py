@@ -6,6 +6,8 @@ graph. The reference is transformers' own image processor and `forward`; the cac
 here by a loop of a few lines, so that nothing of the worker's engine stands between the graph and
 the verdict. Neither side holds its weights in memory, so that a model of any size can be compared.
 Graphs in half precision, which no CPU runs, are emulated.
+
+A last row goes with the bundle: its known answers, which every machine must come near to.
 """
 
 from dataclasses import dataclass
@@ -21,10 +23,12 @@ from PIL import Image
 from export.checkpoint import Checkpoint
 from export.graphs import Precision
 from export.half import emulated_graph
-from export.measures import cosine, divergence, relative_error
 from export.progress import Progress, Update
-from qvl_batch.bundle import DECODER, DECODER_FULL, HALVES, VISION, Dtype, Layout, Parity
+from qvl_batch.bundle import DECODER, DECODER_FULL, HALVES, VISION, Dtype, Layout, Parity, Tolerance
 from qvl_batch.errors import ExportError
+from qvl_batch.known_answers import STEPS as KNOWN_STEPS
+from qvl_batch.known_answers import KnownAnswers, repeated, sample
+from qvl_batch.measures import cosine, divergence, relative_error
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +53,14 @@ BOUNDS: dict[Dtype, Bounds] = {
     "int4wo": Bounds(0.6, np.inf, 0, 0),
 }
 STEPS = 32
-#: Tokens of the prompts in the batch: ragged, so that padding is put to the test.
-PROMPT_TOKENS = (3, 19, 8)
+#: Tokens of the prompts in the batch: ragged, so that padding is put to the test. The last is the known row's.
+PROMPT_TOKENS = (3, 19, 8, 12)
 SEED = 0
+#: Integer products are the same on every machine, and what is in fp32 between them differs in its last digits: this is
+#: how many times the error of the exporting machine another may have.
+SAME = 2.0
+#: A token is decided if it leads by so many times the error that logits may have.
+LEAD = 3.0
 
 Array = NDArray[Any]
 
@@ -73,6 +82,15 @@ class _Reference:
     logits: Array
 
 
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """What the gate measured, and what a machine that runs the bundle is to be held to."""
+
+    parity: Parity
+    known: KnownAnswers
+    tolerance: Tolerance
+
+
 def check_contract(layout: Layout, hidden_size: int, directory: Path, precision: Precision) -> None:
     """Run the vision graph once, on a black image, and compare what comes out with the contract.
 
@@ -90,7 +108,7 @@ def check_contract(layout: Layout, hidden_size: int, directory: Path, precision:
 
 def check_parity(
     checkpoint: Checkpoint, layout: Layout, precision: Precision, directory: Path, progress: Progress
-) -> Parity:
+) -> Proof:
     """Compare the graphs in `directory` with `checkpoint`.
 
     Raises:
@@ -100,8 +118,10 @@ def check_parity(
     rows = _rows(checkpoint, layout)
     with progress.step("parity: vision graph"):
         features = _graph_features(rows, directory, precision)
+    given = features.copy()
+    given[-1] = repeated(sample(features[-1]), layout.image_tokens)
     with progress.step("parity: decoder graph") as update:
-        tokens, first_logits = _graph_tokens(layout, rows, features, directory, precision, steps, update)
+        tokens, first_logits = _graph_tokens(layout, rows, given, directory, precision, steps, update)
     if not np.isfinite(features).all() or (tokens < 0).any():
         raise ExportError(
             "parity gate: numbers of the graphs are not finite, as this precision does not hold the checkpoint's "
@@ -109,32 +129,87 @@ def check_parity(
         )
     with progress.step("parity: PyTorch") as update:
         references: list[_Reference] = []
-        for row, found in zip(rows, tokens, strict=True):
-            update(f"row {len(references) + 1} of {len(rows)}")
-            references.append(_reference(checkpoint, row, found))
-    prompts = [reference.logits[: len(row.ids)] for reference, row in zip(references, rows, strict=True)]
+        for index, (row, answer) in enumerate(zip(rows, tokens, strict=True)):
+            update(f"row {index + 1} of {len(rows)}")
+            in_place = given[-1] if index == len(rows) - 1 else None
+            references.append(_reference(checkpoint, row, answer, in_place))
+    compared = slice(len(rows) - 1)
+    prompts = [reference.logits[: len(row.ids)] for reference, row in zip(references, rows, strict=True)][compared]
     firsts = np.stack([logits[-1] for logits in prompts])
     if precision.has_full:
         with progress.step("parity: full decoder graph"):
-            logits_error = _error_of_all_logits(layout, rows, features, directory, prompts)
+            logits_error = _error_of_all_logits(layout, rows[compared], features[compared], directory, prompts)
     else:
-        logits_error = relative_error(first_logits, firsts)
+        logits_error = relative_error(first_logits[compared], firsts)
     penalty = checkpoint.generation.repetition_penalty
-    greedy = [
-        _greedy(reference.logits[len(row.ids) - 1 :], row.ids, answer, penalty)
+    scores = [
+        _scores(reference.logits[len(row.ids) - 1 :], row.ids, answer, penalty)
         for reference, row, answer in zip(references, rows, tokens, strict=True)
     ]
-    expected = np.stack([reference.features for reference in references])
+    expected = np.stack([reference.features for reference in references[compared]])
+    greedy = np.stack([each.argmax(-1) for each in scores[compared]])
     parity = Parity(
-        features=relative_error(features, expected),
+        features=relative_error(features[compared], expected),
         logits=logits_error,
-        tokens=tokens.size,
-        tokens_equal=int((tokens == np.stack(greedy)).sum()),
-        first_token_kl=float(divergence(firsts, first_logits).max()),
-        feature_cosine=float(cosine(features, expected).min()),
+        tokens=greedy.size,
+        tokens_equal=int((tokens[compared] == greedy).sum()),
+        first_token_kl=float(divergence(firsts, first_logits[compared]).max()),
+        feature_cosine=float(cosine(features[compared], expected).min()),
     )
     refuse_beyond_bounds(parity, precision)
-    return parity
+    return _proof(parity, precision, rows[-1], references[-1], features[-1], first_logits[-1], tokens[-1], scores[-1])
+
+
+def _proof(
+    parity: Parity,
+    precision: Precision,
+    row: Row,
+    reference: _Reference,
+    features: Array,
+    first_logits: Array,
+    answer: Array,
+    scores: Array,
+) -> Proof:
+    """The known answers: of the last row, PyTorch's side as reference, and the graphs' for what is allowed."""
+    expected, logits = sample(reference.features), reference.logits[len(row.ids) - 1]
+    tolerance = _tolerance(
+        precision,
+        features=relative_error(sample(features), expected),
+        feature_cosine=float(cosine(sample(features), expected).min()),
+        logits=relative_error(first_logits, logits),
+    )
+    scores = scores[:KNOWN_STEPS]
+    best = np.sort(scores, axis=-1)
+    lead = (best[:, -1] - best[:, -2]) / np.abs(scores).max(axis=-1)
+    known = KnownAnswers(
+        pixels=row.pixels,
+        features=expected,
+        input_ids=np.array(row.ids),
+        embeds=sample(features),
+        logits=logits,
+        answer=answer[:KNOWN_STEPS],
+        following=scores.argmax(-1),
+        is_decided=lead > LEAD * tolerance.logits,
+    )
+    figures = [*known.of_vision(features, tolerance), *known.of_decoder(first_logits, answer[:KNOWN_STEPS], tolerance)]
+    for figure in figures:
+        if not figure.is_within:
+            raise ExportError(f"parity gate: of the known answers, {figure}; no bundle was written")
+    return Proof(parity, known, tolerance)
+
+
+def _tolerance(precision: Precision, features: float, feature_cosine: float, logits: float) -> Tolerance:
+    """The bounds of the gate, but of integers what this machine found, and some more."""
+    exact, vision, decoder = BOUNDS["fp32"], BOUNDS[precision.vision], BOUNDS[precision.decoder]
+    if precision.vision.startswith("int"):
+        most = max(exact.error, min(vision.error, SAME * features))
+        least = min(exact.feature_cosine, max(vision.feature_cosine, 1 - SAME * (1 - feature_cosine)))
+    else:
+        most, least = vision.error, vision.feature_cosine
+    error = decoder.error
+    if precision.decoder.startswith("int"):
+        error = max(exact.error, min(error, SAME * logits))
+    return Tolerance(features=most, feature_cosine=least, logits=error)
 
 
 def refuse_beyond_bounds(parity: Parity, precision: Precision) -> None:
@@ -186,14 +261,22 @@ def _ordinary_tokens(tokenizer: Any) -> int:
     return int(min(tokenizer.added_tokens_decoder))
 
 
-def _reference(checkpoint: Checkpoint, row: Row, answer: Array) -> _Reference:
+def _reference(checkpoint: Checkpoint, row: Row, answer: Array, embeds: Array | None) -> _Reference:
     """What transformers makes of a row, and then of all of an answer (steps,) but its last token.
 
     If the tokens that follow are those of the answer, then it is the one of greedy decoding: each is
-    what the model says after those before it.
+    what the model says after those before it. `embeds`, if given, are what its language model gets in place
+    of its features.
     """
     model, seen = checkpoint.weights.streamed(), []
-    model.model.visual.register_forward_hook(lambda _, __, output: seen.append(output.pooler_output))
+
+    def see(_: Any, __: Any, output: Any) -> Any:
+        seen.append(output.pooler_output)
+        if embeds is not None:
+            output.pooler_output = torch.from_numpy(embeds)
+        return output
+
+    model.model.visual.register_forward_hook(see)
     following = torch.from_numpy(answer[None, :-1])
     with torch.inference_mode():
         prompt = model(**row.torch_inputs, use_cache=True)
@@ -280,14 +363,13 @@ def _graph_tokens(
     return np.stack(tokens, axis=1), first_logits
 
 
-def _greedy(logits: Array, ids: list[int], answer: Array, penalty: float) -> Array:
-    """Tokens (steps,) that logits (steps, V) choose after a prompt and what precedes each in an answer (steps,)."""
+def _scores(logits: Array, ids: list[int], answer: Array, penalty: float) -> Array:
+    """Logits (steps, V), penalized for a prompt and for what precedes each in an answer (steps,)."""
     scores = logits.copy()
     for step, row in enumerate(scores):
         seen = np.unique([*ids, *answer[:step]])
         row[seen] = np.where(row[seen] < 0, row[seen] * penalty, row[seen] / penalty)
-    tokens: Array = scores.argmax(-1)
-    return tokens
+    return scores
 
 
 def _padded(layout: Layout, rows: list[Row], features: Array) -> tuple[Array, Array, Array]:

@@ -17,17 +17,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Generic, Literal, Self, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from qvl_batch.errors import BundleError
 from qvl_batch.external_data import external_locations
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 MANIFEST = "bundle.json"
 VISION = "vision.onnx"
 DECODER = "decoder.onnx"
 DECODER_FULL = "decoder_full.onnx"
 TOKENIZER = "tokenizer.json"
+KNOWN_ANSWERS = "known_answers.npz"
 #: Folder of a bundle in reduced precision that may hold the same checkpoint as a bundle in fp32.
 FP32 = "fp32"
 
@@ -152,12 +153,24 @@ class Parity:
 
 
 @dataclass(frozen=True, slots=True)
+class Tolerance:
+    """How near a machine must come to the known answers, by the names of `Parity`."""
+
+    features: float
+    feature_cosine: float
+    logits: float
+
+
+@dataclass(frozen=True, slots=True)
 class Manifest:
     """Contents of `bundle.json`; `dtype` is the decoder's, but for `fp32_layers` of either tower.
 
-    `device` is what the decoder is made for. The vision tower in fp32 runs on either.
+    `device` is what the decoder is made for. The vision tower in fp32 runs on either. Without the parity gate there
+    is no `parity`, no `tolerance` and no file of known answers.
     """
 
+    #: Of all that is in it too: a key that nobody knows is refused.
+    __pydantic_config__ = ConfigDict(extra="forbid")
     format_version: int
     source: Source
     dtype: Dtype
@@ -170,6 +183,7 @@ class Manifest:
     generation: Generation
     graphs: dict[str, GraphSpec]
     parity: Parity | None
+    tolerance: Tolerance | None
     versions: dict[str, str]
     files: dict[str, File]
 
@@ -305,6 +319,10 @@ def _read_manifest(path: Path) -> Manifest:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "unexpected_keyword_argument":
+            raise BundleError(
+                f"{path / MANIFEST} has an unknown key {where}: export the checkpoint again, or update qvl-batch"
+            ) from error
         raise BundleError(f"{path / MANIFEST}: {where}: {first['msg']}") from error
     except (ValueError, AttributeError, RecursionError) as error:
         raise BundleError(f"{path / MANIFEST} is not valid JSON: {error}") from error

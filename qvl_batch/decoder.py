@@ -2,7 +2,7 @@
 
 What enters: token ids and image features of rows. What leaves: the next token of each, by
 argmax after the repetition penalty, or -1 where something is not finite. Arrays are allocated once
-and bound by address, in whichever memory the graph runs.
+and bound by address, in whichever memory the graph runs. A machine that computes it wrongly is refused.
 
 This module knows nothing of prompts as text, of when to stop, or of who is waiting.
 """
@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 
 from qvl_batch.bundle import DECODER, HALVES, Bundle, Manifest
 from qvl_batch.errors import BundleError
+from qvl_batch.known_answers import Figure, KnownAnswers, refuse_wrong, repeated
 from qvl_batch.kv_cache import KvCache
 from qvl_batch.memory import Buffer, HostMemory, Memory, RealDevice, on_this_machine
-from qvl_batch.runtime import NO_GRAPH, Binding, Session
+from qvl_batch.runtime import NO_GRAPH, Binding, Session, machine_of
 from qvl_batch.vision import Features
 
 Tokens = NDArray[np.int64]
@@ -51,10 +52,11 @@ class Decoder:
             step. In half precision the step of each number of rows is captured as a CUDA graph when it first
             runs; in fp32 products of attention copy addresses to the GPU, which a captured step would repeat.
         graph: contents to load in place of the bundle's graph.
+        prove: hold the graph to the bundle's known answers, which costs a prefill and a few steps of one row.
 
     Raises:
         BundleError: the graph cannot be loaded, or is in half precision throughout.
-        DeviceError: the device has no room for weights or cache.
+        DeviceError: the device has no room for weights or cache, or computes the graph wrongly.
     """
 
     def __init__(
@@ -66,8 +68,9 @@ class Decoder:
         keep_logits: bool = False,
         memory: Memory | None = None,
         graph: bytes | None = None,
+        prove: bool = True,
     ) -> None:
-        manifest = bundle.manifest
+        manifest, self._bundle = bundle.manifest, bundle
         self.logits = np.zeros((0, manifest.decoder.vocab_size), np.float32)
         self.layout, self.slots = manifest.layout, slots
         self.memory: Memory = memory or HostMemory()
@@ -98,11 +101,29 @@ class Decoder:
             self._outputs["logits"] = self.memory.zeros((slots, manifest.decoder.vocab_size), "float")
         if self.memory.device == "cuda":
             self._take_memory()
+        if prove:
+            refuse_wrong(self.figures(), "the decoder graph", self.machine, bundle.path)
+
+    @property
+    def machine(self) -> str:
+        """What computes it."""
+        return machine_of(self.memory)
+
+    def figures(self) -> list[Figure]:
+        """What the graph makes of the bundle's known answers, in slot 0; nothing where it has none."""
+        known, tolerance = KnownAnswers.of(self._bundle), self._bundle.manifest.tolerance
+        if known is None or tolerance is None:
+            return []
+        row = PrefillRow(known.input_ids.tolist(), repeated(known.embeds, self.layout.image_tokens))
+        logits = self.memory.zeros((1, len(known.logits)), "float")
+        tokens = [self._fill(0, [row], 0, self._nothing_seen(1), logits)]
+        step = self._bind_step(1)  # not captured, which a GPU would do for this thread alone
+        tokens += [self._run_step(step, token) for token in known.given[:, None]]
+        return known.of_decoder(logits.values[0], [int(each[0]) for each in tokens], tolerance)
 
     def prefill(self, first: int, rows: Sequence[PrefillRow]) -> Tokens:
         """Fill slots `first`, `first + 1`, ... with `rows`; returns int64 (B,) of first tokens."""
-        seen = self._seen.nothing.rows(0, len(rows)) if self._seen else None
-        return self._fill(first, rows, 0, seen)
+        return self._fill(first, rows, 0, self._nothing_seen(len(rows)))
 
     @property
     def prefix_tokens(self) -> int:
@@ -123,6 +144,9 @@ class Decoder:
 
     def step(self, tokens: Tokens) -> Tokens:
         """Append `tokens` int64 (B,) to slots 0 to B - 1; returns the tokens that follow."""
+        return self._run_step(self._steps[len(tokens) - 1], tokens)
+
+    def _run_step(self, step: Binding, tokens: Tokens) -> Tokens:
         rows = len(tokens)
         lengths = self._lengths[:rows]
         self._buffers["input_ids"].values[:rows, 0] = tokens
@@ -131,7 +155,7 @@ class Decoder:
         lengths += 1
         # A captured step keeps the length that it was captured with; each row's own is in `seqlens_k`.
         self._total[...] = self.layout.max_seq_len if self._captures else lengths.max()
-        self._steps[rows - 1].run()
+        step.run()
         return self._pick(rows)
 
     def move(self, source: int, target: int) -> None:
@@ -144,11 +168,11 @@ class Decoder:
     @cached_property
     def _steps(self) -> list[Binding]:
         """A decode step of each number of rows, bound once."""
-        total = {"total_sequence_length": on_this_machine(self._total)}
-        return [
-            self._bind(0, rows, {name: each.rows(0, rows) for name, each in self._buffers.items()} | total, graph=rows)
-            for rows in range(1, self.slots + 1)
-        ]
+        return [self._bind_step(rows, graph=rows) for rows in range(1, self.slots + 1)]
+
+    def _bind_step(self, rows: int, graph: int = NO_GRAPH) -> Binding:
+        inputs = {name: each.rows(0, rows) for name, each in self._buffers.items()}
+        return self._bind(0, rows, inputs | {"total_sequence_length": on_this_machine(self._total)}, graph=graph)
 
     def prefill_inputs(self, rows: Sequence[PrefillRow], start: int = 0) -> dict[str, Buffer]:
         """What the graph takes for `rows` from token `start` on, the cache aside, right-padded to the longest row.
@@ -186,16 +210,31 @@ class Decoder:
             "seqlens_k": self.memory.zeros((rows,), "int32"),
         }
 
-    def _fill(self, first: int, rows: Sequence[PrefillRow], start: int, seen: Buffer | None) -> Tokens:
+    def _nothing_seen(self, rows: int) -> Buffer | None:
+        return self._seen.nothing.rows(0, rows) if self._seen else None
+
+    def _fill(
+        self, first: int, rows: Sequence[PrefillRow], start: int, seen: Buffer | None, logits: Buffer | None = None
+    ) -> Tokens:
         self._lengths[first : first + len(rows)] = [len(row.input_ids) for row in rows]
-        self._bind(first, len(rows), self.prefill_inputs(rows, start), seen=seen).run()
+        self._bind(first, len(rows), self.prefill_inputs(rows, start), seen=seen, logits=logits).run()
         return self._pick(len(rows))
 
     def _bind(
-        self, first: int, rows: int, inputs: dict[str, Buffer], *, seen: Buffer | None = None, graph: int = NO_GRAPH
+        self,
+        first: int,
+        rows: int,
+        inputs: dict[str, Buffer],
+        *,
+        seen: Buffer | None = None,
+        logits: Buffer | None = None,
+        graph: int = NO_GRAPH,
     ) -> Binding:
-        """Bind a run of so many rows, from slot `first` on; `seen` are tokens before it, if not the slots' own."""
+        """Bind a run of so many rows, from slot `first` on; `seen` are tokens before it, if not the slots' own, and
+        `logits` is where its logits go, if not to those that are kept.
+        """
         outputs = {name: each.rows(0, rows) for name, each in self._outputs.items()}
+        outputs |= {"logits": logits} if logits else {}
         inputs = inputs | self._cache.past(first, rows)
         outputs |= self._cache.present(first, rows)
         if self._seen:

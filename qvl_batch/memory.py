@@ -132,6 +132,8 @@ class Card(Protocol):
 
     stream: int
 
+    @property
+    def name(self) -> str: ...  # noqa: D102
     def ignore_captures(self) -> None: ...  # noqa: D102
     def allocate(self, size: int) -> int: ...  # noqa: D102
     def allocate_host(self, size: int) -> int: ...  # noqa: D102

@@ -122,6 +122,8 @@ def run(
             say(f"resuming  {folder.tally.rows:,} rows are answered already, {left.rows:,} are left")
         where = ", ".join(f"{stage} on {device}" for stage, device in devices.items())
         say(f"bundle    {bundle.manifest.source.name}, {bundle.manifest.dtype}, {where}")
+        if bundle.manifest.tolerance is None:
+            say("note      it was exported with --skip-parity, so no worker sees whether its machine computes it right")
         settings = recorded_settings(config, source, bundle, devices)
         report = Report(str(output), folder.tally, price_per_hour=config.price_per_hour, settings=settings)
         if left.rows:

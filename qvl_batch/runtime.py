@@ -10,6 +10,7 @@ import ctypes
 import importlib.util
 import io
 import os
+import platform
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -29,6 +30,11 @@ ORT_VERSION: str = ort.__version__
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 #: Numbers of ONNX's types that NumPy does not have, and of all halves.
 ONNX_TYPES = {"float16": 10, "bfloat16": 16}
+#: As Linux names them, and as people do.
+INSTRUCTIONS = {
+    "avx2": "AVX2", "avx512f": "AVX-512", "avx_vnni": "AVX-VNNI", "avx512_vnni": "VNNI", "amx_int8": "AMX",
+    "asimddp": "dot product", "i8mm": "int8 matrix products",
+}  # fmt: skip
 _ERRORS_ONLY = 3
 SPIN_MICROSECONDS = 50
 #: Of a run that is not captured, nor played back, as a CUDA graph.
@@ -79,6 +85,24 @@ def resolve_vision_device(requested: Device, manifest: Manifest) -> RealDevice:
             f"{only}; export the checkpoint with --vision-dtype fp32, or leave out --vision-device"
         )
     return requested
+
+
+def machine_of(memory: Memory) -> str:
+    """What computes where such memory is, card or processor, and the version of ONNX Runtime that it does so with."""
+    name = memory.card.name if isinstance(memory, CudaMemory) and memory.device == "cuda" else processor()
+    return f"{name}, onnxruntime {ORT_VERSION}"
+
+
+def processor() -> str:
+    """Model of this machine's processor, and which of its instructions for products ONNX Runtime has kernels for."""
+    name, flags = platform.machine(), ""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            key, _, value = line.partition(":")
+            name = value.strip() if key.strip() == "model name" else name
+            flags = value if key.strip() in ("flags", "Features") else flags
+    known = [shown for flag, shown in INSTRUCTIONS.items() if flag in flags.split()]
+    return f"{name} ({', '.join(known)})" if known else name
 
 
 def _check_known(requested: Device, what: str) -> None:

@@ -32,13 +32,20 @@ WORKERS = {"vision": f"{OWN}vision_worker", "decoder": f"{OWN}decoder_worker"}
 
 
 def open_vision_cache(folder: Path, gigabytes: float, manifest: Manifest) -> VisionCache:
-    """Features that are kept of a bundle's vision graph, and of these versions of Pillow and ONNX Runtime.
+    """Features that are kept of a bundle's vision graph, and of these versions of Pillow and ONNX Runtime; of a bundle
+    with known answers, they are apart from those that were made without.
 
     Raises:
         OutputError: the folder cannot be written.
     """
+    proved = "by nobody" if manifest.tolerance is None else "by known answers"
     maker = combined_sha256(
-        [("vision", manifest.vision_sha256), ("pillow", PIL.__version__), ("onnxruntime", ORT_VERSION)]
+        [
+            ("vision", manifest.vision_sha256),
+            ("pillow", PIL.__version__),
+            ("onnxruntime", ORT_VERSION),
+            ("proved", proved),
+        ]
     )
     return VisionCache(folder, maker, manifest.feature_shape, int(gigabytes * 1e9))
 

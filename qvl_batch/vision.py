@@ -2,7 +2,7 @@
 
 What enters: uint8 pixels (H, W, 3), as `images.fit_image` makes them. What leaves: float32
 features (T_img, D), never such as mean nothing: an image that gets such is encoded again in fp32
-where the bundle holds the checkpoint in fp32 too.
+where the bundle holds the checkpoint in fp32 too. Nor of a machine that computes the graph wrongly.
 
 This module knows nothing of prompts or of where images come from.
 """
@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from qvl_batch.bundle import VISION, Bundle, InFp32
 from qvl_batch.errors import BundleError, NumericError
+from qvl_batch.known_answers import Figure, KnownAnswers, refuse_wrong
 from qvl_batch.memory import RealDevice
-from qvl_batch.runtime import Session, memory_on
+from qvl_batch.runtime import Session, machine_of, memory_on
 
 Features = NDArray[np.float32]
 
@@ -26,20 +27,43 @@ class VisionEncoder:
         threads: threads that one operator may use.
         device: where it runs.
         graph: contents to load in place of the bundle's graph.
+        prove: hold the graph to the bundle's known answers, which costs the time of an image.
 
     Raises:
         BundleError: the graph cannot be loaded, or breaks the contract.
-        DeviceError: the device cannot be used, or has no room.
+        DeviceError: the device cannot be used, has no room, or computes the graph wrongly.
     """
 
-    def __init__(self, bundle: Bundle, threads: int, device: RealDevice = "cpu", *, graph: bytes | None = None) -> None:
-        self.layout = bundle.manifest.layout
+    def __init__(
+        self,
+        bundle: Bundle,
+        threads: int,
+        device: RealDevice = "cpu",
+        *,
+        graph: bytes | None = None,
+        prove: bool = True,
+    ) -> None:
+        self.layout, self._bundle = bundle.manifest.layout, bundle
         self._fp32 = InFp32(bundle, lambda exact: VisionEncoder(exact, threads))
         self._session = Session(bundle.file(VISION), threads, graph, memory_on(device, "--vision-device cuda"))
         expected = list(bundle.manifest.feature_shape)
         found = self._session.outputs.get("image_features", [])[1:]
         if found != expected:
             raise BundleError(f"{bundle.path / VISION} gives features of shape {found}, the contract says {expected}")
+        if prove:
+            refuse_wrong(self.figures(), "the vision graph", self.machine, bundle.path)
+
+    @property
+    def machine(self) -> str:
+        """What computes it."""
+        return machine_of(self._session.memory)
+
+    def figures(self) -> list[Figure]:
+        """What the graph makes of the bundle's known answers; nothing where it has none."""
+        known, tolerance = KnownAnswers.of(self._bundle), self._bundle.manifest.tolerance
+        if known is None or tolerance is None:
+            return []
+        return known.of_vision(self.run(known.pixels[None])[0], tolerance)
 
     def encode(self, image: NDArray[np.uint8]) -> Features:
         """Features of an image. One a run: on a CPU, more in one take more memory and longer each, and

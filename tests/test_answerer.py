@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from conftest import QUESTIONS
-from faults import edit_manifest, seal, spoil
+from faults import edit_manifest, forget_known_answers, seal, spoil
 from reference import letterboxed
 
 from qvl_batch.answerer import Answerer, Question, repeated_phrase
@@ -64,6 +64,7 @@ def test_a_row_whose_logits_are_not_finite_fails_alone(value, tiny_bundle, quest
 
 def test_rows_that_fail_in_the_decoder_are_run_again_in_fp32(copied_bundle, tiny_bundle, questions, expected):
     spoil(copied_bundle, DECODER, "weights.stack.1.mlp.down")
+    forget_known_answers(copied_bundle)  # with them, it would be refused
     damaged = _answers(Bundle.load(copied_bundle), questions)
     assert {answer.failure.type for answer in damaged} == {"NumericError"}
     assert _answers(_with_fp32(copied_bundle, tiny_bundle), questions) == expected
@@ -71,6 +72,7 @@ def test_rows_that_fail_in_the_decoder_are_run_again_in_fp32(copied_bundle, tiny
 
 def test_images_that_fail_in_the_vision_graph_are_encoded_again_in_fp32(copied_bundle, tiny_bundle, questions):
     spoil(copied_bundle, VISION, "blocks.1.mlp.down")
+    forget_known_answers(copied_bundle)  # with them, it would be refused
     image = letterboxed(ROWS[0]["image"]["bytes"])
     with pytest.raises(NumericError, match="the image features are not finite") as failure:
         VisionEncoder(Bundle.load(copied_bundle), threads=2).encode(image)
@@ -81,6 +83,7 @@ def test_images_that_fail_in_the_vision_graph_are_encoded_again_in_fp32(copied_b
 
 def test_an_image_that_fails_in_fp32_too_has_failed(copied_bundle):
     spoil(copied_bundle, VISION, "blocks.1.mlp.down")
+    forget_known_answers(copied_bundle)  # with them, it would be refused
     bundle = _with_fp32(copied_bundle, Bundle.load(copied_bundle))
     with pytest.raises(NumericError, match="not finite"):
         VisionEncoder(bundle, threads=2).encode(letterboxed(ROWS[0]["image"]["bytes"]))
@@ -88,6 +91,7 @@ def test_an_image_that_fails_in_fp32_too_has_failed(copied_bundle):
 
 def test_features_that_are_all_the_same_mean_nothing(copied_bundle):
     spoil(copied_bundle, VISION, "merger_out", value=0.0)
+    forget_known_answers(copied_bundle)  # with them, it would be refused
     with pytest.raises(NumericError, match="the image features are all the same"):
         VisionEncoder(Bundle.load(copied_bundle), threads=2).encode(letterboxed(ROWS[0]["image"]["bytes"]))
 

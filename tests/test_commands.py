@@ -50,6 +50,7 @@ TESTS = {
     ".ci/run": ["test_the_machine_that_checks_all_runs_lint_and_tests"],
     "python -m export": ["test_the_demo_exports_its_bundle"],
     "python jobs/caption.py": ["test_the_demo_answers_and_shows"],
+    "python jobs/check.py": ["test_known_answers.py::test_check_is_a_command"],
     "python jobs/show.py": ["test_the_demo_answers_and_shows"],
     "python jobs/compare.py": ["test_the_comparison_compares_two_rows"],
     "python jobs/bench.py": [
@@ -73,7 +74,7 @@ PAGES = ("README.md", "export/README.md", "datasets/README.md")
 SCRIPTS = sorted(path for folder in ("jobs", "datasets", "tests") for path in ROOT.glob(f"{folder}/*.py"))
 #: What a line of a command begins with, and what a block of anything else does.
 LAUNCHERS = ("make", "python", "pip", "hf", "ray", ".ci/run")
-OTHERS = ("rows", "equal", "usage:", "image/prompt", "qvl_batch/", "head_ids")
+OTHERS = ("rows", "machine", "equal", "usage:", "image/prompt", "qvl_batch/", "head_ids")
 #: Lines of the Makefile that are no programs of ours.
 TOOLS = ("rm", "touch", "command", "ruff", "mypy", "optimum-cli", "python3")
 

@@ -1,21 +1,30 @@
 """Reduced precision costs what is said of it, and no row depends on its neighbours."""
 
 import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import onnx
 import pyarrow.parquet as pq
 import pytest
-from conftest import QUESTIONS, TINY, TRACES
+from conftest import QUESTIONS, ROOT, TINY, TRACES
+from onnx import numpy_helper
 from reference import letterboxed
 
 from comparison.config import CompareConfig
 from comparison.run import compare
 from export.package import ExportConfig, export_bundle
+from export.quantize import _to_int8
 from qvl_batch.bundle import DECODER, DECODER_FULL, FP32, VISION, Bundle
 from qvl_batch.decoder import NO_TOKEN, Decoder, PrefillRow
 from qvl_batch.errors import ExportError
 from qvl_batch.layout import RowLayout
+from qvl_batch.runtime import processor
 from qvl_batch.vision import VisionEncoder
 
 #: Operator of the products; on the demo set, largest drift and answers that differ; bytes of weights over fp32's.
@@ -65,6 +74,43 @@ def test_answers_cost_what_is_said(reduced, tmp_path):
     assert all(
         depth["own"]["median"] > 1e-4 for depth in outcome.summary["layers"]["depths"] if depth["name"] != "embedding"
     )
+
+
+@pytest.mark.parametrize("reduced", ["int8"], indirect=True)
+def test_no_two_products_that_a_kernel_adds_first_come_to_more_than_16_bits_hold(reduced):
+    for name in (VISION, DECODER):
+        graph = onnx.load(reduced.file(name)).graph
+        weights = {initializer.name: initializer for initializer in graph.initializer}
+        levels = [weights[node.input[1]] for node in graph.node if node.op_type == "MatMulIntegerToFloat"]
+        assert len(levels) > 20
+        for matrix in map(numpy_helper.to_array, levels):
+            assert matrix.dtype == np.int8
+            assert _most_of_a_pair(matrix) <= 2**15 - 1
+        assert max(np.abs(numpy_helper.to_array(each).astype(int)).max() for each in levels) > 64
+
+
+def _most_of_a_pair(levels):
+    """Largest magnitude of two neighbours' products with activations of 0 to 255, (in, out)."""
+    levels = np.pad(levels.astype(np.int64), ((0, len(levels) % 2), (0, 0)))
+    pairs = levels.reshape(-1, 2, levels.shape[1])
+    sums = [np.maximum(sign * pairs, 0).sum(axis=1).max() for sign in (1, -1)]
+    return 255 * max(sums)
+
+
+@pytest.mark.parametrize("inputs", [1, 2, 3, 64, 129])
+@pytest.mark.parametrize("kind", ["normal", "one sign", "ties", "outliers", "zero"])
+def test_weights_of_any_kind_are_rounded_so(inputs, kind):
+    chance = np.random.default_rng(inputs)
+    matrix = {
+        "normal": lambda: chance.normal(size=(inputs, 40)),
+        "one sign": lambda: -chance.random((inputs, 40)),
+        "ties": lambda: chance.choice([-0.5, 0.5, 1.0], (inputs, 40)),
+        "outliers": lambda: chance.normal(size=(inputs, 40)) * chance.choice([1, 1e3], (inputs, 40)),
+        "zero": lambda: np.zeros((inputs, 40)),
+    }[kind]().astype(np.float32)
+    made = _to_int8(matrix)
+    assert _most_of_a_pair(made["int8"]) <= 2**15 - 1
+    assert np.abs(made["int8"] * made["scale"] - matrix).max() <= 0.51 * made["scale"].max()
 
 
 @pytest.fixture(scope="module")
@@ -156,3 +202,59 @@ def test_a_layer_that_is_not_there_is_named(tmp_path):
         ExportError, match=r"--fp32-layers 'decoder layer 4': there is no such layer; .* decoder layer 3"
     ):
         export_bundle(config)
+
+
+EMULATOR = "qemu-x86_64"
+#: A processor of the emulator, AMD's Zen 3: with AVX2, and without VNNI.
+WITHOUT_VNNI = (EMULATOR, "-cpu", "EPYC-Milan")
+
+
+@pytest.mark.long
+@pytest.mark.skipif(shutil.which(EMULATOR) is None, reason=f"{EMULATOR} is not installed (Debian: qemu-user)")
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="it is x86 that is emulated")
+def test_answers_are_the_same_without_vnni(tmp_path):
+    config = ExportConfig(checkpoint=TINY, output=tmp_path / "bundle", dtype="int8", image_size=224)
+    export_bundle(config, traces=TRACES)
+    script = f"""if True:
+        from answers import demo_rows
+        from qvl_batch import Captioner
+        images, prompts = zip(*((row["image"]["bytes"], row["prompt"]) for row in demo_rows(8)))
+        for answer in Captioner({str(tmp_path / "bundle")!r}).caption(images, prompts): print(answer.record())"""
+    here = [sys.executable, "-c", script]
+    env = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    said = [
+        subprocess.run([*emulator, *here], env=env, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+        for emulator in ([], WITHOUT_VNNI)
+    ]
+    assert said[0] == said[1]
+    answers = said[0].splitlines()
+    assert len(answers) == 8
+    assert all("'finish_reason': 'stop'" in answer for answer in answers)
+    assert len(set(answers)) > 4
+
+
+@pytest.mark.long
+@pytest.mark.skipif(shutil.which(EMULATOR) is None, reason=f"{EMULATOR} is not installed (Debian: qemu-user)")
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="it is x86 that is emulated")
+def test_weights_that_saturate_without_vnni_are_refused_there(tmp_path, monkeypatch):
+    def plain(matrix):
+        scale = np.abs(matrix).max(axis=0) / 127
+        zeros = np.zeros(len(scale), np.int8)
+        return {"int8": np.rint(matrix / scale).astype(np.int8), "scale": scale, "zero_points": zeros}
+
+    monkeypatch.setattr("export.quantize._to_int8", plain)
+    config = ExportConfig(checkpoint=TINY, output=tmp_path / "bundle", dtype="int8", image_size=224)
+    if not has_vnni():
+        with pytest.raises(ExportError, match="parity gate"):
+            export_bundle(config, traces=TRACES)
+        return
+    export_bundle(config, traces=TRACES)
+    command = [sys.executable, ROOT / "jobs" / "check.py", tmp_path / "bundle"]
+    for emulator, status in (([], 0), (WITHOUT_VNNI, 1)):
+        done = subprocess.run([*emulator, *map(str, command)], capture_output=True, text=True, check=False)
+        assert done.returncode == status, done.stdout + done.stderr
+        assert ("✗" in done.stdout) == bool(status)
+
+
+def has_vnni():
+    return bool({"VNNI", "AVX-VNNI", "AMX"} & set(re.findall(r"[\w-]+", processor().partition("(")[2])))

@@ -19,7 +19,7 @@ from qvl_batch.errors import ConfigError, JobError
 from qvl_batch.fetch import Fetcher
 from qvl_batch.reader import read_unit
 from qvl_batch.report import installed_versions
-from qvl_batch.runtime import usable_cpus
+from qvl_batch.runtime import processor, usable_cpus
 from qvl_batch.source import IMAGE, PROMPT, open_source
 
 SVG = Environment(autoescape=True).from_string("""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 {{ 40 * bars | length + 40 }}" font-family="system-ui, sans-serif" font-size="14">
@@ -109,17 +109,11 @@ def medians(taken: list[dict[str, float]]) -> dict[str, float]:
 def circumstances(config: Any, packages: Collection[str], **more: str) -> dict[str, Any]:
     """Machine, versions and settings that figures were taken with."""
     return {
-        "machine": f"{platform.machine()}, {usable_cpus()} CPUs, {_processor()}",
+        "machine": f"{platform.machine()}, {usable_cpus()} CPUs, {processor()}",
         **more,
         "versions": installed_versions(packages),
         "settings": {name: str(value) for name, value in asdict(config).items()},
     }
-
-
-def _processor() -> str:
-    source = Path("/proc/cpuinfo")
-    lines = source.read_text().splitlines() if source.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
 def keep(figures: dict[str, Any], output: Path) -> None:

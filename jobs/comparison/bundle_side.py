@@ -45,7 +45,7 @@ class RecordingDecoder(Decoder):
     def __init__(
         self, bundle: Bundle, slots: int, threads: int, memory: Memory | None = None, graph: bytes | None = None
     ) -> None:
-        super().__init__(bundle, slots, threads, keep_logits=True, memory=memory, graph=graph)
+        super().__init__(bundle, slots, threads, keep_logits=True, memory=memory, graph=graph, prove=False)
         self.records: list[_Record] = []
         self._in_slot = [_Record() for _ in range(slots)]
 
@@ -76,7 +76,7 @@ class RecordingDecoder(Decoder):
 
 
 class BundleSide:
-    """A bundle that answers.
+    """A bundle that answers, however wrongly this machine may compute it: that is what a comparison is to find.
 
     Args:
         bundle: the bundle.
@@ -103,7 +103,7 @@ class BundleSide:
         }
         where: RealDevice = "cuda" if types[VISION] in HALVES and on_gpu else "cpu"
         memory = memory_on("cuda" if bundle.manifest.device == "cuda" and on_gpu else "cpu")
-        self._vision = VisionEncoder(bundle, threads, where, graph=graphs[VISION])
+        self._vision = VisionEncoder(bundle, threads, where, graph=graphs[VISION], prove=False)
         self._decoder = RecordingDecoder(bundle, SLOTS, threads, memory, graphs[DECODER])
         # One for all questions: a GPU captures its steps for each thread anew.
         self._engine = Engine(self._decoder, bundle.manifest.generation.eos_token_ids)

@@ -1,0 +1,130 @@
+"""Check that this machine computes a bundle as PyTorch does, by the known answers that the bundle carries.
+
+    python jobs/check.py BUNDLE
+
+Prints each figure beside its bound. What runs a bundle does the same when it starts, and refuses what is wrong.
+"""
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from qvl_batch.bundle import Bundle
+from qvl_batch.command_line import settings
+from qvl_batch.config import Device
+from qvl_batch.decoder import Decoder
+from qvl_batch.errors import BundleError, JobError
+from qvl_batch.known_answers import Figure, digits
+from qvl_batch.memory import RealDevice
+from qvl_batch.runtime import memory_on, resolve_device, resolve_vision_device, usable_cpus
+from qvl_batch.vision import VisionEncoder
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckConfig:
+    """Check that this machine computes a bundle as PyTorch does, by the known answers that the bundle carries."""
+
+    bundle: Annotated[Path, tyro.conf.Positional]
+    """Folder of the bundle that `python -m export` made."""
+    device: Device = "auto"
+    """Where the decoder runs: `auto` takes what the bundle was made for, another is refused."""
+    vision_device: Device = "auto"
+    """Where the vision tower runs: `auto` takes a GPU for one in half precision, else the CPU."""
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """A graph, where it ran, what was found, and seconds to load it and to run it."""
+
+    graph: str
+    machine: str
+    figures: list[Figure]
+    load_seconds: float
+    run_seconds: float
+
+
+def check(config: CheckConfig) -> list[Checked]:
+    """Run the known answers through both graphs, and through those in fp32 that the bundle may hold beside them.
+
+    Raises:
+        BundleError: no bundle, a damaged one, or one without known answers.
+        DeviceError: the device cannot be used here.
+    """
+    bundle = Bundle.load(config.bundle)
+    if bundle.manifest.tolerance is None:
+        raise BundleError(
+            f"{config.bundle} has no known answers, as it was exported with --skip-parity: export the checkpoint "
+            "again without it"
+        )
+    decoder = resolve_device(config.device, bundle.manifest)
+    vision = resolve_vision_device(config.vision_device, bundle.manifest)
+    found = _check(bundle, vision, decoder)
+    exact = bundle.in_fp32()
+    return found + (_check(exact, "cpu", exact.manifest.device, " in fp32") if exact else [])
+
+
+def _check(bundle: Bundle, vision: RealDevice, decoder: RealDevice, which: str = "") -> list[Checked]:
+    threads = usable_cpus()
+    return [
+        _timed(f"vision{which}", lambda: VisionEncoder(bundle, threads, vision, prove=False)),
+        _timed(f"decoder{which}", lambda: Decoder(bundle, 1, threads, memory=memory_on(decoder), prove=False)),
+    ]
+
+
+def _timed(graph: str, load: Callable[[], VisionEncoder | Decoder]) -> Checked:
+    began = time.perf_counter()
+    loaded = load()
+    ready = time.perf_counter()
+    figures = loaded.figures()
+    return Checked(graph, loaded.machine, figures, ready - began, time.perf_counter() - ready)
+
+
+def show(config: CheckConfig, found: list[Checked], console: Console) -> bool:
+    """Print a table and a verdict; whether all is as it should be."""
+    manifest = Bundle.load(config.bundle, verify=False).manifest
+    towers = f"vision in {manifest.vision_dtype}, decoder in {manifest.dtype}"
+    versions = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
+    for line in (
+        f"bundle    {config.bundle}: {manifest.source.name}, {towers}",
+        f"exported  with {versions}",
+        *(f"machine   {machine}" for machine in dict.fromkeys(checked.machine for checked in found)),
+    ):
+        console.print(line, markup=False, emoji=False, soft_wrap=True)
+    table = Table("graph", "figure", "found", "allowed", "", "load, s", "run, s")
+    for checked in found:
+        for place, figure in enumerate(checked.figures):
+            times = (f"{checked.load_seconds:.2f}", f"{checked.run_seconds:.2f}") if place == 0 else ("", "")
+            bound = f"{'at least' if figure.at_least else 'at most'} {digits(figure.bound)}"
+            mark = "✓" if figure.is_within else "✗"
+            table.add_row(checked.graph, figure.name, digits(figure.found), bound, mark, *times)
+    console.print(table)
+    wrong = [checked for checked in found if not all(figure.is_within for figure in checked.figures)]
+    for checked in wrong:
+        console.print(f"wrong     {checked.graph}: this machine does not compute it as PyTorch does")
+    if not wrong:
+        console.print("right     this machine computes the bundle as PyTorch does, within the bounds of its precision")
+    return not wrong
+
+
+def main() -> int:
+    """Check; 0 if all is right, 1 if something is wrong or it could not be checked."""
+    try:
+        config = settings(CheckConfig)
+        found = check(config)
+    except JobError as error:
+        print(f"check: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0 if show(config, found, Console(width=None if sys.stdout.isatty() else 120)) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
