@@ -30,10 +30,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import pillow_heif
 from PIL import Image
 
-from qvl_batch.images import FORMATS, pixels_or_failure
+from qvl_batch.formats import FORMATS
+from qvl_batch.images import pixels_or_failure
 from qvl_batch.schema import Failure
+
+pillow_heif.register_heif_opener()  # to save such files
 
 ROOT = Path(__file__).parent.parent
 SIZE = 56
