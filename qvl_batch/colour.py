@@ -50,7 +50,9 @@ def _transform(profile: bytes, space: str, mode: str) -> ImageCms.ImageCmsTransf
         if opened.profile.xcolor_space != space:
             return None
         srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
-        transform = ImageCms.buildTransform(opened, srgb, mode, "RGBA" if mode == "RGBA" else "RGB")
+        # Of shades, the curve itself takes no longer than a table of it, which is 10 levels off where it is steep.
+        flags = ImageCms.Flags.NOOPTIMIZE if mode == "L" else ImageCms.Flags.NONE
+        transform = ImageCms.buildTransform(opened, srgb, mode, "RGBA" if mode == "RGBA" else "RGB", flags=flags)
         return None if mode != "CMYK" and _changes_nothing(transform, mode) else transform
     except (ImageCms.PyCMSError, OSError, TypeError, ValueError):
         return None

@@ -46,28 +46,35 @@ def decoded(data: bytes, rules: ImageRules) -> Image.Image:
         raise of_pillows_limit(image.format, error, rules.max_pixels) from error
     except Exception as error:  # Pillow's plugins raise whatever their decoding met
         kind, what = image.format or "image", f"{type(error).__name__}: {stable_message(error)}"
-        if kind not in _ROW_BY_ROW:
-            raise ImageError(f"the {kind} is damaged: {what}") from error
         del image
-        return _rest(data, kind, what, rules)
+        rest = _rest(data, kind, what, rules) if kind in _ROW_BY_ROW else None
+        if rest is None:
+            raise ImageError(f"the {kind} is damaged: {what}") from error
+        return rest
     check_size(image.size, rules.max_pixels)  # a picture in an icon may be larger than the icon says
     return image
 
 
-def _rest(data: bytes, kind: str, what: str, rules: ImageRules) -> Image.Image:
-    """What there is of a picture, `what` being what its decoder said."""
+def _rest(data: bytes, kind: str, what: str, rules: ImageRules) -> Image.Image | None:
+    """What there is of a picture, None if nothing is, `what` being what its decoder said.
+
+    Raises:
+        ImageError: it lacks pixels, and may not.
+    """
     scans = _Scans(data) if kind in _JPEG else None
     end = _END_OF_JPEG if scans and scans.are_collected else b""
     data = data.removesuffix(b"\xff") if scans else data
     endings = [ending + end for ending in _ENDINGS] if scans else [b"", b""]
-    seen = [_on_ground(opened(data + ending, rules), ground) for ending, ground in zip(endings, (0, 255), strict=True)]
-    missing = _difference(*seen)
+    first, second = (_on_ground(opened(data + ending, rules), 255 * place) for place, ending in enumerate(endings))
+    if first is None or second is None or first.size != second.size:
+        return None
+    missing = _difference(first, second)
     # Of a PNG whose pixels were all read, the decoder says that they are not what was written.
     if not missing.any() and kind != "PNG" and (scans is None or scans.are_all):
-        return seen[0]
+        return first
     is_coarse = bool(end)  # one scan after the other makes all of it finer, once there is a first
     if missing.all() or (scans and is_coarse and scans.count == 1):
-        raise ImageError(f"the {kind} is damaged: {what}")
+        return None
     if not rules.allow_truncated:
         lack = "detail" if is_coarse else f"{int(missing.sum()):,} of {missing.size:,} pixels"
         raise ImageError(f"the {kind} is damaged and lacks {lack}: {what}; --allow-truncated shows the rest")
@@ -75,12 +82,12 @@ def _rest(data: bytes, kind: str, what: str, rules: ImageRules) -> Image.Image:
         image = opened(data + end, rules)
         image.load()
         return image
-    seen[0].info[MISSING] = missing
-    return seen[0]
+    first.info[MISSING] = missing
+    return first
 
 
-def _on_ground(image: Image.Image, ground: int) -> Image.Image:
-    """An image as far as it can be decoded, onto a ground."""
+def _on_ground(image: Image.Image, ground: int) -> Image.Image | None:
+    """An image as far as it can be decoded, onto a ground; None if it has no pixels at all."""
     prepare = image.load_prepare  # type: ignore[attr-defined]
 
     def paint() -> None:
@@ -92,8 +99,12 @@ def _on_ground(image: Image.Image, ground: int) -> Image.Image:
     image.load_prepare = paint  # type: ignore[attr-defined]
     with suppress(Exception):  # the same as before
         image.load()
-    image.tile = []  # type: ignore[attr-defined]  # there is nothing more to load
-    image._size = image.im.size  # noqa: SLF001  (of a TIFF that is not upright yet)
+    try:
+        image.tile = []  # type: ignore[attr-defined]  # there is nothing more to load
+        image._size = image.im.size  # noqa: SLF001  (of a TIFF that is not upright yet)
+        image.load()
+    except Exception:  # there are no pixels, or no palette that they are of
+        return None
     return image
 
 

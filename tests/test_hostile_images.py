@@ -357,6 +357,23 @@ def test_an_image_that_holds_its_process_up_ends_it():
     assert (held_up.returncode, held_up.stderr) == (1, "")
 
 
+def test_a_picture_in_an_icon_is_held_to_the_limit_whatever_the_icon_says():
+    data = _ico(_png(100, 100, 8, 0, bytes(101 * 100)))
+    assert decode_image(data, ImageRules(max_pixels=10_000)).size == (100, 100)
+    with pytest.raises(ImageError, match="has 10,000 pixels; it may have 9,999"):
+        decode_image(data, ImageRules(max_pixels=9_999))
+
+
+def test_a_photo_of_a_phone_whose_file_says_that_it_is_small_takes_no_memory():
+    data = _file(Image.new("RGB", (6000, 6000), "red"), "HEIF", quality=10)
+    data = _patched(data, b"ispe", 8, ">II", 16, 16)
+    forget_peak()
+    before = peak_memory()
+    with pytest.raises(ImageError, match="the HEIF is damaged"):
+        decode_image(data)
+    assert peak_memory() - before < 10_000_000
+
+
 def test_an_image_without_pixels_is_refused(monkeypatch):
     monkeypatch.setattr("qvl_batch.damage.opened", lambda *_: Image.new("RGB", (0, 5)))
     failure = pixels_or_failure(b"any", 56, "letterbox")
