@@ -15,7 +15,7 @@ from qvl_batch.config import DEFAULT_MAX_NEW_TOKENS, MAX_IMAGE_PIXELS, Device, F
 from qvl_batch.engine import Stoppable
 from qvl_batch.errors import ConfigError, ImageError
 from qvl_batch.features import ImageFeatures, Pixels
-from qvl_batch.images import decode_image, fit_image, image_key, upright_rgb
+from qvl_batch.images import DEFAULT_RULES, decode_image, fit_image, image_key, upright_rgb
 from qvl_batch.runtime import resolve_device, resolve_vision_device, usable_cpus
 from qvl_batch.schema import Answer, Failure
 from qvl_batch.vision import VisionEncoder
@@ -150,7 +150,7 @@ def _is_pixels(images: object) -> bool:
     return isinstance(images, np.ndarray) and images.ndim in {2, 3}
 
 
-def _picture(image: ImageLike, rules: ImageRules) -> Image.Image:
+def _picture(image: ImageLike, rules: ImageRules = DEFAULT_RULES) -> Image.Image:
     if isinstance(image, bytes | bytearray):
         return decode_image(bytes(image), rules)
     if isinstance(image, str | Path):
