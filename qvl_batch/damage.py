@@ -13,8 +13,9 @@ from PIL import Image
 
 from qvl_batch.config import ImageRules
 from qvl_batch.errors import ImageError, stable_message
-from qvl_batch.formats import of_pillows_limit, opened
+from qvl_batch.formats import has_deep_samples, of_pillows_limit, opened
 from qvl_batch.limits import START_OF_SCAN, check_size, jpeg_segments
+from qvl_batch.shades import look_at_range
 
 #: Their decoders write row by row into the picture, and say where data ends too soon.
 _ROW_BY_ROW = {"BMP", "GIF", "JPEG", "MPO", "PNG", "PPM", "TIFF"}
@@ -52,6 +53,8 @@ def decoded(data: bytes, rules: ImageRules) -> Image.Image:
             raise ImageError(f"the {kind} is damaged: {what}") from error
         return rest
     check_size(image.size, rules.max_pixels)  # a picture in an icon may be larger than the icon says
+    if has_deep_samples(image, data):
+        look_at_range(image)
     return image
 
 

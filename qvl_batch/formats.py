@@ -35,6 +35,8 @@ HEIF = "HEIF"
 FORMATS = ("AVIF", "BMP", "GIF", HEIF, "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 #: Kinds of HEIF whose pictures are HEVC, as phones save them (.heic), or may be.
 _HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"}
+#: Where a PNG has the bits of its samples: behind signature, chunk's head, and sides.
+_PNG_DEPTH, _DEEP = 24, 16
 
 
 def opened(data: bytes, rules: ImageRules) -> Image.Image:
@@ -64,6 +66,13 @@ def opened(data: bytes, rules: ImageRules) -> Image.Image:
                 image.im = Image.new(image.mode, image._tile_size).im  # noqa: SLF001
             return image
     raise AssertionError
+
+
+def has_deep_samples(image: Image.Image, data: bytes) -> bool:
+    """Whether samples of 16 bits are in the file, whatever is in the picture of it."""
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        return _DEEP in image.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, ())
+    return image.format == "PNG" and data[_PNG_DEPTH] == _DEEP
 
 
 def _begins_like(kind: str, first: bytes) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from qvl_batch.errors import ImageError
 
@@ -37,7 +38,7 @@ def shades(parts: Sequence[NDArray[Any]], bits: int = 16) -> list[NDArray[np.uin
     if not 0 <= low <= high <= most or any(np.isnan(part.max()) for part in parts):
         raise ImageError(f"the image has samples from {low:g} to {high:g}; shades go from 0 to {most}")
     if most == MOST[16] and 0 < high <= MOST[12]:
-        _say_that_range_is_unused(int(high))
+        _say_that_range_is_unused()
     if floats:
         return [
             _by_rows(part, lambda rows: np.rint(rows.astype(np.float32) * (255 if high <= 1 else 1))) for part in parts
@@ -55,12 +56,17 @@ def _by_rows(samples: NDArray[Any], convert: Callable[[NDArray[Any]], NDArray[An
     return found
 
 
-@functools.cache
-def _say_that_range_is_unused(high: int) -> None:
-    if _say_that_range_is_unused.cache_info().currsize:
-        return
+def look_at_range(image: Image.Image) -> None:
+    """Say in the log if colours of 16 bits, of which Pillow has made 8, have used the lowest 12 alone."""
+    if image.mode in {"RGB", "RGBA"}:
+        extrema: Any = image.getextrema()
+        if 0 < max(high for _, high in extrema[:3]) <= MOST[12] >> _BYTE:
+            _say_that_range_is_unused()
+
+
+@functools.cache  # one such image says it for all others of a process
+def _say_that_range_is_unused() -> None:
     logging.getLogger(__name__).warning(
-        "an image's 16-bit samples end at %s of 65,535, so that it is nearly black: if they are samples of fewer bits, "
-        "scale them to 16 first. Other such images are not named.",
-        f"{high:,}",
+        "an image's samples of 16 bits are all below 4,096, so that it is nearly black: if they are of 12 bits, scale "
+        "them to 16 first. Other such images are not named."
     )

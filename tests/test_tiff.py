@@ -7,6 +7,7 @@ import logging
 import numpy as np
 import pytest
 from PIL import Image
+from test_hostile_images import _png
 from tiffs import DEFLATE, tiff
 
 from qvl_batch import shades
@@ -185,4 +186,19 @@ def test_twelve_bits_in_samples_of_sixteen_are_named_in_the_log_once(caplog):
         for photometric in (1, 0, 1):
             decode_image(tiff(dark, photometric=photometric))
     (record,) = caplog.records
-    assert "16-bit samples end at 4,095 of 65,535" in record.getMessage()
+    assert "samples of 16 bits are all below 4,096" in record.getMessage()
+
+
+@pytest.mark.usefixtures("_not_said_yet")
+@pytest.mark.parametrize("kind", ["tiff", "planar tiff", "png", "png alpha"])
+def test_colours_of_twelve_bits_in_samples_of_sixteen_are_named_too(kind, caplog):
+    for scale in (16, 1):
+        colours = np.array([[[0, 0, 0], [0, 4_095, 0]]], np.uint16) * scale
+        if "tiff" in kind:
+            data = tiff(colours, planar=kind == "planar tiff")
+        else:
+            alpha = np.full((1, 2, 1), 65535, np.uint16)
+            samples = np.concatenate([colours, alpha], axis=2) if kind == "png alpha" else colours
+            data = _png(2, 1, 16, 6 if kind == "png alpha" else 2, b"\0" + samples.astype(">u2").tobytes())
+        assert decode_image(data).getpixel((1, 0)) == (0, 255 if scale == 16 else 15, 0)
+        assert len(caplog.records) == (scale == 1)
