@@ -11,11 +11,11 @@ from PIL import Image
 
 from qvl_batch.answerer import Answerer, Question
 from qvl_batch.bundle import Bundle
-from qvl_batch.config import DEFAULT_MAX_NEW_TOKENS, Device, Fit
+from qvl_batch.config import DEFAULT_MAX_NEW_TOKENS, MAX_IMAGE_PIXELS, Device, Fit, ImageRules
 from qvl_batch.engine import Stoppable
 from qvl_batch.errors import ConfigError, ImageError
 from qvl_batch.features import ImageFeatures, Pixels
-from qvl_batch.images import decode_image, fit_image, image_key, upright_rgb
+from qvl_batch.images import DEFAULT_RULES, decode_image, fit_image, image_key, upright_rgb
 from qvl_batch.runtime import resolve_device, resolve_vision_device, usable_cpus
 from qvl_batch.schema import Answer, Failure
 from qvl_batch.vision import VisionEncoder
@@ -44,11 +44,13 @@ class Captioner(Stoppable):
         vision_device: where the vision tower runs; `auto` is a GPU for one in half precision, else the CPU.
         slots: rows answered at a time.
         fit: how an image that is not square becomes square.
+        max_image_pixels: most pixels of an image.
+        allow_truncated: show what there is of image files that are cut or damaged.
         allow_repetition: an answer that repeats itself until it is cut is an answer, and no failure.
 
     Raises:
         BundleError: no bundle, or a damaged one.
-        ConfigError: `slots` is less than 1, or there is no such fit or device.
+        ConfigError: `slots` or `max_image_pixels` is less than 1, or there is no such fit or device.
         DeviceError: the device cannot be used here.
     """
 
@@ -60,16 +62,20 @@ class Captioner(Stoppable):
         vision_device: Device = "auto",
         slots: int = 8,
         fit: Fit = "letterbox",
+        max_image_pixels: int = MAX_IMAGE_PIXELS,
+        allow_truncated: bool = False,
         allow_repetition: bool = False,
     ) -> None:
-        if slots < 1:
-            raise ConfigError(f"slots must be at least 1, not {slots}")
+        for name, value in (("slots", slots), ("max_image_pixels", max_image_pixels)):
+            if value < 1:
+                raise ConfigError(f"{name} must be at least 1, not {value}")
         if fit not in get_args(Fit):
             raise ConfigError(f"fit {fit!r} is none of {', '.join(get_args(Fit))}")
         self._bundle = Bundle.load(bundle)
         resolve_device(device, self._bundle.manifest)
         encoder_device = resolve_vision_device(vision_device, self._bundle.manifest)
         self._fit: Fit = fit
+        self._rules = ImageRules(max_image_pixels, allow_truncated)
         self._process = os.getpid()
         threads = usable_cpus()
         features = ImageFeatures(VisionEncoder(self._bundle, threads, encoder_device))
@@ -134,7 +140,7 @@ class Captioner(Stoppable):
 
     def _pixels_or_failure(self, image: ImageLike) -> Pixels | Failure:
         try:
-            return fit_image(_picture(image), self._bundle.manifest.layout.image_size, self._fit)
+            return fit_image(_picture(image, self._rules), self._bundle.manifest.layout.image_size, self._fit)
         except ImageError as error:
             return Failure.of(error)
 
@@ -144,9 +150,9 @@ def _is_pixels(images: object) -> bool:
     return isinstance(images, np.ndarray) and images.ndim in {2, 3}
 
 
-def _picture(image: ImageLike) -> Image.Image:
+def _picture(image: ImageLike, rules: ImageRules = DEFAULT_RULES) -> Image.Image:
     if isinstance(image, bytes | bytearray):
-        return decode_image(bytes(image))
+        return decode_image(bytes(image), rules)
     if isinstance(image, str | Path):
         try:
             data = Path(image).read_bytes()
@@ -154,9 +160,9 @@ def _picture(image: ImageLike) -> Image.Image:
             raise ImageError(f"{image}: {error.strerror}") from error
         except ValueError as error:
             raise ImageError(f"{str(image)!r} is no path: {error}") from error
-        return decode_image(data)
+        return decode_image(data, rules)
     if isinstance(image, Image.Image):
-        return upright_rgb(image)
+        return upright_rgb(image, rules)
     if not isinstance(image, np.ndarray):
         raise ImageError(
             f"{type(image).__name__} is no image: give a path, a file's bytes, an array, or Pillow's image"
@@ -169,4 +175,4 @@ def _picture(image: ImageLike) -> Image.Image:
         raise ImageError(
             f"an array {image.shape} of {image.dtype} is no image: give uint8 (height, width, 3), or (height, width)"
         ) from error
-    return upright_rgb(picture)
+    return upright_rgb(picture, rules)

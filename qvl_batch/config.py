@@ -15,6 +15,19 @@ Fit = Literal["letterbox", "stretch", "crop"]
 Device = Literal["auto", "cpu", "cuda"]
 
 DEFAULT_MAX_NEW_TOKENS = 128
+#: Pillow's own; the largest images then take 0.4 to 1.4 GB while they are decoded.
+MAX_IMAGE_PIXELS = 89_478_485
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRules:
+    """Which image files are shown: of how many pixels at most, and whether some may be missing.
+
+    Neither changes what a file is shown as, only whether it is.
+    """
+
+    max_pixels: int = MAX_IMAGE_PIXELS
+    allow_truncated: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +59,10 @@ class CaptionConfig:
     """Keep an answer that says one thing over and over until it is cut. Without it, such a row fails."""
     fit: Fit = "letterbox"
     """How an image that is not square becomes square."""
+    max_image_pixels: int = MAX_IMAGE_PIXELS
+    """Most pixels of an image; a larger one fails. Memory and time of the largest grow with it."""
+    allow_truncated: bool = False
+    """Show what there is of an image file that is cut or damaged. Without it, one that lacks pixels fails."""
     device: Device = "auto"
     """Where the decoder runs: `auto` takes what the bundle was made for, another is refused."""
     vision_device: Device = "auto"
@@ -78,7 +95,7 @@ class CaptionConfig:
         # An empty name, such as an unset variable of a shell, would be the current folder.
         if not self.input or not all(str(name).strip() for name in (self.output, *self.input)):
             raise ConfigError("--input needs at least one file, folder or glob, and --output a folder; none may be ''")
-        for name in ("max_new_tokens", "vision_workers", "decoder_workers", "slots", "limit"):
+        for name in ("max_new_tokens", "vision_workers", "decoder_workers", "slots", "limit", "max_image_pixels"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{_option(name)} must be at least 1, not {value}")
@@ -93,6 +110,11 @@ class CaptionConfig:
         repeated = sorted({name for name in self.keep_columns if self.keep_columns.count(name) > 1})
         if repeated:
             raise ConfigError(f"--keep-columns names {repeated[0]} more than once")
+
+    @property
+    def image_rules(self) -> ImageRules:
+        """Which images are shown."""
+        return ImageRules(self.max_image_pixels, self.allow_truncated)
 
     @property
     def going_on(self) -> str:

@@ -1,16 +1,13 @@
 """From the bytes of an image file to the square of pixels that the vision graph takes.
 
-What enters: encoded bytes of one of `FORMATS`, which nobody may have checked, or images as Pillow has them.
+What enters: encoded bytes, which nobody may have checked, or images as Pillow has them.
 What leaves: uint8 RGB (H, W, 3) with H = W = the bundle's image size, or an `ImageError`. Memory and time
-of any file are bounded by Pillow's limit on pixels. Rescaling and normalisation are inside the graph.
+of any file are bounded by a limit on pixels. Rescaling and normalisation are inside the graph.
 
 This module knows nothing of where the bytes come from, nor of tokens.
 """
 
 import hashlib
-import io
-import math
-import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,24 +15,20 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image
 
-from qvl_batch.config import Fit
+from qvl_batch.colour import to_srgb
+from qvl_batch.config import Fit, ImageRules
+from qvl_batch.damage import MISSING, decoded
 from qvl_batch.errors import ImageError, stable_message
+from qvl_batch.limits import check_size
 from qvl_batch.schema import Failure
+from qvl_batch.shades import shades
 
-#: All that is tried. Pillow knows 43, among them some that start other programs (EPS: Ghostscript), that take
-#: any bytes for theirs (TGA), and many that nobody looks after.
-FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
-#: Pillow's resampling takes 32 bytes for each pixel of a side.
-LONGEST_SIDE = 1_000_000
-#: Scans of a JPEG of the most pixels, of a smaller one accordingly more; writers make about 10. A scan of 15 bytes
-#: costs a pass over all pixels: a file of 220 kB took half a minute, and one of 10 MB takes a quarter of an hour.
-MOST_SCANS = 50
-_JPEG_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")
-_SCAN, _END = b"\xff\xda", b"\xff\xd9"
-#: Tags of a TIFF: width and length of its tiles.
-_TILE = (322, 323)
+DEFAULT_RULES = ImageRules()
+#: Part of every image's key: another number where pixels of a file change, so that no features are kept of the old.
+_MADE_AS = b"2\0"
+
 #: What undoes each orientation of EXIF.
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -46,8 +39,8 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-#: Ground of a letterbox: the mean colour of CLIP's training images, so that the bars are close
-#: to zero once the graph has normalised them.
+#: Ground of a letterbox, and of pixels that a damaged file lacks: the mean colour of CLIP's training images, so that
+#: they are close to zero once the graph has normalised them.
 LETTERBOX_RGB = (122, 116, 104)
 #: Transparent pixels show this ground, as on a page.
 ALPHA_GROUND = (255, 255, 255)
@@ -55,19 +48,21 @@ ALPHA_GROUND = (255, 255, 255)
 
 def image_key(data: bytes, fit: Fit) -> bytes:
     """16 bytes that stand for an image, by its file's contents or its pixels, and how it is fitted."""
-    return hashlib.sha256(fit.encode() + b"\0" + data).digest()[:16]
+    return hashlib.sha256(_MADE_AS + fit.encode() + b"\0" + data).digest()[:16]
 
 
-def pixels_or_failure(data: bytes, size: int, fit: Fit) -> NDArray[np.uint8] | Failure:
+def pixels_or_failure(
+    data: bytes, size: int, fit: Fit, rules: ImageRules = DEFAULT_RULES
+) -> NDArray[np.uint8] | Failure:
     """Decode and fit an image file; what is wrong with it where that cannot be done."""
     try:
-        return fit_image(decode_image(data), size, fit)
+        return fit_image(decode_image(data, rules), size, fit)
     except ImageError as error:
         return Failure.of(error)
 
 
-def decode_image(data: bytes) -> Image.Image:
-    """Decode an image file to RGB, upright and opaque; of an animation, the first frame.
+def decode_image(data: bytes, rules: ImageRules = DEFAULT_RULES) -> Image.Image:
+    """Decode an image file to RGB, in sRGB, upright and opaque; of an animation, the first frame.
 
     Raises:
         ImageError: the bytes are empty, no image, damaged, or would take too much memory or time.
@@ -75,17 +70,18 @@ def decode_image(data: bytes) -> Image.Image:
     if not data:
         raise ImageError("the image has no bytes")
     with _failures_named():
-        return _upright_rgb(_opened(data))
+        return _upright_rgb(decoded(data, rules))
 
 
-def upright_rgb(image: Image.Image) -> Image.Image:
-    """An image as `decode_image` gives the file that it is of: RGB, upright and opaque.
+def upright_rgb(image: Image.Image, rules: ImageRules = DEFAULT_RULES) -> Image.Image:
+    """An image as `decode_image` gives the file that it is of: RGB, in sRGB, upright and opaque.
 
     Raises:
         ImageError: it is damaged, or too large.
     """
     with _failures_named():
-        _check_size(image)
+        check_size(image.size, rules.max_pixels)
+        image.load()
         return _upright_rgb(image)
 
 
@@ -130,7 +126,6 @@ def _failures_named() -> Iterator[None]:
         with warnings.catch_warnings():
             # What is odd in a file is not the job's concern; what is wrong raises.
             warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
             yield
     except ImageError:
         raise
@@ -138,54 +133,11 @@ def _failures_named() -> Iterator[None]:
         raise ImageError(f"{type(error).__name__}: {stable_message(error)}") from error
 
 
-def _opened(data: bytes) -> Image.Image:
-    """An image file whose pixels have not been decoded yet, and may be."""
-    try:
-        image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
-    except UnidentifiedImageError as error:
-        raise ImageError(f"the bytes are no image of {', '.join(FORMATS)} (first 8: {data[:8]!r})") from error
-    _check_size(image)
-    _check_work(image, data)
-    return image
-
-
-def _check_size(image: Image.Image) -> None:
-    if min(image.size) < 1 or max(image.size) > LONGEST_SIDE:
-        width, height = image.size
-        raise ImageError(f"the image has {width:,} x {height:,} pixels; a side may have 1 to {LONGEST_SIDE:,}")
-    most, pixels = Image.MAX_IMAGE_PIXELS, math.prod(image.size)
-    if most and pixels > most:  # of a file, Pillow has looked at that
-        raise ImageError(f"the image has {pixels:,} pixels; it may have {most:,}")
-
-
-def _check_work(image: Image.Image, data: bytes) -> None:
-    """Refuse what costs far more than its pixels: Pillow's limit looks at the size of the picture alone."""
-    most = Image.MAX_IMAGE_PIXELS or math.inf
-    pixels = math.prod(image.size)
-    if image.format in {"JPEG", "MPO"}:
-        scans = _jpeg_scans(data)
-        if scans * pixels > MOST_SCANS * most:
-            raise ImageError(f"the JPEG has {scans:,} scans of {pixels:,} pixels, which would take minutes")
-    if image.format == "TIFF":
-        tile = [getattr(image, "tag_v2", {}).get(tag) or side for tag, side in zip(_TILE, image.size, strict=True)]
-        decoded = math.prod(math.ceil(side / of_tile) * of_tile for side, of_tile in zip(image.size, tile, strict=True))
-        if decoded > 2 * most:
-            raise ImageError(f"the TIFF has tiles of {tile[0]:,} x {tile[1]:,} for {pixels:,} pixels")
-
-
-def _jpeg_scans(data: bytes) -> int:
-    """Count the scans of a JPEG's first picture; there may be others, and any bytes, behind it."""
-    at, scans = 2, 0
-    while (marker := _JPEG_MARKER.search(data, at)) and marker[0] != _END:
-        scans += marker[0] == _SCAN
-        at = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2])
-    return scans
-
-
 def _upright_rgb(image: Image.Image) -> Image.Image:
-    image.load()
-    turn = _turn(image)
+    turn, missing = _turn(image), image.info.get(MISSING)
     image = _to_rgb(image)  # lets go of the original, which may be as large
+    if missing is not None:
+        image.paste(LETTERBOX_RGB, mask=Image.fromarray(missing))
     return image if turn is None else image.transpose(turn)
 
 
@@ -199,8 +151,10 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    profile = image.info.get("icc_profile")
     if image.mode.startswith("I") or image.mode == "F":
-        return _eight_bits(image).convert("RGB")
+        image = _eight_bits(image)
+    image = to_srgb(image, profile)
     if image.has_transparency_data:
         seen = image if image.mode in {"LA", "RGBA"} else image.convert("LA" if image.mode == "La" else "RGBA")
         ground = Image.new("RGB", seen.size, ALPHA_GROUND)
@@ -216,15 +170,8 @@ def _eight_bits(image: Image.Image) -> Image.Image:
         ImageError: samples beyond that are measurements, and which shades they are nobody knows.
     """
     samples = np.asarray(image)
-    low, high = float(samples.min()), float(samples.max())
-    most = 255 if image.mode == "F" else 65535
-    if not 0 <= low <= high <= most:  # nor where one is NaN
-        raise ImageError(f"the image has samples from {low:g} to {high:g}; shades go from 0 to {most}")
-    if image.mode == "F":
-        shades = np.multiply(samples, 255 if high <= 1 else 1, dtype=np.float32)
-        return Image.fromarray(shades.round(out=shades).astype(np.uint8))
-    shades = (samples >> 8).astype(np.uint8)
+    (found,) = shades([samples])
     transparent = image.info.get("transparency")
     if isinstance(transparent, int):  # a shade of all 16 bits, as PNG has it
-        shades[samples == transparent] = ALPHA_GROUND[0]
-    return Image.fromarray(shades)
+        found[samples == transparent] = ALPHA_GROUND[0]
+    return Image.fromarray(found)

@@ -233,7 +233,7 @@ def _dataset(
     plan: Plan,
 ) -> Dataset:
     """The pipeline, in the order of its stages."""
-    prompt = config.prompt
+    prompt, rules = config.prompt, config.image_rules
     tasks = TaskPoolStrategy(size=plan.tasks_at_once)
     cache = (config.vision_cache.resolve(), config.vision_cache_gb) if config.vision_cache else None
 
@@ -248,7 +248,7 @@ def _dataset(
         yield from timed(guarded([Unit(**unit) for unit in units.to_pylist()]), "read")
 
     def prepare_guarded(table: pa.Table) -> pa.Table:
-        work = partial(prepare, image_size=image_size, fit=config.fit, sample=sample)
+        work = partial(prepare, image_size=image_size, fit=config.fit, sample=sample, rules=rules)
         return Guarded(work, "image", attempts)(table)
 
     vision = (bundle.path, plan.vision_threads, worker_name, cache, VISION_NICENESS)
@@ -395,7 +395,10 @@ def _job_error(error: Exception) -> JobError:
 
 
 def _answers_depend_on(config: CaptionConfig, bundle: Bundle) -> dict[str, Any]:
-    """What the answers of one output must have in common, by the names that a user knows."""
+    """What the answers of one output must have in common, by the names that a user knows.
+
+    Not which images are shown (`config.image_rules`): errors alone become answers by it, and by `--retry-errors`.
+    """
     return {
         "bundle": bundle.sha256,
         "--prompt": config.prompt,

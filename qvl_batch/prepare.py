@@ -15,8 +15,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from qvl_batch.busy import seconds_column
-from qvl_batch.config import Fit
-from qvl_batch.images import image_key, pixels_or_failure
+from qvl_batch.config import Fit, ImageRules
+from qvl_batch.images import DEFAULT_RULES, image_key, pixels_or_failure
 from qvl_batch.rowset import Row
 from qvl_batch.sample import sample_columns
 from qvl_batch.schema import Failure
@@ -27,7 +27,13 @@ PIXELS, IMAGE_KEY = f"{OWN}pixels", f"{OWN}image_key"
 SECONDS = 120.0
 
 
-def prepare(table: pa.Table, image_size: int, fit: Fit, sample: frozenset[Row] = frozenset()) -> pa.Table:
+def prepare(
+    table: pa.Table,
+    image_size: int,
+    fit: Fit,
+    sample: frozenset[Row] = frozenset(),
+    rules: ImageRules = DEFAULT_RULES,
+) -> pa.Table:
     """Decode and fit images: the column `IMAGE` becomes `PIXELS`, uint8 (size, size, 3) as bytes, and
     `IMAGE_KEY`. An image that the table has several times is decoded once. Rows of the sample get what
     is shown of them.
@@ -43,7 +49,7 @@ def prepare(table: pa.Table, image_size: int, fit: Fit, sample: frozenset[Row] =
             keys[-1] = key = image_key(data, fit)
             if key not in fitted:
                 with _watched():
-                    fitted[key] = pixels_or_failure(data, image_size, fit)
+                    fitted[key] = pixels_or_failure(data, image_size, fit, rules)
     results = [failure if key is None else fitted[key] for key, failure in zip(keys, failures, strict=True)]
     columns = {
         PIXELS: pa.array(

@@ -156,7 +156,7 @@ def recorded_settings(
     config: CaptionConfig, source: Source, bundle: Bundle, devices: Mapping[str, str]
 ) -> dict[str, Any]:
     """What the answers depend on, and what their speed does."""
-    packages = ("qvl-batch", "ray", "onnxruntime-gpu", "onnxruntime", "tokenizers", "pyarrow", "pillow")
+    packages = ("qvl-batch", "ray", "onnxruntime-gpu", "onnxruntime", "tokenizers", "pyarrow", "pillow", "pillow-heif")
     return {
         "bundle": {
             "path": str(bundle.path),
@@ -174,6 +174,7 @@ def recorded_settings(
             "prompt": config.prompt,
         },
         "fit": config.fit,
+        "images": asdict(config.image_rules),
         "files": len(source.files),
         "limit": config.limit,
         "devices": dict(devices),

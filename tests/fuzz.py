@@ -28,12 +28,20 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pillow_heif
 from PIL import Image
+from profiles import PROPHOTO, rgb_profile
+from tiffs import tiff
 
-from qvl_batch.images import FORMATS, pixels_or_failure
+from qvl_batch.config import ImageRules
+from qvl_batch.formats import FORMATS
+from qvl_batch.images import pixels_or_failure
 from qvl_batch.schema import Failure
+
+pillow_heif.register_heif_opener()  # to save such files
 
 ROOT = Path(__file__).parent.parent
 SIZE = 56
@@ -55,6 +63,16 @@ OPTIONS: dict[str, tuple[tuple[set[str], dict[str, object]], ...]] = {
     "WEBP": (({"RGB", "RGBA"}, {"lossless": True}),),
     "JPEG2000": (({"L", "RGBA"}, {"no_jp2": True}), ({"RGB"}, {"tile_size": (16, 16)})),
 }
+PROFILE = rgb_profile(PROPHOTO, 1.8)
+_SAMPLES = np.random.default_rng(0).integers(0, 4096, (32, 40, 3), np.uint16)
+#: Of samples that Pillow does not read.
+DEEP_TIFFS: tuple[dict[str, Any], ...] = (
+    {"samples": _SAMPLES, "planar": True, "rows": 8},
+    {"samples": _SAMPLES, "bits": 12, "order": ">"},
+    {"samples": _SAMPLES[..., :1], "photometric": 0, "tile": 16, "compression": 8, "predictor": 2},
+    {"samples": _SAMPLES[..., :2], "photometric": 1, "extra": (2,), "ahead": 500},
+    {"samples": (_SAMPLES / 4096).astype(np.float32), "kind": 3, "compression": 8, "predictor": 3, "tile": 16},
+)
 ANIMATED = ("AVIF", "GIF", "PNG", "TIFF", "WEBP")
 EXTREMES = (0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0x8000, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF)
 
@@ -166,7 +184,7 @@ def _outcome(data: bytes) -> str:
     warnings.simplefilter("always")
     warnings.showwarning = lambda message, *_: warned.append(message)
     try:
-        result = pixels_or_failure(data, SIZE, "letterbox")
+        result = pixels_or_failure(data, SIZE, "letterbox", ImageRules(allow_truncated=len(data) % 2 == 0))
     except BaseException as error:
         traceback.print_exc()
         return f"raised {type(error).__name__}"
@@ -198,8 +216,10 @@ def _seeds() -> Iterator[tuple[str, bytes]]:
     for kind in (kind for kind in FORMATS if kind in Image.SAVE):
         for mode in MODES:
             more = [options for modes, options in OPTIONS.get(kind, ()) if mode in modes]
-            for options in ({}, {"exif": exif}, *more):
+            for options in ({}, {"exif": exif}, {"icc_profile": PROFILE}, *more):
                 yield from _saved(kind, _picture(mode), options)
+        if kind == "TIFF":
+            yield from ((kind, tiff(**options)) for options in DEEP_TIFFS)
         if kind in ANIMATED:
             frames = [_picture("RGB").rotate(90 * turn) for turn in range(1, 4)]
             yield from _saved(kind, _picture("RGB"), {"save_all": True, "append_images": frames})

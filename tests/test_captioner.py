@@ -57,6 +57,21 @@ def test_images_may_come_as_files_bytes_pixels_or_pillow(captioner, tmp_path):
     assert answers[0].finish_reason == "stop"
 
 
+def test_which_images_are_shown_is_asked_for(tiny_bundle):
+    data = ROWS[0]["image"]["bytes"]
+    images = [data, data[: len(data) * 2 // 3], Image.new("RGB", (1000, 1000))]
+    with Captioner(tiny_bundle.path, max_image_pixels=999_999) as strict:
+        whole, cut, large = strict.caption(images, "What color is it?", max_new_tokens=2)
+    assert "--allow-truncated shows the rest" in cut.failure.message
+    assert "has 1,000,000 pixels; it may have 999,999" in large.failure.message
+    with Captioner(tiny_bundle.path, max_image_pixels=10**6, allow_truncated=True) as lenient:
+        answers = lenient.caption(images, "What color is it?", max_new_tokens=2)
+    assert not any(answer.failure for answer in answers)
+    assert answers[0].answer == whole.answer
+    with pytest.raises(ConfigError, match="max_image_pixels must be at least 1, not 0"):
+        Captioner(tiny_bundle.path, max_image_pixels=0)
+
+
 def test_a_file_that_is_not_there_fails_its_row(captioner):
     (answer,) = captioner.caption(["/nowhere.png"], ["What?"])
     assert answer.failure.message == "/nowhere.png: No such file or directory"

@@ -12,8 +12,11 @@ import pytest
 from fuzz import forget_peak, peak_memory
 from PIL import Image
 
+from qvl_batch.config import ImageRules
 from qvl_batch.errors import ImageError
-from qvl_batch.images import FORMATS, LONGEST_SIDE, decode_image, pixels_or_failure
+from qvl_batch.formats import FORMATS
+from qvl_batch.images import decode_image, pixels_or_failure
+from qvl_batch.limits import LONGEST_SIDE
 from qvl_batch.schema import Failure
 
 
@@ -33,8 +36,9 @@ def _png(width, height, depth, color, rows, *chunks):
     return b"\x89PNG\r\n\x1a\n" + b"".join(_chunk(*part) for part in parts)
 
 
-def _png_with(*chunks):
-    return _png(1, 1, 8, 0, b"\0\0", *chunks)
+def _grey_png(*chunks):
+    rows = b"".join(b"\0" + row.tobytes() for row in np.asarray(GREY))
+    return _png(*GREY.size, 8, 0, rows, *chunks)
 
 
 def _ifd(tags, data=b""):
@@ -92,28 +96,29 @@ def _webp(width, height):
     return data.replace(data[24:30], size, 1)
 
 
+LIMIT = "pixels; it may have 89,478,485"
 GREY = Image.linear_gradient("L").resize((40, 32))
 SAVED = {kind: _file(GREY.convert("1" if kind == "PPM" else "RGB"), kind) for kind in FORMATS}
 SMALL_JP2 = _file(GREY, "JPEG2000", no_jp2=True)
+#: 200 MB of zeros.
+BOMB = zlib.compress(bytes(200_000_000))
+XMP = b"XML:com.adobe.xmp"
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
 
 #: Small files that declare, or unpack to, gigabytes.
 BOMBS = {
-    "png": (lambda: _png(60_000, 60_000, 8, 2, bytes(1000)), "Bomb"),
-    "bmp": (lambda: _patched(SAVED["BMP"], b"BM", 18, "<ii", 60_000, 60_000), "Bomb"),
-    "gif screen": (lambda: _patched(SAVED["GIF"], b"GIF8", 6, "<HH", 65_535, 65_535), "Bomb"),
-    "gif frame": (lambda: _patched(_file(GREY, "GIF"), b",\0\0\0\0", 5, "<HH", 65_535, 65_535), "Bomb"),
-    "animated webp": (lambda: _webp(1 << 16, 1 << 15), "Bomb"),
-    "jpeg": (lambda: _patched(_file(GREY, "JPEG"), b"\xff\xc0", 5, ">HH", 65_500, 65_500), "Bomb"),
-    "jpeg 2000": (lambda: _patched(SMALL_JP2, b"\xff\x51", 6, ">6I", 60_000, 60_000, 0, 0, 60_000, 60_000), "Bomb"),
-    "avif": (lambda: _patched(SAVED["AVIF"], b"ispe", 8, ">II", 30_000, 30_000), "no image of AVIF"),
-    "ppm": (lambda: b"P6\n60000 60000\n255\n" + bytes(100), "Bomb"),
-    "ico": (lambda: _ico(_png(50_000, 50_000, 1, 0, bytes(100))), "Bomb"),
-    "tiff": (lambda: _tiff(60_000, 60_000, 8, 1, bytes(100)), "Bomb"),
+    "png": (lambda: _png(60_000, 60_000, 8, 2, bytes(1000)), LIMIT),
+    "bmp": (lambda: _patched(SAVED["BMP"], b"BM", 18, "<ii", 60_000, 60_000), LIMIT),
+    "gif screen": (lambda: _patched(SAVED["GIF"], b"GIF8", 6, "<HH", 65_535, 65_535), LIMIT),
+    "gif frame": (lambda: _patched(_file(GREY, "GIF"), b",\0\0\0\0", 5, "<HH", 65_535, 65_535), LIMIT),
+    "animated webp": (lambda: _webp(1 << 16, 1 << 15), LIMIT),
+    "jpeg": (lambda: _patched(_file(GREY, "JPEG"), b"\xff\xc0", 5, ">HH", 65_500, 65_500), LIMIT),
+    "jpeg 2000": (lambda: _patched(SMALL_JP2, b"\xff\x51", 6, ">6I", 60_000, 60_000, 0, 0, 60_000, 60_000), LIMIT),
+    "avif": (lambda: _patched(SAVED["AVIF"], b"ispe", 8, ">II", 30_000, 30_000), "begin like AVIF and are damaged"),
+    "ppm": (lambda: b"P6\n60000 60000\n255\n" + bytes(100), LIMIT),
+    "ico": (lambda: _ico(_png(50_000, 50_000, 1, 0, bytes(100))), LIMIT),
+    "tiff": (lambda: _tiff(60_000, 60_000, 8, 1, bytes(100)), LIMIT),
     "tiff of huge tiles": (lambda: _tiff_of_tiles(40_000), "tiles of 40,000 x 40,000"),
-    "png text": (lambda: _png_with((b"zTXt", b"k\0\0" + zlib.compress(bytes(200_000_000)))), "MAX_TEXT_CHUNK"),
-    "png texts": (lambda: _png_with(*[(b"iTXt", b"k\0\1\0\0\0" + zlib.compress(bytes(10**6)))] * 200), "TEXT_MEMORY"),
-    "png profile": (lambda: _png_with((b"iCCP", b"k\0\0" + zlib.compress(bytes(200_000_000)))), "MAX_TEXT_CHUNK"),
     "too long a side": (lambda: _png(LONGEST_SIDE + 1, 1, 1, 0, bytes(LONGEST_SIDE)), "1,000,001 x 1 pixels"),
     "jpeg of many scans": (lambda: _jpeg_of_empty_scans(3000, 9400), "3,0.. scans"),
 }  # fmt: skip
@@ -133,6 +138,11 @@ def test_a_small_file_that_declares_gigabytes_is_refused_before_it_takes_them(na
 
 #: What is odd, and is shown as it would be without that.
 ODD = {
+    "png of a long text": lambda: _grey_png((b"zTXt", b"k\0\0" + BOMB)),
+    "png of a long text that may be read": lambda: _grey_png((b"zTXt", b"Raw profile type exif\0\0" + BOMB)),
+    "png of many texts": lambda: _grey_png(*[(b"iTXt", XMP + b"\0\1\0\0\0" + zlib.compress(bytes(10**6)))] * 200),
+    "png of a long profile": lambda: _grey_png((b"iCCP", b"k\0\0" + BOMB)),
+    "png of a short time": lambda: _grey_png((b"tIME", b"")),
     "tiff of 2,000 pages": lambda: _file(GREY, "TIFF", save_all=True, append_images=[Image.new("1", (1, 1))] * 2000),
     "tiff whose tags share a megabyte": lambda: _shared_block(1_000_000),
     "jpeg whose notes share a block": lambda: _with_exif(_shared_block(60_000)),
@@ -173,14 +183,14 @@ def _gif_with(extensions):
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_what_is_odd_beside_the_pixels_costs_neither_the_image_nor_memory(name, monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)  # 50 scans of it are 78 of this picture
+def test_what_is_odd_beside_the_pixels_costs_neither_the_image_nor_memory(name):
+    rules = ImageRules(max_pixels=2000)  # 50 scans of it are 78 of this picture
     data = ODD[name]()
     forget_peak()
     before = peak_memory()
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
-        decoded = decode_image(data)
+        decoded = decode_image(data, rules)
     assert np.abs(np.asarray(decoded, np.int16) - np.asarray(GREY.convert("RGB"))).max() <= 2
     assert not warned
     assert peak_memory() - before < 50_000_000
@@ -211,7 +221,7 @@ def test_an_animation_cut_in_its_first_frame_is_refused():
         (b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n", "no image of AVIF, BMP"),
         (_file(GREY.convert("RGB"), "TGA"), "no image of AVIF, BMP"),
         (_file(GREY.convert("RGB"), "ICNS"), "no image of AVIF, BMP"),
-        (_patched(SAVED["GIF"], b"GIF8", 6, "<HH", 0, 0)[:13] + b";", "no image|pixels|truncated"),
+        (_patched(SAVED["GIF"], b"GIF8", 6, "<HH", 0, 0)[:13] + b";", "begin like GIF and are damaged"),
         (b"\0", "no image of AVIF, BMP"),
     ],
 )
@@ -347,8 +357,25 @@ def test_an_image_that_holds_its_process_up_ends_it():
     assert (held_up.returncode, held_up.stderr) == (1, "")
 
 
+def test_a_picture_in_an_icon_is_held_to_the_limit_whatever_the_icon_says():
+    data = _ico(_png(100, 100, 8, 0, bytes(101 * 100)))
+    assert decode_image(data, ImageRules(max_pixels=10_000)).size == (100, 100)
+    with pytest.raises(ImageError, match="has 10,000 pixels; it may have 9,999"):
+        decode_image(data, ImageRules(max_pixels=9_999))
+
+
+def test_a_photo_of_a_phone_whose_file_says_that_it_is_small_takes_no_memory():
+    data = _file(Image.new("RGB", (6000, 6000), "red"), "HEIF", quality=10)
+    data = _patched(data, b"ispe", 8, ">II", 16, 16)
+    forget_peak()
+    before = peak_memory()
+    with pytest.raises(ImageError, match="the HEIF is damaged"):
+        decode_image(data)
+    assert peak_memory() - before < 10_000_000
+
+
 def test_an_image_without_pixels_is_refused(monkeypatch):
-    monkeypatch.setattr(Image, "open", lambda *_, **__: Image.new("RGB", (0, 5)))
+    monkeypatch.setattr("qvl_batch.damage.opened", lambda *_: Image.new("RGB", (0, 5)))
     failure = pixels_or_failure(b"any", 56, "letterbox")
     assert isinstance(failure, Failure)
     assert failure.message == "the image has 0 x 5 pixels; a side may have 1 to 1,000,000"

@@ -1,6 +1,7 @@
 """The job as a user runs it: a process of its own, Ray and all."""
 
 import html
+import io
 import json
 import os
 import re
@@ -13,10 +14,12 @@ from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import QUESTIONS, ROOT, TINY
+from PIL import Image
 from reference import question
 from soak import soak
 
@@ -304,6 +307,34 @@ def test_a_job_that_is_stopped_says_what_goes_on(option, command, monkeypatch, c
     monkeypatch.setattr(sys, "argv", ["caption.py", "--bundle", "b", "--input", "i", "--output", "o", *option])
     assert caption.main() == 130
     assert capsys.readouterr().err == f"caption: stopped; 2 of 9 rows are answered; {command} goes on\n"
+
+
+def test_images_that_were_refused_are_answered_once_they_are_allowed(tiny_bundle, demo, ray_env, tmp_path):
+    dark = np.linspace(0, 4095, 64 * 64).astype(np.uint16).reshape(64, 64)
+    files = [demo[0]["image"]["bytes"]] * 4
+    files[1] = files[1][: len(files[1]) * 2 // 3]
+    files[2:] = [_png(Image.new("RGB", (1000, 1000))), _png(Image.fromarray(dark))]
+    rows = [{"id": place, "image": file, "prompt": demo[0]["prompt"]} for place, file in enumerate(files)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    options = ["--bundle", tiny_bundle.path, "--input", tmp_path / "rows.parquet", "--output", tmp_path / "answers"]
+    options += ["--max-new-tokens", 2]
+    result = _caption(ray_env, *options, "--max-image-pixels", 999_999)
+    assert result.stderr.count("samples of 16 bits are all below 4,096") == 1
+    first = _answers(tmp_path / "answers")
+    messages = [row["error_message"] for row in first]
+    assert messages[0] is messages[3] is None
+    assert "--allow-truncated shows the rest" in messages[1]
+    assert messages[2] == "the image has 1,000,000 pixels; it may have 999,999 (--max-image-pixels)"
+    _caption(ray_env, *options, "--allow-truncated", "--retry-errors")
+    second = _answers(tmp_path / "answers")
+    assert not any(row["error_message"] for row in second)
+    assert [second[place] for place in (0, 3)] == [first[place] for place in (0, 3)]
+
+
+def _png(image):
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def test_rows_added_to_the_input_are_answered_and_failed_ones_again(tiny_bundle, demo, ray_env, tmp_path):

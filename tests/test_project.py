@@ -94,6 +94,7 @@ def test_two_bundles_are_compared_with_what_the_extra_brings(tiny_bundle, tmp_pa
         ("onnx", set()),
         ("transformers", set()),
         ("tokenizers", {"layout"}),
+        ("pillow_heif", {"formats"}),
     ],
 )
 def test_a_library_is_met_in_one_place(library, modules):

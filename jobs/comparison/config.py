@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from qvl_batch.config import CaptionConfig, Device, Fit
+from qvl_batch.config import MAX_IMAGE_PIXELS, CaptionConfig, Device, Fit
 from qvl_batch.errors import ConfigError
 
 
@@ -41,6 +41,10 @@ class CompareConfig:
     """Longest answer in tokens."""
     fit: tuple[Fit, ...] = ("letterbox",)
     """How an image that is not square becomes square; given several, each row is asked once with each."""
+    max_image_pixels: int = MAX_IMAGE_PIXELS
+    """Most pixels of an image; a larger one fails. Memory and time of the largest grow with it."""
+    allow_truncated: bool = False
+    """Show what there is of an image file that is cut or damaged. Without it, one that lacks pixels fails."""
     layers: bool = False
     """Also compare the hidden state after every vision block and decoder layer. Loads the bundle twice."""
     min_agreement: float = 1.0
@@ -90,6 +94,8 @@ class CompareConfig:
             allow_images_from=self.allow_images_from,
             prompt_column=self.prompt_column,
             max_new_tokens=self.max_new_tokens,
+            max_image_pixels=self.max_image_pixels,
+            allow_truncated=self.allow_truncated,
             limit=self.limit,
             overwrite=self.overwrite,
             retry_errors=self.retry_errors,

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from comparison.config import CompareConfig
-from qvl_batch.config import Fit
+from qvl_batch.config import Fit, ImageRules
 from qvl_batch.errors import ConfigError, ImageError, InputError
 from qvl_batch.fetch import Fetcher
 from qvl_batch.images import decode_image, fit_image
@@ -62,6 +62,7 @@ class Questions:
     source: Source
     fetcher: Fetcher
     fits: tuple[Fit, ...]
+    rules: ImageRules
     prompt: str | None
     expected: str | None
     image_size: int
@@ -97,7 +98,7 @@ class Questions:
         image: Image.Image | None = None
         if failure is None and data is not None:
             try:
-                image = decode_image(data)
+                image = decode_image(data, self.rules)
             except ImageError as error:
                 failure = Failure.of(error)
         bare = Question(**record, fit=self.fits[0], size=image.size if image else None, pixels=None, failure=failure)
@@ -131,7 +132,9 @@ def open_questions(config: CompareConfig, image_size: int, say: Callable[[str], 
         else:
             source = replace(source, columns=replace(source.columns, kept=(kept,)))
     fetcher = Fetcher(config.allow_images_from)
-    return Questions(source, fetcher, config.fit, config.prompt, expected or None, image_size)
+    return Questions(
+        source, fetcher, config.fit, config.captions().image_rules, config.prompt, expected or None, image_size
+    )
 
 
 def _expected_field(source: Source, name: str) -> pa.Field:

@@ -28,8 +28,8 @@ def _poison_reader(module):
 def _poison_images(module):
     decode = module.decode_image
 
-    def decode_image(data):
-        return _die() if POISON_IMAGE in data else decode(data)
+    def decode_image(data, *rules):
+        return _die() if POISON_IMAGE in data else decode(data, *rules)
 
     module.decode_image = decode_image
 
