@@ -6,6 +6,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -72,10 +73,17 @@ def copied_bundle(tiny_bundle: Bundle, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_bundle.path, tmp_path / "bundle"))
 
 
+@contextmanager
+def ray_folder() -> Iterator[str]:
+    """A folder for Ray: a short one, since sockets' paths may not be long."""
+    folder = tempfile.mkdtemp(prefix="qvl")
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 @pytest.fixture
 def ray_env() -> Iterator[dict[str, str]]:
-    """Environment for a job of its own: a short folder, since sockets' paths may not be long."""
-    folder = tempfile.mkdtemp(prefix="qvl")
+    """Environment for a job of its own."""
     env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-    yield env | {"RAY_TMPDIR": folder}
-    shutil.rmtree(folder, ignore_errors=True)
+    with ray_folder() as folder:
+        yield env | {"RAY_TMPDIR": folder}
