@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
 
 from export.checkpoint import Checkpoint, load_checkpoint
 from export.graphs import Traces
@@ -26,6 +27,9 @@ QUESTIONS = ROOT / "datasets" / "demo" / "questions.parquet"
 
 #: Of all exports in the tests: to trace the tiny model's graphs takes longer than all that follows.
 TRACES = Traces()
+
+# Its threads wait for each other by spinning: where something else runs too, two of them take three times as long.
+torch.set_num_threads(1)
 
 # What a shell starts in the background ignores Ctrl-C, and so would all that the tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)

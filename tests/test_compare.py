@@ -216,18 +216,18 @@ def test_the_bundle_answers_all_questions_in_one_thread(tiny_bundle, demo):
 
 
 def test_a_comparison_that_was_stopped_goes_on_where_it_was(tiny_bundle, demo, tmp_path, monkeypatch):
-    monkeypatch.setattr(comparison_run, "CHUNK", 5)
+    monkeypatch.setattr(comparison_run, "CHUNK", 2)
     asked = []
     plain = PyTorch.answer
 
     def stops(self, questions):
-        if len(asked) >= 10:
+        if len(asked) >= 4:
             raise KeyboardInterrupt
         asked.extend(q.id for q in questions)
         return plain(self, questions)
 
     monkeypatch.setattr(PyTorch, "answer", stops)
-    config = _config(tiny_bundle.path, tmp_path / "out", limit=13)
+    config = _config(tiny_bundle.path, tmp_path / "out", limit=5)
     with pytest.raises(KeyboardInterrupt):
         compare(config)
     assert not (tmp_path / "out" / "report.html").exists()
@@ -236,7 +236,7 @@ def test_a_comparison_that_was_stopped_goes_on_where_it_was(tiny_bundle, demo, t
         PyTorch, "answer", lambda self, questions: asked.extend(q.id for q in questions) or plain(self, questions)
     )
     outcome = compare(config)
-    assert asked == [row["id"] for row in demo[:13]]
+    assert asked == [row["id"] for row in demo[:5]]
     assert [row["id"] for row in _rows(tmp_path / "out")] == asked
     assert outcome.passed
 
@@ -408,8 +408,9 @@ def test_numbers_that_mean_nothing_are_the_bundles_failure(stage, graph, weights
 
 def test_two_bundles_can_be_compared_with_each_other(tiny_bundle, copied_bundle, tmp_path):
     quantize_layer(copied_bundle, DECODER, "weights.stack.1.", bits=3)
-    config = _config(tiny_bundle.path, tmp_path / "same", checkpoint=None, against_bundle=tiny_bundle.path, layers=True)
-    same = compare(dataclasses.replace(config, limit=3))
+    sides = {"checkpoint": None, "against_bundle": tiny_bundle.path}
+    config = _config(tiny_bundle.path, tmp_path / "same", **sides, layers=True, limit=3)
+    same = compare(config)
     assert same.passed
     assert same.summary["drift"]["decode"]["max"] == 0
     assert all(depth["own"]["max"] < 1e-6 for depth in same.summary["layers"]["depths"])
