@@ -23,6 +23,8 @@ COMPARISON := build/comparison
 BENCH := build/bench
 OPENVINO := build/openvino
 TRAINING := build/train
+# A file of tests at a time in each of two processes: what one test starts and what the next waits for share the cores.
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-long soak fuzz real-size compare lint bench openvino train clean browser
 .DELETE_ON_ERROR:
@@ -33,10 +35,10 @@ demo: $(BUNDLE)/bundle.json
 	$(BIN)/python jobs/show.py $(ANSWERS)
 
 test: $(READY) browser
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-long: $(READY)
-	$(BIN)/python -m pytest -m long
+	$(PYTEST) -m long
 
 soak: $(BUNDLE)/bundle.json
 	$(BIN)/python tests/soak.py --bundle $(BUNDLE) $(ARGS)

@@ -6,10 +6,12 @@ import signal
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
 
 from export.checkpoint import Checkpoint, load_checkpoint
 from export.graphs import Traces
@@ -25,6 +27,9 @@ QUESTIONS = ROOT / "datasets" / "demo" / "questions.parquet"
 
 #: Of all exports in the tests: to trace the tiny model's graphs takes longer than all that follows.
 TRACES = Traces()
+
+# Its threads wait for each other by spinning: where something else runs too, two of them take three times as long.
+torch.set_num_threads(1)
 
 # What a shell starts in the background ignores Ctrl-C, and so would all that the tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -72,10 +77,17 @@ def copied_bundle(tiny_bundle: Bundle, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_bundle.path, tmp_path / "bundle"))
 
 
+@contextmanager
+def ray_folder() -> Iterator[str]:
+    """A folder for Ray: a short one, since sockets' paths may not be long."""
+    folder = tempfile.mkdtemp(prefix="qvl")
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 @pytest.fixture
 def ray_env() -> Iterator[dict[str, str]]:
-    """Environment for a job of its own: a short folder, since sockets' paths may not be long."""
-    folder = tempfile.mkdtemp(prefix="qvl")
+    """Environment for a job of its own."""
     env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-    yield env | {"RAY_TMPDIR": folder}
-    shutil.rmtree(folder, ignore_errors=True)
+    with ray_folder() as folder:
+        yield env | {"RAY_TMPDIR": folder}

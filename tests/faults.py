@@ -10,7 +10,20 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
+from comparison.run import Outcome
 from qvl_batch.bundle import DECODER, MANIFEST, VISION, file_sha256
+
+
+def assert_points_at(outcome: Outcome, begins_at: str, own: set[str]) -> None:
+    """A comparison failed, and what it says of layers points at those that are wrong."""
+    assert not outcome.passed
+    layers = outcome.summary["layers"]
+    assert layers["begins_at"] == begins_at
+    assert {depth["name"] for depth in layers["depths"] if depth["own"]["median"] > 1e-3} == own
+    assert layers["largest_own_error"] in own
+    page = outcome.page.read_text()
+    assert '<header class="bad"' in page
+    assert f'Drift begins at <b class="over">{begins_at}</b>' in page
 
 
 def without_normalisation(bundle: Path) -> None:

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from browser import complaints, luminance, set_scheme, set_screen, show
 from conftest import QUESTIONS, TINY
-from faults import without_normalisation
+from faults import assert_points_at, without_normalisation
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select
@@ -17,7 +17,7 @@ from comparison.config import CompareConfig
 from comparison.page import LogAxis, marked, render
 from comparison.run import compare
 
-ROWS, BROKEN = 24, 2
+ROWS, BROKEN = 16, 2
 SPACED = "\n two  lines,\tthe second\n  indented "
 CONTROL, ARABIC = "red: \x1b[31m\x00", "كم عدد الأشكال؟"
 HOSTILE = '<script>window.ran = true</script><img src=x onerror="window.ran = true"> "What" & \'why\'?'
@@ -184,6 +184,10 @@ def test_the_plots_show_every_row_and_where_drift_begins(page, outcome):
     assert max(widths) == widths[0] > 1.3 * sorted(widths)[-2]
     dots = page.find_elements(By.CSS_SELECTOR, "#stages .dot")
     assert len(dots) == sum(outcome.summary["drift"][stage]["rows"] for stage in ("vision", "prefill", "decode"))
+
+
+def test_a_bundle_without_normalisation_is_wrong_from_the_first_layer_on(outcome):
+    assert_points_at(outcome, "patch embedding", {"patch embedding"})
 
 
 def test_a_small_gallery_takes_what_differs_first(outcome):
