@@ -26,7 +26,7 @@ TRAINING := build/train
 # A file of tests at a time in each of two processes: what one test starts and what the next waits for share the cores.
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-long soak fuzz real-size compare lint bench openvino train clean browser
+.PHONY: demo test test-long soak fuzz real-size compare lint bench openvino train clean browser emulator
 .DELETE_ON_ERROR:
 
 demo: $(BUNDLE)/bundle.json
@@ -37,7 +37,7 @@ demo: $(BUNDLE)/bundle.json
 test: $(READY) browser
 	$(PYTEST)
 
-test-long: $(READY)
+test-long: $(READY) browser emulator
 	$(PYTEST) -m long
 
 soak: $(BUNDLE)/bundle.json
@@ -68,14 +68,14 @@ openvino: $(OPENVINO)/model/openvino_language_model.xml
 train: $(READY)
 	$(BIN)/python datasets/train.py --work-dir $(TRAINING) --output $(TINY) $(ARGS)
 
-$(BUNDLE)/bundle.json: $(READY) $(wildcard $(TINY)/*) $(wildcard export/*.py) qvl_batch/bundle.py
+$(BUNDLE)/bundle.json: $(READY) $(wildcard $(TINY)/*) $(wildcard export/*.py) qvl_batch/bundle.py qvl_batch/known_answers.py
 	$(BIN)/python -m export $(TINY) --output $(BUNDLE) --overwrite
 
 $(BENCH)/model/config.json: $(READY) datasets/make_model.py
 	rm -rf $(BENCH)/model
 	$(BIN)/python datasets/make_model.py $(BENCH)/model
 
-$(BENCH)/%/bundle.json: $(BENCH)/model/config.json $(wildcard export/*.py) qvl_batch/bundle.py
+$(BENCH)/%/bundle.json: $(BENCH)/model/config.json $(wildcard export/*.py) qvl_batch/bundle.py qvl_batch/known_answers.py
 	$(BIN)/python -m export $(BENCH)/model --output $(BENCH)/$* --dtype $* --overwrite
 
 $(OPENVINO)/model/openvino_language_model.xml: $(OPENVINO)/venv/.ready $(BENCH)/model/config.json
@@ -101,6 +101,12 @@ browser:
 		apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
 		apt-get install -qq --no-install-recommends chromium chromium-driver fonts-dejavu-core; \
 	} >/dev/null 2>&1 || echo "Chromium can't be installed here (Debian, as root): tests of the page will be skipped"
+
+# It shows bundles to processors that this machine's is not; where it can't be installed such tests are skipped.
+emulator:
+	@command -v qemu-x86_64 >/dev/null || { \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends qemu-user; \
+	} >/dev/null 2>&1 || echo "qemu-user can't be installed here (Debian, as root): tests of other processors will be skipped"
 
 clean:
 	rm -rf build $(VENV)

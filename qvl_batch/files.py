@@ -2,7 +2,8 @@
 
 What enters: paths and globs of the settings. What leaves: parquet files, in order. In folders, names that
 begin with a dot or an underscore are passed over, links are followed, and a folder of a table is refused,
-since it holds files of all its versions. Files that are named themselves, by a glob too, are taken as they are.
+since it holds files of all its versions, also where a glob leads into it. Files that are named one by one are taken
+as they are.
 """
 
 import glob
@@ -79,8 +80,10 @@ def _named_by(item: str) -> list[Path]:
     """Parquet files that a path or glob names, in its order of names, in folders as they are behind links."""
     found: dict[str, Path] = {}
     matches = _matches(item)
-    for above in {above for match in matches if match.is_dir() for above in match.resolve().parents}:
-        _refuse_table(above)
+    if matches != [Path(item)] or Path(item).is_dir():
+        folders = {match.resolve() if match.is_dir() else match.parent.resolve() for match in matches}
+        for above in {above for folder in folders for above in (folder, *folder.parents)}:
+            _refuse_table(above)
     for match in matches:
         if not match.is_dir():
             found[str(match)] = match.parent.resolve() / match.name

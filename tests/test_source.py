@@ -88,7 +88,20 @@ TABLES = {
 
 
 @pytest.mark.parametrize(
-    "given", ["in", "in/t", "in/*", "in/**", "in/t/p=1", "in/t/p=*", "in/t/p=1/q", "in/link", "in/t/"]
+    "given",
+    [
+        "in",
+        "in/t",
+        "in/*",
+        "in/**",
+        "in/t/p=1",
+        "in/t/p=*",
+        "in/t/p=1/q",
+        "in/link",
+        "in/t/",
+        "in/t/*.parquet",
+        "in/*/p=1/*/*",
+    ],
 )
 @pytest.mark.parametrize("sign", TABLES)
 def test_a_folder_of_a_table_is_refused_wherever_it_is_met(sign, given, tmp_path):
@@ -100,9 +113,8 @@ def test_a_folder_of_a_table_is_refused_wherever_it_is_met(sign, given, tmp_path
         open_source(_config(tmp_path, tmp_path / given))
     assert len(str(error.value).splitlines()) == 1
     # Files that are named are what was asked for.
-    named = open_source(
-        _config(tmp_path, tmp_path / "in" / "t" / "2.parquet", tmp_path / "in" / "t" / "p=1" / "*" / "*")
-    )
+    table = tmp_path / "in" / "t"
+    named = open_source(_config(tmp_path, table / "2.parquet", table / "p=1" / "q" / "3.parquet"))
     assert _names(named, tmp_path) == ["in/t/2.parquet", "in/t/p=1/q/3.parquet"]
 
 
