@@ -1,6 +1,7 @@
 """A comparison says that a bundle answers like its checkpoint if, and only if, it does."""
 
 import dataclasses
+import io
 import itertools
 import json
 import math
@@ -25,6 +26,7 @@ from faults import (
     spoil,
     without_normalisation,
 )
+from PIL import Image
 from reference import question
 
 import compare as script
@@ -42,9 +44,11 @@ from comparison.traces import Trace, first_difference
 from export.checkpoint import load_checkpoint
 from export.package import ExportConfig, export_bundle
 from qvl_batch.bundle import DECODER, DECODER_FULL, VISION, Bundle
+from qvl_batch.config import ImageRules
 from qvl_batch.decoder import Decoder
 from qvl_batch.errors import BundleError, ConfigError, DeviceError, InputError, JobError, OutputError
 from qvl_batch.folder import LocalFolder
+from qvl_batch.images import pixels_or_failure
 from qvl_batch.measures import cosine, divergence
 from qvl_batch.output import Job
 from qvl_batch.schema import Failure
@@ -344,6 +348,22 @@ def _asked(folder, say=lambda _: None, options=(), **columns):
         pq.write_table(table, folder / f"{at}.parquet")
     questions = open_questions(_config(TINY, folder / "out", input=(str(folder),), **dict(options)), 336, say)
     return [asked for chunk in questions.chunks(8) for asked in chunk]
+
+
+def test_both_sides_see_the_images_that_a_job_with_these_options_shows(tmp_path):
+    files = []
+    for image in (Image.new("RGB", (100, 80), "red"), Image.new("RGB", (300, 200), "blue")):
+        buffer = io.BytesIO()
+        image.save(buffer, "BMP")
+        files.append(buffer.getvalue())
+    images = [[files[0][:-9000], files[1]]]
+    refused = _asked(tmp_path, options={"max_image_pixels": 59_999}, image=images)
+    assert "--allow-truncated" in refused[0].failure.message
+    assert "60,000 pixels; it may have 59,999" in refused[1].failure.message
+    shown = _asked(tmp_path, options={"max_image_pixels": 60_000, "allow_truncated": True}, image=images)
+    rules = ImageRules(60_000, allow_truncated=True)
+    for asked, file in zip(shown, images[0], strict=True):
+        assert np.array_equal(asked.pixels, pixels_or_failure(file, 336, "letterbox", rules))
 
 
 @pytest.mark.parametrize(

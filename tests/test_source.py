@@ -534,6 +534,7 @@ def test_a_file_replaced_under_the_job_is_named(other, tmp_path):
         ({"slots": 0}, "--slots must be at least 1, not 0"),
         ({"max_new_tokens": -1}, "--max-new-tokens must be at least 1"),
         ({"limit": 0}, "--limit must be at least 1"),
+        ({"max_image_pixels": 0}, "--max-image-pixels must be at least 1, not 0"),
         ({"prompt": " "}, "--prompt must not be empty"),
         ({"keep_columns": ("a", "a")}, "--keep-columns names a more than once"),
     ],
