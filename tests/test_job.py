@@ -25,6 +25,7 @@ import pytest
 import ray
 from conftest import QUESTIONS, ROOT, TINY, ray_folder
 from PIL import Image
+from ray._private.utils import write_ray_address
 from reference import question
 from soak import soak
 
@@ -82,6 +83,8 @@ def cluster():
             logging_level=logging.WARNING, _temp_dir=folder,
         )  # fmt: skip
         signal.signal(signal.SIGTERM, on_sigterm)  # Ray puts its own in its place
+        # As `ray start` does: without it, what is submitted goes to any cluster that it finds on this machine.
+        write_ray_address(context.address_info["gcs_address"], folder)
         yield f"http://{context.dashboard_url}"
         ray.shutdown()
 
@@ -438,9 +441,10 @@ def test_a_job_submitted_to_a_cluster_answers_all_rows_but_those_that_end_its_wo
     tiny_bundle, demo, submit, tmp_path
 ):
     rows = [dict(row) for row in demo[:24]]
-    for place, poison in ((2, POISON_FILE), (5, POISON_IMAGE)):
+    # A stage later, some rows earlier: none waits for another.
+    for place, poison in ((21, POISON_FILE), (12, POISON_IMAGE)):
         rows[place]["image"] = {"bytes": rows[place]["image"]["bytes"] + poison, "path": None}
-    rows[13]["prompt"] = POISON_PROMPT
+    rows[2]["prompt"] = POISON_PROMPT
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet", row_group_size=12)
     said = submit(
         "jobs/caption.py", "--bundle", tiny_bundle.path, "--input", tmp_path / "rows.parquet",
@@ -449,7 +453,7 @@ def test_a_job_submitted_to_a_cluster_answers_all_rows_but_those_that_end_its_wo
     assert "rows      24 (3 error, 21 stop)" in said
     answers = {row["id"]: row for row in _answers(tmp_path / "out")}
     failed = {id_: (row["error_stage"], row["error_type"]) for id_, row in answers.items() if row["error_stage"]}
-    stages = {2: "read", 5: "image", 13: "decode"}
+    stages = {21: "read", 12: "image", 2: "decode"}
     assert failed == {rows[place]["id"]: (stage, "WorkerLostError") for place, stage in stages.items()}, said
     assert len(answers) == 24
     right = sum(answers[row["id"]]["answer"] == row["expected"] for row in rows)
