@@ -1,7 +1,7 @@
 """The job as a user runs it, Ray and all.
 
 What ends it, and what it is by default, is a process of its own with a Ray of its own. Other jobs run in this process,
-on one cluster, to which a job is submitted too: of seconds that a job of few rows takes, most are Ray's to start.
+on one cluster: of the seconds that a job of few rows takes, most are Ray's to start.
 """
 
 import html
@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,11 +26,11 @@ import pytest
 import ray
 from conftest import QUESTIONS, ROOT, TINY, ray_folder
 from PIL import Image
-from ray._private.utils import write_ray_address
 from reference import question
 from soak import soak
 
 import caption
+from benchmark.memory import family
 from comparison.reference import PyTorch
 from qvl_batch import Captioner
 from qvl_batch.config import CaptionConfig
@@ -73,26 +74,21 @@ def _free_port():
 
 @pytest.fixture(scope="module")
 def cluster():
-    """A cluster of this machine's, whose workers are warm after the first job; the address of its dashboard."""
+    """A cluster with this process as its driver, whose workers are warm after the first job."""
     on_sigterm = signal.getsignal(signal.SIGTERM)
-    with pytest.MonkeyPatch.context() as patched, ray_folder() as folder:
-        # Jobs that are submitted to it find `python` and its packages where the tests do.
-        patched.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-        context = ray.init(
-            address="local", num_cpus=2, include_dashboard=True, dashboard_port=_free_port(), log_to_driver=False,
-            logging_level=logging.WARNING, _temp_dir=folder,
+    with ray_folder() as folder:
+        ray.init(
+            address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING,
+            _temp_dir=folder,
         )  # fmt: skip
         signal.signal(signal.SIGTERM, on_sigterm)  # Ray puts its own in its place
-        # As `ray start` does: without it, what is submitted goes to any cluster that it finds on this machine.
-        write_ray_address(context.address_info["gcs_address"], folder)
-        yield f"http://{context.dashboard_url}"
+        yield
         ray.shutdown()
 
 
 @pytest.fixture
-def job(cluster, call):
+def job(cluster, call):  # noqa: ARG001  (it has only to be there)
     """Runs a job in this process, on the cluster."""
-    assert cluster
     return call
 
 
@@ -418,23 +414,40 @@ def test_a_job_that_is_killed_again_and_again_answers_every_row_once(tiny_bundle
 
 
 @pytest.fixture
-def submit(cluster):
-    """Submits a script to the cluster, with variables of its environment; what it says."""
+def submit(ray_env, tmp_path):
+    """Submits a script, with variables of its environment, to a cluster as `ray start` makes it; what it says."""
+    # The cluster finds `python` and its packages where the tests do.
+    path = f"{Path(sys.executable).parent}:{ray_env['PATH']}"
+    env = ray_env | {"RAY_AUTH_MODE": "token", "HOME": str(tmp_path), "PATH": path}
     ray = str(Path(sys.executable).parent / "ray")
+    subprocess.run([ray, "get-auth-token", "--generate"], env=env, check=True, capture_output=True)
+    port, dashboard = _free_port(), _free_port()
+    head = subprocess.Popen(
+        [ray, "start", "--head", "--block", "--num-cpus=2", f"--port={port}", "--dashboard-host=127.0.0.1",
+         f"--dashboard-port={dashboard}", "--dashboard-agent-listen-port=0", "--disable-usage-stats"],
+        env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
 
     def submit(*script, **variables):
-        command = [ray, "job", "submit", "--address", cluster, "--working-dir", "."]
+        command = [ray, "job", "submit", "--address", f"http://127.0.0.1:{dashboard}", "--working-dir", "."]
         command += ["--runtime-env-json", json.dumps({"env_vars": variables}), "--", "python", *map(str, script)]
         for _ in range(60):
-            result = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True, timeout=240)
+            result = subprocess.run(
+                command, cwd=ROOT, env=env, check=False, capture_output=True, text=True, timeout=240
+            )
             said = result.stdout + result.stderr
-            if "No available agent" not in said:  # until the cluster has started
+            # Until the cluster has started.
+            if not ("Failed to connect to Ray" in said or "No available agent" in said):
                 break
             time.sleep(1)
         assert result.returncode == 0, said
         return said
 
-    return submit
+    yield submit
+    for process in family(head.pid):  # asked to end, it takes half a minute
+        with suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+    head.wait(timeout=60)
 
 
 def test_a_job_submitted_to_a_cluster_answers_all_rows_but_those_that_end_its_workers(
