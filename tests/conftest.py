@@ -1,15 +1,19 @@
 """What the tests share: the tiny checkpoint, its bundle, and a Ray folder of their own."""
 
+import fcntl
+import functools
+import hashlib
 import os
 import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import onnx_ir as ir
 import pytest
 import torch
 
@@ -25,8 +29,33 @@ ROOT = Path(__file__).parent.parent
 TINY = ROOT / "datasets" / "tiny-qwen2.5-vl"
 QUESTIONS = ROOT / "datasets" / "demo" / "questions.parquet"
 
+
+class SharedTraces(Traces):
+    """Traces that the processes of a run share, each made by the first that needs it."""
+
+    #: Where they are, if there are several processes.
+    folder: Path | None = None
+
+    def once(self, trace: Callable[..., ir.Model], model: Any, *options: object) -> ir.Model:
+        """As `Traces.once`."""
+
+        @functools.wraps(trace)
+        def shared(*made_of: Any) -> ir.Model:
+            if self.folder is None:
+                return trace(*made_of)
+            known = repr((trace.__name__, model.config.to_json_string(), options))
+            path = self.folder / hashlib.sha256(known.encode()).hexdigest()
+            with path.with_suffix(".lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if not path.exists():
+                    ir.save(trace(*made_of), path)
+                return ir.load(path)
+
+        return super().once(shared, model, *options)
+
+
 #: Of all exports in the tests: to trace the tiny model's graphs takes longer than all that follows.
-TRACES = Traces()
+TRACES = SharedTraces()
 
 # Its threads wait for each other by spinning: where something else runs too, two of them take three times as long.
 torch.set_num_threads(1)
@@ -36,6 +65,17 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The scripts there are run by their path, as no package.
 sys.path[:0] = [str(ROOT / "datasets"), str(ROOT / "jobs")]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Processes of a run have folders beside each other."""
+    if hasattr(config, "workerinput"):
+        TRACES.folder = Path(config.option.basetemp).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The file that takes longest comes first, so that no process waits for it at the end."""
+    items.sort(key=lambda item: item.path.name != "test_job.py")
 
 
 @pytest.fixture(scope="session")

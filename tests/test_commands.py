@@ -299,6 +299,7 @@ def _small(target, arguments="", **variables):
     return [line.replace("BIN/", "") for line in lines if line.startswith("BIN/python")]
 
 
+@pytest.mark.long
 def test_the_demo_answers_and_shows(tiny_bundle, two_rows, ray_env, tmp_path):
     result = _run("demo", tmp_path, tiny_bundle, ray_env, QUESTIONS=two_rows, ANSWERS=tmp_path / "answers")
     assert "rows      2 (2 stop)\nerrors    0\n" in result.stdout

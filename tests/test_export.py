@@ -17,6 +17,7 @@ import export.decoder
 import export.vision
 from export.checkpoint import load_checkpoint
 from export.decoder import DecoderWeights, FullDecoder, mrope_positions
+from export.graphs import Traces
 from export.package import ExportConfig, export_bundle
 from export.progress import Progress
 from export.vision import split_windows
@@ -140,12 +141,13 @@ def _raster_order(grid, config):
 
 
 @pytest.mark.parametrize(
-    ("module", "function", "wrong", "message"),
+    ("module", "function", "wrong", "right", "message"),
     [
         pytest.param(
             export.decoder,
             "_axis_of_frequency",
             _one_dimensional,
+            "trace_vision",
             "logits are off by",
             id="positions of one dimension",
         ),
@@ -153,16 +155,23 @@ def _raster_order(grid, config):
             export.vision,
             "window_order",
             _raster_order,
+            "trace_decoder",
             "vision features are off by",
             id="windows in raster order",
             marks=pytest.mark.long,
         ),
     ],
 )
-def test_the_gate_refuses_wrong_graphs_and_leaves_nothing(module, function, wrong, message, monkeypatch, tmp_path):
+def test_the_gate_refuses_wrong_graphs_and_leaves_nothing(
+    module, function, wrong, right, message, monkeypatch, tmp_path
+):
+    class OfRightGraphs(Traces):
+        def once(self, trace, *made_of):
+            return (TRACES if trace.__name__ == right else super()).once(trace, *made_of)
+
     monkeypatch.setattr(module, function, wrong)
     with pytest.raises(ExportError, match=message):
-        export_bundle(ExportConfig(checkpoint=TINY, output=tmp_path / "bundle", image_size=224))
+        export_bundle(ExportConfig(checkpoint=TINY, output=tmp_path / "bundle"), traces=OfRightGraphs())
     assert list(tmp_path.iterdir()) == []
 
 

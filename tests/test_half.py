@@ -25,7 +25,7 @@ from export.graphs import Precision
 from export.half import emulated, emulated_graph, to_half
 from export.package import ExportConfig, export_bundle
 from export.parity import refuse_beyond_bounds
-from qvl_batch.bundle import DECODER, DECODER_FULL, HALVES, VISION, Bundle, Parity
+from qvl_batch.bundle import DECODER, DECODER_FULL, VISION, Bundle, Parity
 from qvl_batch.decoder import Decoder
 from qvl_batch.errors import BundleError, ExportError, NumericError
 from qvl_batch.layout import RowLayout
@@ -46,7 +46,7 @@ def _bundle(tmp_path_factory, dtype, checkpoint=TINY, traces=TRACES, **options):
     return Bundle.load(output)
 
 
-@pytest.fixture(scope="module", params=HALVES)
+@pytest.fixture(scope="module", params=["bf16", pytest.param("fp16", marks=pytest.mark.long)])
 def reduced(request, tmp_path_factory):
     return _bundle(tmp_path_factory, request.param)
 
@@ -187,6 +187,7 @@ def test_pure_fp16_cannot_answer_it(overflowing):
     assert not torch.isfinite(logits[0, -1]).all()
 
 
+@pytest.mark.long
 def test_our_fp16_answers_it(overflowing, expected, tmp_path_factory):
     assert _answers(_bundle(tmp_path_factory, "fp16", overflowing)) == expected
 

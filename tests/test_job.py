@@ -354,26 +354,35 @@ def test_a_job_that_is_stopped_says_what_goes_on(option, command, monkeypatch, c
     assert capsys.readouterr().err == f"caption: stopped; 2 of 9 rows are answered; {command} goes on\n"
 
 
-def test_images_that_were_refused_are_answered_once_they_are_allowed(tiny_bundle, demo, ray_env, job, tmp_path):
-    dark = np.linspace(0, 4095, 64 * 64).astype(np.uint16).reshape(64, 64)
-    files = [demo[0]["image"]["bytes"]] * 4
-    files[1] = files[1][: len(files[1]) * 2 // 3]
-    files[2:] = [_png(Image.new("RGB", (1000, 1000))), _png(Image.fromarray(dark))]
+def test_images_that_were_refused_are_answered_once_they_are_allowed(tiny_bundle, demo, job, tmp_path):
+    whole = demo[0]["image"]["bytes"]
+    files = [whole, whole[: len(whole) * 2 // 3], _png(Image.new("RGB", (1000, 1000)))]
     rows = [{"id": place, "image": file, "prompt": demo[0]["prompt"]} for place, file in enumerate(files)]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
     options = ["--bundle", tiny_bundle.path, "--input", tmp_path / "rows.parquet", "--output", tmp_path / "answers"]
     options += ["--max-new-tokens", 2]
-    result = _caption(ray_env, *options, "--max-image-pixels", 999_999)
-    assert result.stderr.count("samples of 16 bits are all below 4,096") == 1
+    job(*options, "--max-image-pixels", 999_999)
     first = _answers(tmp_path / "answers")
     messages = [row["error_message"] for row in first]
-    assert messages[0] is messages[3] is None
+    assert messages[0] is None
     assert "--allow-truncated shows the rest" in messages[1]
     assert messages[2] == "the image has 1,000,000 pixels; it may have 999,999 (--max-image-pixels)"
     job(*options, "--allow-truncated", "--retry-errors")
     second = _answers(tmp_path / "answers")
     assert not any(row["error_message"] for row in second)
-    assert [second[place] for place in (0, 3)] == [first[place] for place in (0, 3)]
+    assert second[0] == first[0]
+
+
+@pytest.mark.long
+def test_samples_that_use_few_of_their_bits_are_named_once(tiny_bundle, demo, ray_env, tmp_path):
+    dark = np.linspace(0, 4095, 64 * 64).astype(np.uint16).reshape(64, 64)
+    files = [_png(Image.fromarray(dark // part)) for part in range(1, 13)]
+    rows = [{"id": place, "image": file, "prompt": demo[0]["prompt"]} for place, file in enumerate(files)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    options = ["--bundle", tiny_bundle.path, "--input", tmp_path / "rows.parquet", "--output", tmp_path / "answers"]
+    result = _caption(ray_env, *options, "--max-new-tokens", 2)
+    assert result.stderr.count("samples of 16 bits are all below 4,096") == 1
+    assert not any(row["error_message"] for row in _answers(tmp_path / "answers"))
 
 
 def _png(image):
@@ -407,6 +416,7 @@ def test_rows_added_to_the_input_are_answered_and_failed_ones_again(tiny_bundle,
     assert all(row["answer"] for row in rows)
 
 
+@pytest.mark.long
 def test_a_job_that_is_killed_again_and_again_answers_every_row_once(tiny_bundle, ray_env, tmp_path):
     outcome = soak(tiny_bundle.path, 2, 1, tmp_path, ray_env, latest=8.0)
     assert outcome.killed.total() == 2
@@ -450,6 +460,7 @@ def submit(ray_env, tmp_path):
     head.wait(timeout=60)
 
 
+@pytest.mark.long
 def test_a_job_submitted_to_a_cluster_answers_all_rows_but_those_that_end_its_workers(
     tiny_bundle, demo, submit, tmp_path
 ):

@@ -135,9 +135,8 @@ def test_a_captioner_of_a_wrong_graph_is_not_made(name, graph, saturating, tiny_
         Captioner(tiny_bundle.path)
 
 
-@pytest.mark.parametrize(
-    ("name", "graph"), [(VISION, "vision"), pytest.param(DECODER, "decoder", marks=pytest.mark.long)]
-)
+@pytest.mark.long
+@pytest.mark.parametrize(("name", "graph"), [(VISION, "vision"), (DECODER, "decoder")])
 def test_a_job_whose_machines_compute_wrongly_answers_nothing(name, graph, tiny_bundle, ray_env, tmp_path):
     path = os.pathsep.join([str(ROOT / "tests" / "saturating"), str(ROOT)])
     command = [sys.executable, "jobs/caption.py", "--bundle", tiny_bundle.path, "--input", QUESTIONS]
@@ -176,7 +175,7 @@ def test_a_decoder_answers_as_if_it_had_not_been_proved(tiny_bundle):
 
 
 def test_a_bundle_exported_without_the_gate_runs_and_has_nothing_to_check(tmp_path):
-    config = ExportConfig(checkpoint=TINY, output=tmp_path / "bundle", image_size=56, skip_parity=True)
+    config = ExportConfig(checkpoint=TINY, output=tmp_path / "bundle", skip_parity=True)
     manifest = export_bundle(config, traces=TRACES)
     assert (manifest.parity, manifest.tolerance) == (None, None)
     bundle = Bundle.load(tmp_path / "bundle")

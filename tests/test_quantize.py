@@ -59,9 +59,7 @@ def test_every_product_is_reduced_and_nothing_else(reduced, tiny_bundle):
     assert (reduced.manifest.dtype, reduced.manifest.vision_dtype) == (reduced.path.name,) * 2
 
 
-@pytest.mark.parametrize(
-    "reduced", ["int8", *(pytest.param(dtype, marks=pytest.mark.long) for dtype in ("int4wo", "int8wo"))], indirect=True
-)
+@pytest.mark.long
 def test_answers_cost_what_is_said(reduced, tmp_path):
     _, drift, differ, _ = COSTS[reduced.manifest.dtype]
     config = CompareConfig(
