@@ -266,6 +266,12 @@ def test_a_command_line_that_its_program_does_not_take_is_noticed(run_here):
         assert status == 2
 
 
+@pytest.mark.parametrize("program", ["-m export", *(f"jobs/{path.name}" for path in (ROOT / "jobs").glob("*.py"))])
+def test_every_command_has_help(program, run_here, capsys):
+    assert run_here(f"python {program} --help") == 0
+    assert "usage:" in capsys.readouterr().out
+
+
 @pytest.fixture
 def in_a_folder(tmp_path, monkeypatch):
     """Where nothing is, so that a command leaves nothing in the project."""
@@ -330,6 +336,7 @@ def test_the_comparison_compares_two_rows(tiny_bundle, two_rows, run_here, in_a_
     }  # fmt: skip
 
 
+@pytest.mark.long
 def test_the_bench_measures_two_rows(tiny_bundle, run_here, in_a_folder, monkeypatch, capsys):
     monkeypatch.setenv("OMP_WAIT_POLICY", "passive")  # threads of peers that wait for each other take half of the time
     small = "--rows 2 --rounds 1 --new-tokens 2 --ray-rows 0 --no-situations"

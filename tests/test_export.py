@@ -150,6 +150,7 @@ def _raster_order(grid, config):
             "trace_vision",
             "logits are off by",
             id="positions of one dimension",
+            marks=pytest.mark.long,
         ),
         pytest.param(
             export.vision,

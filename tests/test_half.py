@@ -211,7 +211,10 @@ def test_weights_that_fp16_does_not_hold_are_named(tmp_path):
     )
     save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ExportError, match=r"weights.stack.1.mlp.gate.weight has values up to 1e\+05, which float16"):
-        export_bundle(ExportConfig(checkpoint=checkpoint, output=tmp_path / "bundle", dtype="fp16"), traces=TRACES)
+        export_bundle(
+            ExportConfig(checkpoint=checkpoint, output=tmp_path / "bundle", dtype="fp16", vision_dtype="fp32"),
+            traces=TRACES,
+        )
 
 
 EXACT = Parity(0.0, 0.0, 96, 96, 0.0, 1.0)

@@ -354,6 +354,7 @@ def test_a_job_that_is_stopped_says_what_goes_on(option, command, monkeypatch, c
     assert capsys.readouterr().err == f"caption: stopped; 2 of 9 rows are answered; {command} goes on\n"
 
 
+@pytest.mark.long
 def test_images_that_were_refused_are_answered_once_they_are_allowed(tiny_bundle, demo, job, tmp_path):
     whole = demo[0]["image"]["bytes"]
     files = [whole, whole[: len(whole) * 2 // 3], _png(Image.new("RGB", (1000, 1000)))]

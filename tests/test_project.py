@@ -118,15 +118,6 @@ def test_the_help_in_the_readme_is_the_help(command):
     assert result.stdout.strip() in README
 
 
-@pytest.mark.parametrize(
-    "command", [["-m", "export"], ["jobs/show.py"], ["jobs/bench.py"], ["jobs/compare.py"], ["jobs/check.py"]]
-)
-def test_every_command_has_help(command):
-    arguments = [sys.executable, *command, "--help"]
-    result = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "usage:" in result.stdout
-
-
 def test_what_the_worker_reads_is_installed_with_it():
     installed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["qvl_batch"]
     found = {path.name for path in (ROOT / "qvl_batch").iterdir() if path.is_file() and path.suffix != ".py"}
