@@ -22,6 +22,7 @@ from export.checkpoint import Checkpoint, load_checkpoint
 from export.graphs import Precision, Traces, export_decoders, export_vision, graph_spec, layer_names
 from export.parity import check_contract, check_parity
 from export.progress import Progress, ShownProgress
+from export.proof import known_answers, tolerance_of
 from qvl_batch.bundle import (
     DECODER,
     DECODER_FULL,
@@ -188,9 +189,9 @@ def _fill(
     check_contract(layout, checkpoint.config.text_config.hidden_size, staging, precision)
     parity, tolerance = None, None
     if not config.skip_parity:
-        proof = check_parity(checkpoint, layout, precision, staging, progress)
-        parity, tolerance = proof.parity, proof.tolerance
-        proof.known.write(staging)
+        gate = check_parity(checkpoint, layout, precision, staging, progress)
+        parity, tolerance = gate.parity, tolerance_of(gate, precision)
+        known_answers(gate, tolerance).write(staging)
         progress.say(
             f"parity: features {parity.features:.1e}, logits {parity.logits:.1e}, "
             f"first token {parity.first_token_kl:.0e} nats, tokens {parity.tokens_equal}/{parity.tokens}"

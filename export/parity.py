@@ -7,7 +7,7 @@ here by a loop of a few lines, so that nothing of the worker's engine stands bet
 the verdict. Neither side holds its weights in memory, so that a model of any size can be compared.
 Graphs in half precision, which no CPU runs, are emulated.
 
-A last row goes with the bundle: its known answers, which every machine must come near to.
+A last row is for the bundle to carry, and in no figure of the gate: see `proof`.
 """
 
 from dataclasses import dataclass
@@ -24,10 +24,9 @@ from export.checkpoint import Checkpoint
 from export.graphs import Precision
 from export.half import emulated_graph
 from export.progress import Progress, Update
-from qvl_batch.bundle import DECODER, DECODER_FULL, HALVES, VISION, Dtype, Layout, Parity, Tolerance
+from qvl_batch.bundle import DECODER, DECODER_FULL, HALVES, VISION, Dtype, Layout, Parity
 from qvl_batch.errors import ExportError
-from qvl_batch.known_answers import STEPS as KNOWN_STEPS
-from qvl_batch.known_answers import KnownAnswers, repeated, sample
+from qvl_batch.known_answers import repeated, sample
 from qvl_batch.measures import cosine, divergence, relative_error
 
 
@@ -56,11 +55,6 @@ STEPS = 32
 #: Tokens of the prompts in the batch: ragged, so that padding is put to the test. The last is the known row's.
 PROMPT_TOKENS = (3, 19, 8, 12)
 SEED = 0
-#: Integer products are the same on every machine, and what is in fp32 between them differs in its last digits: this is
-#: how many times the error of the exporting machine another may have.
-SAME = 2.0
-#: A token is decided if it leads by so many times the error that logits may have.
-LEAD = 3.0
 
 Array = NDArray[Any]
 
@@ -75,20 +69,45 @@ class Row:
 
 
 @dataclass(frozen=True)
-class _Reference:
-    """Of one row in PyTorch: features (T_img, D), and logits (tokens, V)."""
+class Ours:
+    """Of one row by the graphs: features (T_img, D), those that the decoder was given, its first logits (V,), and its
+    greedy tokens (steps,).
+    """
+
+    features: Array
+    given: Array
+    logits: Array
+    tokens: Array
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Of one row in PyTorch: features (T_img, D); logits (tokens, V) of the prompt; and scores (steps, V), which are
+    logits less penalties, of its first token and of those that follow the graphs' tokens.
+    """
 
     features: Array
     logits: Array
+    scores: Array
+
+    @property
+    def first(self) -> Array:
+        """Logits (V,) of the first token of the answer."""
+        last: Array = self.logits[-1]
+        return last
+
+
+Compared = tuple[Row, Ours, Reference]
 
 
 @dataclass(frozen=True, slots=True)
-class Proof:
-    """What the gate measured, and what a machine that runs the bundle is to be held to."""
+class Gate:
+    """What the gate measured; and a last row, which was given a sample of its features, as bundles carry them."""
 
     parity: Parity
-    known: KnownAnswers
-    tolerance: Tolerance
+    row: Row
+    ours: Ours
+    reference: Reference
 
 
 def check_contract(layout: Layout, hidden_size: int, directory: Path, precision: Precision) -> None:
@@ -108,108 +127,47 @@ def check_contract(layout: Layout, hidden_size: int, directory: Path, precision:
 
 def check_parity(
     checkpoint: Checkpoint, layout: Layout, precision: Precision, directory: Path, progress: Progress
-) -> Proof:
+) -> Gate:
     """Compare the graphs in `directory` with `checkpoint`.
 
     Raises:
         ExportError: a figure is out of tolerance; the message says which and by how much.
     """
-    steps = min(STEPS, layout.room - max(PROMPT_TOKENS))
     rows = _rows(checkpoint, layout)
-    with progress.step("parity: vision graph"):
-        features = _graph_features(rows, directory, precision)
-    given = features.copy()
-    given[-1] = repeated(sample(features[-1]), layout.image_tokens)
-    with progress.step("parity: decoder graph") as update:
-        tokens, first_logits = _graph_tokens(layout, rows, given, directory, precision, steps, update)
-    if not np.isfinite(features).all() or (tokens < 0).any():
+    ours = _by_graphs(rows, layout, precision, directory, progress)
+    if not all(np.isfinite(each.features).all() and (each.tokens >= 0).all() for each in ours):
         raise ExportError(
             "parity gate: numbers of the graphs are not finite, as this precision does not hold the checkpoint's "
             "(--dtype bf16 or fp32 does); no bundle was written"
         )
+    references: list[Reference] = []
     with progress.step("parity: PyTorch") as update:
-        references: list[_Reference] = []
-        for index, (row, answer) in enumerate(zip(rows, tokens, strict=True)):
-            update(f"row {index + 1} of {len(rows)}")
-            in_place = given[-1] if index == len(rows) - 1 else None
-            references.append(_reference(checkpoint, row, answer, in_place))
-    compared = slice(len(rows) - 1)
-    prompts = [reference.logits[: len(row.ids)] for reference, row in zip(references, rows, strict=True)][compared]
-    firsts = np.stack([logits[-1] for logits in prompts])
+        for row, each in zip(rows, ours, strict=True):
+            update(f"row {len(references) + 1} of {len(rows)}")
+            references.append(_reference(checkpoint, row, each))
+    *compared, known = zip(rows, ours, references, strict=True)
+    error_of_all = None
     if precision.has_full:
         with progress.step("parity: full decoder graph"):
-            logits_error = _error_of_all_logits(layout, rows[compared], features[compared], directory, prompts)
-    else:
-        logits_error = relative_error(first_logits[compared], firsts)
-    penalty = checkpoint.generation.repetition_penalty
-    scores = [
-        _scores(reference.logits[len(row.ids) - 1 :], row.ids, answer, penalty)
-        for reference, row, answer in zip(references, rows, tokens, strict=True)
-    ]
-    expected = np.stack([reference.features for reference in references[compared]])
-    greedy = np.stack([each.argmax(-1) for each in scores[compared]])
-    parity = Parity(
-        features=relative_error(features[compared], expected),
-        logits=logits_error,
-        tokens=greedy.size,
-        tokens_equal=int((tokens[compared] == greedy).sum()),
-        first_token_kl=float(divergence(firsts, first_logits[compared]).max()),
-        feature_cosine=float(cosine(features[compared], expected).min()),
-    )
+            error_of_all = _error_of_all_logits(layout, compared, directory)
+    parity = _measured(compared, error_of_all)
     refuse_beyond_bounds(parity, precision)
-    return _proof(parity, precision, rows[-1], references[-1], features[-1], first_logits[-1], tokens[-1], scores[-1])
+    return Gate(parity, *known)
 
 
-def _proof(
-    parity: Parity,
-    precision: Precision,
-    row: Row,
-    reference: _Reference,
-    features: Array,
-    first_logits: Array,
-    answer: Array,
-    scores: Array,
-) -> Proof:
-    """The known answers: of the last row, PyTorch's side as reference, and the graphs' for what is allowed."""
-    expected, logits = sample(reference.features), reference.logits[len(row.ids) - 1]
-    tolerance = _tolerance(
-        precision,
-        features=relative_error(sample(features), expected),
-        feature_cosine=float(cosine(sample(features), expected).min()),
-        logits=relative_error(first_logits, logits),
+def _measured(compared: list[Compared], error_of_all: float | None) -> Parity:
+    """Figures of the gate; without an error of all logits, that of the first ones counts."""
+    ours, references = [each for _, each, _ in compared], [reference for *_, reference in compared]
+    features, expected = (np.stack([each.features for each in side]) for side in (ours, references))
+    firsts, found = np.stack([each.first for each in references]), np.stack([each.logits for each in ours])
+    return Parity(
+        features=relative_error(features, expected),
+        logits=relative_error(found, firsts) if error_of_all is None else error_of_all,
+        tokens=sum(each.tokens.size for each in ours),
+        tokens_equal=sum(int((each.tokens == reference.scores.argmax(-1)).sum()) for _, each, reference in compared),
+        first_token_kl=float(divergence(firsts, found).max()),
+        feature_cosine=float(cosine(features, expected).min()),
     )
-    scores = scores[:KNOWN_STEPS]
-    best = np.sort(scores, axis=-1)
-    lead = (best[:, -1] - best[:, -2]) / np.abs(scores).max(axis=-1)
-    known = KnownAnswers(
-        pixels=row.pixels,
-        features=expected,
-        input_ids=np.array(row.ids),
-        embeds=sample(features),
-        logits=logits,
-        answer=answer[:KNOWN_STEPS],
-        following=scores.argmax(-1),
-        is_decided=lead > LEAD * tolerance.logits,
-    )
-    figures = [*known.of_vision(features, tolerance), *known.of_decoder(first_logits, answer[:KNOWN_STEPS], tolerance)]
-    for figure in figures:
-        if not figure.is_within:
-            raise ExportError(f"parity gate: of the known answers, {figure}; no bundle was written")
-    return Proof(parity, known, tolerance)
-
-
-def _tolerance(precision: Precision, features: float, feature_cosine: float, logits: float) -> Tolerance:
-    """The bounds of the gate, but of integers what this machine found, and some more."""
-    exact, vision, decoder = BOUNDS["fp32"], BOUNDS[precision.vision], BOUNDS[precision.decoder]
-    if precision.vision.startswith("int"):
-        most = max(exact.error, min(vision.error, SAME * features))
-        least = min(exact.feature_cosine, max(vision.feature_cosine, 1 - SAME * (1 - feature_cosine)))
-    else:
-        most, least = vision.error, vision.feature_cosine
-    error = decoder.error
-    if precision.decoder.startswith("int"):
-        error = max(exact.error, min(error, SAME * logits))
-    return Tolerance(features=most, feature_cosine=least, logits=error)
 
 
 def refuse_beyond_bounds(parity: Parity, precision: Precision) -> None:
@@ -261,23 +219,22 @@ def _ordinary_tokens(tokenizer: Any) -> int:
     return int(min(tokenizer.added_tokens_decoder))
 
 
-def _reference(checkpoint: Checkpoint, row: Row, answer: Array, embeds: Array | None) -> _Reference:
-    """What transformers makes of a row, and then of all of an answer (steps,) but its last token.
+def _reference(checkpoint: Checkpoint, row: Row, ours: Ours) -> Reference:
+    """What transformers makes of a row, and then of all of the graphs' answer but its last token.
 
     If the tokens that follow are those of the answer, then it is the one of greedy decoding: each is
-    what the model says after those before it. `embeds`, if given, are what its language model gets in place
-    of its features.
+    what the model says after those before it. Its language model is given other features if the graphs' was.
     """
     model, seen = checkpoint.weights.streamed(), []
 
     def see(_: Any, __: Any, output: Any) -> Any:
         seen.append(output.pooler_output)
-        if embeds is not None:
-            output.pooler_output = torch.from_numpy(embeds)
+        if ours.given is not ours.features:
+            output.pooler_output = torch.from_numpy(ours.given)
         return output
 
     model.model.visual.register_forward_hook(see)
-    following = torch.from_numpy(answer[None, :-1])
+    following = torch.from_numpy(ours.tokens[None, :-1])
     with torch.inference_mode():
         prompt = model(**row.torch_inputs, use_cache=True)
         # Apart, as in `generate`: an image token in an answer is no part of the image.
@@ -289,7 +246,11 @@ def _reference(checkpoint: Checkpoint, row: Row, answer: Array, embeds: Array | 
             use_cache=True,
         )
     (features,) = seen
-    return _Reference(features.numpy(), torch.cat([prompt.logits, after.logits], dim=1)[0].numpy())
+    logits, more = prompt.logits[0].numpy(), after.logits[0].numpy()
+    scores = _penalized(
+        np.concatenate([logits[-1:], more]), row.ids, ours.tokens, checkpoint.generation.repetition_penalty
+    )
+    return Reference(features.numpy(), logits, scores)
 
 
 def _session(path: Path, dtype: Dtype) -> ort.InferenceSession:
@@ -308,31 +269,38 @@ def _session(path: Path, dtype: Dtype) -> ort.InferenceSession:
     return ort.InferenceSession(emulated_graph(path), options)
 
 
-def _graph_features(rows: list[Row], directory: Path, precision: Precision) -> Array:
-    """Features (rows, T_img, D), an image after the other."""
-    session = _session(directory / VISION, precision.vision)
-    return np.concatenate([session.run(None, {"pixels": row.pixels[None]})[0] for row in rows])
+def _by_graphs(
+    rows: list[Row], layout: Layout, precision: Precision, directory: Path, progress: Progress
+) -> list[Ours]:
+    """All rows through the vision graph, one after the other, and through the decoder graph, all at once."""
+    with progress.step("parity: vision graph"):
+        session = _session(directory / VISION, precision.vision)
+        features = [session.run(None, {"pixels": row.pixels[None]})[0][0] for row in rows]
+    given = [*features[:-1], repeated(sample(features[-1]), layout.image_tokens)]
+    with progress.step("parity: decoder graph") as update:
+        tokens, logits = _graph_tokens(layout, rows, given, directory, precision, update)
+    return list(map(Ours, features, given, logits, tokens))
 
 
-def _error_of_all_logits(
-    layout: Layout, rows: list[Row], features: Array, directory: Path, expected: list[Array]
-) -> float:
+def _error_of_all_logits(layout: Layout, compared: list[Compared], directory: Path) -> float:
     session = _session(directory / DECODER_FULL, "fp32")
-    ids, embeds, lengths = _padded(layout, rows, features)
+    ids, embeds, lengths = _padded(layout, [row for row, *_ in compared], [ours.given for _, ours, _ in compared])
     mask = (np.arange(ids.shape[1]) < lengths[:, None]).astype(np.int64)
     found = session.run(None, {"input_ids": ids, "attention_mask": mask, "image_embeds": embeds})[0]
     return max(
-        relative_error(logits[: len(reference)], reference) for logits, reference in zip(found, expected, strict=True)
+        relative_error(logits[: len(reference.logits)], reference.logits)
+        for logits, (*_, reference) in zip(found, compared, strict=True)
     )
 
 
 def _graph_tokens(
-    layout: Layout, rows: list[Row], features: Array, directory: Path, precision: Precision, steps: int, update: Update
+    layout: Layout, rows: list[Row], features: list[Array], directory: Path, precision: Precision, update: Update
 ) -> tuple[Array, Array]:
     """Greedy tokens (rows, steps) of the cached graph, one ragged prefill, then steps of one; and
     logits (rows, V) of the first.
     """
     session = _session(directory / DECODER, precision.decoder)
+    steps = min(STEPS, layout.room - max(PROMPT_TOKENS))
     ids, embeds, lengths = _padded(layout, rows, features)
     positions = np.tile(np.arange(ids.shape[1]), (len(rows), 1))
     past = {
@@ -363,8 +331,8 @@ def _graph_tokens(
     return np.stack(tokens, axis=1), first_logits
 
 
-def _scores(logits: Array, ids: list[int], answer: Array, penalty: float) -> Array:
-    """Logits (steps, V), penalized for a prompt and for what precedes each in an answer (steps,)."""
+def _penalized(logits: Array, ids: list[int], answer: Array, penalty: float) -> Array:
+    """Logits (steps, V) less penalties for tokens of a prompt, and for what precedes each in an answer (steps,)."""
     scores = logits.copy()
     for step, row in enumerate(scores):
         seen = np.unique([*ids, *answer[:step]])
@@ -372,12 +340,12 @@ def _scores(logits: Array, ids: list[int], answer: Array, penalty: float) -> Arr
     return scores
 
 
-def _padded(layout: Layout, rows: list[Row], features: Array) -> tuple[Array, Array, Array]:
+def _padded(layout: Layout, rows: list[Row], features: list[Array]) -> tuple[Array, Array, Array]:
     """Right-padded token ids (B, S), image embeddings (B, S, D), and true lengths (B,)."""
     lengths = np.array([len(row.ids) for row in rows])
     ids = np.zeros((len(rows), lengths.max()), np.int64)
     for index, row in enumerate(rows):
         ids[index, : len(row.ids)] = row.ids
-    embeds = np.zeros((*ids.shape, features.shape[-1]), np.float32)
-    embeds[:, layout.image_start : layout.image_start + layout.image_tokens] = features
+    embeds = np.zeros((*ids.shape, features[0].shape[-1]), np.float32)
+    embeds[:, layout.image_start : layout.image_start + layout.image_tokens] = np.stack(features)
     return ids, embeds, lengths

@@ -51,7 +51,7 @@ class Captioner(Stoppable):
     Raises:
         BundleError: no bundle, or a damaged one.
         ConfigError: `slots` or `max_image_pixels` is less than 1, or there is no such fit or device.
-        DeviceError: the device cannot be used here.
+        DeviceError: the device cannot be used here, or computes the bundle wrongly.
     """
 
     def __init__(

@@ -6,7 +6,7 @@
     │   ├── InputError           the input is missing, unreadable, or lacks a column
     │   ├── OutputError          the output folder cannot be written, or holds other answers
     │   ├── BundleError          the bundle is missing, damaged, or breaks its layout contract
-    │   ├── DeviceError          the device asked for cannot be used here
+    │   ├── DeviceError          the device asked for cannot be used here, or computes a bundle wrongly
     │   └── ExportError          the checkpoint cannot be exported, or the export is not exact
     └── RowError                 goes into its own row; the job goes on
         ├── RecordError          the row, or a value of it, cannot be read (stage `read`)
@@ -50,7 +50,7 @@ class BundleError(JobError):
 
 
 class DeviceError(JobError):
-    """The device asked for cannot be used on this machine."""
+    """The device asked for cannot be used on this machine, or computes a bundle wrongly."""
 
 
 class ExportError(JobError):
