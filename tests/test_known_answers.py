@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from conftest import QUESTIONS, ROOT, TINY, TRACES
 from faults import edit_manifest, forget_known_answers, seal
@@ -18,9 +19,11 @@ import check
 from export.package import ExportConfig, export_bundle
 from qvl_batch import Captioner, runtime
 from qvl_batch.bundle import DECODER, FP32, KNOWN_ANSWERS, VISION, Bundle
+from qvl_batch.config import CaptionConfig
 from qvl_batch.decoder import Decoder, PrefillRow
 from qvl_batch.errors import BundleError, DeviceError
 from qvl_batch.known_answers import SPACING, STEPS, Figure, KnownAnswers, digits, repeated
+from qvl_batch.pipeline import run
 from qvl_batch.stages import open_vision_cache
 from qvl_batch.vision import VisionEncoder
 
@@ -181,6 +184,18 @@ def test_a_bundle_exported_without_the_gate_runs_and_has_nothing_to_check(tmp_pa
     bundle = Bundle.load(tmp_path / "bundle")
     assert KNOWN_ANSWERS not in manifest.files
     assert VisionEncoder(bundle, threads=1).figures() == Decoder(bundle, 1, threads=1).figures() == []
+
+
+def test_a_job_says_that_nobody_can_tell_whether_its_machines_compute_right(copied_bundle, tiny_bundle, tmp_path):
+    pq.write_table(pq.read_table(QUESTIONS).slice(0, 0), tmp_path / "none.parquet")
+    forget_known_answers(copied_bundle)
+    for bundle, times in ((copied_bundle, 1), (tiny_bundle.path, 0)):
+        config = CaptionConfig(
+            bundle=bundle, input=(str(tmp_path / "none.parquet"),), output=str(tmp_path / f"{times}")
+        )
+        said = []
+        run(config, said.append)
+        assert sum("it was exported with --skip-parity" in line for line in said) == times
 
 
 def test_features_of_machines_that_nobody_checked_are_kept_apart(tiny_bundle, tmp_path):
