@@ -16,7 +16,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from qvl_batch.bundle import Bundle
+from qvl_batch.bundle import Bundle, Manifest
 from qvl_batch.command_line import settings
 from qvl_batch.config import Device
 from qvl_batch.decoder import Decoder
@@ -50,14 +50,13 @@ class Checked:
     run_seconds: float
 
 
-def check(config: CheckConfig) -> list[Checked]:
+def check(config: CheckConfig, bundle: Bundle) -> list[Checked]:
     """Run the known answers through both graphs, and through those in fp32 that the bundle may hold beside them.
 
     Raises:
-        BundleError: no bundle, a damaged one, or one without known answers.
+        BundleError: it has no known answers, or a graph cannot be loaded.
         DeviceError: the device cannot be used here.
     """
-    bundle = Bundle.load(config.bundle)
     if bundle.manifest.tolerance is None:
         raise BundleError(
             f"{config.bundle} has no known answers, as it was exported with --skip-parity: export the checkpoint "
@@ -86,9 +85,8 @@ def _timed(graph: str, load: Callable[[], VisionEncoder | Decoder]) -> Checked:
     return Checked(graph, loaded.machine, figures, ready - began, time.perf_counter() - ready)
 
 
-def show(config: CheckConfig, found: list[Checked], console: Console) -> bool:
+def show(config: CheckConfig, manifest: Manifest, found: list[Checked], console: Console) -> bool:
     """Print a table and a verdict; whether all is as it should be."""
-    manifest = Bundle.load(config.bundle, verify=False).manifest
     towers = f"vision in {manifest.vision_dtype}, decoder in {manifest.dtype}"
     versions = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
     for line in (
@@ -117,13 +115,14 @@ def main() -> int:
     """Check; 0 if all is right, 1 if something is wrong or it could not be checked."""
     try:
         config = settings(CheckConfig)
-        found = check(config)
+        bundle = Bundle.load(config.bundle)
+        found = check(config, bundle)
     except JobError as error:
         print(f"check: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
-    return 0 if show(config, found, Console(width=None if sys.stdout.isatty() else 120)) else 1
+    return 0 if show(config, bundle.manifest, found, Console(width=None if sys.stdout.isatty() else 120)) else 1
 
 
 if __name__ == "__main__":

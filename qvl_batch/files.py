@@ -80,18 +80,19 @@ def _named_by(item: str) -> list[Path]:
     """Parquet files that a path or glob names, in its order of names, in folders as they are behind links."""
     found: dict[str, Path] = {}
     matches = _matches(item)
-    if matches != [Path(item)] or Path(item).is_dir():
-        folders = {match.resolve() if match.is_dir() else match.parent.resolve() for match in matches}
-        for above in {above for folder in folders for above in (folder, *folder.parents)}:
-            _refuse_table(above)
+    above: set[Path] = set()
     for match in matches:
         if not match.is_dir():
             found[str(match)] = match.parent.resolve() / match.name
+            above.update(found[str(match)].parents if matches != [Path(item)] else ())
             continue
+        above.update(match.resolve().parents)
         for folder, names in _folders(match):
             real = folder.resolve()
             _refuse_table(real)
             found |= {str(folder / name): real / name for name in names if _is_parquet(name)}
+    for folder in above:
+        _refuse_table(folder)
     return [found[name] for name in sorted(found)]
 
 

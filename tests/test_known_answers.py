@@ -160,7 +160,12 @@ def test_a_graph_in_fp32_for_failed_rows_is_proved_too(saturating, copied_bundle
     edit_manifest(copied_bundle, lambda m: m["files"].update({f"{FP32}/bundle.json": {"size": 0, "sha256": ""}}))
     seal(copied_bundle)
     config = check.CheckConfig(bundle=copied_bundle)
-    assert [each.graph for each in check.check(config)] == ["vision", "decoder", "vision in fp32", "decoder in fp32"]
+    assert [each.graph for each in check.check(config, Bundle.load(copied_bundle))] == [
+        "vision",
+        "decoder",
+        "vision in fp32",
+        "decoder in fp32",
+    ]
     vision = VisionEncoder(Bundle.load(copied_bundle), threads=2)
     saturating()
     with pytest.raises(DeviceError):
