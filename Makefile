@@ -68,14 +68,14 @@ openvino: $(OPENVINO)/model/openvino_language_model.xml
 train: $(READY)
 	$(BIN)/python datasets/train.py --work-dir $(TRAINING) --output $(TINY) $(ARGS)
 
-$(BUNDLE)/bundle.json: $(READY) $(wildcard $(TINY)/*) $(wildcard export/*.py) qvl_batch/bundle.py qvl_batch/known_answers.py
+$(BUNDLE)/bundle.json: $(READY) $(wildcard $(TINY)/*) $(wildcard export/*.py) $(wildcard qvl_batch/bundle/*.py)
 	$(BIN)/python -m export $(TINY) --output $(BUNDLE) --overwrite
 
 $(BENCH)/model/config.json: $(READY) datasets/make_model.py
 	rm -rf $(BENCH)/model
 	$(BIN)/python datasets/make_model.py $(BENCH)/model
 
-$(BENCH)/%/bundle.json: $(BENCH)/model/config.json $(wildcard export/*.py) qvl_batch/bundle.py qvl_batch/known_answers.py
+$(BENCH)/%/bundle.json: $(BENCH)/model/config.json $(wildcard export/*.py) $(wildcard qvl_batch/bundle/*.py)
 	$(BIN)/python -m export $(BENCH)/model --output $(BENCH)/$* --dtype $* --overwrite
 
 $(OPENVINO)/model/openvino_language_model.xml: $(OPENVINO)/venv/.ready $(BENCH)/model/config.json

@@ -31,7 +31,7 @@ from torch.nn import functional as F  # noqa: N812
 from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen
 
-from qvl_batch.images import decode_image, fit_image
+from qvl_batch.images.pixels import decode_image, fit_image
 
 SEED = 20_250_127
 CHECKPOINT = Path(__file__).parent / "tiny-qwen2.5-vl"

@@ -17,7 +17,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.utils import logging as transformers_logging
 
 from export.weights import Weights, weight_files
-from qvl_batch.bundle import Generation, Source, combined_sha256, file_sha256
+from qvl_batch.bundle.manifest import Generation, Source, combined_sha256, file_sha256
 from qvl_batch.errors import ExportError
 
 MODEL_TYPE = "qwen2_5_vl"

@@ -26,7 +26,7 @@ from export.progress import Progress, Update
 from export.quantize import quantize
 from export.vision import VisionTower
 from export.weights import Weights
-from qvl_batch.bundle import (
+from qvl_batch.bundle.manifest import (
     DECODER,
     DECODER_FULL,
     HALVES,

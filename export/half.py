@@ -23,7 +23,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qvl_batch.bundle import HALVES, Dtype
+from qvl_batch.bundle.manifest import HALVES, Dtype
 from qvl_batch.errors import ExportError
 
 FP32 = ir.DataType.FLOAT

@@ -22,7 +22,7 @@ from export.half import stream_unit
 from export.layers import Linear
 from export.vision import Block, patch_weights
 from export.weights import Weights
-from qvl_batch.bundle import Dtype
+from qvl_batch.bundle.manifest import Dtype
 from qvl_batch.errors import ExportError
 
 Tensors = dict[str, Tensor]

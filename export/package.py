@@ -23,7 +23,7 @@ from export.graphs import Precision, Traces, export_decoders, export_vision, gra
 from export.parity import check_contract, check_parity
 from export.progress import Progress, ShownProgress
 from export.proof import known_answers, tolerance_of
-from qvl_batch.bundle import (
+from qvl_batch.bundle.manifest import (
     DECODER,
     DECODER_FULL,
     FORMAT_VERSION,

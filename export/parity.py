@@ -24,10 +24,10 @@ from export.checkpoint import Checkpoint
 from export.graphs import Precision
 from export.half import emulated_graph
 from export.progress import Progress, Update
-from qvl_batch.bundle import DECODER, DECODER_FULL, HALVES, VISION, Dtype, Layout, Parity
+from qvl_batch.bundle.known_answers import repeated, sample
+from qvl_batch.bundle.manifest import DECODER, DECODER_FULL, HALVES, VISION, Dtype, Layout, Parity
+from qvl_batch.distances import cosine, divergence, relative_error
 from qvl_batch.errors import ExportError
-from qvl_batch.known_answers import repeated, sample
-from qvl_batch.measures import cosine, divergence, relative_error
 
 
 @dataclass(frozen=True, slots=True)

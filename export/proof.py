@@ -8,10 +8,10 @@ import numpy as np
 
 from export.graphs import Precision
 from export.parity import BOUNDS, Gate
-from qvl_batch.bundle import Tolerance
+from qvl_batch.bundle.known_answers import STEPS, KnownAnswers, sample
+from qvl_batch.bundle.manifest import Tolerance
+from qvl_batch.distances import cosine, relative_error
 from qvl_batch.errors import ExportError
-from qvl_batch.known_answers import STEPS, KnownAnswers, sample
-from qvl_batch.measures import cosine, relative_error
 
 #: Integer products are the same on every machine, and what is in fp32 between them differs in its last digits: this is
 #: how many times the error of the exporting machine another may have.

@@ -34,7 +34,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from export.operators import DOMAIN
-from qvl_batch.bundle import Dtype
+from qvl_batch.bundle.manifest import Dtype
 
 Array = NDArray[Any]
 #: Inputs that share a scale in a weight-only product.

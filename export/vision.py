@@ -27,7 +27,7 @@ from transformers.vision_utils import get_vision_position_ids, get_vision_window
 from export.half import stream_unit
 from export.layers import GatedMlp, Linear
 from export.operators import multi_head_attention, rms_norm, rotary_embedding, skip_rms_norm
-from qvl_batch.bundle import HALVES, Dtype
+from qvl_batch.bundle.manifest import HALVES, Dtype
 
 #: Epsilon of the vision tower's norms, a constant of transformers' `Qwen2_5_VLVisionBlock`.
 NORM_EPS = 1e-6

@@ -37,11 +37,11 @@ from benchmark.figures import (
 from benchmark.host import Host
 from benchmark.ours import Ours
 from benchmark.rows import Rows
-from qvl_batch.bundle import Bundle
+from qvl_batch.bundle.manifest import Bundle
 from qvl_batch.command_line import settings
+from qvl_batch.decoder.prompts import RowLayout
 from qvl_batch.errors import ConfigError, JobError
-from qvl_batch.layout import RowLayout
-from qvl_batch.plan import DEFAULT_SLOTS
+from qvl_batch.pipeline.plan import DEFAULT_SLOTS
 
 OURS = FP32, REDUCED = "qvl-batch fp32", "qvl-batch reduced"
 HF_FP32, HF_BF16 = "transformers fp32", "transformers bf16"

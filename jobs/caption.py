@@ -24,7 +24,7 @@ def main() -> int:
     try:
         config = settings(CaptionConfig)
         going_on = config.going_on
-        from qvl_batch.pipeline import run  # noqa: PLC0415  (ray takes a second to import; --help need not)
+        from qvl_batch.pipeline.run import run  # noqa: PLC0415  (ray takes a second to import; --help need not)
 
         report = run(config, say=lambda line: print(line, file=sys.stderr, flush=True), is_stopped=is_stopped)
         print(report)

@@ -16,15 +16,15 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from qvl_batch.bundle import Bundle, Manifest
+from qvl_batch.bundle.known_answers import Figure, digits
+from qvl_batch.bundle.manifest import Bundle, Manifest
 from qvl_batch.command_line import settings
 from qvl_batch.config import Device
-from qvl_batch.decoder import Decoder
+from qvl_batch.decoder.decoder import Decoder
 from qvl_batch.errors import BundleError, JobError
-from qvl_batch.known_answers import Figure, digits
-from qvl_batch.memory import RealDevice
-from qvl_batch.runtime import memory_on, resolve_device, resolve_vision_device, usable_cpus
-from qvl_batch.vision import VisionEncoder
+from qvl_batch.runtime.memory import RealDevice
+from qvl_batch.runtime.session import memory_on, resolve_device, resolve_vision_device, usable_cpus
+from qvl_batch.vision.encoder import VisionEncoder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

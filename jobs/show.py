@@ -15,10 +15,10 @@ from rich.text import Text
 
 from qvl_batch.command_line import settings
 from qvl_batch.errors import ConfigError, InputError, JobError
-from qvl_batch.folder import folder_at
-from qvl_batch.page import printable
+from qvl_batch.output.parts import PARTS, read_part
+from qvl_batch.output.storage import folder_at
+from qvl_batch.report.page import printable
 from qvl_batch.schema import is_textual, texts
-from qvl_batch.sink import PARTS, read_part
 
 EXPECTED = "expected"
 COLUMNS = ("id", "prompt", "answer", EXPECTED, "error_type", "error_message")

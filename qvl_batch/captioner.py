@@ -9,16 +9,16 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from qvl_batch.answerer import Answerer, Question
-from qvl_batch.bundle import Bundle
+from qvl_batch.bundle.manifest import Bundle
 from qvl_batch.config import DEFAULT_MAX_NEW_TOKENS, MAX_IMAGE_PIXELS, Device, Fit, ImageRules
-from qvl_batch.engine import Stoppable
+from qvl_batch.decoder.answerer import Answerer, Question
+from qvl_batch.decoder.engine import Stoppable
 from qvl_batch.errors import ConfigError, ImageError
-from qvl_batch.features import ImageFeatures, Pixels
-from qvl_batch.images import DEFAULT_RULES, decode_image, fit_image, image_key, upright_rgb
-from qvl_batch.runtime import resolve_device, resolve_vision_device, usable_cpus
+from qvl_batch.images.pixels import DEFAULT_RULES, decode_image, fit_image, image_key, upright_rgb
+from qvl_batch.runtime.session import resolve_device, resolve_vision_device, usable_cpus
 from qvl_batch.schema import Answer, Failure
-from qvl_batch.vision import VisionEncoder
+from qvl_batch.vision.encoder import VisionEncoder
+from qvl_batch.vision.features import ImageFeatures, Pixels
 
 #: An image as a file's path, as a file's bytes, as pixels uint8 (H, W, 3), or as Pillow has it, where EXIF says
 #: which side is up as it does in a file.

@@ -7,11 +7,11 @@ import pyarrow.parquet as pq
 from conftest import QUESTIONS
 from reference import letterboxed
 
-from qvl_batch.bundle import Bundle
-from qvl_batch.decoder import Decoder
-from qvl_batch.engine import Completion, Engine, Request
-from qvl_batch.layout import RowLayout
-from qvl_batch.vision import VisionEncoder
+from qvl_batch.bundle.manifest import Bundle
+from qvl_batch.decoder.decoder import Decoder
+from qvl_batch.decoder.engine import Completion, Engine, Request
+from qvl_batch.decoder.prompts import RowLayout
+from qvl_batch.vision.encoder import VisionEncoder
 
 
 def demo_rows(count: int | None = None) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ import onnx
 from onnx import numpy_helper
 
 from comparison.run import Outcome
-from qvl_batch.bundle import DECODER, MANIFEST, VISION, file_sha256
+from qvl_batch.bundle.manifest import DECODER, MANIFEST, VISION, file_sha256
 
 
 def assert_points_at(outcome: Outcome, begins_at: str, own: set[str]) -> None:

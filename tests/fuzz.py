@@ -37,8 +37,8 @@ from profiles import PROPHOTO, rgb_profile
 from tiffs import tiff
 
 from qvl_batch.config import ImageRules
-from qvl_batch.formats import FORMATS
-from qvl_batch.images import pixels_or_failure
+from qvl_batch.images.formats import FORMATS
+from qvl_batch.images.pixels import pixels_or_failure
 from qvl_batch.schema import Failure
 
 pillow_heif.register_heif_opener()  # to save such files

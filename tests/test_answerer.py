@@ -10,10 +10,10 @@ from conftest import QUESTIONS
 from faults import edit_manifest, forget_known_answers, seal, spoil
 from reference import letterboxed
 
-from qvl_batch.answerer import Answerer, Question, repeated_phrase
-from qvl_batch.bundle import DECODER, FP32, VISION, Bundle
+from qvl_batch.bundle.manifest import DECODER, FP32, VISION, Bundle
+from qvl_batch.decoder.answerer import Answerer, Question, repeated_phrase
 from qvl_batch.errors import NumericError
-from qvl_batch.vision import VisionEncoder
+from qvl_batch.vision.encoder import VisionEncoder
 
 ROWS = pq.read_table(QUESTIONS).slice(0, 6).to_pylist()
 

@@ -7,12 +7,12 @@ import onnx
 import pytest
 from faults import edit_manifest, seal
 
-from qvl_batch.bundle import DECODER, DECODER_FULL, FORMAT_VERSION, TOKENIZER, VISION, Bundle
+from qvl_batch.bundle.external_data import FIELDS, external_locations
+from qvl_batch.bundle.manifest import DECODER, DECODER_FULL, FORMAT_VERSION, TOKENIZER, VISION, Bundle
+from qvl_batch.decoder.prompts import RowLayout
 from qvl_batch.errors import BundleError
-from qvl_batch.external_data import FIELDS, external_locations
-from qvl_batch.layout import RowLayout
-from qvl_batch.runtime import Session
-from qvl_batch.vision import VisionEncoder
+from qvl_batch.runtime.session import Session
+from qvl_batch.vision.encoder import VisionEncoder
 
 
 def test_a_whole_bundle_loads(copied_bundle, tiny_bundle):

@@ -15,12 +15,12 @@ from conftest import QUESTIONS, ROOT
 from PIL import Image
 
 from qvl_batch import Captioner, JobError
-from qvl_batch.answerer import Answerer
 from qvl_batch.captioner import _picture
-from qvl_batch.decoder import Decoder
-from qvl_batch.engine import Engine
+from qvl_batch.decoder.answerer import Answerer
+from qvl_batch.decoder.decoder import Decoder
+from qvl_batch.decoder.engine import Engine
 from qvl_batch.errors import ConfigError, DeviceError
-from qvl_batch.images import decode_image
+from qvl_batch.images.pixels import decode_image
 
 ROWS = pq.read_table(QUESTIONS).slice(0, 8).to_pylist()
 

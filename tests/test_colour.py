@@ -10,8 +10,8 @@ from PIL import Image, ImageCms
 from profiles import ADOBE, PROPHOTO, cmyk_profile, grey_profile, rgb_profile
 from tiffs import tiff
 
-from qvl_batch.colour import LARGEST_PROFILE
-from qvl_batch.images import decode_image, upright_rgb
+from qvl_batch.images.colour import LARGEST_PROFILE
+from qvl_batch.images.pixels import decode_image, upright_rgb
 
 #: X, Y, Z for D50 of linear sRGB.
 TO_SRGB = np.linalg.inv(

@@ -29,7 +29,7 @@ from packaging.requirements import Requirement
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLVisionAttention
 
 from export.package import export_bundle
-from qvl_batch.bundle import Bundle
+from qvl_batch.bundle.manifest import Bundle
 
 HERE = Path(__file__).name
 #: Tests that run a program: of this file, or of another one, where the program is named.

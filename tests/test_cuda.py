@@ -18,14 +18,14 @@ from stand_in.build import PROVIDER, build
 
 from export.half import emulated_graph
 from export.package import ExportConfig, export_bundle
-from qvl_batch.bundle import DECODER, VISION, Bundle
+from qvl_batch.bundle.manifest import DECODER, VISION, Bundle
 from qvl_batch.config import CaptionConfig
-from qvl_batch.decoder import SHELVES, Decoder
+from qvl_batch.decoder.decoder import SHELVES, Decoder
+from qvl_batch.decoder.kv_cache import slot_bytes
 from qvl_batch.errors import ConfigError, DeviceError
-from qvl_batch.kv_cache import slot_bytes
-from qvl_batch.memory import CudaMemory
-from qvl_batch.plan import Card, bytes_beside_slots, make_plan, slots_on_card
-from qvl_batch.runtime import (
+from qvl_batch.pipeline.plan import Card, bytes_beside_slots, make_plan, slots_on_card
+from qvl_batch.runtime.memory import CudaMemory
+from qvl_batch.runtime.session import (
     _OUT_OF_MEMORY,
     _preload,
     _providers,

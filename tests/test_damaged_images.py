@@ -15,7 +15,7 @@ from tiffs import tiff
 
 from qvl_batch.config import ImageRules
 from qvl_batch.errors import ImageError
-from qvl_batch.images import LETTERBOX_RGB, decode_image
+from qvl_batch.images.pixels import LETTERBOX_RGB, decode_image
 
 SHOWN = ImageRules(allow_truncated=True)
 _SHADES = np.random.default_rng(0).integers(0, 256, (6, 8, 3), np.uint8)

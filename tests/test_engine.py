@@ -19,11 +19,11 @@ from reference import question
 from comparison.reference import PyTorch
 from export.checkpoint import load_checkpoint
 from export.package import ExportConfig, export_bundle
-from qvl_batch.bundle import Bundle
-from qvl_batch.decoder import Decoder, PrefillRow
-from qvl_batch.engine import Engine, Request
+from qvl_batch.bundle.manifest import Bundle
+from qvl_batch.decoder.decoder import Decoder, PrefillRow
+from qvl_batch.decoder.engine import Engine, Request
+from qvl_batch.decoder.prompts import RowLayout
 from qvl_batch.errors import BundleError
-from qvl_batch.layout import RowLayout
 
 ROWS = 24
 
@@ -239,9 +239,9 @@ def test_a_process_may_end_while_its_engine_steps(end, status, tiny_bundle):
     script = f"""
 import os, signal, threading
 import numpy as np
-from qvl_batch.bundle import Bundle
-from qvl_batch.decoder import Decoder
-from qvl_batch.engine import Engine, Request
+from qvl_batch.bundle.manifest import Bundle
+from qvl_batch.decoder.decoder import Decoder
+from qvl_batch.decoder.engine import Engine, Request
 bundle = Bundle.load({str(tiny_bundle.path)!r}, verify=False)
 decoder, stepped, step = Decoder(bundle, 2, 2), threading.Event(), Decoder.step
 decoder.step = lambda tokens: (stepped.set(), step(decoder, tokens))[1]

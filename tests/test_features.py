@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 
 from qvl_batch.errors import NumericError, OutputError
-from qvl_batch.features import RECENT, ImageFeatures
 from qvl_batch.schema import Failure
-from qvl_batch.vision import VisionEncoder
-from qvl_batch.vision_cache import VisionCache
+from qvl_batch.vision.cache import VisionCache
+from qvl_batch.vision.encoder import VisionEncoder
+from qvl_batch.vision.features import RECENT, ImageFeatures
 
 NO_IMAGE = Failure("image", "ImageError", "no")
 
@@ -102,7 +102,7 @@ def test_an_interrupt_leaves_nothing_queued(monkeypatch):
             time.sleep(0.001)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("qvl_batch.features._features_or_failure", interrupted)
+    monkeypatch.setattr("qvl_batch.vision.features._features_or_failure", interrupted)
     with pytest.raises(KeyboardInterrupt):
         features.of(*images)
     hold.set()
@@ -114,7 +114,9 @@ def test_images_of_an_interrupted_call_can_be_asked_for_again(monkeypatch):
     vision = _Counting()
     features, images = ImageFeatures(vision), _images(1, 2, 3)
     with monkeypatch.context() as patch:
-        patch.setattr("qvl_batch.features._features_or_failure", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(
+            "qvl_batch.vision.features._features_or_failure", lambda _: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
         with pytest.raises(KeyboardInterrupt):
             features.of(*images)
     assert [int(row[0, 0]) for row in features.of(*images)] == [1, 2, 3]

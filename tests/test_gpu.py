@@ -12,14 +12,14 @@ from shallow import make_shallow
 
 from export.half import emulated_graph
 from export.package import ExportConfig, export_bundle
-from qvl_batch.bundle import DECODER, VISION, Bundle
+from qvl_batch.bundle.manifest import DECODER, VISION, Bundle
 from qvl_batch.captioner import Captioner
-from qvl_batch.decoder import SHELVES, Decoder, PrefillRow
+from qvl_batch.decoder.decoder import SHELVES, Decoder, PrefillRow
+from qvl_batch.decoder.kv_cache import slot_bytes
 from qvl_batch.errors import DeviceError
-from qvl_batch.kv_cache import slot_bytes
-from qvl_batch.plan import CARD_RESERVE, bytes_beside_slots, card_of_this_process
-from qvl_batch.runtime import memory_on, open_cuda
-from qvl_batch.vision import VisionEncoder
+from qvl_batch.pipeline.plan import CARD_RESERVE, bytes_beside_slots, card_of_this_process
+from qvl_batch.runtime.session import memory_on, open_cuda
+from qvl_batch.vision.encoder import VisionEncoder
 
 
 def _missing():
@@ -117,7 +117,7 @@ def test_in_half_precision_nearly_all_tokens_are_those_of_the_cpu(dtype, bundles
 
 def test_captured_steps_answer_as_others_do(bundles, monkeypatch):
     _, captured = _answers(bundles("bf16"), slots=5)
-    monkeypatch.setattr("qvl_batch.decoder.HALVES", ())
+    monkeypatch.setattr("qvl_batch.decoder.decoder.HALVES", ())
     _, plain = _answers(bundles("bf16"), slots=5)
     # Not all: a step that is not captured divides a shorter cache among the GPU's cores, and adds in another order.
     assert sum(a == b for a, b in zip(captured, plain, strict=True)) >= AGREEMENT["bf16"] * len(plain)

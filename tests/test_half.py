@@ -25,11 +25,11 @@ from export.graphs import Precision
 from export.half import emulated, emulated_graph, to_half
 from export.package import ExportConfig, export_bundle
 from export.parity import refuse_beyond_bounds
-from qvl_batch.bundle import DECODER, DECODER_FULL, VISION, Bundle, Parity
-from qvl_batch.decoder import Decoder
+from qvl_batch.bundle.manifest import DECODER, DECODER_FULL, VISION, Bundle, Parity
+from qvl_batch.decoder.decoder import Decoder
+from qvl_batch.decoder.prompts import RowLayout
 from qvl_batch.errors import BundleError, ExportError, NumericError
-from qvl_batch.layout import RowLayout
-from qvl_batch.vision import VisionEncoder
+from qvl_batch.vision.encoder import VisionEncoder
 
 ROWS = demo_rows(12)
 #: In fp32 in every graph: the residual stream and its norms, rotation, and what picks a token.

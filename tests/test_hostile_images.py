@@ -14,9 +14,9 @@ from PIL import Image
 
 from qvl_batch.config import ImageRules
 from qvl_batch.errors import ImageError
-from qvl_batch.formats import FORMATS
-from qvl_batch.images import decode_image, pixels_or_failure
-from qvl_batch.limits import LONGEST_SIDE
+from qvl_batch.images.formats import FORMATS
+from qvl_batch.images.limits import LONGEST_SIDE
+from qvl_batch.images.pixels import decode_image, pixels_or_failure
 from qvl_batch.schema import Failure
 
 
@@ -342,8 +342,8 @@ def test_an_image_of_any_mode_is_turned_upright(mode, orientation):
 
 HANGS = """
 import pyarrow as pa
-from qvl_batch import prepare
-from qvl_batch.source import FAILURE, IMAGE
+from qvl_batch.pipeline import prepare
+from qvl_batch.input.source import FAILURE, IMAGE
 prepare.SECONDS = 0.5
 prepare.pixels_or_failure = lambda *_: sum(range(10**15))
 prepare.prepare(pa.table({IMAGE: [b"x"], **dict.fromkeys(FAILURE, pa.nulls(1, pa.string()))}), 1, "crop")
@@ -375,7 +375,7 @@ def test_a_photo_of_a_phone_whose_file_says_that_it_is_small_takes_no_memory():
 
 
 def test_an_image_without_pixels_is_refused(monkeypatch):
-    monkeypatch.setattr("qvl_batch.damage.opened", lambda *_: Image.new("RGB", (0, 5)))
+    monkeypatch.setattr("qvl_batch.images.damage.opened", lambda *_: Image.new("RGB", (0, 5)))
     failure = pixels_or_failure(b"any", 56, "letterbox")
     assert isinstance(failure, Failure)
     assert failure.message == "the image has 0 x 5 pixels; a side may have 1 to 1,000,000"

@@ -12,7 +12,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from qvl_batch.config import ImageRules
 from qvl_batch.errors import ImageError
-from qvl_batch.images import LETTERBOX_RGB, decode_image, fit_image, upright_rgb
+from qvl_batch.images.pixels import LETTERBOX_RGB, decode_image, fit_image, upright_rgb
 
 pillow_heif.register_heif_opener()  # to save such files
 

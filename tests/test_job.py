@@ -35,7 +35,7 @@ from comparison.reference import PyTorch
 from qvl_batch import Captioner
 from qvl_batch.config import CaptionConfig
 from qvl_batch.errors import InputError
-from qvl_batch.pipeline import run
+from qvl_batch.pipeline.run import run
 
 #: What `poison/sitecustomize.py` looks for.
 POISON_FILE, POISON_IMAGE, POISON_PROMPT = b"ends whatever reads it", b"ends whatever decodes it", "End."
@@ -235,7 +235,7 @@ def test_a_job_that_cannot_be_done_says_so_in_one_line(options, message, tiny_bu
 def test_a_worker_that_does_not_start_says_why(raised, said):
     from ray.exceptions import ActorDiedError, RayTaskError  # noqa: PLC0415  (takes a second)
 
-    from qvl_batch.pipeline import _job_error  # noqa: PLC0415
+    from qvl_batch.pipeline.run import _job_error  # noqa: PLC0415
 
     trace = f'ray::MapWorker.__init__()\n  File "workers.py", line 63, in __init__\n{raised}'
     error = ActorDiedError(RayTaskError("__init__", trace, ValueError(), "ray::MapWorker", 7, "127.0.0.1"))
@@ -347,7 +347,7 @@ def test_a_job_that_is_stopped_says_what_goes_on(option, command, monkeypatch, c
     def run(*_, **__):
         raise KeyboardInterrupt("2 of 9 rows are answered")
 
-    monkeypatch.setitem(sys.modules, "qvl_batch.pipeline", SimpleNamespace(run=run))
+    monkeypatch.setitem(sys.modules, "qvl_batch.pipeline.run", SimpleNamespace(run=run))
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     monkeypatch.setattr(sys, "argv", ["caption.py", "--bundle", "b", "--input", "i", "--output", "o", *option])
     assert caption.main() == 130

@@ -17,15 +17,16 @@ from saturating.sitecustomize import plant
 
 import check
 from export.package import ExportConfig, export_bundle
-from qvl_batch import Captioner, runtime
-from qvl_batch.bundle import DECODER, FP32, KNOWN_ANSWERS, VISION, Bundle
+from qvl_batch import Captioner
+from qvl_batch.bundle.known_answers import SPACING, STEPS, Figure, KnownAnswers, digits, repeated
+from qvl_batch.bundle.manifest import DECODER, FP32, KNOWN_ANSWERS, VISION, Bundle
 from qvl_batch.config import CaptionConfig
-from qvl_batch.decoder import Decoder, PrefillRow
+from qvl_batch.decoder.decoder import Decoder, PrefillRow
 from qvl_batch.errors import BundleError, DeviceError
-from qvl_batch.known_answers import SPACING, STEPS, Figure, KnownAnswers, digits, repeated
-from qvl_batch.pipeline import run
-from qvl_batch.stages import open_vision_cache
-from qvl_batch.vision import VisionEncoder
+from qvl_batch.pipeline.run import run
+from qvl_batch.pipeline.stages import open_vision_cache
+from qvl_batch.runtime import session
+from qvl_batch.vision.encoder import VisionEncoder
 
 WRONG = "this machine computes the {} graph wrongly: error of {} "
 
@@ -33,8 +34,8 @@ WRONG = "this machine computes the {} graph wrongly: error of {} "
 @pytest.fixture
 def saturating(monkeypatch):
     """Plants a kernel that saturates, in the sessions of one graph or of all."""
-    monkeypatch.setattr("onnxruntime.InferenceSession", runtime.ort.InferenceSession)
-    return lambda name=None: plant(runtime, name)
+    monkeypatch.setattr("onnxruntime.InferenceSession", session.ort.InferenceSession)
+    return lambda name=None: plant(session, name)
 
 
 def test_a_bundle_carries_what_pytorch_makes_of_an_image_and_a_prompt(tiny_bundle):
@@ -74,7 +75,7 @@ def test_this_machine_computes_the_tiny_bundle_right_and_check_says_so(tiny_bund
     said = capsys.readouterr().out
     assert said.count("✓") == 4
     assert "✗" not in said
-    assert f"machine   {runtime.processor()}, onnxruntime {runtime.ORT_VERSION}" in said
+    assert f"machine   {session.processor()}, onnxruntime {session.ORT_VERSION}" in said
     assert "right     this machine computes the bundle as PyTorch does" in said
 
 
@@ -119,7 +120,7 @@ def test_a_wrong_vision_graph_is_refused_before_an_image(saturating, tiny_bundle
         VisionEncoder(tiny_bundle, threads=2)
     said = str(refusal.value)
     assert said.startswith(WRONG.format("vision", "features"))
-    for part in ("(allowed: 1.0e-04)", runtime.processor(), "jobs/check.py", "export with another --dtype"):
+    for part in ("(allowed: 1.0e-04)", session.processor(), "jobs/check.py", "export with another --dtype"):
         assert part in said
     assert "\n" not in said
 
@@ -149,7 +150,7 @@ def test_a_job_whose_machines_compute_wrongly_answers_nothing(name, graph, tiny_
     assert done.returncode == 1, done.stderr
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith(f"caption: this machine computes the {graph} graph wrongly: ")
-    assert runtime.ORT_VERSION in last
+    assert session.ORT_VERSION in last
     assert not list((tmp_path / "out").glob("part-*"))
     if name == VISION:
         assert not [path for path in (tmp_path / "features").rglob("*") if path.is_file()]

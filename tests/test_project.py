@@ -153,7 +153,8 @@ def test_options_named_in_texts_exist():
 
 
 def test_tasks_that_only_read_and_decode_import_no_heavy_library():
-    script = "import sys, qvl_batch.prepare; print(sorted({'transformers', 'onnxruntime', 'ray'} & set(sys.modules)))"
+    heavy = {"transformers", "onnxruntime", "ray"}
+    script = f"import sys, qvl_batch.pipeline.prepare; print(sorted({heavy} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
 

@@ -8,19 +8,19 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from qvl_batch.arrivals import EXAMPLES, Arrivals
-from qvl_batch.busy import BUSY, Stage, seconds_column
 from qvl_batch.config import CaptionConfig
 from qvl_batch.errors import ConfigError
-from qvl_batch.plan import Plan
-from qvl_batch.report import ProgressLine, Report
-from qvl_batch.rowset import RowSet
-from qvl_batch.sample import ASKED, CHARACTERS, ROWS, SIDE, THUMBNAIL, choose, sample_columns
+from qvl_batch.input.source import FILE, PROMPT, ROW, Source
+from qvl_batch.output.parts import Tally
+from qvl_batch.pipeline.plan import Plan
+from qvl_batch.pipeline.stages import STARTED, WORKERS
+from qvl_batch.report.run_stats import EXAMPLES, Arrivals
+from qvl_batch.report.sample import ASKED, CHARACTERS, ROWS, SIDE, THUMBNAIL, choose, sample_columns
+from qvl_batch.report.summary import ProgressLine, Report
+from qvl_batch.report.timeline import BINS, SECONDS, Timeline
+from qvl_batch.report.utilization import BUSY, Stage, seconds_column
+from qvl_batch.rows import RowSet
 from qvl_batch.schema import ANSWER_FIELDS, ID, Answer, Failure
-from qvl_batch.sink import Tally
-from qvl_batch.source import FILE, PROMPT, ROW, Source
-from qvl_batch.stages import STARTED, WORKERS
-from qvl_batch.timeline import BINS, SECONDS, Timeline
 
 PLAN = Plan(
     vision_workers=3, vision_threads=2, vision_cpus=1, decoder_workers=4, decoder_threads=1, decoder_cpus=1,

@@ -9,11 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT
 
-from qvl_batch.folder import LocalFolder
-from qvl_batch.output import Job
+from qvl_batch.input.source import InputFile, footer_sha256
+from qvl_batch.output.parts import ROWS_PER_FILE, PartRecord, Tally
+from qvl_batch.output.resume import Job
+from qvl_batch.output.storage import LocalFolder
 from qvl_batch.schema import ANSWER_FIELDS, ID, Answer
-from qvl_batch.sink import ROWS_PER_FILE, PartRecord, Tally
-from qvl_batch.source import InputFile, footer_sha256
 
 FILES, ROWS_OF_FILE, ROWS_OF_GROUP = 1_000, 100_000, 100
 #: Growth of the process, in bytes.
@@ -22,9 +22,9 @@ SCRIPT = """
 import re, sys
 from pathlib import Path
 from qvl_batch.config import CaptionConfig
-from qvl_batch.folder import folder_at
-from qvl_batch.output import Job, OutputFolder
-from qvl_batch.source import open_source
+from qvl_batch.output.storage import folder_at
+from qvl_batch.output.resume import Job, OutputFolder
+from qvl_batch.input.source import open_source
 
 def peak():
     return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])

@@ -9,10 +9,10 @@ from browser import complaints, luminance, set_scheme, set_screen, show
 from PIL import Image
 from selenium.webdriver.common.by import By
 
-from qvl_batch.busy import ADVICE
-from qvl_batch.page import Chart, figure, percent, printable, render, time_step
-from qvl_batch.report import span
-from qvl_batch.timeline import Timeline
+from qvl_batch.report.page import Chart, figure, percent, printable, render, time_step
+from qvl_batch.report.summary import span
+from qvl_batch.report.timeline import Timeline
+from qvl_batch.report.utilization import ADVICE
 
 HOSTILE = '<script>window.ran = true</script><img src=x onerror="window.ran = true"> "What" & \'why\'?'
 LONG, BACKWARDS = "W" * 100_000, "\u202e\u0000\u0007\x7f\ud800 right to left שלום"

@@ -15,11 +15,11 @@ import pytest
 
 from qvl_batch.config import CaptionConfig
 from qvl_batch.errors import ConfigError, InputError
-from qvl_batch.fetch import Fetcher
-from qvl_batch.files import passed_over
-from qvl_batch.reader import read_unit
-from qvl_batch.rowset import RowSet
-from qvl_batch.source import FAILURE, FILE, IMAGE, PROMPT, ROW, open_source
+from qvl_batch.input.discovery import passed_over
+from qvl_batch.input.fetch import Fetcher
+from qvl_batch.input.reader import read_unit
+from qvl_batch.input.source import FAILURE, FILE, IMAGE, PROMPT, ROW, open_source
+from qvl_batch.rows import RowSet
 
 IMAGES = pa.array([b"a", b"b", b"c"])
 TABLE = pa.table({"id": [1, 2, 3], "image": IMAGES, "prompt": ["x", "y", None]})

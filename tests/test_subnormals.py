@@ -7,9 +7,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from qvl_batch.memory import on_this_machine
-from qvl_batch.runtime import Session
-from qvl_batch.subnormals import _C, subnormals_flushed
+from qvl_batch.runtime.memory import on_this_machine
+from qvl_batch.runtime.session import Session
+from qvl_batch.runtime.subnormals import _C, subnormals_flushed
 
 pytestmark = pytest.mark.skipif(_C is None, reason="only x86-64 Linux has the register")
 #: Enough for every thread of a session to take part.

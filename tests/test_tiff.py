@@ -10,10 +10,10 @@ from PIL import Image
 from test_hostile_images import _png
 from tiffs import DEFLATE, tiff
 
-from qvl_batch import shades
 from qvl_batch.config import ImageRules
 from qvl_batch.errors import ImageError
-from qvl_batch.images import decode_image
+from qvl_batch.images import bit_depth
+from qvl_batch.images.pixels import decode_image
 
 HEIGHT, WIDTH = 20, 33
 #: Photometric interpretation, samples, and what those beyond colours are: 1 and 2 alpha, 0 nothing.
@@ -171,9 +171,9 @@ def test_deep_samples_of_a_file_that_is_cut_are_refused(cut, compression, planar
 
 @pytest.fixture
 def _not_said_yet():
-    shades._say_that_range_is_unused.cache_clear()
+    bit_depth._say_that_range_is_unused.cache_clear()
     yield
-    shades._say_that_range_is_unused.cache_clear()
+    bit_depth._say_that_range_is_unused.cache_clear()
 
 
 @pytest.mark.usefixtures("_not_said_yet")

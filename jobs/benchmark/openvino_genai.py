@@ -11,7 +11,7 @@ import openvino
 import openvino_genai
 
 from benchmark.rows import Peer, Rows
-from qvl_batch.images import decode_image, fit_image
+from qvl_batch.images.pixels import decode_image, fit_image
 
 
 class OpenVino(Peer):

@@ -15,15 +15,15 @@ import pyarrow.parquet as pq
 
 from benchmark.memory import PeakMemory
 from benchmark.rows import Rows, median_seconds, timed
-from qvl_batch.bundle import Bundle
+from qvl_batch.bundle.manifest import Bundle
 from qvl_batch.config import CaptionConfig
-from qvl_batch.decoder import Decoder, PrefillRow
-from qvl_batch.engine import Completion, Engine, Request, decoder_clocks
-from qvl_batch.images import decode_image, fit_image
-from qvl_batch.layout import RowLayout
-from qvl_batch.plan import CUDA_VISION_THREADS
-from qvl_batch.runtime import memory_on, resolve_vision_device, usable_cpus
-from qvl_batch.vision import Features, VisionEncoder
+from qvl_batch.decoder.decoder import Decoder, PrefillRow
+from qvl_batch.decoder.engine import Completion, Engine, Request, decoder_clocks
+from qvl_batch.decoder.prompts import RowLayout
+from qvl_batch.images.pixels import decode_image, fit_image
+from qvl_batch.pipeline.plan import CUDA_VISION_THREADS
+from qvl_batch.runtime.session import memory_on, resolve_vision_device, usable_cpus
+from qvl_batch.vision.encoder import Features, VisionEncoder
 
 
 class Ours:
@@ -165,7 +165,7 @@ class Job:
 
         Its peak memory is among them if asked for: to look at it takes a twentieth of two cores.
         """
-        from qvl_batch.pipeline import run  # noqa: PLC0415  (starts what only the job needs)
+        from qvl_batch.pipeline.run import run  # noqa: PLC0415  (starts what only the job needs)
 
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "rows.parquet"

@@ -10,12 +10,12 @@ import numpy as np
 
 from benchmark.ours import Ours
 from benchmark.rows import Rows, seconds
-from qvl_batch.decoder import PrefillRow
-from qvl_batch.engine import Request
-from qvl_batch.features import ImageFeatures
-from qvl_batch.images import image_key
-from qvl_batch.runtime import usable_cpus
-from qvl_batch.vision_cache import VisionCache
+from qvl_batch.decoder.decoder import PrefillRow
+from qvl_batch.decoder.engine import Request
+from qvl_batch.images.pixels import image_key
+from qvl_batch.runtime.session import usable_cpus
+from qvl_batch.vision.cache import VisionCache
+from qvl_batch.vision.features import ImageFeatures
 
 #: Answers' lengths in tokens: mostly short, a few as long as may be.
 MEAN_TOKENS, MOST_TOKENS = 16, 128

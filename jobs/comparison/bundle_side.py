@@ -15,16 +15,16 @@ from comparison.layers import LayerProbe
 from comparison.questions import Question
 from comparison.traces import Array, States, Trace
 from export.half import emulated_graph
-from qvl_batch.bundle import DECODER, HALVES, VISION, Bundle
+from qvl_batch.bundle.manifest import DECODER, HALVES, VISION, Bundle
 from qvl_batch.config import Device
-from qvl_batch.decoder import Decoder, PrefillRow, Tokens
-from qvl_batch.engine import Completion, Engine, Request
+from qvl_batch.decoder.decoder import Decoder, PrefillRow, Tokens
+from qvl_batch.decoder.engine import Completion, Engine, Request
+from qvl_batch.decoder.prompts import RowLayout
 from qvl_batch.errors import NumericError, RowError
-from qvl_batch.layout import RowLayout
-from qvl_batch.memory import Memory, RealDevice
-from qvl_batch.runtime import has_cuda, memory_on, usable_cpus
+from qvl_batch.runtime.memory import Memory, RealDevice
+from qvl_batch.runtime.session import has_cuda, memory_on, usable_cpus
 from qvl_batch.schema import Failure
-from qvl_batch.vision import VisionEncoder
+from qvl_batch.vision.encoder import VisionEncoder
 
 SLOTS = 8
 

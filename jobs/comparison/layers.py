@@ -25,10 +25,10 @@ from numpy.typing import NDArray
 
 from comparison.traces import Array, States
 from export.half import emulated_graph, stream_unit
-from qvl_batch.bundle import DECODER, HALVES, VISION, Bundle, Dtype, part_names
-from qvl_batch.decoder import Decoder, PrefillRow
+from qvl_batch.bundle.manifest import DECODER, HALVES, VISION, Bundle, Dtype, part_names
+from qvl_batch.decoder.decoder import Decoder, PrefillRow
 from qvl_batch.errors import BundleError
-from qvl_batch.runtime import Session
+from qvl_batch.runtime.session import Session
 
 NORM = "SkipSimplifiedLayerNormalization"
 USE_GIVEN = "use_given"

@@ -12,7 +12,7 @@ import numpy as np
 from rapidfuzz.distance import Levenshtein
 
 from comparison.traces import Trace, first_difference
-from qvl_batch.measures import cosine, divergence, relative_error
+from qvl_batch.distances import cosine, divergence, relative_error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,7 +15,7 @@ from typing import Any
 from markupsafe import Markup, escape
 
 from comparison.summary import STAGES, Kind
-from qvl_batch.page import printable, template
+from qvl_batch.report.page import printable, template
 
 Row = dict[str, Any]
 TEMPLATE = "page.html.jinja"

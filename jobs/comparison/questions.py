@@ -14,12 +14,12 @@ from PIL import Image
 from comparison.config import CompareConfig
 from qvl_batch.config import Fit, ImageRules
 from qvl_batch.errors import ConfigError, ImageError, InputError
-from qvl_batch.fetch import Fetcher
-from qvl_batch.images import decode_image, fit_image
-from qvl_batch.reader import read_unit
-from qvl_batch.rowset import Row, RowSet
+from qvl_batch.images.pixels import decode_image, fit_image
+from qvl_batch.input.fetch import Fetcher
+from qvl_batch.input.reader import read_unit
+from qvl_batch.input.source import FILE, IMAGE, PROMPT, ROW, Source, failures_of, open_source
+from qvl_batch.rows import Row, RowSet
 from qvl_batch.schema import ID, Failure, is_textual, readable, texts
-from qvl_batch.source import FILE, IMAGE, PROMPT, ROW, Source, failures_of, open_source
 
 EXPECTED = "expected"
 #: Pixels a side of the images on the page.

@@ -22,11 +22,11 @@ from comparison.measures import Measures, measured
 from comparison.questions import Question
 from comparison.traces import INPUT_STAGES, Trace
 from qvl_batch.errors import OutputError
-from qvl_batch.folder import LocalFolder, folder_at
-from qvl_batch.output import Job, check_same_settings
-from qvl_batch.rowset import Row
+from qvl_batch.output.parts import parquet
+from qvl_batch.output.resume import Job, check_same_settings
+from qvl_batch.output.storage import LocalFolder, folder_at
+from qvl_batch.rows import Row
 from qvl_batch.schema import Failure, failure_record
-from qvl_batch.sink import parquet
 
 COMPARISON, SUMMARY, PAGE = "comparison.parquet", "summary.json", "report.html"
 PARTS, SETTINGS = "_parts", "settings.json"

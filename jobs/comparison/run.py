@@ -17,9 +17,9 @@ from comparison.questions import Question, Questions, open_questions
 from comparison.records import PAGE, Records, record
 from comparison.summary import STAGES, Bounds, difference, summarize
 from comparison.traces import INPUT_STAGES, Side, Trace
-from qvl_batch.bundle import Bundle, Source
+from qvl_batch.bundle.manifest import Bundle, Source
 from qvl_batch.errors import ConfigError, JobError
-from qvl_batch.report import ProgressLine, installed_versions, progress_line
+from qvl_batch.report.summary import ProgressLine, installed_versions, progress_line
 from qvl_batch.schema import Failure
 
 #: Questions in one chunk, and the memory that its logits may take on both sides together.

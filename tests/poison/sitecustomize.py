@@ -44,9 +44,9 @@ def _poison_layout(module):
 
 
 POISONED = {
-    "qvl_batch.reader": _poison_reader,
-    "qvl_batch.images": _poison_images,
-    "qvl_batch.layout": _poison_layout,
+    "qvl_batch.input.reader": _poison_reader,
+    "qvl_batch.images.pixels": _poison_images,
+    "qvl_batch.decoder.prompts": _poison_layout,
 }
 
 

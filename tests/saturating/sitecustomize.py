@@ -38,7 +38,7 @@ def saturated(path):
 
 
 def plant(runtime, name=None):
-    """Let the sessions that `qvl_batch.runtime` makes of that graph, or of all, saturate."""
+    """Let the sessions that `qvl_batch.runtime.session` makes of that graph, or of all, saturate."""
     make = runtime.ort.InferenceSession
 
     def session(graph, options, **others):
@@ -51,11 +51,11 @@ def plant(runtime, name=None):
 
 
 class _Finder:
-    """Finds `qvl_batch.runtime` as the others do, and plants it once it is loaded."""
+    """Finds `qvl_batch.runtime.session` as the others do, and plants it once it is loaded."""
 
     @staticmethod
     def find_spec(name, path=None, target=None):
-        if name != "qvl_batch.runtime":
+        if name != "qvl_batch.runtime.session":
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path, target)
         load = spec.loader.exec_module

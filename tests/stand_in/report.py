@@ -17,14 +17,14 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
-from qvl_batch import runtime
-from qvl_batch.bundle import DECODER, VISION, Bundle
-from qvl_batch.decoder import SHELVES, Decoder, PrefillRow
+from qvl_batch.bundle.manifest import DECODER, VISION, Bundle
+from qvl_batch.decoder.decoder import SHELVES, Decoder, PrefillRow
+from qvl_batch.decoder.kv_cache import slot_bytes
 from qvl_batch.errors import DeviceError
-from qvl_batch.kv_cache import slot_bytes
-from qvl_batch.memory import CudaMemory
-from qvl_batch.plan import CUDA_BYTES, CUDA_VISION_THREADS, bytes_beside_slots
-from qvl_batch.runtime import Session, _providers, open_cuda
+from qvl_batch.pipeline.plan import CUDA_BYTES, CUDA_VISION_THREADS, bytes_beside_slots
+from qvl_batch.runtime import session
+from qvl_batch.runtime.memory import CudaMemory
+from qvl_batch.runtime.session import Session, _providers, open_cuda
 
 COUNTERS = ("moves", "moved_bytes", "crossings", "crossed_bytes", "captures", "launches", "mallocs", "frees")
 
@@ -34,7 +34,7 @@ def report(bundle: Bundle) -> dict[str, Any]:
     features of an image that is encoded while this thread captures; bytes that a decoder takes and would take by plan;
     the error that is left of asking for too much memory; and how much of a decoder's memory is not freed with it.
     """
-    runtime._preload = lambda: None  # pip may have installed the real libraries
+    session._preload = lambda: None  # pip may have installed the real libraries
     memory = CudaMemory(open_cuda("--device cuda"))
     nodes = {name: _nodes(bundle.file(name), memory, captures=name == DECODER) for name in (DECODER, VISION)}
     decoder = Decoder(bundle, 4, 1, memory=memory, prove=False)  # they compute nothing

@@ -1,0 +1,1 @@
+"""The bundle: one directory with everything a worker needs, as `python -m export` writes it."""

@@ -1,0 +1,1 @@
+"""Features and prompts to answers: tokens, the KV cache, prefill and decode steps, continuous batching."""

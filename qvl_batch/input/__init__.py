@@ -1,0 +1,1 @@
+"""Files to rows: which files the input has, which of their rows are left, and those rows as tables."""

@@ -1,0 +1,138 @@
+"""The stages that run the graphs, as functions of Arrow tables: each lives in an actor.
+
+Tables have one row for each row of the input and the columns named in `source` and `prepare`;
+pixels and features are binary columns, read in place. A row that failed in one stage carries its
+failure through the others. Ray calls these; nothing here knows of Ray.
+"""
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import PIL
+import pyarrow as pa
+
+from qvl_batch.bundle.manifest import Bundle, Manifest, combined_sha256
+from qvl_batch.decoder.answerer import Answerer, Question
+from qvl_batch.input.source import FAILURE, OWN, PROMPT, failure_columns, failures_of, with_columns
+from qvl_batch.pipeline.prepare import IMAGE_KEY, PIXELS
+from qvl_batch.report.utilization import seconds_column
+from qvl_batch.runtime.memory import RealDevice
+from qvl_batch.runtime.session import ORT_VERSION
+from qvl_batch.schema import ANSWER_FIELDS, Failure
+from qvl_batch.vision.cache import VisionCache
+from qvl_batch.vision.encoder import Features, VisionEncoder
+from qvl_batch.vision.features import ImageFeatures, Pixels
+
+FEATURES, STARTED = f"{OWN}features", f"{OWN}started"
+#: Columns of the workers that had a row.
+WORKERS = {"vision": f"{OWN}vision_worker", "decoder": f"{OWN}decoder_worker"}
+
+
+def open_vision_cache(folder: Path, gigabytes: float, manifest: Manifest) -> VisionCache:
+    """Features that are kept of a bundle's vision graph, and of these versions of Pillow and ONNX Runtime; of a bundle
+    with known answers, they are apart from those that were made without.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+    proved = "by nobody" if manifest.tolerance is None else "by known answers"
+    maker = combined_sha256(
+        [
+            ("vision", manifest.vision_sha256),
+            ("pillow", PIL.__version__),
+            ("onnxruntime", ORT_VERSION),
+            ("proved", proved),
+        ]
+    )
+    return VisionCache(folder, maker, manifest.feature_shape, int(gigabytes * 1e9))
+
+
+class VisionStage:
+    """Runs the vision graph: the column `PIXELS` becomes `FEATURES`, float32 (T_img, D) as bytes.
+    `STARTED` is added, when that began in Unix seconds, and the vision worker's name.
+
+    Called by two threads at once, it has the next table's images at hand when the first one's end.
+
+    Args:
+        bundle: folder of the bundle.
+        threads: images that are encoded at a time, each by one thread.
+        name: called once, names this worker.
+        cache: folder of kept features, and its largest size in gigabytes; None for none.
+        niceness: what this process adds to its own.
+        device: where the graph runs.
+    """
+
+    def __init__(
+        self,
+        bundle: Path,
+        threads: int,
+        name: Callable[[], str],
+        cache: tuple[Path, float] | None = None,
+        niceness: int = 0,
+        device: RealDevice = "cpu",
+    ) -> None:
+        os.nice(niceness)
+        self._name = name()
+        loaded = Bundle.load(bundle, verify=False)
+        self._image_size = loaded.manifest.layout.image_size
+        kept = None
+        if cache is not None:
+            kept = open_vision_cache(*cache, loaded.manifest)
+        self._features = ImageFeatures(VisionEncoder(loaded, 1, device), kept, at_once=threads)
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """Encode the images of a table."""
+        started = pa.array([time.time()] * table.num_rows, pa.float64())
+        size = self._image_size
+        failures = failures_of(table)
+        images: list[Pixels | Failure] = [
+            failure or np.frombuffer(value.as_buffer(), np.uint8).reshape(size, size, 3)
+            for value, failure in zip(table[PIXELS], failures, strict=True)
+        ]
+        encoded = self._features.of(images, table[IMAGE_KEY].to_pylist())
+        features = [None if isinstance(row, Failure) else row.tobytes() for row in encoded]
+        failed = [row if isinstance(row, Failure) else None for row in encoded]
+        table = table.drop_columns([PIXELS, *FAILURE])
+        worker = pa.array([self._name] * table.num_rows, pa.string())
+        added = {FEATURES: pa.array(features, pa.large_binary()), STARTED: started, WORKERS["vision"]: worker}
+        added |= seconds_column("vision", self._features.clock.take(), table.num_rows)
+        return with_columns(table, added | failure_columns(failed))
+
+
+class DecodeStage:
+    """Answers prompts: `FEATURES` and `PROMPT` become the columns of `ANSWER_FIELDS`, and the decoder's name is added.
+
+    Called by several threads at once, it keeps all their rows in one engine.
+    """
+
+    def __init__(
+        self,
+        bundle: Path,
+        slots: int,
+        threads: int,
+        max_new_tokens: int,
+        allow_repetition: bool,
+        name: Callable[[], str],
+    ) -> None:
+        self._name = name()
+        loaded = Bundle.load(bundle, verify=False)
+        self._max_new_tokens = max_new_tokens
+        self._shape = loaded.manifest.feature_shape
+        self._answerer = Answerer(loaded, slots, threads, allow_repetition=allow_repetition)
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """Answer the rows of a table."""
+        features: list[Features | Failure] = [
+            failure or np.frombuffer(value.as_buffer(), np.float32).reshape(self._shape)
+            for value, failure in zip(table[FEATURES], failures_of(table), strict=True)
+        ]
+        questions = list(map(Question, features, table[PROMPT].to_pylist(), table[IMAGE_KEY].to_pylist()))
+        answers = [answer.record() for answer in self._answerer.answer(questions, self._max_new_tokens)]
+        columns = {f.name: pa.array([answer[f.name] for answer in answers], f.type) for f in ANSWER_FIELDS}
+        columns[WORKERS["decoder"]] = pa.array([self._name] * table.num_rows, pa.string())
+        for work, clock in self._answerer.clocks.items():
+            columns |= seconds_column(work, clock.take(), table.num_rows)
+        return with_columns(table.drop_columns([FEATURES, PROMPT, IMAGE_KEY, *FAILURE]), columns)

@@ -1,0 +1,185 @@
+"""The report of a run as one HTML file that needs nothing else: no network, no script.
+
+What enters: the record of the run, as `_run.json` has it, and rows to show. What leaves: the page.
+All of it may hold what strangers wrote: ids, prompts, answers, paths, messages.
+"""
+
+import base64
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+from markupsafe import Markup
+
+from qvl_batch.report.summary import UNITS, span
+from qvl_batch.report.timeline import paired
+
+TEMPLATE = "page.html.jinja"
+#: Points of the line at most, and rows that one stands for at least where there are more than a few:
+#: rows arrive by tables, and the line shall not show that.
+POINTS, FEW_POINTS, ROWS_PER_POINT = 80, 12, 24
+#: Labels of an axis at most.
+TICKS = 6
+#: Control characters are shown by their pictures, or as unreadable where they have none; line breaks and tabs are left.
+CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"} | {0x7F: 0x2421}
+CONTROLS |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
+#: Seconds from label to label; beyond them, days by the decade.
+TIME_STEPS = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 10_800, 21_600, 43_200)
+
+
+def render(record: dict[str, Any], sample: Sequence[dict[str, Any]]) -> str:
+    """The page.
+
+    Args:
+        record: of the run.
+        sample: rows with `id`, `prompt`, `thumbnail` and the columns of an answer.
+    """
+    filters = {"percent": percent, "span": span, "figure": figure}
+    return template(Path(__file__).parent / TEMPLATE, filters, finalize=printable).render(
+        run=record,
+        failed=record["finish_reasons"].get("error", 0),
+        chart=Chart.of(record) if record["rows_of_this_run"] else None,
+        cards=[_card(row) for row in sample],
+    )
+
+
+def template(
+    path: Path, filters: dict[str, Callable[..., Any]], finalize: Callable[[object], object] | None = None
+) -> Template:
+    """The template of a page: what is put into it is escaped, and must be there.
+
+    Args:
+        path: of the template.
+        filters: besides `count`, a number with separators.
+        finalize: applied to each value before it is put in.
+    """
+    environment = Environment(
+        loader=FileSystemLoader(path.parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=finalize,
+    )
+    environment.filters |= {"count": lambda number: f"{number:,}"} | filters
+    return environment.get_template(path.name)
+
+
+@dataclass(frozen=True, slots=True)
+class Chart:
+    """Images/s over the seconds of a run, as places in % of a box, from its left and its bottom.
+
+    `steps` are right ends and heights of the line; `errors` are left ends, widths and heights of
+    failed rows, and how many; `steady` is the height of the steady rate; what is left of `started`
+    went before an image was looked at; `rates` and `times` are ticks with labels.
+    """
+
+    steps: list[tuple[float, float]]
+    errors: list[tuple[float, float, float, int]]
+    steady: float
+    started: float
+    rates: list[tuple[float, str]]
+    times: list[tuple[float, str]]
+
+    @classmethod
+    def of(cls, record: dict[str, Any]) -> "Chart":
+        """The chart of a run that answered rows."""
+        seconds: float = record["seconds"]
+        bins = _bins(record["timeline"], seconds)
+        starts = [0.0, *(end for end, _, _ in bins)]
+        rates = [rows / (end - start) for start, (end, rows, _) in zip(starts, bins, strict=False)]
+        steady: float = record["steady_images_per_second"]
+        rate_step = _decimal_step(max(*rates, steady))
+        top = rate_step * math.ceil(max(*rates, steady) / rate_step)
+
+        def across(at: float) -> float:
+            return round(100 * at / seconds, 3)
+
+        def up(rate: float) -> float:
+            return round(100 * rate / top, 3)
+
+        step = time_step(seconds)
+        return cls(
+            steps=[(across(end), up(rate)) for (end, _, _), rate in zip(bins, rates, strict=True)],
+            errors=[
+                (across(start), across(end - start), up(errors / (end - start)), errors)
+                for start, (end, _, errors) in zip(starts, bins, strict=False)
+                if errors
+            ],
+            steady=up(steady),
+            started=across(record["workers_seconds"]),
+            rates=[(up(rate_step * at), f"{rate_step * at:,.10g}") for at in range(round(top / rate_step) + 1)],
+            times=[(across(at), _tick(at, step)) for at in range(0, math.floor(seconds) + 1, step)],
+        )
+
+    @property
+    def line(self) -> str:
+        """An SVG path in a box of 100 by 100."""
+        return f"M0 {100 - self.steps[0][1]:g}" + "".join(f"V{100 - height:g}H{end:g}" for end, height in self.steps)
+
+    @property
+    def area(self) -> str:
+        """What is below the line."""
+        return f"{self.line}V100H0Z"
+
+
+def _bins(timeline: dict[str, Any], seconds: float) -> list[tuple[float, int, int]]:
+    """Ends of bins that are wide enough to look at, up to the end of the run; their rows and errors."""
+    width, rows, errors = timeline["seconds_per_bin"], timeline["rows"], timeline["errors"]
+    total = sum(rows)
+    while (count := round(seconds / width)) > POINTS or (count > FEW_POINTS and total < count * ROWS_PER_POINT):
+        width, rows, errors = 2 * width, paired(rows), paired(errors)
+    # The last one, of half to one and a half times the width, has what is left.
+    last = max(count, 1) - 1
+    counts = [[*(values + [0] * last)[:last], sum(values[last:])] for values in (rows, errors)]
+    return list(zip([*(width * (at + 1) for at in range(last)), seconds], *counts, strict=True))
+
+
+def _decimal_step(most: float) -> float:
+    """From label to label: 1, 2 or 5 times a power of ten."""
+    if most <= 0:
+        return 1.0
+    power = 10.0 ** math.floor(math.log10(most / TICKS))
+    return next(power * factor for factor in (1, 2, 5, 10) if power * factor * TICKS >= most)
+
+
+def time_step(seconds: float) -> int:
+    """Whole seconds from label to label."""
+    day = UNITS["d"]
+    days = round(day * max(1.0, _decimal_step(seconds / day)))
+    return next((step for step in TIME_STEPS if step * TICKS >= seconds), days)
+
+
+def _tick(at: int, step: int) -> str:
+    unit = max((name for name, size in UNITS.items() if size <= step), key=UNITS.__getitem__)
+    return f"{at / UNITS[unit]:g} {unit}" if at else "0"
+
+
+def _card(row: dict[str, Any]) -> dict[str, Any]:
+    thumbnail = row["thumbnail"]
+    return row | {"thumbnail": base64.b64encode(thumbnail).decode() if thumbnail else None}
+
+
+def printable(value: object) -> object:
+    """What the page says for a value: text without characters that a page may not have."""
+    if isinstance(value, str) and not isinstance(value, Markup):
+        return value.translate(CONTROLS).encode(errors="replace").decode()
+    return value
+
+
+def percent(share: float) -> str:
+    """A share: whole percents, but neither none nor all if it is not quite that."""
+    few, most = 0.01, 0.99
+    if most < share < 1:
+        return f"{math.floor(1000 * share) / 10:g} %"
+    return f"{100 * share:.1g} %" if 0 < share < few else f"{100 * share:.0f} %"
+
+
+def figure(value: float) -> str:
+    """A number with three digits or more."""
+    if value >= 100:  # noqa: PLR2004
+        return f"{value:,.0f}"
+    return f"{value:.2f}" if value >= 1 or not value else f"{value:.3g}"

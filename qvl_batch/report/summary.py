@@ -1,0 +1,234 @@
+"""What a person sees of a job: a line while it runs, a summary at its end, and the record `_run.json`."""
+
+import importlib.metadata
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from qvl_batch.bundle.manifest import Bundle
+from qvl_batch.config import CaptionConfig
+from qvl_batch.input.source import Source
+from qvl_batch.output.parts import Tally
+from qvl_batch.report.utilization import Stage, advice
+
+#: Without a terminal, progress is a line every so many seconds.
+SECONDS_PER_LINE = 10.0
+MILLION, HOUR = 1_000_000, 3600
+#: Answered rows, and seconds since workers had started, from which on a rate says something of a million images: a
+#: pipeline fills and empties in the time of about twenty rows, and rows arrive by tables, seconds apart.
+ENOUGH_ROWS, ENOUGH_SECONDS = 100, 10.0
+UNITS = {"s": 1, "min": 60, "h": 3600, "d": 86_400}
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """A finished job: `tally` counts what this run answered, `before` what earlier ones had.
+
+    `seconds` is the time from the start of the pipeline to the last answer written. The first
+    `workers_seconds` of it went until an image entered the vision graph, most of it on starting
+    workers; `startup_seconds` went before it, most of it on starting Ray. `sample` is rows to show,
+    and `details` whatever else the record has of this run.
+    """
+
+    output: str
+    before: Tally
+    tally: Tally = field(default_factory=Tally)
+    seconds: float = 0.0
+    startup_seconds: float = 0.0
+    workers_seconds: float = 0.0
+    price_per_hour: float | None = None
+    stages: Mapping[str, Stage] = field(default_factory=dict)
+    sample: Sequence[dict[str, Any]] = ()
+    details: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def total(self) -> Tally:
+        """Counts of all answers."""
+        return self.before + self.tally
+
+    @property
+    def images_per_second(self) -> float:
+        """Rows, answered or failed, over `seconds`."""
+        return self.tally.rows / self.seconds if self.seconds else 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens of answers over `seconds`."""
+        return self.tally.answer_tokens / self.seconds if self.seconds else 0.0
+
+    @property
+    def steady_seconds(self) -> float:
+        """Seconds since an image entered the vision graph, so without any start-up."""
+        return max(self.seconds - self.workers_seconds, 0.0)
+
+    @property
+    def steady_images_per_second(self) -> float:
+        """Rows over those seconds."""
+        return self.tally.rows / self.steady_seconds if self.steady_seconds else 0.0
+
+    @property
+    def hours_per_million(self) -> float | None:
+        """Hours that a million images take at the steady rate, None if too little was answered to say."""
+        answered = self.tally.rows - self.tally.finish_reasons["error"]
+        if answered < ENOUGH_ROWS or self.steady_seconds < ENOUGH_SECONDS:
+            return None
+        return MILLION / self.steady_images_per_second / HOUR
+
+    @property
+    def cost_per_million(self) -> float | None:
+        """What they cost, if there is a price."""
+        hours, price = self.hours_per_million, self.price_per_hour
+        return None if hours is None or price is None else hours * price
+
+    @property
+    def busy(self) -> dict[str, float]:
+        """Share of its time that each stage was busy."""
+        return {name: stage.busy for name, stage in self.stages.items()}
+
+    def record(self) -> dict[str, Any]:
+        """Contents of `_run.json`: counts are of all answers, times and speeds of this run."""
+        total = self.total
+        return {
+            "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "rows": total.rows,
+            "finish_reasons": dict(total.finish_reasons),
+            "errors": dict(total.errors),
+            "prompt_tokens": total.prompt_tokens,
+            "answer_tokens": total.answer_tokens,
+            "rows_of_this_run": self.tally.rows,
+            "seconds": round(self.seconds, 3),
+            "startup_seconds": round(self.startup_seconds, 3),
+            "workers_seconds": round(self.workers_seconds, 3),
+            "images_per_second": round(self.images_per_second, 3),
+            "steady_images_per_second": round(self.steady_images_per_second, 3),
+            "tokens_per_second": round(self.tokens_per_second, 3),
+            "hours_per_million": _rounded(self.hours_per_million),
+            "price_per_hour": self.price_per_hour,
+            "cost_per_million": _rounded(self.cost_per_million),
+            "stages": {name: stage.record(self.tally.rows) for name, stage in self.stages.items()},
+            "advice": advice(self.busy),
+            **self.details,
+            "output": self.output,
+            **self.settings,
+        }
+
+    def __str__(self) -> str:
+        total = self.total
+        failed = total.finish_reasons["error"]
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(total.finish_reasons.items()))
+        lines = [
+            f"rows      {total.rows:,}" + (f" ({reasons})" if reasons else ""),
+            *([f"          {self.before.rows:,} of them by earlier runs"] if self.before.rows else []),
+            f"errors    {failed:,}",
+            *(f"          {count:,} {kind}" for kind, count in total.errors.most_common()),
+        ]
+        return "\n".join([*lines, *(self._speeds() if self.tally.rows else []), f"answers   {self.output}"])
+
+    def _speeds(self) -> list[str]:
+        """Lines on this run."""
+        lines = [
+            f"speed     {self.images_per_second:.2f} images/s, {self.tokens_per_second:.1f} tokens/s",
+            f"time      {self.seconds:.1f} s, {self.workers_seconds:.1f} s of it to start workers",
+            f"          {self.startup_seconds:.1f} s before it to start Ray",
+        ]
+        if self.stages:
+            lines += ["busy      " + ", ".join(f"{name} {share:.0%}" for name, share in self.busy.items())]
+        if (hours := self.hours_per_million) is not None:
+            cost = self.cost_per_million
+            price = "" if cost is None else f", {cost:,.2f} at {self.price_per_hour:,.2f} an hour"
+            lines += [f"million   {hours:,.1f} hours{price}"]
+        return lines
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 3)
+
+
+def recorded_settings(
+    config: CaptionConfig, source: Source, bundle: Bundle, devices: Mapping[str, str]
+) -> dict[str, Any]:
+    """What the answers depend on, and what their speed does."""
+    packages = ("qvl-batch", "ray", "onnxruntime-gpu", "onnxruntime", "tokenizers", "pyarrow", "pillow", "pillow-heif")
+    return {
+        "bundle": {
+            "path": str(bundle.path),
+            "sha256": bundle.sha256,
+            "source": asdict(bundle.manifest.source),
+            "dtype": bundle.manifest.dtype,
+        },
+        "decoding": {
+            "method": "greedy",
+            "repetition_penalty": bundle.manifest.generation.repetition_penalty,
+            "eos_token_ids": bundle.manifest.generation.eos_token_ids,
+            "max_new_tokens": config.max_new_tokens,
+            "allow_repetition": config.allow_repetition,
+            "system_prompt": bundle.manifest.system_prompt,
+            "prompt": config.prompt,
+        },
+        "fit": config.fit,
+        "images": asdict(config.image_rules),
+        "files": len(source.files),
+        "limit": config.limit,
+        "devices": dict(devices),
+        "versions": installed_versions(packages),
+    }
+
+
+def installed_versions(packages: Iterable[str]) -> dict[str, str]:
+    """Versions of those packages that are installed."""
+    versions: dict[str, str] = {}
+    for package in packages:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return versions
+
+
+class ProgressLine:
+    """Rows done, failed and to do, on a terminal's last line or as a line now and then."""
+
+    def __init__(self, rows: int, bar: Progress | None) -> None:
+        self._rows, self._bar = rows, bar
+        self._task: TaskID | None = bar.add_task("", total=rows, note="starting") if bar else None
+        self._next_line = time.monotonic()
+
+    def show(self, done: int, failed: int, seconds: float) -> None:
+        """Show the counts of now; `seconds` since the first row."""
+        note = f"{done / max(seconds, 1e-9):.1f} images/s" + (f", {failed:,} errors" if failed else "")
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=done, note=note)
+        elif time.monotonic() >= self._next_line:
+            left = span((self._rows - done) * seconds / max(done, 1)).replace("\u00a0", " ")
+            print(f"{done:,} of {self._rows:,} rows, {note}, {left} left", file=sys.stderr, flush=True)
+            self._next_line = time.monotonic() + SECONDS_PER_LINE
+
+
+def span(seconds: float) -> str:
+    """A time in its two largest units, which stay in one line."""
+    if seconds < UNITS["min"]:
+        return f"{seconds:.1f}\u00a0s"
+    size, parts = round(seconds), []
+    for name, unit in reversed(UNITS.items()):
+        count, size = divmod(size, unit)
+        parts.append(f"{count:,}\u00a0{name}" if count else "")
+    first = next(at for at, part in enumerate(parts) if part)
+    return "\u00a0".join(part for part in parts[first : first + 2] if part)
+
+
+@contextmanager
+def progress_line(rows: int) -> Iterator[ProgressLine]:
+    """Progress of `rows` rows on standard error."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield ProgressLine(rows, None)
+        return
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn())
+    with Progress(*columns, console=console) as bar:
+        yield ProgressLine(rows, bar)

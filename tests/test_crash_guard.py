@@ -1,0 +1,209 @@
+"""A row that ends its worker is found and set aside, and no other row is."""
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from qvl_batch.input.fetch import Fetcher
+from qvl_batch.input.reader import read_unit
+from qvl_batch.input.source import FILE, ROW, Unit, failure_columns, failures_of, footer_sha256
+from qvl_batch.pipeline.crash_guard import ALONE, BEHIND, TOGETHER, AttemptsInMemory, Guarded, GuardedRead, _Calls
+from qvl_batch.schema import InputColumns
+
+
+class Died(BaseException):
+    """Stands for the end of a process."""
+
+
+def _table(rows):
+    own = {FILE: pa.array([0] * len(rows), pa.int32()), ROW: pa.array(rows, pa.int64())}
+    return pa.table(own | failure_columns([None] * len(rows)))
+
+
+class Worker:
+    """A process: it dies of some rows, unless they have failed."""
+
+    def __init__(self, poison, seen):
+        self.poison, self.seen = poison, seen
+
+    def __call__(self, table):
+        rows = table[ROW].to_pylist()
+        self.seen.append(rows)
+        failures = failures_of(table)
+        if any(row in self.poison and failure is None for row, failure in zip(rows, failures, strict=True)):
+            raise Died
+        return table
+
+
+def _work(tables, poison):
+    """Do the work as Ray does, a new worker after each death; results, deaths, and what workers saw."""
+    attempts, seen, deaths, results = AttemptsInMemory(), [], 0, []
+    guarded = Guarded(Worker(poison, seen), "vision", attempts)
+    for table in tables:
+        while True:
+            try:
+                results.append(guarded(table))
+            except Died:
+                deaths += 1
+                guarded = Guarded(Worker(poison, seen), "vision", attempts)
+            else:
+                break
+    assert not attempts._together
+    assert not attempts._alone
+    return pa.concat_tables(results), deaths, seen
+
+
+def test_rows_that_do_no_harm_stay_together():
+    result, deaths, seen = _work([_table([1, 2]), _table([3])], poison=set())
+    assert (result[ROW].to_pylist(), deaths, seen) == ([1, 2, 3], 0, [[1, 2], [3]])
+    assert failures_of(result) == [None] * 3
+
+
+@pytest.mark.parametrize("poison", [{2}, {1}, {1, 3}, {1, 2, 3}])
+def test_rows_that_end_their_worker_fail_and_no_others(poison):
+    result, deaths, _ = _work([_table([1, 2, 3]), _table([4, 5])], poison)
+    assert result[ROW].to_pylist() == [1, 2, 3, 4, 5]
+    failures = dict(zip(result[ROW].to_pylist(), failures_of(result), strict=True))
+    assert {row for row, failure in failures.items() if failure} == poison
+    assert deaths == TOGETHER + ALONE * len(poison)
+    (failure, *_) = (failure for failure in failures.values() if failure)
+    assert (failure.stage, failure.type) == ("vision", "WorkerLostError")
+    assert failure.message.startswith("this row ended its worker 4 times, the last 2 alone in it")
+
+
+def test_a_worker_that_is_killed_now_and_then_costs_no_row():
+    attempts, deaths = AttemptsInMemory(), iter([True, True, True, False, True, False, False, False])
+
+    def work(table):
+        if next(deaths):
+            raise Died
+        return table
+
+    guarded = Guarded(work, "vision", attempts)
+    for _ in range(4):
+        with pytest.raises(Died):
+            guarded(_table([1, 2, 3]))
+    result = guarded(_table([1, 2, 3]))
+    assert failures_of(result) == [None] * 3
+
+
+def test_stages_are_counted_apart():
+    attempts = AttemptsInMemory()
+    for stage in ("image", "vision"):
+        assert [attempts.begin(stage, [(0, 1), (0, 2)]) for _ in range(3)] == [True, True, False]
+    attempts.done("image", [(0, 1), (0, 2)])
+    assert attempts.begin("image", [(0, 1)])
+    assert not attempts.begin("vision", [(0, 1)])
+
+
+def test_nothing_goes_on_beside_a_call_that_is_alone():
+    calls, going_on, most = _Calls(), [], {"together": 0, "beside alone": 0}
+    lock = threading.Lock()
+
+    def call(number):
+        alone = number % 3 == 0
+        with calls.alone() if alone else calls.together():
+            with lock:
+                going_on.append(alone)
+                kind = "beside alone" if any(going_on) else "together"
+                most[kind] = max(most[kind], len(going_on))
+            time.sleep(0.002)
+            with lock:
+                going_on.remove(alone)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(call, range(200)))
+    assert most["beside alone"] == 1
+    assert most["together"] > 1
+
+
+def test_a_call_that_fails_lets_the_others_go_on():
+    calls = _Calls()
+    for kind in (calls.alone, calls.together, calls.alone):
+        with pytest.raises(Died), kind():
+            raise Died
+    with calls.together():
+        pass
+
+
+COLUMNS = InputColumns(pa.field("id", pa.int64()), (pa.field("note", pa.string()),), "image", None)
+
+
+def _read_through(path, groups, ends, spans=None, *, ids_end=False):
+    """Read row groups of 10 as one of Ray's tasks does, again after each death: tables are taken as they come, and
+    those of a later attempt from where the earlier ones ended; tables, deaths.
+    """
+    rows = range(10 * groups)
+    pq.write_table(pa.table({"id": rows, "image": [b"i"] * len(rows), "note": ["n"] * len(rows)}), path, 10)
+    with pa.OSFile(str(path)) as file:
+        footer = footer_sha256(file)
+    units = [Unit(str(path), footer, 0, at, 10 * at, spans or [(10 * at, 10 * at + 10)]) for at in range(groups)]
+    attempts, tables, deaths = AttemptsInMemory(), [], 0
+
+    def read(unit, rows_per_table, lost=None):
+        if lost and lost.known and ids_end:
+            raise Died
+        for table in read_unit(unit, COLUMNS, "What?", rows_per_table, Fetcher(()), lost):
+            if lost is None and any(ends(unit, row) for row in range(unit.first_row, table[ROW][-1].as_py() + 1)):
+                raise Died
+            yield table
+
+    while True:
+        try:
+            for number, table in enumerate(GuardedRead(read, 4, attempts)(units)):
+                if number == len(tables):
+                    tables.append(table)
+                assert table[ROW].equals(tables[number][ROW])
+        except Died:
+            deaths += 1
+        else:
+            break
+    assert not attempts._together
+    assert not attempts._alone
+    return tables, deaths
+
+
+def _alone(*poison):
+    """Rows that end their reader, unless they are left out."""
+    return lambda unit, row: row in poison and any(start <= row < stop for start, stop in unit.spans)
+
+
+def _from(first, end):
+    """No reader gets past a row within its row group."""
+    return lambda _, row: first <= row < end
+
+
+@pytest.mark.parametrize(
+    ("ends", "failed", "behind", "deaths"),
+    [
+        (_alone(), [], [], 0),
+        (_alone(13), [13], [], TOGETHER + ALONE),
+        (_alone(10, 12, 25), [10, 12, 25], [], TOGETHER + 3 * ALONE),
+        (_from(13, 20), [13, 14], [15, 16, 17, 18, 19], TOGETHER + 2 * ALONE),
+    ],
+)
+def test_rows_that_end_their_reader_fail_and_those_that_can_be_read_do_not(ends, failed, behind, deaths, tmp_path):
+    tables, died = _read_through(tmp_path / "a.parquet", 3, ends)
+    assert [table.num_rows for table in tables] == [4, 4, 2] * 3
+    assert died == deaths
+    rows = pa.concat_tables(tables)
+    assert rows[ROW].to_pylist() == rows["id"].to_pylist() == list(range(30))
+    assert set(rows["note"].to_pylist()) == {"n"}
+    failures = {row: failure for row, failure in enumerate(failures_of(rows)) if failure}
+    assert list(failures) == failed + behind
+    for row, failure in failures.items():
+        assert (failure.stage, failure.type) == ("read", "WorkerLostError")
+        why = BEHIND if row in behind else "ended its worker 4 times, the last 2 alone in it"
+        assert failure.message.startswith(f"row {row} of {tmp_path}/a.parquet (row group {row // 10}) {why}")
+
+
+def test_rows_whose_ids_end_their_reader_too_have_none(tmp_path):
+    tables, _ = _read_through(tmp_path / "a.parquet", 1, _alone(3), [(1, 5), (8, 10)], ids_end=True)
+    rows = pa.concat_tables(tables)
+    assert rows[ROW].to_pylist() == [1, 2, 3, 4, 8, 9]
+    assert rows["id"].to_pylist() == [1, 2, None, 4, 8, 9]
+    assert [failure is not None for failure in failures_of(rows)] == [row == 3 for row in rows[ROW].to_pylist()]
