@@ -5,7 +5,7 @@
 # fuzz     decode 10,000 damaged images, each to pixels or to an error
 # real-size  export a checkpoint of 3.75 G parameters, and trace larger ones (20 minutes, 25 GB of disk)
 # compare  compare the tiny bundle with its checkpoint in PyTorch, layer by layer
-# lint     ruff and mypy
+# lint     ruff, mypy, and who may import whom
 # bench    measure engine and Ray job against transformers' generate on a made-up model (an hour)
 # openvino install OpenVINO GenAI beside, so that `bench` measures it too
 # train    train the tiny model anew (an hour or two)
@@ -56,6 +56,7 @@ compare: $(BUNDLE)/bundle.json
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	PYTHONPATH=jobs $(BIN)/lint-imports --no-cache
 	$(BIN)/mypy
 
 bench: $(BENCH)/fp32/bundle.json $(BENCH)/int8/bundle.json

@@ -17,7 +17,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.utils import logging as transformers_logging
 
 from export.weights import Weights, weight_files
-from qvl_batch.bundle.manifest import Generation, Source, combined_sha256, file_sha256
+from qvl_batch.bundle.manifest import CheckpointSource, Generation, combined_sha256, file_sha256
 from qvl_batch.errors import ExportError
 
 MODEL_TYPE = "qwen2_5_vl"
@@ -63,7 +63,7 @@ class Checkpoint:
         return model.eval()
 
     @property
-    def source(self) -> Source:
+    def source(self) -> CheckpointSource:
         """What identifies it."""
         return checkpoint_source(self.path)
 
@@ -97,7 +97,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(path, Weights(path, config), tokenizer, processor, _generation(path, tokenizer))
 
 
-def checkpoint_source(path: Path) -> Source:
+def checkpoint_source(path: Path) -> CheckpointSource:
     """The directory's name, and a hash over weights and settings.
 
     Raises:
@@ -105,7 +105,7 @@ def checkpoint_source(path: Path) -> Source:
     """
     path = path.resolve()
     files = [*weight_files(path), *_carried(path)]
-    return Source(path.name, combined_sha256((f.name, file_sha256(f)) for f in files))
+    return CheckpointSource(path.name, combined_sha256((f.name, file_sha256(f)) for f in files))
 
 
 def _carried(path: Path) -> list[Path]:

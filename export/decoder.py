@@ -30,7 +30,8 @@ from torch.nn import functional as F  # noqa: N812
 from export.half import stream_unit
 from export.layers import GatedMlp, Linear
 from export.operators import group_query_attention, rms_norm, rotary_embedding, skip_rms_norm
-from qvl_batch.bundle.manifest import HALVES, Dtype, Layout
+from qvl_batch.bundle.layout import Layout
+from qvl_batch.bundle.manifest import HALVES, Dtype
 
 
 class DecoderWeights(nn.Module):

@@ -26,18 +26,9 @@ from export.progress import Progress, Update
 from export.quantize import quantize
 from export.vision import VisionTower
 from export.weights import Weights
-from qvl_batch.bundle.manifest import (
-    DECODER,
-    DECODER_FULL,
-    HALVES,
-    VISION,
-    Dtype,
-    GraphDevice,
-    GraphSpec,
-    Layout,
-    TensorSpec,
-    part_names,
-)
+from qvl_batch.bundle.layout import Layout
+from qvl_batch.bundle.manifest import DECODER, DECODER_FULL, HALVES, VISION, Dtype, GraphSpec, TensorSpec, part_names
+from qvl_batch.config import Device
 from qvl_batch.errors import ExportError
 
 OPSET = 21
@@ -66,7 +57,7 @@ class Precision:
     decoder: Dtype = "fp32"
     vision: Dtype = "fp32"
     fp32_layers: tuple[str, ...] = ()
-    device: GraphDevice = "cpu"
+    device: Device = "cpu"
 
     @property
     def has_full(self) -> bool:
@@ -143,7 +134,7 @@ def trace_vision(model: Any, layout: Layout, mean: list[float], std: list[float]
     return _trace(tower, (pixels,), ["pixels"], ["image_features"], ({0: "B"},))
 
 
-def trace_decoder(model: Any, layout: Layout, dtype: Dtype, device: GraphDevice, penalty: float = 1.0) -> ir.Model:
+def trace_decoder(model: Any, layout: Layout, dtype: Dtype, device: Device, penalty: float = 1.0) -> ir.Model:
     """The decoder in fp32, ready for `dtype`, with a repetition penalty; without weights if the model has none."""
     standard = device == "cuda" and dtype == "fp32"
     weights = DecoderWeights(model, dtype)

@@ -23,6 +23,7 @@ from export.graphs import Precision, Traces, export_decoders, export_vision, gra
 from export.parity import check_contract, check_parity
 from export.progress import Progress, ShownProgress
 from export.proof import known_answers, tolerance_of
+from qvl_batch.bundle.layout import Layout
 from qvl_batch.bundle.manifest import (
     DECODER,
     DECODER_FULL,
@@ -35,12 +36,11 @@ from qvl_batch.bundle.manifest import (
     DecoderShape,
     Dtype,
     File,
-    GraphDevice,
-    Layout,
     Manifest,
     file_sha256,
 )
 from qvl_batch.command_line import settings, stop_as_by_ctrl_c
+from qvl_batch.config import Device
 from qvl_batch.errors import ExportError, JobError
 
 #: A contract that leaves fewer tokens than this for prompt and answer is of no use.
@@ -60,7 +60,7 @@ class ExportConfig:
     weights only (wo), for a CPU."""
     vision_dtype: Dtype | None = None
     """Vision tower; without it, as --dtype. In fp32 it runs on CPU and GPU."""
-    device: GraphDevice | None = None
+    device: Device | None = None
     """What the decoder is for. Without it, what --dtype is for; fp32 is for the CPU, and may be for a GPU."""
     fp32_layers: tuple[str, ...] = ()
     """Layers to leave in fp32, by their names in a comparison's layer plot, such as "decoder layer 3"."""
@@ -150,7 +150,7 @@ def _precision(checkpoint: Checkpoint, config: ExportConfig) -> Precision:
     for name in config.fp32_layers:
         if name not in known:
             raise ExportError(f"--fp32-layers {name!r}: there is no such layer; there are {', '.join(known)}")
-    made_for: GraphDevice = "cuda" if config.dtype in HALVES else "cpu"
+    made_for: Device = "cuda" if config.dtype in HALVES else "cpu"
     device = config.device or made_for
     if device != made_for and config.dtype != "fp32":
         raise ExportError(f"--dtype {config.dtype} is for --device {made_for}, not for {device}")

@@ -25,7 +25,8 @@ from export.graphs import Precision
 from export.half import emulated_graph
 from export.progress import Progress, Update
 from qvl_batch.bundle.known_answers import repeated, sample
-from qvl_batch.bundle.manifest import DECODER, DECODER_FULL, HALVES, VISION, Dtype, Layout, Parity
+from qvl_batch.bundle.layout import Layout
+from qvl_batch.bundle.manifest import DECODER, DECODER_FULL, HALVES, VISION, Dtype, Parity
 from qvl_batch.distances import cosine, divergence, relative_error
 from qvl_batch.errors import ExportError
 

@@ -37,7 +37,7 @@ from benchmark.figures import (
 from benchmark.host import Host
 from benchmark.ours import Ours
 from benchmark.rows import Rows
-from qvl_batch.bundle.manifest import Bundle
+from qvl_batch.bundle.loading import Bundle
 from qvl_batch.command_line import settings
 from qvl_batch.decoder.prompts import RowLayout
 from qvl_batch.errors import ConfigError, JobError

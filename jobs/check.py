@@ -17,13 +17,13 @@ from rich.console import Console
 from rich.table import Table
 
 from qvl_batch.bundle.known_answers import Figure, digits
-from qvl_batch.bundle.manifest import Bundle, Manifest
+from qvl_batch.bundle.loading import Bundle
+from qvl_batch.bundle.manifest import Manifest
 from qvl_batch.command_line import settings
-from qvl_batch.config import Device
+from qvl_batch.config import Device, DeviceOption
 from qvl_batch.decoder.decoder import Decoder
 from qvl_batch.errors import BundleError, JobError
-from qvl_batch.runtime.memory import RealDevice
-from qvl_batch.runtime.session import memory_on, resolve_device, resolve_vision_device, usable_cpus
+from qvl_batch.runtime.devices import memory_on, resolve_device, resolve_vision_device, usable_cpus
 from qvl_batch.vision.encoder import VisionEncoder
 
 
@@ -33,9 +33,9 @@ class CheckConfig:
 
     bundle: Annotated[Path, tyro.conf.Positional]
     """Folder of the bundle that `python -m export` made."""
-    device: Device = "auto"
+    device: DeviceOption = "auto"
     """Where the decoder runs: `auto` takes what the bundle was made for, another is refused."""
-    vision_device: Device = "auto"
+    vision_device: DeviceOption = "auto"
     """Where the vision tower runs: `auto` takes a GPU for one in half precision, else the CPU."""
 
 
@@ -69,7 +69,7 @@ def check(config: CheckConfig, bundle: Bundle) -> list[Checked]:
     return found + (_check(exact, "cpu", exact.manifest.device, " in fp32") if exact else [])
 
 
-def _check(bundle: Bundle, vision: RealDevice, decoder: RealDevice, which: str = "") -> list[Checked]:
+def _check(bundle: Bundle, vision: Device, decoder: Device, which: str = "") -> list[Checked]:
     threads = usable_cpus()
     return [
         _timed(f"vision{which}", lambda: VisionEncoder(bundle, threads, vision, prove=False)),

@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qvl_batch.bundle.manifest import Bundle
+    from qvl_batch.bundle.loading import Bundle
     from qvl_batch.captioner import Captioner
     from qvl_batch.errors import JobError, QvlBatchError, RowError
     from qvl_batch.schema import Answer, Failure
@@ -19,7 +19,7 @@ __all__ = ["Answer", "Bundle", "Captioner", "Failure", "JobError", "QvlBatchErro
 
 _HOMES = {
     "Answer": "schema",
-    "Bundle": "bundle.manifest",
+    "Bundle": "bundle.loading",
     "Captioner": "captioner",
     "Failure": "schema",
     "JobError": "errors",

@@ -9,16 +9,17 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from qvl_batch.bundle.manifest import Bundle
-from qvl_batch.config import DEFAULT_MAX_NEW_TOKENS, MAX_IMAGE_PIXELS, Device, Fit, ImageRules
-from qvl_batch.decoder.answerer import Answerer, Question
+from qvl_batch.bundle.layout import Pixels
+from qvl_batch.bundle.loading import Bundle
+from qvl_batch.config import DEFAULT_MAX_NEW_TOKENS, MAX_IMAGE_PIXELS, DeviceOption, Fit, ImageRules
+from qvl_batch.decoder.answerer import Answerer, EncodedRow
 from qvl_batch.decoder.engine import Stoppable
 from qvl_batch.errors import ConfigError, ImageError
 from qvl_batch.images.pixels import DEFAULT_RULES, decode_image, fit_image, image_key, upright_rgb
-from qvl_batch.runtime.session import resolve_device, resolve_vision_device, usable_cpus
+from qvl_batch.runtime.devices import resolve_device, resolve_vision_device, usable_cpus
 from qvl_batch.schema import Answer, Failure
 from qvl_batch.vision.encoder import VisionEncoder
-from qvl_batch.vision.features import ImageFeatures, Pixels
+from qvl_batch.vision.features import ImageFeatures
 
 #: An image as a file's path, as a file's bytes, as pixels uint8 (H, W, 3), or as Pillow has it, where EXIF says
 #: which side is up as it does in a file.
@@ -58,8 +59,8 @@ class Captioner(Stoppable):
         self,
         bundle: str | Path,
         *,
-        device: Device = "auto",
-        vision_device: Device = "auto",
+        device: DeviceOption = "auto",
+        vision_device: DeviceOption = "auto",
         slots: int = 8,
         fit: Fit = "letterbox",
         max_image_pixels: int = MAX_IMAGE_PIXELS,
@@ -122,7 +123,7 @@ class Captioner(Stoppable):
             window = slice(start, start + WINDOW)
             pixels = [self._pixels_or_failure(image) for image in images[window]]
             keys = [None if isinstance(each, Failure) else image_key(each.tobytes(), self._fit) for each in pixels]
-            questions = map(Question, features.of(pixels, keys), texts[window], keys)
+            questions = map(EncodedRow, features.of(pixels, keys), texts[window], keys)
             answers.extend(answerer.answer(list(questions), max_new_tokens))
         return answers
 

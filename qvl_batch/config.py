@@ -12,7 +12,10 @@ from typing import Literal
 from qvl_batch.errors import ConfigError
 
 Fit = Literal["letterbox", "stretch", "crop"]
-Device = Literal["auto", "cpu", "cuda"]
+Device = Literal["cpu", "cuda"]
+DeviceOption = Literal["auto", "cpu", "cuda"]
+#: Kinds of object stores that images may be in and answers may go to.
+OBJECT_STORES = frozenset({"s3", "gs"})
 
 DEFAULT_MAX_NEW_TOKENS = 128
 #: Pillow's own; the largest images then take 0.4 to 1.4 GB while they are decoded.
@@ -63,9 +66,9 @@ class CaptionConfig:
     """Most pixels of an image; a larger one fails. Memory and time of the largest grow with it."""
     allow_truncated: bool = False
     """Show what there is of an image file that is cut or damaged. Without it, one that lacks pixels fails."""
-    device: Device = "auto"
+    device: DeviceOption = "auto"
     """Where the decoder runs: `auto` takes what the bundle was made for, another is refused."""
-    vision_device: Device = "auto"
+    vision_device: DeviceOption = "auto"
     """Where the vision tower runs: `auto` takes a GPU for one in half precision, else the CPU."""
     vision_workers: int | None = None
     """Processes that run the vision graph. Without it, as many as the machine has work for."""

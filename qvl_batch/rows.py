@@ -1,10 +1,11 @@
-"""Which rows of the input are answered: a bit for each, however their ids look.
+"""Rows of the input, known by where they stand: the number of their file, and their index in it.
 
-A row is known by where it stands: the number of its file, and its index in that file. A hundred
-million rows take 12.5 MB, with ids of any length, and a row can be asked for as fast as it is added.
+Ids need not be unique. A set of rows is a bit for each: a hundred million rows take 12.5 MB, with ids of any length,
+and a row can be asked for as fast as it is added.
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,18 @@ Row = tuple[int, int]
 Span = tuple[int, int]
 #: Rows whose bits are spread out at a time: a file may have a hundred million.
 PIECE = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class InputFile:
+    """A file of the input: absolute path, bytes, rows, and SHA-256 of its footer, where sizes and bounds of columns
+    are.
+    """
+
+    path: str
+    size: int
+    rows: int
+    footer: str
 
 
 class RowSet:

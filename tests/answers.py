@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 from conftest import QUESTIONS
 from reference import letterboxed
 
-from qvl_batch.bundle.manifest import Bundle
+from qvl_batch.bundle.loading import Bundle
 from qvl_batch.decoder.decoder import Decoder
 from qvl_batch.decoder.engine import Completion, Engine, Request
 from qvl_batch.decoder.prompts import RowLayout

@@ -20,7 +20,7 @@ import torch
 from export.checkpoint import Checkpoint, load_checkpoint
 from export.graphs import Traces
 from export.package import ExportConfig, export_bundle
-from qvl_batch.bundle.manifest import Bundle
+from qvl_batch.bundle.loading import Bundle
 
 if TYPE_CHECKING:
     from selenium.webdriver import Chrome

@@ -25,7 +25,7 @@ from export.checkpoint import load_checkpoint
 from export.graphs import trace_decoder, trace_vision
 from export.lazy import Part, decoder_parts, vision_parts
 from export.package import ExportConfig, plan_layout
-from qvl_batch.bundle.manifest import Bundle
+from qvl_batch.bundle.loading import Bundle
 
 GIGABYTE = 1e9
 

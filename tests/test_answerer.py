@@ -10,8 +10,9 @@ from conftest import QUESTIONS
 from faults import edit_manifest, forget_known_answers, seal, spoil
 from reference import letterboxed
 
-from qvl_batch.bundle.manifest import DECODER, FP32, VISION, Bundle
-from qvl_batch.decoder.answerer import Answerer, Question, repeated_phrase
+from qvl_batch.bundle.loading import Bundle
+from qvl_batch.bundle.manifest import DECODER, FP32, VISION
+from qvl_batch.decoder.answerer import Answerer, EncodedRow, repeated_phrase
 from qvl_batch.errors import NumericError
 from qvl_batch.vision.encoder import VisionEncoder
 
@@ -21,7 +22,7 @@ ROWS = pq.read_table(QUESTIONS).slice(0, 6).to_pylist()
 @pytest.fixture(scope="module")
 def questions(tiny_bundle):
     vision = VisionEncoder(tiny_bundle, threads=2)
-    return [Question(vision.encode(letterboxed(row["image"]["bytes"])), row["prompt"]) for row in ROWS]
+    return [EncodedRow(vision.encode(letterboxed(row["image"]["bytes"])), row["prompt"]) for row in ROWS]
 
 
 def _answers(bundle, questions, max_new_tokens=64, **options):

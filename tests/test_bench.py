@@ -17,9 +17,9 @@ from benchmark.host import Host
 from benchmark.memory import PeakMemory
 from benchmark.rows import Peer, Rows
 from benchmark.situations import MEAN_TOKENS, MOST_TOKENS, SKEW_ROWS, _skewed_lengths
-from qvl_batch.bundle.manifest import Bundle
+from qvl_batch.bundle.loading import Bundle
 from qvl_batch.errors import ConfigError, JobError
-from qvl_batch.runtime.session import has_cuda
+from qvl_batch.runtime.devices import has_cuda
 
 
 def test_a_contender_answers_from_its_own_process():

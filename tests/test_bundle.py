@@ -8,7 +8,8 @@ import pytest
 from faults import edit_manifest, seal
 
 from qvl_batch.bundle.external_data import FIELDS, external_locations
-from qvl_batch.bundle.manifest import DECODER, DECODER_FULL, FORMAT_VERSION, TOKENIZER, VISION, Bundle
+from qvl_batch.bundle.loading import Bundle
+from qvl_batch.bundle.manifest import DECODER, DECODER_FULL, FORMAT_VERSION, TOKENIZER, VISION
 from qvl_batch.decoder.prompts import RowLayout
 from qvl_batch.errors import BundleError
 from qvl_batch.runtime.session import Session

@@ -29,7 +29,7 @@ from packaging.requirements import Requirement
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLVisionAttention
 
 from export.package import export_bundle
-from qvl_batch.bundle.manifest import Bundle
+from qvl_batch.bundle.loading import Bundle
 
 HERE = Path(__file__).name
 #: Tests that run a program: of this file, or of another one, where the program is named.
@@ -79,7 +79,7 @@ SCRIPTS = sorted(path for folder in ("jobs", "datasets", "tests") for path in RO
 LAUNCHERS = ("make", "python", "pip", "hf", "ray", ".ci/run")
 OTHERS = ("rows", "machine", "equal", "usage:", "image/prompt", "qvl_batch/", "head_ids")
 #: Lines of the Makefile that are no programs of ours.
-TOOLS = ("rm", "touch", "command", "ruff", "mypy", "optimum-cli", "python3")
+TOOLS = ("rm", "touch", "command", "ruff", "mypy", "lint-imports", "optimum-cli", "python3")
 
 
 def _words(line):
@@ -423,8 +423,9 @@ def test_the_machine_that_checks_all_runs_lint_and_tests():
     script = (ROOT / ".ci" / "run").read_text()
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
     assert script.index("make lint") < script.index("make test")
-    assert {line.split()[0] for line in _recipe("lint")} == {"BIN/ruff", "BIN/mypy"}
-    for tool in ("ruff", "mypy"):
+    tools = {"ruff", "mypy", "lint-imports"}
+    assert {_words(line)[0] for line in _recipe("lint")} == {f"BIN/{tool}" for tool in tools}
+    for tool in tools:
         assert shutil.which(tool, path=Path(sys.executable).parent), f"{tool} is not installed with the extra dev"
 
 

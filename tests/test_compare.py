@@ -43,14 +43,15 @@ from comparison.summary import Bounds, difference, summarize
 from comparison.traces import Trace, first_difference
 from export.checkpoint import load_checkpoint
 from export.package import ExportConfig, export_bundle
-from qvl_batch.bundle.manifest import DECODER, DECODER_FULL, VISION, Bundle
+from qvl_batch.bundle.loading import Bundle
+from qvl_batch.bundle.manifest import DECODER, DECODER_FULL, VISION
 from qvl_batch.config import ImageRules
 from qvl_batch.decoder.decoder import Decoder
 from qvl_batch.distances import cosine, divergence
 from qvl_batch.errors import BundleError, ConfigError, DeviceError, InputError, JobError, OutputError
 from qvl_batch.images.pixels import pixels_or_failure
+from qvl_batch.output.local_folder import LocalFolder
 from qvl_batch.output.resume import Job
-from qvl_batch.output.storage import LocalFolder
 from qvl_batch.schema import Failure
 
 COMPARE = [sys.executable, "jobs/compare.py"]

@@ -8,11 +8,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from qvl_batch.columns import FILE, ROW, failure_columns, failures_of
 from qvl_batch.input.fetch import Fetcher
+from qvl_batch.input.input_columns import InputColumns
 from qvl_batch.input.reader import read_unit
-from qvl_batch.input.source import FILE, ROW, Unit, failure_columns, failures_of, footer_sha256
+from qvl_batch.input.source import Unit, footer_sha256
 from qvl_batch.pipeline.crash_guard import ALONE, BEHIND, TOGETHER, AttemptsInMemory, Guarded, GuardedRead, _Calls
-from qvl_batch.schema import InputColumns
 
 
 class Died(BaseException):

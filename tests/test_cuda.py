@@ -18,22 +18,17 @@ from stand_in.build import PROVIDER, build
 
 from export.half import emulated_graph
 from export.package import ExportConfig, export_bundle
-from qvl_batch.bundle.manifest import DECODER, VISION, Bundle
+from qvl_batch.bundle.loading import Bundle
+from qvl_batch.bundle.manifest import DECODER, VISION
 from qvl_batch.config import CaptionConfig
-from qvl_batch.decoder.decoder import SHELVES, Decoder
+from qvl_batch.decoder.decoder import PREFIX_ENTRIES, Decoder
 from qvl_batch.decoder.kv_cache import slot_bytes
 from qvl_batch.errors import ConfigError, DeviceError
-from qvl_batch.pipeline.plan import Card, bytes_beside_slots, make_plan, slots_on_card
+from qvl_batch.pipeline.capacity import Card, bytes_beside_slots, slots_on_card
+from qvl_batch.pipeline.plan import make_plan
+from qvl_batch.runtime.devices import _preload, has_cuda, open_cuda, resolve_device, resolve_vision_device
 from qvl_batch.runtime.memory import CudaMemory
-from qvl_batch.runtime.session import (
-    _OUT_OF_MEMORY,
-    _preload,
-    _providers,
-    has_cuda,
-    open_cuda,
-    resolve_device,
-    resolve_vision_device,
-)
+from qvl_batch.runtime.session import _OUT_OF_MEMORY, _providers
 
 GIB = 1 << 30
 
@@ -212,7 +207,7 @@ def test_slots_are_what_a_card_holds_beside_weights_and_work(half_bundle):
     manifest, card = half_bundle.manifest, Card("H100", 3 * GIB, 4 * GIB)
     slots = slots_on_card(card, manifest, vision_too=True)
     taken = bytes_beside_slots(manifest, vision_too=True)
-    held = taken + (slots + SHELVES) * slot_bytes(manifest)
+    held = taken + (slots + PREFIX_ENTRIES) * slot_bytes(manifest)
     assert held <= card.free - 0.05 * card.total < held + slot_bytes(manifest)
     assert slots_on_card(card, manifest, vision_too=False) > slots
     plan = _plan(half_bundle, [Card("H100", 70 * GIB, 80 * GIB), card])
@@ -221,7 +216,7 @@ def test_slots_are_what_a_card_holds_beside_weights_and_work(half_bundle):
     joined = _plan(half_bundle, [card], "cuda")
     assert joined.is_joined
     assert "vision on the same GPU" in str(joined)
-    assert joined.at_once["vision"] == 2
+    assert joined.threads["vision"] == 2
 
 
 def test_too_much_for_a_card_is_refused_with_what_would_do(half_bundle):

@@ -19,7 +19,7 @@ from reference import question
 from comparison.reference import PyTorch
 from export.checkpoint import load_checkpoint
 from export.package import ExportConfig, export_bundle
-from qvl_batch.bundle.manifest import Bundle
+from qvl_batch.bundle.loading import Bundle
 from qvl_batch.decoder.decoder import Decoder, PrefillRow
 from qvl_batch.decoder.engine import Engine, Request
 from qvl_batch.decoder.prompts import RowLayout
@@ -84,15 +84,15 @@ def test_rows_of_one_image_share_its_beginning_and_are_answered_the_same(
     order = np.random.default_rng(slots).permutation(len(rows))
     rows = [rows[i] for i in order]
     calls = []
-    for name in ("prefill", "prefill_rest"):
+    for name in ("prefill", "prefill_after_prefix"):
         plain = getattr(Decoder, name)
         counted = lambda self, *args, name=name, plain=plain: calls.append(name) or plain(self, *args)  # noqa: E731
         monkeypatch.setattr(Decoder, name, counted)
     shared = _run(tiny_bundle, rows, slots)
-    rest = calls.count("prefill_rest")
+    rest = calls.count("prefill_after_prefix")
     calls.clear()
     assert shared == _run(tiny_bundle, [dataclasses.replace(row, image=None) for row in rows], slots)
-    assert "prefill_rest" not in calls
+    assert "prefill_after_prefix" not in calls
     assert rest >= 6 * (prompts - 1) - 6  # what was submitted while the first were prefilled may miss
 
 
@@ -101,11 +101,11 @@ def test_a_shared_beginning_leaves_the_cache_as_a_whole_prefill_does(tiny_bundle
     layout = RowLayout(tiny_bundle)
     rows = [PrefillRow(layout.row_ids(q["prompt"]), requests[0].features) for q in questions[:3]]
     decoder.prefill(0, rows[:1])
-    decoder.shelve(0, 1)
+    decoder.store_prefix(0, 1)
     for row in rows:
         whole = decoder.prefill(1, [row])
         expected = decoder.logits.copy()
-        assert decoder.prefill_rest(2, 1, row) == whole
+        assert decoder.prefill_after_prefix(2, 1, row) == whole
         assert np.abs(decoder.logits - expected).max() <= 1e-6 * np.abs(expected).max()
         for array in (buffer.host for buffer in decoder._cache._arrays.values()):
             length = len(row.input_ids)
@@ -239,7 +239,7 @@ def test_a_process_may_end_while_its_engine_steps(end, status, tiny_bundle):
     script = f"""
 import os, signal, threading
 import numpy as np
-from qvl_batch.bundle.manifest import Bundle
+from qvl_batch.bundle.loading import Bundle
 from qvl_batch.decoder.decoder import Decoder
 from qvl_batch.decoder.engine import Engine, Request
 bundle = Bundle.load({str(tiny_bundle.path)!r}, verify=False)

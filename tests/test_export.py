@@ -21,7 +21,8 @@ from export.graphs import Traces
 from export.package import ExportConfig, export_bundle
 from export.progress import Progress
 from export.vision import split_windows
-from qvl_batch.bundle.manifest import DECODER, DECODER_FULL, KNOWN_ANSWERS, VISION, Bundle
+from qvl_batch.bundle.loading import Bundle
+from qvl_batch.bundle.manifest import DECODER, DECODER_FULL, KNOWN_ANSWERS, VISION
 from qvl_batch.errors import ExportError
 
 SHAPES = {

@@ -100,8 +100,8 @@ def test_nothing_is_allowed_unasked(images):
     ],
 )
 def test_addresses_elsewhere_are_refused(location, tmp_path, monkeypatch):
-    monkeypatch.setattr("qvl_batch.input.fetch._download", lambda *_, **__: b"fetched")
-    monkeypatch.setattr("qvl_batch.input.fetch._check_public", lambda _: None)
+    monkeypatch.setattr("qvl_batch.input.fetch.download", lambda *_, **__: b"fetched")
+    monkeypatch.setattr("qvl_batch.input.download.check_public", lambda _: None)
     fetcher = Fetcher(["https://host/images/"])
     assert fetcher.fetch("https://host/images/a%20b/c?d=e", tmp_path) == b"fetched"
     with pytest.raises(ImageError, match=r"--allow-images-from|is no address"):
@@ -118,7 +118,7 @@ def test_addresses_elsewhere_are_refused(location, tmp_path, monkeypatch):
     ],
 )
 def test_a_location_as_long_as_an_image_is_told_by_its_beginning(location, message, images, monkeypatch):
-    monkeypatch.setattr("qvl_batch.input.fetch.WAITS", ())
+    monkeypatch.setattr("qvl_batch.input.download.WAITS", ())
     fetcher = Fetcher([str(images), "http://127.0.0.1:1/images"])
     with pytest.raises(
         ImageError, match=rf"^{re.escape(location.format('')[:7])}.*… \(1,000,\d\d\d characters\) {message}"
@@ -236,8 +236,8 @@ class _Server(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch):
-    monkeypatch.setattr("qvl_batch.input.fetch.WAITS", (0.01, 0.01))
-    monkeypatch.setattr("qvl_batch.input.fetch.MAX_BYTES", 1000)
+    monkeypatch.setattr("qvl_batch.input.download.WAITS", (0.01, 0.01))
+    monkeypatch.setattr("qvl_batch.input.download.MAX_BYTES", 1000)
     ASKED.clear()
     with ThreadingHTTPServer(("127.0.0.1", 0), _Server) as served:
         thread = threading.Thread(target=served.serve_forever)
@@ -261,7 +261,7 @@ def server(monkeypatch):
 )
 def test_what_a_server_does_not_give_is_an_error_of_the_row(name, message, asked, server, tmp_path, monkeypatch):
     if name in ("slow", "drips"):
-        monkeypatch.setattr("qvl_batch.input.fetch.SECONDS", 0.1)
+        monkeypatch.setattr("qvl_batch.input.download.SECONDS", 0.1)
     location = f"http://{server}/images/{name}"
     with pytest.raises(ImageError, match=message):
         Fetcher([f"http://{server}/images"]).fetch(location, tmp_path)
@@ -295,7 +295,7 @@ def test_a_name_that_leads_into_a_private_network_is_refused(server, tmp_path):
 
 
 def test_a_name_that_leads_elsewhere_once_it_was_checked_is_refused(server, tmp_path, monkeypatch):
-    monkeypatch.setattr("qvl_batch.input.fetch._check_public", lambda _: None)
+    monkeypatch.setattr("qvl_batch.input.download.check_public", lambda _: None)
     place = f"http://localhost:{server.split(':')[1]}/images"
     with pytest.raises(ImageError, match=r"localhost leads to 127.0.0.1, which is in a private network"):
         Fetcher([place]).fetch(f"{place}/a", tmp_path)
@@ -322,9 +322,9 @@ def test_a_name_that_is_not_found_now_may_be_found_later(error, message, asked, 
             raise socket.gaierror(error, "not found")
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("93.184.216.34", port))]
 
-    monkeypatch.setattr("qvl_batch.input.fetch.WAITS", (0.01, 0.01))
+    monkeypatch.setattr("qvl_batch.input.download.WAITS", (0.01, 0.01))
     monkeypatch.setattr(socket, "getaddrinfo", look_up)
-    monkeypatch.setattr("qvl_batch.input.fetch._open_http", lambda *_, **__: _Stream(b"fetched"))
+    monkeypatch.setattr("qvl_batch.input.download._open_http", lambda *_, **__: _Stream(b"fetched"))
     with pytest.raises(ImageError, match=message) if message else nullcontext():
         assert Fetcher(["https://host/images"]).fetch("https://host/images/a", tmp_path) == b"fetched"
     assert found == [("host", 443)] * asked
@@ -333,7 +333,7 @@ def test_a_name_that_is_not_found_now_may_be_found_later(error, message, asked, 
 @pytest.mark.parametrize("data", [b"from", b"from afar"])
 def test_an_object_of_a_store_is_read_whole_or_not_at_all(data, tmp_path, monkeypatch):
     store = SimpleNamespace(open=lambda *_: _Stream(data))
-    monkeypatch.setattr("qvl_batch.input.fetch.WAITS", ())
+    monkeypatch.setattr("qvl_batch.input.download.WAITS", ())
     monkeypatch.setattr("fsspec.get_filesystem_class", lambda _: None)
     monkeypatch.setattr("fsspec.filesystem", lambda _: store)
     whole = nullcontext() if len(data) == 9 else pytest.raises(ImageError, match="cut off after 4 of 9 bytes")

@@ -12,13 +12,14 @@ from shallow import make_shallow
 
 from export.half import emulated_graph
 from export.package import ExportConfig, export_bundle
-from qvl_batch.bundle.manifest import DECODER, VISION, Bundle
+from qvl_batch.bundle.loading import Bundle
+from qvl_batch.bundle.manifest import DECODER, VISION
 from qvl_batch.captioner import Captioner
-from qvl_batch.decoder.decoder import SHELVES, Decoder, PrefillRow
+from qvl_batch.decoder.decoder import PREFIX_ENTRIES, Decoder, PrefillRow
 from qvl_batch.decoder.kv_cache import slot_bytes
 from qvl_batch.errors import DeviceError
-from qvl_batch.pipeline.plan import CARD_RESERVE, bytes_beside_slots, card_of_this_process
-from qvl_batch.runtime.session import memory_on, open_cuda
+from qvl_batch.pipeline.capacity import CARD_RESERVE, bytes_beside_slots, card_of_this_process
+from qvl_batch.runtime.devices import memory_on, open_cuda
 from qvl_batch.vision.encoder import VisionEncoder
 
 
@@ -81,7 +82,7 @@ def test_attention_of_published_shapes_is_what_was_emulated(shape, dtype, tmp_pa
     for run in (
         lambda decoder: decoder.prefill(0, rows),
         *[lambda decoder: decoder.step(np.array([7, 8, 9]))] * 3,
-        lambda decoder: (decoder.shelve(0, 0), decoder.prefill_rest(3, 0, rows[1])),
+        lambda decoder: (decoder.store_prefix(0, 0), decoder.prefill_after_prefix(3, 0, rows[1])),
         *[lambda decoder: decoder.step(np.array([7, 8, 9, 10]))] * 3,
     ):
         for decoder in decoders:
@@ -131,7 +132,7 @@ def test_memory_is_what_was_planned(bundles):
     decoder = Decoder(bundle, slots, 1, memory=memory)
     complete(decoder, bundle, requests_of(bundle, demo_rows(16), NEW_TOKENS, VisionEncoder(bundle, 1, "cuda")))
     taken = before - memory.card.memory()[0]
-    assert taken <= bytes_beside_slots(bundle.manifest, vision_too=True) + (slots + SHELVES) * slot_bytes(
+    assert taken <= bytes_beside_slots(bundle.manifest, vision_too=True) + (slots + PREFIX_ENTRIES) * slot_bytes(
         bundle.manifest
     )
 

@@ -25,7 +25,8 @@ from export.graphs import Precision
 from export.half import emulated, emulated_graph, to_half
 from export.package import ExportConfig, export_bundle
 from export.parity import refuse_beyond_bounds
-from qvl_batch.bundle.manifest import DECODER, DECODER_FULL, VISION, Bundle, Parity
+from qvl_batch.bundle.loading import Bundle
+from qvl_batch.bundle.manifest import DECODER, DECODER_FULL, VISION, Parity
 from qvl_batch.decoder.decoder import Decoder
 from qvl_batch.decoder.prompts import RowLayout
 from qvl_batch.errors import BundleError, ExportError, NumericError

@@ -343,7 +343,7 @@ def test_an_image_of_any_mode_is_turned_upright(mode, orientation):
 HANGS = """
 import pyarrow as pa
 from qvl_batch.pipeline import prepare
-from qvl_batch.input.source import FAILURE, IMAGE
+from qvl_batch.columns import FAILURE, IMAGE
 prepare.SECONDS = 0.5
 prepare.pixels_or_failure = lambda *_: sum(range(10**15))
 prepare.prepare(pa.table({IMAGE: [b"x"], **dict.fromkeys(FAILURE, pa.nulls(1, pa.string()))}), 1, "crop")

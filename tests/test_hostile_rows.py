@@ -9,11 +9,12 @@ import pyarrow.parquet as pq
 import pytest
 from fuzz import forget_peak, peak_memory
 
+from qvl_batch.columns import FAILURE, IMAGE, PROMPT, ROW
 from qvl_batch.config import CaptionConfig
 from qvl_batch.errors import InputError
 from qvl_batch.input.fetch import Fetcher
 from qvl_batch.input.reader import read_unit
-from qvl_batch.input.source import FAILURE, IMAGE, PROMPT, ROW, open_source
+from qvl_batch.input.source import open_source
 
 ROWS = 40
 STAGE, KIND, MESSAGE = FAILURE

@@ -235,11 +235,11 @@ def test_a_job_that_cannot_be_done_says_so_in_one_line(options, message, tiny_bu
 def test_a_worker_that_does_not_start_says_why(raised, said):
     from ray.exceptions import ActorDiedError, RayTaskError  # noqa: PLC0415  (takes a second)
 
-    from qvl_batch.pipeline.run import _job_error  # noqa: PLC0415
+    from qvl_batch.pipeline.cluster import job_error  # noqa: PLC0415
 
     trace = f'ray::MapWorker.__init__()\n  File "workers.py", line 63, in __init__\n{raised}'
     error = ActorDiedError(RayTaskError("__init__", trace, ValueError(), "ray::MapWorker", 7, "127.0.0.1"))
-    assert str(_job_error(error)) == said
+    assert str(job_error(error)) == said
 
 
 def test_a_cluster_that_is_not_there_is_named(tiny_bundle, ray_env, tmp_path):

@@ -19,13 +19,14 @@ import check
 from export.package import ExportConfig, export_bundle
 from qvl_batch import Captioner
 from qvl_batch.bundle.known_answers import SPACING, STEPS, Figure, KnownAnswers, digits, repeated
-from qvl_batch.bundle.manifest import DECODER, FP32, KNOWN_ANSWERS, VISION, Bundle
+from qvl_batch.bundle.loading import Bundle
+from qvl_batch.bundle.manifest import DECODER, FP32, KNOWN_ANSWERS, VISION
 from qvl_batch.config import CaptionConfig
 from qvl_batch.decoder.decoder import Decoder, PrefillRow
 from qvl_batch.errors import BundleError, DeviceError
 from qvl_batch.pipeline.run import run
-from qvl_batch.pipeline.stages import open_vision_cache
-from qvl_batch.runtime import session
+from qvl_batch.runtime import devices, session
+from qvl_batch.vision.cache import open_vision_cache
 from qvl_batch.vision.encoder import VisionEncoder
 
 WRONG = "this machine computes the {} graph wrongly: error of {} "
@@ -75,7 +76,7 @@ def test_this_machine_computes_the_tiny_bundle_right_and_check_says_so(tiny_bund
     said = capsys.readouterr().out
     assert said.count("✓") == 4
     assert "✗" not in said
-    assert f"machine   {session.processor()}, onnxruntime {session.ORT_VERSION}" in said
+    assert f"machine   {devices.processor()}, onnxruntime {session.ORT_VERSION}" in said
     assert "right     this machine computes the bundle as PyTorch does" in said
 
 
@@ -120,7 +121,7 @@ def test_a_wrong_vision_graph_is_refused_before_an_image(saturating, tiny_bundle
         VisionEncoder(tiny_bundle, threads=2)
     said = str(refusal.value)
     assert said.startswith(WRONG.format("vision", "features"))
-    for part in ("(allowed: 1.0e-04)", session.processor(), "jobs/check.py", "export with another --dtype"):
+    for part in ("(allowed: 1.0e-04)", devices.processor(), "jobs/check.py", "export with another --dtype"):
         assert part in said
     assert "\n" not in said
 

@@ -10,11 +10,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from qvl_batch.columns import FILE, ROW, with_columns
 from qvl_batch.errors import OutputError
-from qvl_batch.input.source import FILE, ROW, InputFile, with_columns
-from qvl_batch.output.parts import AnswerWriter, PartRecord, read_part
+from qvl_batch.output.local_folder import PARTIAL, LocalFolder
+from qvl_batch.output.locks import LOCK
+from qvl_batch.output.parts import PartRecord, read_part
 from qvl_batch.output.resume import JOB, REPORT, RUN, Job, OutputFolder
-from qvl_batch.output.storage import LOCK, PARTIAL, LocalFolder
+from qvl_batch.output.writer import AnswerWriter
+from qvl_batch.rows import InputFile
 from qvl_batch.schema import ANSWER_FIELDS, ID, Answer, Failure
 
 FILES = (InputFile("/in/a.parquet", 10, 6, "a"), InputFile("/in/b.parquet", 20, 5, "b"))
@@ -47,7 +50,7 @@ def _left(folder):
 @pytest.mark.parametrize("limit", ["ROWS_PER_FILE", "BYTES_PER_FILE"])
 def test_answers_that_are_enough_for_a_file_are_written_at_once(limit, tmp_path, monkeypatch):
     enough = {"ROWS_PER_FILE": 3, "BYTES_PER_FILE": _answers((0, 0), (0, 1)).nbytes + 1}
-    monkeypatch.setattr(f"qvl_batch.output.parts.{limit}", enough[limit])
+    monkeypatch.setattr(f"qvl_batch.output.writer.{limit}", enough[limit])
     with _open(tmp_path) as folder, AnswerWriter(folder.folder, SCHEMA) as writer:
         writer.add(_answers((0, 0), (0, 1)))
         assert not list(tmp_path.glob("part-*"))
@@ -56,7 +59,7 @@ def test_answers_that_are_enough_for_a_file_are_written_at_once(limit, tmp_path,
 
 
 def test_answers_are_written_in_time_when_no_other_comes(tmp_path, monkeypatch):
-    monkeypatch.setattr("qvl_batch.output.parts.SECONDS_PER_FILE", 0.01)
+    monkeypatch.setattr("qvl_batch.output.writer.SECONDS_PER_FILE", 0.01)
     with _open(tmp_path) as folder, AnswerWriter(folder.folder, SCHEMA) as writer:
         for row in range(2):
             writer.add(_answers((0, row)))
@@ -66,9 +69,9 @@ def test_answers_are_written_in_time_when_no_other_comes(tmp_path, monkeypatch):
 
 
 def test_what_could_not_be_written_in_time_ends_the_job_at_the_next_answer(tmp_path, monkeypatch):
-    monkeypatch.setattr("qvl_batch.output.parts.SECONDS_PER_FILE", 0.01)
+    monkeypatch.setattr("qvl_batch.output.writer.SECONDS_PER_FILE", 0.01)
     with _open(tmp_path) as folder, AnswerWriter(folder.folder, SCHEMA) as writer:
-        monkeypatch.setattr("qvl_batch.output.storage.os.fsync", _full)
+        monkeypatch.setattr("qvl_batch.output.local_folder.os.fsync", _full)
         writer.add(_answers((0, 1)))
         writer._keeper.join()
         monkeypatch.undo()
@@ -372,7 +375,7 @@ def _full(*_):
 
 def test_a_disk_that_is_full_stops_the_job_with_a_line(tmp_path, monkeypatch):
     with _open(tmp_path) as folder:
-        monkeypatch.setattr("qvl_batch.output.storage.os.fsync", _full)
+        monkeypatch.setattr("qvl_batch.output.local_folder.os.fsync", _full)
         with pytest.raises(OutputError, match="cannot be written: No space left on device"):
             _write(folder, _answers((1, 4)))
         with pytest.raises(OutputError, match="cannot be written: No space left on device"):

@@ -5,7 +5,8 @@ from conftest import ROOT
 
 from qvl_batch.config import CaptionConfig
 from qvl_batch.errors import ConfigError
-from qvl_batch.pipeline.plan import FOR_TASKS, machine_memory, make_plan
+from qvl_batch.pipeline.capacity import machine_memory
+from qvl_batch.pipeline.plan import FOR_TASKS, make_plan
 
 
 def _plan(bundle, *nodes, **options):
@@ -56,7 +57,7 @@ def test_by_default_threads_are_about_as_many_as_cores(cpus, tiny_bundle):
 def test_slots_fit_memory_unless_asked_for(tiny_bundle, monkeypatch):
     assert _plan(tiny_bundle, 4).slots == 32
     assert _plan(tiny_bundle, 4, slots=99).slots == 99
-    monkeypatch.setattr("qvl_batch.pipeline.plan.os.sysconf", lambda _: 8192)  # a machine of 64 MiB
+    monkeypatch.setattr("qvl_batch.pipeline.capacity.os.sysconf", lambda _: 8192)  # a machine of 64 MiB
     assert _plan(tiny_bundle, 4).slots == 8
     with pytest.raises(ConfigError, match=r"--slots 99: .* 0.2 GB, and this machine has 0.1 GB; by default .* be 8"):
         _plan(tiny_bundle, 4, slots=99)
@@ -65,6 +66,6 @@ def test_slots_fit_memory_unless_asked_for(tiny_bundle, monkeypatch):
 @pytest.mark.parametrize(("limit", "memory"), [("33554432\n", 1 << 25), ("max\n", 1 << 26), (f"{1 << 60}\n", 1 << 26)])
 def test_a_container_has_what_it_was_given(limit, memory, tmp_path, monkeypatch):
     (tmp_path / "memory.max").write_text(limit)
-    monkeypatch.setattr("qvl_batch.pipeline.plan.CONTAINER_LIMITS", (tmp_path / "memory.max", tmp_path / "missing"))
-    monkeypatch.setattr("qvl_batch.pipeline.plan.os.sysconf", lambda _: 8192)
+    monkeypatch.setattr("qvl_batch.pipeline.capacity.CONTAINER_LIMITS", (tmp_path / "memory.max", tmp_path / "missing"))
+    monkeypatch.setattr("qvl_batch.pipeline.capacity.os.sysconf", lambda _: 8192)
     assert machine_memory() == memory

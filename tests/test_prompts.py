@@ -10,7 +10,7 @@ from conftest import TINY
 from transformers import AutoTokenizer
 
 from export.chat import chat_turn
-from qvl_batch.bundle.manifest import Bundle
+from qvl_batch.bundle.loading import Bundle
 from qvl_batch.decoder.prompts import NFC_SHORTENS, RowLayout
 from qvl_batch.errors import PromptError
 

@@ -20,11 +20,12 @@ from comparison.config import CompareConfig
 from comparison.run import compare
 from export.package import ExportConfig, export_bundle
 from export.quantize import _to_int8
-from qvl_batch.bundle.manifest import DECODER, DECODER_FULL, FP32, VISION, Bundle
+from qvl_batch.bundle.loading import Bundle
+from qvl_batch.bundle.manifest import DECODER, DECODER_FULL, FP32, VISION
 from qvl_batch.decoder.decoder import NO_TOKEN, Decoder, PrefillRow
 from qvl_batch.decoder.prompts import RowLayout
 from qvl_batch.errors import ExportError
-from qvl_batch.runtime.session import processor
+from qvl_batch.runtime.devices import processor
 from qvl_batch.vision.encoder import VisionEncoder
 
 #: Operator of the products; on the demo set, largest drift and answers that differ; bytes of weights over fp32's.

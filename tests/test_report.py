@@ -8,17 +8,17 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from qvl_batch.columns import ASKED, FILE, PROMPT, ROW, SECONDS, STARTED, THUMBNAIL, WORKERS, seconds_column
 from qvl_batch.config import CaptionConfig
 from qvl_batch.errors import ConfigError
-from qvl_batch.input.source import FILE, PROMPT, ROW, Source
+from qvl_batch.input.source import Source
 from qvl_batch.output.parts import Tally
 from qvl_batch.pipeline.plan import Plan
-from qvl_batch.pipeline.stages import STARTED, WORKERS
-from qvl_batch.report.run_stats import EXAMPLES, Arrivals
-from qvl_batch.report.sample import ASKED, CHARACTERS, ROWS, SIDE, THUMBNAIL, choose, sample_columns
-from qvl_batch.report.summary import ProgressLine, Report
-from qvl_batch.report.timeline import BINS, SECONDS, Timeline
-from qvl_batch.report.utilization import BUSY, Stage, seconds_column
+from qvl_batch.report.progress import ProgressLine
+from qvl_batch.report.run_stats import BIN_SECONDS, BINS, EXAMPLES, RunStats, Timeline
+from qvl_batch.report.sample import CHARACTERS, ROWS, SIDE, choose, sample_columns
+from qvl_batch.report.summary import Report
+from qvl_batch.report.utilization import Utilization
 from qvl_batch.rows import RowSet
 from qvl_batch.schema import ANSWER_FIELDS, ID, Answer, Failure
 
@@ -36,7 +36,7 @@ def test_bins_are_few_and_keep_every_count_however_long_a_run():
         timeline.add(at, rows=rows, errors=rows % 2)
         assert len(timeline.bins["rows"]) == len(timeline.bins["errors"]) <= BINS
     width = timeline.seconds_per_bin
-    assert width == SECONDS * 2 ** math.ceil(math.log2(10**6 / SECONDS / BINS))
+    assert width == BIN_SECONDS * 2 ** math.ceil(math.log2(10**6 / BIN_SECONDS / BINS))
     expected = [0] * (int(events[-1][0] / width) + 1)
     for at, rows in events:
         expected[int(at / width)] += rows
@@ -68,14 +68,14 @@ def _source(*left):
 def test_the_sample_is_of_rows_that_are_left_and_always_the_same():
     source = _source((500, [*range(5, 9), *range(20, 420)]), (3, []), (3, [0]), (700, range(100, 700)))
     left = {(0, row) for row in [*range(5, 9), *range(20, 420)]} | {(2, 0)} | {(3, row) for row in range(100, 700)}
-    sample = choose(source)
+    sample = choose(source.rows, source.spans())
     assert len(sample) == ROWS
     assert sample <= left
     assert {file for file, _ in sample} >= {0, 3}
-    assert choose(source) == sample
+    assert choose(source.rows, source.spans()) == sample
     small = _source((4, [2, 3]), (9, [8]))
-    assert choose(small) == {(0, 2), (0, 3), (1, 8)}
-    assert choose(_source()) == frozenset()
+    assert choose(small.rows, small.spans()) == {(0, 2), (0, 3), (1, 8)}
+    assert choose(_source().rows, _source().spans()) == frozenset()
 
 
 def test_only_the_sample_has_small_thumbnails_and_short_prompts():
@@ -96,14 +96,14 @@ def _table(first, answers, started=1e12):
     columns |= {f.name: pa.array([answer.record()[f.name] for answer in answers], f.type) for f in ANSWER_FIELDS}
     columns |= {STARTED: [started] * rows, THUMBNAIL: [b"jpeg"] * rows, ASKED: ["why?"] * rows}
     columns |= {column: [stage] * rows for stage, column in WORKERS.items()}
-    columns |= {n: c for at, work in enumerate(BUSY) for n, c in seconds_column(work, at + 1.0, rows).items()}
+    columns |= {n: c for at, work in enumerate(SECONDS) for n, c in seconds_column(work, at + 1.0, rows).items()}
     return pa.table(columns)
 
 
-def _arrived(arrivals, *tables):
+def _arrived(stats, *tables):
     for table in tables:
-        arrivals.add(table, Tally.of(table))
-    return arrivals
+        stats.add(table, Tally.of(table))
+    return stats
 
 
 YES, NO = Answer("yes", "stop", 9, 2), Answer.failed(Failure("image", "ImageError", "m" * 5_000))
@@ -112,50 +112,48 @@ YES, NO = Answer("yes", "stop", 9, 2), Answer.failed(Failure("image", "ImageErro
 def test_the_driver_keeps_the_sample_and_a_few_errors_of_each_kind():
     sample = frozenset({(0, 3), (0, 12), (0, 99)})
     other = Answer.failed(Failure("layout", "PromptError", "no"))
-    arrivals = _arrived(
-        Arrivals(sample), _table(10, [YES, other, NO]), *(_table(at, [NO, YES]) for at in range(0, 10, 2))
-    )
-    assert [(row["id"], row["finish_reason"]) for row in arrivals.rows] == [("row-3", "stop"), ("row-12", "error")]
-    assert arrivals.rows[0]["prompt"] == "why?"
-    assert {kind: len(each) for kind, each in arrivals.examples.items()} == {
+    stats = _arrived(RunStats(sample), _table(10, [YES, other, NO]), *(_table(at, [NO, YES]) for at in range(0, 10, 2)))
+    assert [(row["id"], row["finish_reason"]) for row in stats.rows] == [("row-3", "stop"), ("row-12", "error")]
+    assert stats.rows[0]["prompt"] == "why?"
+    assert {kind: len(each) for kind, each in stats.examples.items()} == {
         "image: ImageError": EXAMPLES, "layout: PromptError": 1
     }  # fmt: skip
-    assert arrivals.examples["layout: PromptError"] == [{"id": "row-11", "message": "no"}]
-    assert all(len(each["message"]) == CHARACTERS + 1 for each in arrivals.examples["image: ImageError"])
-    assert sum(arrivals.timeline.bins["rows"]) == 13
-    assert sum(arrivals.timeline.bins["errors"]) == 7
-    assert sum(arrivals.timeline.bins["answer_tokens"]) == 12
-    assert arrivals.workers == {stage: {stage: 13} for stage in WORKERS}
+    assert stats.examples["layout: PromptError"] == [{"id": "row-11", "message": "no"}]
+    assert all(len(each["message"]) == CHARACTERS + 1 for each in stats.examples["image: ImageError"])
+    assert sum(stats.timeline.bins["rows"]) == 13
+    assert sum(stats.timeline.bins["errors"]) == 7
+    assert sum(stats.timeline.bins["answer_tokens"]) == 12
+    assert stats.workers == {stage: {stage: 13} for stage in WORKERS}
 
 
 def test_an_id_that_is_no_text_is_shown_as_far_as_it_can_be_read():
     ids = pa.array([b"\xff\xfe", b"a\xffb"]).view(pa.string())
     table = _table(0, [NO, YES])
     table = table.set_column(table.column_names.index(ID), ID, ids)
-    arrivals = _arrived(Arrivals(frozenset({(0, 0), (0, 1)})), table)
-    assert [row["id"] for row in arrivals.rows] == ["\ufffd\ufffd", "a\ufffdb"]
-    assert [each["id"] for each in arrivals.examples["image: ImageError"]] == ["\ufffd\ufffd"]
+    stats = _arrived(RunStats(frozenset({(0, 0), (0, 1)})), table)
+    assert [row["id"] for row in stats.rows] == ["\ufffd\ufffd", "a\ufffdb"]
+    assert [each["id"] for each in stats.examples["image: ImageError"]] == ["\ufffd\ufffd"]
 
 
 def test_the_stages_of_a_run_have_their_work_and_their_time():
-    arrivals = Arrivals(frozenset())
-    _arrived(arrivals, _table(0, [YES] * 3, started=arrivals.began + 50), _table(3, [YES], started=arrivals.began + 20))
-    assert arrivals.seconds_to_first_image == pytest.approx(20)
-    stages = arrivals.stages(PLAN, 120.0)
-    found = {name: (stage.seconds, stage.at_once, round(stage.duration, 3)) for name, stage in stages.items()}
+    stats = RunStats(frozenset())
+    _arrived(stats, _table(0, [YES] * 3, started=stats.began + 50), _table(3, [YES], started=stats.began + 20))
+    assert stats.seconds_to_first_image == pytest.approx(20)
+    stages = stats.utilization(PLAN.threads, 120.0)
+    found = {name: (stage.seconds, stage.threads, round(stage.duration, 3)) for name, stage in stages.items()}
     assert found == {
         "read": (2.0, 5, 120.0), "image": (4.0, 5, 120.0), "vision": (6.0, 6, 100.0), "decoder": (18.0, 4, 100.0)
     }  # fmt: skip
     assert stages["decoder"].parts == {"prefill": 8.0, "decode": 10.0}
     # No image was good enough for the graph to begin with: nothing can be said, and nothing fails.
-    assert Arrivals(frozenset()).stages(PLAN, 5.0)["vision"].busy == 0.0
+    assert RunStats(frozenset()).utilization(PLAN.threads, 5.0)["vision"].busy == 0.0
 
 
 def _report(**changes):
     tally = Tally(rows=3_600, answer_tokens=9, finish_reasons=Counter(stop=3_600))
     stages = {
-        "vision": Stage({"vision": 900.0}, 1, 1_000.0),
-        "decoder": Stage({"prefill": 1.0, "decode": 2.0}, 1, 30.0),
+        "vision": Utilization({"vision": 900.0}, 1, 1_000.0),
+        "decoder": Utilization({"prefill": 1.0, "decode": 2.0}, 1, 30.0),
     }
     told = {"tally": tally, "seconds": 1_100.0, "workers_seconds": 100.0, "stages": stages}
     return Report("out", Tally(), **(told | changes))

@@ -9,10 +9,12 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT
 
-from qvl_batch.input.source import InputFile, footer_sha256
-from qvl_batch.output.parts import ROWS_PER_FILE, PartRecord, Tally
+from qvl_batch.input.source import footer_sha256
+from qvl_batch.output.local_folder import LocalFolder
+from qvl_batch.output.parts import PartRecord, Tally
 from qvl_batch.output.resume import Job
-from qvl_batch.output.storage import LocalFolder
+from qvl_batch.output.writer import ROWS_PER_FILE
+from qvl_batch.rows import InputFile
 from qvl_batch.schema import ANSWER_FIELDS, ID, Answer
 
 FILES, ROWS_OF_FILE, ROWS_OF_GROUP = 1_000, 100_000, 100

@@ -10,8 +10,8 @@ from PIL import Image
 from selenium.webdriver.common.by import By
 
 from qvl_batch.report.page import Chart, figure, percent, printable, render, time_step
-from qvl_batch.report.summary import span
-from qvl_batch.report.timeline import Timeline
+from qvl_batch.report.progress import span
+from qvl_batch.report.run_stats import Timeline
 from qvl_batch.report.utilization import ADVICE
 
 HOSTILE = '<script>window.ran = true</script><img src=x onerror="window.ran = true"> "What" & \'why\'?'

@@ -13,12 +13,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from qvl_batch.columns import FAILURE, FILE, IMAGE, PROMPT, ROW
 from qvl_batch.config import CaptionConfig
 from qvl_batch.errors import ConfigError, InputError
 from qvl_batch.input.discovery import passed_over
 from qvl_batch.input.fetch import Fetcher
 from qvl_batch.input.reader import read_unit
-from qvl_batch.input.source import FAILURE, FILE, IMAGE, PROMPT, ROW, open_source
+from qvl_batch.input.source import open_source
 from qvl_batch.rows import RowSet
 
 IMAGES = pa.array([b"a", b"b", b"c"])

@@ -15,9 +15,13 @@ import pytest
 from test_output import JOB_OF_FILES, SCHEMA, _answers
 
 from qvl_batch.errors import ConfigError, OutputError
-from qvl_batch.output.parts import AnswerWriter, read_part
+from qvl_batch.output.local_folder import LocalFolder
+from qvl_batch.output.locks import LOCK
+from qvl_batch.output.object_store import StoreFolder
+from qvl_batch.output.parts import read_part
 from qvl_batch.output.resume import JOB, OutputFolder
-from qvl_batch.output.storage import LOCK, LocalFolder, StoreFolder, folder_at
+from qvl_batch.output.storage import folder_at
+from qvl_batch.output.writer import AnswerWriter
 
 RENEWAL, LEASE = 0.1, 1.0
 
@@ -157,7 +161,7 @@ def test_what_a_lock_says_reaches_the_terminal_of_a_job():
     script = """
 import fsspec, time
 import qvl_batch.pipeline.run
-from qvl_batch.output.storage import StoreFolder
+from qvl_batch.output.object_store import StoreFolder
 
 class Away(fsspec.get_filesystem_class("memory")):
     find = lambda *_, **__: []
@@ -172,9 +176,9 @@ with StoreFolder(Away(skip_instance_cache=True), "memory://bucket/out", renewal=
 
 
 def test_a_lock_of_a_process_that_died_here_is_not_waited_for(address):
-    from qvl_batch.output.storage import _this_machine  # noqa: PLC0415
+    from qvl_batch.output.locks import this_machine  # noqa: PLC0415
 
-    _dead(address, _this_machine())
+    _dead(address, this_machine())
     folder = _store(address, lease=1e9)
     with folder.held():
         folder.write("a", b"")

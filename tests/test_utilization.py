@@ -12,18 +12,20 @@ import pytest
 from conftest import QUESTIONS
 
 from qvl_batch.clock import Clock
+from qvl_batch.columns import ASKED, FILE, ROW, SECONDS, THUMBNAIL, seconds_column, seconds_of, with_columns
 from qvl_batch.config import CaptionConfig
 from qvl_batch.decoder.decoder import Decoder
 from qvl_batch.decoder.engine import Engine, Request, decoder_clocks
 from qvl_batch.decoder.prompts import RowLayout
 from qvl_batch.input.fetch import Fetcher
 from qvl_batch.input.reader import read_unit
-from qvl_batch.input.source import FILE, ROW, open_source, with_columns
+from qvl_batch.input.source import open_source
 from qvl_batch.pipeline.crash_guard import AttemptsInMemory, Guarded
 from qvl_batch.pipeline.prepare import prepare
-from qvl_batch.pipeline.stages import DecodeStage, VisionStage
-from qvl_batch.report.sample import ASKED, THUMBNAIL, choose, sampled
-from qvl_batch.report.utilization import ADVICE, BUSY, Stage, advice, seconds_column, seconds_of, timed
+from qvl_batch.pipeline.read import timed
+from qvl_batch.pipeline.stages import DecoderStage, VisionStage
+from qvl_batch.report.sample import choose, sampled
+from qvl_batch.report.utilization import ADVICE, Utilization, advice
 from qvl_batch.vision.encoder import VisionEncoder
 from qvl_batch.vision.features import ImageFeatures
 
@@ -83,10 +85,10 @@ def test_only_the_making_of_a_table_is_timed():
         yield _table(2)
 
     found = []
-    for table in timed(tables(), "read"):
+    for table in timed(tables()):
         with Clock().running():  # looks that are not the tables'
             found.append(table)
-    assert [table[BUSY["read"]].to_pylist() if table.num_rows else [] for table in found] == [
+    assert [table[SECONDS["read"]].to_pylist() if table.num_rows else [] for table in found] == [
         [1.0, 0.0, 0.0], [], [2.0, 0.0]
     ]  # fmt: skip
 
@@ -105,8 +107,8 @@ def test_rows_that_are_begun_alone_keep_the_sum():
         attempts.begin("vision", rows)
     table = with_columns(_table(4), seconds_column("image", 7.0, 4))
     result = Guarded(work, "vision", attempts)(table)
-    assert result[BUSY["vision"]].to_pylist() == [1.0] * 4
-    assert sum(result[BUSY["image"]].to_pylist()) == 7.0
+    assert result[SECONDS["vision"]].to_pylist() == [1.0] * 4
+    assert sum(result[SECONDS["image"]].to_pylist()) == 7.0
 
 
 @pytest.mark.usefixtures("ticks")
@@ -139,13 +141,13 @@ def test_tables_carry_work_and_sample_through_all_stages(tiny_bundle, tmp_path):
     config = CaptionConfig(bundle=tiny_bundle.path, input=(str(tmp_path),), output=tmp_path / "out")
     source = open_source(config)
     sample = frozenset({(0, 1), (0, 4)})
-    read = timed(read_unit(next(source.units()), source.columns, None, 8, Fetcher(())), "read")
+    read = timed(read_unit(next(source.units()), source.columns, None, 8, Fetcher(())))
     (table,) = [prepare(each, tiny_bundle.manifest.layout.image_size, "letterbox", sample) for each in read]
     vision = VisionStage(tiny_bundle.path, 2, lambda: "v")
-    decoder = DecodeStage(tiny_bundle.path, 8, 2, 16, allow_repetition=False, name=lambda: "d")
+    decoder = DecoderStage(tiny_bundle.path, 8, 2, 16, allow_repetition=False, name=lambda: "d")
     table = decoder(vision(table))
     for work in WORK:
-        first, *others = table[BUSY[work]].to_pylist()
+        first, *others = table[SECONDS[work]].to_pylist()
         assert first > 0
         assert others == [0.0] * 4
     assert [value is not None for value in table[THUMBNAIL].to_pylist()] == [False, True, False, False, True]
@@ -154,21 +156,21 @@ def test_tables_carry_work_and_sample_through_all_stages(tiny_bundle, tmp_path):
     assert [(row["id"], row["answer"]) for row in shown.values()] == [
         (table["id"][index].as_py(), table["answer"][index].as_py()) for index in (1, 4)
     ]
-    assert choose(source) == {(0, row) for row in range(5)}
+    assert choose(source.rows, source.spans()) == {(0, row) for row in range(5)}
 
 
 def test_a_share_is_of_the_time_in_which_a_stage_could_have_worked():
-    stage = Stage({"prefill": 30.0, "decode": 15.0}, at_once=2, duration=50.0)
+    stage = Utilization({"prefill": 30.0, "decode": 15.0}, threads=2, duration=50.0)
     assert (stage.seconds, stage.busy, stage.share(30.0)) == (45.0, 0.45, 0.3)
     record = stage.record(rows=900)
     assert (record["busy"], record["seconds"], record["at_once"]) == (0.45, 45.0, 2)
     # Twice two threads at 20 rows a second of work.
     assert record["images_per_second"] == 40.0
     assert record["parts"]["decode"] == {"seconds": 15.0, "busy": 0.15}
-    assert Stage({"read": 0.0}, 1, 0.0).record(0) == {
+    assert Utilization({"read": 0.0}, 1, 0.0).record(0) == {
         "seconds": 0.0, "at_once": 1, "busy": 0.0, "images_per_second": None
     }  # fmt: skip
-    assert Stage({"vision": 9.0}, 1, 8.9).busy == 1.0
+    assert Utilization({"vision": 9.0}, 1, 8.9).busy == 1.0
 
 
 @pytest.mark.parametrize(

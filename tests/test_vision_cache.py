@@ -11,8 +11,7 @@ import pytest
 from qvl_batch.config import CaptionConfig
 from qvl_batch.errors import ConfigError, OutputError
 from qvl_batch.images.pixels import image_key
-from qvl_batch.pipeline.stages import open_vision_cache
-from qvl_batch.vision.cache import VisionCache
+from qvl_batch.vision.cache import VisionCache, open_vision_cache
 
 SHAPE = (4, 3)
 GRAPH = "a" * 64
@@ -134,7 +133,7 @@ def test_features_of_other_versions_are_not_taken(tiny_bundle, tmp_path, monkeyp
     features = np.ones(manifest.feature_shape, np.float32)
     open_vision_cache(tmp_path, 1, manifest).put(b"key", features)
     assert (open_vision_cache(tmp_path, 1, manifest).get(b"key") == features).all()
-    for name in ("PIL.__version__", "qvl_batch.pipeline.stages.ORT_VERSION"):
+    for name in ("PIL.__version__", "qvl_batch.vision.cache.ORT_VERSION"):
         with monkeypatch.context() as changed:
             changed.setattr(name, "another")
             assert open_vision_cache(tmp_path, 1, manifest).get(b"key") is None

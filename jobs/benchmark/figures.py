@@ -14,13 +14,14 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmark.rows import Rows
+from qvl_batch.columns import IMAGE, PROMPT
 from qvl_batch.config import CaptionConfig
 from qvl_batch.errors import ConfigError, JobError
 from qvl_batch.input.fetch import Fetcher
 from qvl_batch.input.reader import read_unit
-from qvl_batch.input.source import IMAGE, PROMPT, open_source
+from qvl_batch.input.source import open_source
 from qvl_batch.report.summary import installed_versions
-from qvl_batch.runtime.session import processor, usable_cpus
+from qvl_batch.runtime.devices import processor, usable_cpus
 
 SVG = Environment(autoescape=True).from_string("""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 {{ 40 * bars | length + 40 }}" font-family="system-ui, sans-serif" font-size="14">
 <rect width="100%" height="100%" fill="#fff"/><text x="12" y="24" font-weight="bold">images a second</text>

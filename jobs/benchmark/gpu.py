@@ -33,10 +33,11 @@ from benchmark.figures import (
 )
 from benchmark.host import ROOT, Host
 from benchmark.rows import Rows
-from qvl_batch.bundle.manifest import MANIFEST, Bundle
+from qvl_batch.bundle.loading import Bundle
+from qvl_batch.bundle.manifest import MANIFEST
 from qvl_batch.decoder.prompts import RowLayout
 from qvl_batch.errors import ConfigError, JobError
-from qvl_batch.runtime.session import open_cuda, require_cuda
+from qvl_batch.runtime.devices import open_cuda, require_cuda
 
 OURS = CUDA_VISION, CPU_VISION = "qvl-batch", "qvl-batch, CPU vision"
 DYNAMIC = "transformers"

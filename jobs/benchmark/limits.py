@@ -13,9 +13,11 @@ import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
 from benchmark.rows import median_seconds
-from qvl_batch.bundle.manifest import DECODER, Bundle, Dtype, Layout
+from qvl_batch.bundle.layout import Layout
+from qvl_batch.bundle.loading import Bundle
+from qvl_batch.bundle.manifest import DECODER, Dtype
 from qvl_batch.decoder.kv_cache import slot_bytes
-from qvl_batch.runtime.session import usable_cpus
+from qvl_batch.runtime.devices import usable_cpus
 
 #: Rows, inputs and outputs of products to find the peak with: large, but within the cache.
 SHAPES = ((2304, 384, 1152), (2304, 1152, 384), (600, 512, 1408), (1200, 1408, 512))

@@ -15,15 +15,16 @@ import pyarrow.parquet as pq
 
 from benchmark.memory import PeakMemory
 from benchmark.rows import Rows, median_seconds, timed
-from qvl_batch.bundle.manifest import Bundle
+from qvl_batch.bundle.layout import Features
+from qvl_batch.bundle.loading import Bundle
 from qvl_batch.config import CaptionConfig
 from qvl_batch.decoder.decoder import Decoder, PrefillRow
 from qvl_batch.decoder.engine import Completion, Engine, Request, decoder_clocks
 from qvl_batch.decoder.prompts import RowLayout
 from qvl_batch.images.pixels import decode_image, fit_image
-from qvl_batch.pipeline.plan import CUDA_VISION_THREADS
-from qvl_batch.runtime.session import memory_on, resolve_vision_device, usable_cpus
-from qvl_batch.vision.encoder import Features, VisionEncoder
+from qvl_batch.pipeline.capacity import CUDA_VISION_THREADS
+from qvl_batch.runtime.devices import memory_on, resolve_vision_device, usable_cpus
+from qvl_batch.vision.encoder import VisionEncoder
 
 
 class Ours:

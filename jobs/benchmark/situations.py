@@ -13,7 +13,7 @@ from benchmark.rows import Rows, seconds
 from qvl_batch.decoder.decoder import PrefillRow
 from qvl_batch.decoder.engine import Request
 from qvl_batch.images.pixels import image_key
-from qvl_batch.runtime.session import usable_cpus
+from qvl_batch.runtime.devices import usable_cpus
 from qvl_batch.vision.cache import VisionCache
 from qvl_batch.vision.features import ImageFeatures
 

@@ -11,10 +11,10 @@ from transformers import GenerationConfig
 
 from benchmark.rows import BATCHES, Peer, Rows, timed
 from export.checkpoint import load_checkpoint
-from qvl_batch.bundle.manifest import Bundle
+from qvl_batch.bundle.loading import Bundle
 from qvl_batch.decoder.prompts import RowLayout
 from qvl_batch.images.pixels import decode_image, fit_image
-from qvl_batch.runtime.session import usable_cpus
+from qvl_batch.runtime.devices import usable_cpus
 
 
 class HuggingFace(Peer):

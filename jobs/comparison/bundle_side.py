@@ -15,14 +15,15 @@ from comparison.layers import LayerProbe
 from comparison.questions import Question
 from comparison.traces import Array, States, Trace
 from export.half import emulated_graph
-from qvl_batch.bundle.manifest import DECODER, HALVES, VISION, Bundle
-from qvl_batch.config import Device
+from qvl_batch.bundle.loading import Bundle
+from qvl_batch.bundle.manifest import DECODER, HALVES, VISION
+from qvl_batch.config import Device, DeviceOption
 from qvl_batch.decoder.decoder import Decoder, PrefillRow, Tokens
 from qvl_batch.decoder.engine import Completion, Engine, Request
 from qvl_batch.decoder.prompts import RowLayout
 from qvl_batch.errors import NumericError, RowError
-from qvl_batch.runtime.memory import Memory, RealDevice
-from qvl_batch.runtime.session import has_cuda, memory_on, usable_cpus
+from qvl_batch.runtime.devices import has_cuda, memory_on, usable_cpus
+from qvl_batch.runtime.memory import Memory
 from qvl_batch.schema import Failure
 from qvl_batch.vision.encoder import VisionEncoder
 
@@ -90,7 +91,7 @@ class BundleSide:
     """
 
     def __init__(
-        self, bundle: Bundle, max_new_tokens: int, max_seq_len: int, *, layers: bool, device: Device = "auto"
+        self, bundle: Bundle, max_new_tokens: int, max_seq_len: int, *, layers: bool, device: DeviceOption = "auto"
     ) -> None:
         threads = usable_cpus()
         self.layout = RowLayout(bundle)
@@ -101,7 +102,7 @@ class BundleSide:
             name: emulated_graph(bundle.file(name)) if dtype in HALVES and not on_gpu else None
             for name, dtype in types.items()
         }
-        where: RealDevice = "cuda" if types[VISION] in HALVES and on_gpu else "cpu"
+        where: Device = "cuda" if types[VISION] in HALVES and on_gpu else "cpu"
         memory = memory_on("cuda" if bundle.manifest.device == "cuda" and on_gpu else "cpu")
         self._vision = VisionEncoder(bundle, threads, where, graph=graphs[VISION], prove=False)
         self._decoder = RecordingDecoder(bundle, SLOTS, threads, memory, graphs[DECODER])

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from qvl_batch.config import MAX_IMAGE_PIXELS, CaptionConfig, Device, Fit
+from qvl_batch.config import MAX_IMAGE_PIXELS, CaptionConfig, DeviceOption, Fit
 from qvl_batch.errors import ConfigError
 
 
@@ -53,7 +53,7 @@ class CompareConfig:
     """Largest error of features and logits, over their largest magnitude, that rounding explains."""
     tie_margin: float = 1e-3
     """Two tokens are tied if neither side's logits set them further apart than this."""
-    device: Device = "auto"
+    device: DeviceOption = "auto"
     """Where PyTorch runs, and bundles that are made for a GPU: `auto` takes a GPU if there is one. Bundles in half
     precision are emulated on a CPU."""
     gallery: int = 200

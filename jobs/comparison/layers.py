@@ -25,7 +25,8 @@ from numpy.typing import NDArray
 
 from comparison.traces import Array, States
 from export.half import emulated_graph, stream_unit
-from qvl_batch.bundle.manifest import DECODER, HALVES, VISION, Bundle, Dtype, part_names
+from qvl_batch.bundle.loading import Bundle
+from qvl_batch.bundle.manifest import DECODER, HALVES, VISION, Dtype, part_names
 from qvl_batch.decoder.decoder import Decoder, PrefillRow
 from qvl_batch.errors import BundleError
 from qvl_batch.runtime.session import Session

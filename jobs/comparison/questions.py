@@ -1,6 +1,5 @@
 """The questions of a comparison: rows of the input, their images decoded and fitted once for both sides."""
 
-import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,18 +11,20 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from comparison.config import CompareConfig
+from qvl_batch.columns import FILE, IMAGE, PROMPT, ROW, failures_of
 from qvl_batch.config import Fit, ImageRules
 from qvl_batch.errors import ConfigError, ImageError, InputError
 from qvl_batch.images.pixels import decode_image, fit_image
 from qvl_batch.input.fetch import Fetcher
 from qvl_batch.input.reader import read_unit
-from qvl_batch.input.source import FILE, IMAGE, PROMPT, ROW, Source, failures_of, open_source
+from qvl_batch.input.source import Source, open_source
+from qvl_batch.report.sample import thumbnail
 from qvl_batch.rows import Row, RowSet
 from qvl_batch.schema import ID, Failure, is_textual, readable, texts
 
 EXPECTED = "expected"
 #: Pixels a side of the images on the page.
-THUMBNAIL = 336
+SIDE = 336
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,13 +47,7 @@ class Question:
 
     def thumbnail(self) -> bytes | None:
         """The fitted image as a small JPEG."""
-        if self.pixels is None:
-            return None
-        image = Image.fromarray(self.pixels)
-        image.thumbnail((THUMBNAIL, THUMBNAIL))
-        buffer = io.BytesIO()
-        image.save(buffer, "JPEG", quality=85)
-        return buffer.getvalue()
+        return None if self.pixels is None else thumbnail(self.pixels, SIDE, quality=85)
 
 
 @dataclass(frozen=True, slots=True)

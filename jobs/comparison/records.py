@@ -22,11 +22,12 @@ from comparison.measures import Measures, measured
 from comparison.questions import Question
 from comparison.traces import INPUT_STAGES, Trace
 from qvl_batch.errors import OutputError
+from qvl_batch.output.local_folder import LocalFolder
 from qvl_batch.output.parts import parquet
 from qvl_batch.output.resume import Job, check_same_settings
-from qvl_batch.output.storage import LocalFolder, folder_at
+from qvl_batch.output.storage import folder_at
 from qvl_batch.rows import Row
-from qvl_batch.schema import Failure, failure_record
+from qvl_batch.schema import ERROR_FIELDS, Failure, error_values
 
 COMPARISON, SUMMARY, PAGE = "comparison.parquet", "summary.json", "report.html"
 PARTS, SETTINGS = "_parts", "settings.json"
@@ -45,9 +46,7 @@ FIELDS = (
     pa.field("reference_tokens", pa.int32()),
     pa.field("answer_tokens", pa.int32()),
     pa.field("error_side", pa.string()),
-    pa.field("error_stage", pa.string()),
-    pa.field("error_type", pa.string()),
-    pa.field("error_message", pa.string()),
+    *ERROR_FIELDS,
     pa.field("equal", pa.bool_()),
     pa.field("input_equal", pa.bool_()),
     pa.field("first_difference", pa.int32()),
@@ -107,7 +106,7 @@ def record(
         "reference_tokens": len(reference.token_ids) if isinstance(reference, Trace) else None,
         "answer_tokens": len(candidate.token_ids) if isinstance(candidate, Trace) else None,
         "error_side": side,
-        **failure_record(failure),
+        **error_values(failure),
         **measured(measures),
         "equal": measures.equal if measures else None if side == "input" else False,
         "reference_token_text": texts[0],

@@ -23,7 +23,7 @@ from comparison.traces import Array, States, Trace
 from export.chat import chat_turn
 from export.checkpoint import Checkpoint
 from export.vision import window_order
-from qvl_batch.config import Device
+from qvl_batch.config import DeviceOption
 from qvl_batch.errors import DeviceError, PromptError
 from qvl_batch.schema import Failure
 
@@ -54,7 +54,7 @@ class PyTorch:
         system_prompt: str | None = None,
         max_new_tokens: int = 64,
         max_seq_len: int = 1024,
-        device: Device = "auto",
+        device: DeviceOption = "auto",
     ) -> None:
         self.device = _torch_device(device)
         self.model = checkpoint.model.to(self.device)
@@ -200,7 +200,7 @@ def _array(tensor: Tensor) -> Array:
     return tensor.float().cpu().numpy()
 
 
-def _torch_device(device: Device) -> torch.device:
+def _torch_device(device: DeviceOption) -> torch.device:
     if device == "cuda" and not torch.cuda.is_available():
         raise DeviceError("--device cuda: PyTorch finds no usable GPU here; use --device cpu")
     if device == "cpu" or not torch.cuda.is_available():

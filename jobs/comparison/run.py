@@ -17,9 +17,11 @@ from comparison.questions import Question, Questions, open_questions
 from comparison.records import PAGE, Records, record
 from comparison.summary import STAGES, Bounds, difference, summarize
 from comparison.traces import INPUT_STAGES, Side, Trace
-from qvl_batch.bundle.manifest import Bundle, Source
+from qvl_batch.bundle.loading import Bundle
+from qvl_batch.bundle.manifest import CheckpointSource
 from qvl_batch.errors import ConfigError, JobError
-from qvl_batch.report.summary import ProgressLine, installed_versions, progress_line
+from qvl_batch.report.progress import ProgressLine, progress_line
+from qvl_batch.report.summary import installed_versions
 from qvl_batch.schema import Failure
 
 #: Questions in one chunk, and the memory that its logits may take on both sides together.
@@ -179,10 +181,10 @@ class _Sides:
         return BundleSide(bundle, config.max_new_tokens, self.max_seq_len, layers=config.layers, device=config.device)
 
     @cached_property
-    def reference_source(self) -> Source:
+    def reference_source(self) -> CheckpointSource:
         """Name and hash of what the bundle is compared with."""
         if self.other:
-            return Source(self.other.path.name, self.other.sha256)
+            return CheckpointSource(self.other.path.name, self.other.sha256)
         assert self.config.checkpoint is not None
         from export.checkpoint import checkpoint_source  # noqa: PLC0415
 

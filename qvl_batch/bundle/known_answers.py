@@ -27,7 +27,8 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from qvl_batch.bundle.manifest import KNOWN_ANSWERS, Bundle, Tolerance
+from qvl_batch.bundle.loading import Bundle
+from qvl_batch.bundle.manifest import KNOWN_ANSWERS, Tolerance
 from qvl_batch.distances import cosine, relative_error
 from qvl_batch.errors import BundleError, DeviceError
 

@@ -12,15 +12,16 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
-from qvl_batch.bundle.manifest import Bundle, InFp32
+from qvl_batch.bundle.fp32 import InFp32
+from qvl_batch.bundle.layout import Features
+from qvl_batch.bundle.loading import Bundle
 from qvl_batch.clock import Clock
 from qvl_batch.decoder.decoder import Decoder
 from qvl_batch.decoder.engine import Completion, Engine, Request, decoder_clocks
 from qvl_batch.decoder.prompts import RowLayout
 from qvl_batch.errors import NumericError, RepetitionError, RowError
-from qvl_batch.runtime.session import memory_on
+from qvl_batch.runtime.devices import memory_on
 from qvl_batch.schema import Answer, Failure
-from qvl_batch.vision.encoder import Features
 
 #: Slots of the engine that runs rows again.
 FP32_SLOTS = 4
@@ -30,7 +31,7 @@ PHRASE_TOKENS, PHRASE_TIMES, REPEATED_TOKENS = 16, 4, 32
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class EncodedRow:
     """A row with its image's features, float32 (T_img, D), or why it has none.
 
     Questions of one `image` (any key, None for none) have the same features.
@@ -59,7 +60,7 @@ class Answerer:
         self._engine = _new_engine(bundle, slots, threads, clocks)
         self._fp32 = InFp32(bundle, lambda exact: _new_engine(exact, FP32_SLOTS, threads, clocks))
 
-    def answer(self, questions: Sequence[Question], max_new_tokens: int) -> list[Answer]:
+    def answer(self, questions: Sequence[EncodedRow], max_new_tokens: int) -> list[Answer]:
         """Answer questions, in order; all of them are in the engine at once.
 
         Args:
@@ -88,7 +89,7 @@ class Answerer:
     def _engines(self) -> list[Engine]:
         return [self._engine, self._fp32.made] if self._fp32.made else [self._engine]
 
-    def _request(self, question: Question, max_new_tokens: int) -> Request | Failure:
+    def _request(self, question: EncodedRow, max_new_tokens: int) -> Request | Failure:
         if isinstance(question.features, Failure):
             return question.features
         try:

@@ -15,21 +15,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qvl_batch.bundle.known_answers import Figure, KnownAnswers, refuse_wrong, repeated
-from qvl_batch.bundle.manifest import DECODER, HALVES, Bundle, Manifest
+from qvl_batch.bundle.layout import Features
+from qvl_batch.bundle.loading import Bundle
+from qvl_batch.bundle.manifest import DECODER, HALVES, Manifest
+from qvl_batch.config import Device
 from qvl_batch.decoder.kv_cache import KvCache
 from qvl_batch.errors import BundleError
-from qvl_batch.runtime.memory import Buffer, HostMemory, Memory, RealDevice, on_this_machine
-from qvl_batch.runtime.session import NO_GRAPH, Binding, Session, machine_of
-from qvl_batch.vision.encoder import Features
+from qvl_batch.runtime.devices import machine_of
+from qvl_batch.runtime.memory import Buffer, HostMemory, Memory, on_this_machine
+from qvl_batch.runtime.session import NO_GRAPH, Binding, Session
 
 Tokens = NDArray[np.int64]
 #: In place of a next token where a logit or a hidden state is not finite.
 NO_TOKEN = -1
 #: Images whose beginnings of rows are kept for other rows of theirs.
-SHELVES = 2
+PREFIX_ENTRIES = 2
 #: Rows that are best prefilled together, by device. More keep live rows waiting. On a CPU they cost no less
 #: time each; a GPU is not busy with one.
-PREFILL_ROWS: dict[RealDevice, int] = {"cpu": 2, "cuda": 8}
+PREFILL_ROWS: dict[Device, int] = {"cpu": 2, "cuda": 8}
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +84,7 @@ class Decoder:
         kinds = self._session.inputs
         if kinds.get("image_embeds") != "float":
             raise BundleError(f"{bundle.path / DECODER} has no residual stream in fp32: export the checkpoint again")
-        self._cache = KvCache(manifest, slots, SHELVES, kinds["past_key.0"], self.memory)
+        self._cache = KvCache(manifest, slots, PREFIX_ENTRIES, kinds["past_key.0"], self.memory)
         self._hidden_size, self._feature_shape = manifest.decoder.hidden_size, manifest.feature_shape
         self._seen = SeenTokens(manifest, slots, self.memory) if "past_seen" in kinds else None
         if (self._seen is None) != (manifest.generation.repetition_penalty == 1):
@@ -130,16 +133,16 @@ class Decoder:
         """Tokens at the beginning of a row that follow from its image alone."""
         return self.layout.image_start + self.layout.image_tokens
 
-    def shelve(self, slot: int, shelf: int) -> None:
-        """Keep the prefix of the row in `slot` on a shelf, 0 to `SHELVES` - 1."""
-        self._cache.move(slot, self.slots + shelf, self.prefix_tokens)
+    def store_prefix(self, slot: int, entry: int) -> None:
+        """Keep the prefix of the row in `slot` on a entry, 0 to `PREFIX_ENTRIES` - 1."""
+        self._cache.move(slot, self.slots + entry, self.prefix_tokens)
 
-    def prefill_rest(self, slot: int, shelf: int, row: PrefillRow) -> Tokens:
-        """Fill a slot with a row whose prefix is on a shelf; returns int64 (1,) of its first token.
+    def prefill_after_prefix(self, slot: int, entry: int, row: PrefillRow) -> Tokens:
+        """Fill a slot with a row whose prefix is on a entry; returns int64 (1,) of its first token.
 
         The same tokens go through the same products as in `prefill`, so that the cache is the same.
         """
-        self._cache.move(self.slots + shelf, slot, self.prefix_tokens)
+        self._cache.move(self.slots + entry, slot, self.prefix_tokens)
         return self._fill(slot, [row], self.prefix_tokens, seen=self._seen.prefix if self._seen else None)
 
     def step(self, tokens: Tokens) -> Tokens:

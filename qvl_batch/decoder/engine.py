@@ -25,10 +25,10 @@ from typing import Literal, Self
 
 import numpy as np
 
+from qvl_batch.bundle.layout import Features
 from qvl_batch.clock import Clock
-from qvl_batch.decoder.decoder import NO_TOKEN, SHELVES, Decoder, PrefillRow
+from qvl_batch.decoder.decoder import NO_TOKEN, PREFIX_ENTRIES, Decoder, PrefillRow
 from qvl_batch.errors import NumericError
-from qvl_batch.vision.encoder import Features
 
 logger = logging.getLogger(__name__)
 
@@ -141,7 +141,7 @@ class _Loop(threading.Thread):
         self.submitted: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
         self._decoder, self._eos, self._clocks = decoder, eos, clocks
         self._waiting: deque[_Item] = deque()
-        self._shelves: dict[bytes, int] = {}
+        self._prefixes: dict[bytes, int] = {}
         self._live: list[_Live] = []
         self._refusing = self._stopping = False
         self._failure: BaseException | None = None
@@ -185,11 +185,11 @@ class _Loop(threading.Thread):
         free = min(self._decoder.slots - len(self._live), self._decoder.prefill_rows)
         if not free:
             return True
-        rest = [item for item in self._waiting if item[0].image in self._shelves][:free]
+        rest = [item for item in self._waiting if item[0].image in self._prefixes][:free]
         for item in rest:
             self._waiting.remove(item)
             if item[1].set_running_or_notify_cancel():
-                self._prefill_rest(item)
+                self._prefill_after_prefix(item)
         if not rest and (whole := self._whole_rows(free)):
             self._prefill(whole)
         return True
@@ -232,25 +232,29 @@ class _Loop(threading.Thread):
         wanted = {request.image for request, _ in self._waiting}
         for slot, (request, _) in enumerate(admitted, start=first):
             image = request.image
-            if image is not None and image in wanted and image not in self._shelves:
-                self._decoder.shelve(slot, self._shelf_for(image))
+            if image is not None and image in wanted and image not in self._prefixes:
+                self._decoder.store_prefix(slot, self._prefix_entry_for(image))
         self._extend(first, tokens.tolist())
 
-    def _prefill_rest(self, item: "_Item") -> None:
-        """One row whose beginning is on a shelf into the next slot."""
+    def _prefill_after_prefix(self, item: "_Item") -> None:
+        """One row whose beginning is on a entry into the next slot."""
         request, slot = item[0], len(self._live)
         self._open([item])
         row = PrefillRow(request.input_ids, request.features)
         assert request.image is not None
         with self._clocks["prefill"].running():
-            tokens = self._decoder.prefill_rest(slot, self._shelves[request.image], row)
+            tokens = self._decoder.prefill_after_prefix(slot, self._prefixes[request.image], row)
         self._extend(slot, tokens.tolist())
 
-    def _shelf_for(self, image: bytes) -> int:
-        """A free shelf, or that of the image that came first."""
-        shelf = len(self._shelves) if len(self._shelves) < SHELVES else self._shelves.pop(next(iter(self._shelves)))
-        self._shelves[image] = shelf
-        return shelf
+    def _prefix_entry_for(self, image: bytes) -> int:
+        """A free entry, or that of the image that came first."""
+        entry = (
+            len(self._prefixes)
+            if len(self._prefixes) < PREFIX_ENTRIES
+            else self._prefixes.pop(next(iter(self._prefixes)))
+        )
+        self._prefixes[image] = entry
+        return entry
 
     def _open(self, admitted: "list[_Item]") -> None:
         for request, future in admitted:

@@ -5,7 +5,7 @@ a prefill is bound straight onto the slots it fills, and a decode step onto the 
 Live rows therefore always hold the slots 0 to B - 1: when one ends, the last one moves into
 its place.
 
-Behind the slots are a few shelves of the same size, for the beginnings of rows that others share.
+Behind the slots are a few prefix_entries of the same size, for the beginnings of rows that others share.
 """
 
 from qvl_batch.bundle.manifest import HALVES, Manifest
@@ -13,15 +13,20 @@ from qvl_batch.runtime.memory import Buffer, HostMemory, Memory
 
 
 class KvCache:
-    """Arena of `slots` slots, and `shelves` behind them, of `element` type, for the decoder of `manifest`."""
+    """Arena of `slots` slots, and `prefix_entries` behind them, of `element` type, for the decoder of `manifest`."""
 
     def __init__(
-        self, manifest: Manifest, slots: int, shelves: int = 0, element: str = "float", memory: Memory | None = None
+        self,
+        manifest: Manifest,
+        slots: int,
+        prefix_entries: int = 0,
+        element: str = "float",
+        memory: Memory | None = None,
     ) -> None:
         shape = manifest.decoder
         self.slots = slots
         self._memory: Memory = memory or HostMemory()
-        size = (slots + shelves, shape.kv_heads, manifest.layout.max_seq_len, shape.head_dim)
+        size = (slots + prefix_entries, shape.kv_heads, manifest.layout.max_seq_len, shape.head_dim)
         self._arrays: dict[str, Buffer] = {
             f"{kind}.{layer}": self._memory.zeros(size, element, on_host=False)
             for layer in range(shape.layers)

@@ -14,7 +14,8 @@ This module knows nothing of images or of graphs.
 
 from tokenizers import Tokenizer
 
-from qvl_batch.bundle.manifest import TOKENIZER, Bundle
+from qvl_batch.bundle.loading import Bundle
+from qvl_batch.bundle.manifest import TOKENIZER
 from qvl_batch.errors import BundleError, PromptError
 
 #: What a prompt's bytes may shrink by: the tokenizer brings text into Unicode's NFC, which makes 2 bytes of 7 where

@@ -15,10 +15,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from qvl_batch.columns import IMAGE, PROMPT, array, failure_columns, place_columns
 from qvl_batch.errors import ImageError, InputError, RecordError, RowError, WorkerLostError, stable_message
 from qvl_batch.input.fetch import Fetcher
-from qvl_batch.input.source import FILE, IMAGE, PROMPT, ROW, Unit, failure_columns, footer_sha256
-from qvl_batch.schema import ID, Failure, InputColumns
+from qvl_batch.input.input_columns import InputColumns
+from qvl_batch.input.source import Unit, footer_sha256
+from qvl_batch.schema import ID, Failure
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,12 +129,11 @@ def _own_table(
             Failure.of(_unread(f"row {row} of {unit.file} (row group {unit.row_group})", error)) for row in rows
         ]
     own = {
-        FILE: pa.array([unit.file_number] * len(rows), pa.int32()),
-        ROW: pa.array(rows, pa.int64()),
+        **place_columns([(unit.file_number, row) for row in rows]),
         ID: table[columns.id.name].cast(columns.id.type),
         **{field.name: table[field.name].cast(field.type) for field in columns.kept},
-        PROMPT: pa.array([each if isinstance(each, str) else None for each in prompts], pa.large_string()),
-        IMAGE: pa.array(images, pa.large_binary()),
+        PROMPT: array(PROMPT, [each if isinstance(each, str) else None for each in prompts]),
+        IMAGE: array(IMAGE, images),
         **failure_columns(failures),
     }
     return pa.table(own)

@@ -1,7 +1,6 @@
 """The input: which files, and which rows of them are to be read.
 
-What enters: paths and globs of the settings. What leaves: a `Source`, which gives units to read; and
-the names of the columns that tables have on their way, next to the user's.
+What enters: paths and globs of the settings. What leaves: a `Source`, which gives units to read.
 
 A row is known by where it stands, the number of its file and its index in it, since ids need
 not be unique. A file keeps its number when a job goes on, whatever files were added meanwhile.
@@ -19,26 +18,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from qvl_batch.columns import OWN
 from qvl_batch.config import CaptionConfig
 from qvl_batch.errors import ConfigError, InputError
 from qvl_batch.input.discovery import find_files
-from qvl_batch.rows import PIECE, Row, RowSet, Span
-from qvl_batch.schema import Failure, InputColumns, input_columns
-
-#: Columns of the pipeline's own, next to the user's, have this prefix.
-OWN = "__qvl_"
-FILE, ROW, IMAGE, PROMPT = (f"{OWN}{name}" for name in ("file", "row", "image", "prompt"))
-FAILURE = tuple(f"{OWN}error_{name}" for name in ("stage", "type", "message"))
-
-
-@dataclass(frozen=True, slots=True)
-class InputFile:
-    """A parquet file: absolute path, bytes, rows, and SHA-256 of its footer, where sizes and bounds of columns are."""
-
-    path: str
-    size: int
-    rows: int
-    footer: str
+from qvl_batch.input.input_columns import InputColumns, input_columns
+from qvl_batch.rows import PIECE, InputFile, RowSet, Span
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,32 +154,6 @@ def footer_sha256(file: pa.NativeFile) -> str:
     end = file.size() - 8  # behind it the footer's length, and `PAR1`
     start = max(0, end - int.from_bytes(file.read_at(4, end), "little"))
     return hashlib.sha256(file.read_at(end - start, start)).hexdigest()
-
-
-def with_columns(table: pa.Table, columns: dict[str, pa.Array]) -> pa.Table:
-    """Append columns to a table."""
-    for name, column in columns.items():
-        table = table.append_column(name, column)
-    return table
-
-
-def rows_of(table: pa.Table) -> list[Row]:
-    """The columns `FILE` and `ROW`, in pairs."""
-    return list(zip(table[FILE].to_pylist(), table[ROW].to_pylist(), strict=True))
-
-
-def failure_columns(failures: list[Failure | None]) -> dict[str, pa.Array]:
-    """Failures of rows, None where there is none, as the columns `FAILURE`."""
-    return {
-        name: pa.array([getattr(failure, field) if failure else None for failure in failures], pa.string())
-        for name, field in zip(FAILURE, ("stage", "type", "message"), strict=True)
-    }
-
-
-def failures_of(table: pa.Table) -> list[Failure | None]:
-    """The columns `FAILURE` as failures again."""
-    rows = zip(*(table[name].to_pylist() for name in FAILURE), strict=True)
-    return [Failure(*row) if row[0] is not None else None for row in rows]
 
 
 def _first_rows(files: Sequence[InputFile], limit: int | None) -> tuple[int, ...]:

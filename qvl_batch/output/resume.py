@@ -28,11 +28,11 @@ from typing import Any, Self, TypeVar
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from qvl_batch.columns import places_of, with_columns
 from qvl_batch.errors import OutputError
-from qvl_batch.input.source import InputFile, rows_of, with_columns
 from qvl_batch.output.parts import PARTS, PartRecord, Tally, cannot_write, is_part, part_name, read_part, write_part
 from qvl_batch.output.storage import Folder
-from qvl_batch.rows import Row, RowSet
+from qvl_batch.rows import InputFile, Row, RowSet
 
 JOB, RUN, REPORT = "_job.json", "_run.json", "_report.html"
 FORMAT = 2
@@ -196,9 +196,9 @@ class OutputFolder:
     def _take_errors_out(self, name: str, record: PartRecord, retry: Sequence[int]) -> None:
         answers = with_columns(read_part(self.folder, name), record.places())
         errors = answers.filter(pc.equal(answers["finish_reason"], "error"))
-        errors = errors.filter(pa.array([row < retry[file] for file, row in rows_of(errors)], pa.bool_()))
+        errors = errors.filter(pa.array([row < retry[file] for file, row in places_of(errors)], pa.bool_()))
         self.tally -= Tally.of(errors)
-        for place in rows_of(errors):
+        for place in places_of(errors):
             self.done.remove(*place)
             self.failed[place] = name
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 import ray
 
 from qvl_batch.pipeline.crash_guard import AttemptsInMemory, Guarded
-from qvl_batch.pipeline.stages import DecodeStage, VisionStage
+from qvl_batch.pipeline.stages import DecoderStage, VisionStage
 from qvl_batch.rows import Row
 
 
@@ -59,9 +59,9 @@ class VisionWorker(_Worker):
 
 
 class DecoderWorker(_Worker):
-    """Its arguments are those of `DecodeStage`."""
+    """Its arguments are those of `DecoderStage`."""
 
-    name, stage = "decode", DecodeStage
+    name, stage = "decode", DecoderStage
 
 
 class JoinedWorker:
@@ -70,7 +70,7 @@ class JoinedWorker:
     Args:
         attempts: what is known of rows that may end a worker.
         vision: arguments of `VisionStage`.
-        decoder: arguments of `DecodeStage`.
+        decoder: arguments of `DecoderStage`.
     """
 
     def __init__(self, attempts: RemoteAttempts, vision: Sequence[Any], decoder: Sequence[Any]) -> None:

@@ -23,9 +23,10 @@ from typing import Protocol
 
 import pyarrow as pa
 
+from qvl_batch.columns import FAILURE, failure_columns, places_of, with_columns
 from qvl_batch.errors import WorkerLostError
 from qvl_batch.input.reader import Lost
-from qvl_batch.input.source import FAILURE, Unit, failure_columns, rows_of, with_columns
+from qvl_batch.input.source import Unit
 from qvl_batch.rows import Row
 from qvl_batch.schema import Failure
 
@@ -103,7 +104,7 @@ class Guarded:
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Do the work."""
-        rows = rows_of(table)
+        rows = places_of(table)
         with self._calls.together():
             if self._attempts.begin(self._stage, rows):
                 result = self._work(table)
@@ -159,7 +160,7 @@ class GuardedRead:
             for unit in units:
                 for tables in self._row_by_row(unit):
                     yield pa.concat_tables(tables).combine_chunks()
-                    begun += [row for table in tables for row in rows_of(table)]
+                    begun += [row for table in tables for row in places_of(table)]
         # Only now: if a later row ends this process, another begins with the first unit again.
         self._attempts.done(READ, begun)
         self._attempts.done(READ_IDS, begun)

@@ -11,19 +11,21 @@ one actor does both, and what it does not hold is cache.
 """
 
 import math
-import os
-import subprocess
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
-from qvl_batch.bundle.manifest import DECODER, HALVES, VISION, Manifest
-from qvl_batch.config import CaptionConfig
-from qvl_batch.decoder.decoder import PREFILL_ROWS, SHELVES
+from qvl_batch.bundle.manifest import Manifest
+from qvl_batch.config import CaptionConfig, Device
 from qvl_batch.decoder.kv_cache import slot_bytes
-from qvl_batch.errors import ConfigError, DeviceError
-from qvl_batch.runtime.memory import RealDevice
+from qvl_batch.errors import ConfigError
+from qvl_batch.pipeline.capacity import (
+    CACHE_SHARE,
+    CUDA_VISION_THREADS,
+    Card,
+    machine_memory,
+    slots_in_memory,
+    slots_on_card,
+)
 
 #: Rows that travel together. Small, so that several batches are in the engine at once.
 ROWS_PER_BLOCK = 8
@@ -41,29 +43,11 @@ FOR_TASKS = 1 + 2 * TASK_CPUS
 #: One task of a kind for so many CPUs. Each needs a process, whose start takes a CPU two seconds from
 #: the graphs; without a limit, six of them took a tenth of a job of one minute.
 CPUS_PER_TASK = 4
-#: A decoder's cache takes at most this part of the machine's memory, and by default this many slots:
-#: a step reads all weights for any number of rows, but beyond these the rows' own caches take longer.
-CACHE_SHARE, DEFAULT_SLOTS = 0.25, 32
+#: By default a decoder has at most so many slots: a step reads all weights for any number of rows, but beyond these
+#: the rows' own caches take longer.
+DEFAULT_SLOTS = 32
 #: On a GPU a step of so many rows still takes little more than its weights' way to the cores.
 DEFAULT_CUDA_SLOTS = 128
-#: Of a card: the part that is never planned for, and what CUDA, its libraries and captured steps take.
-CARD_RESERVE, CUDA_BYTES = 0.05, 1_500_000_000
-#: Where a container says how much memory it may take, in versions 2 and 1 of control groups.
-CONTAINER_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
-#: Images that a decoder's actor encodes at a time on its GPU: one runs while the next one's pixels come.
-CUDA_VISION_THREADS = 2
-
-
-@dataclass(frozen=True, slots=True)
-class Card:
-    """A GPU: its name, and bytes of its memory, free and in all."""
-
-    name: str
-    free: int
-    total: int
-
-    def __str__(self) -> str:
-        return f"{self.name}, {self.free / 1e9:.1f} of {self.total / 1e9:.1f} GB free"
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,10 +74,10 @@ class Plan:
         """Batches that a decoder works on at a time: enough to fill its slots and have some waiting."""
         return math.ceil(1.5 * self.slots / ROWS_PER_BLOCK) + 1
 
-    def bytes_under_way(self, manifest: Manifest) -> float:
-        """What may wait between the stages: twice the pixels and features of the rows that workers hold.
+    def bytes_in_flight(self, manifest: Manifest) -> float:
+        """Object-store budget for back-pressure: twice the pixels and features of the rows in flight.
 
-        Without a limit, images are decoded ahead of the vision workers until half of Ray's store is full of them.
+        Without a limit, images are decoded ahead of the vision workers until half of Ray's object store is full.
         """
         row = 3 * manifest.layout.image_size**2 + 4 * math.prod(manifest.feature_shape)
         calls = 0 if self.is_joined else self.vision_workers * (CALLS_PER_VISION_WORKER + 1)
@@ -106,8 +90,8 @@ class Plan:
         return not self.vision_cpus
 
     @property
-    def at_once(self) -> dict[str, int]:
-        """Pieces of work of each stage that can go on at a time, each by one thread of its own."""
+    def threads(self) -> dict[str, int]:
+        """Threads of each stage, over all its tasks or workers."""
         return {
             "read": self.tasks_at_once,
             "image": self.tasks_at_once,
@@ -136,7 +120,7 @@ def make_plan(
     manifest: Manifest,
     nodes: Sequence[int],
     cards: Sequence[Card] = (),
-    vision_device: RealDevice = "cpu",
+    vision_device: Device = "cpu",
 ) -> Plan:
     """Plan a job.
 
@@ -161,18 +145,7 @@ def make_plan(
     for_vision = max(1, cpus - decoders) if card else math.ceil((1 - DECODER_SHARE) * cpus)
     vision = decoders if joined else config.vision_workers or math.ceil(for_vision / VISION_THREADS)
     vision_threads = CUDA_VISION_THREADS if joined else max(1, min(for_vision // vision, node_cpus))
-    if card is None:
-        in_memory, most = _slots_in_memory(manifest, decoders), DEFAULT_SLOTS
-        size, memory = decoders * (config.slots or 0) * slot_bytes(manifest), machine_memory()
-        if len(nodes) == 1 and size > memory:  # of other machines nothing is known
-            raise ConfigError(
-                f"--slots {config.slots}: their caches take {size / 1e9:,.1f} GB, and this machine has "
-                f"{memory / 1e9:,.1f} GB; by default there would be {max(1, min(most, in_memory))}"
-            )
-    else:
-        in_memory, most = slots_on_card(card, manifest, vision_too=joined), DEFAULT_CUDA_SLOTS
-        if config.slots and config.slots > in_memory:
-            raise ConfigError(f"--slots {config.slots}: the GPU ({card}) holds {in_memory} beside weights and work")
+    slots, in_memory = _slots(config, manifest, decoders, len(nodes), card, vision_too=joined)
     # All actors together claim what is left of the CPUs, in proportion to their threads.
     left = sum(max(each - FOR_TASKS, 0) for each in nodes)
     per_thread = left / (decoders * decoder_threads + (0 if joined else vision * vision_threads))
@@ -185,7 +158,7 @@ def make_plan(
         decoder_workers=decoders,
         decoder_threads=decoder_threads,
         decoder_cpus=min(1.0, _floor(decoder_threads * per_thread)) if card else _floor(decoder_threads * per_thread),
-        slots=config.slots or max(1, min(most, in_memory)),
+        slots=slots,
         slot_bytes=slot_bytes(manifest),
         slots_in_memory=in_memory,
         tasks_at_once=math.ceil(cpus / CPUS_PER_TASK),
@@ -193,86 +166,29 @@ def make_plan(
     )
 
 
-def card_of_this_process() -> Card:
-    """The GPU that Ray gave this process, as the driver's own tool sees it: to ask CUDA would take memory of it.
+def _slots(
+    config: CaptionConfig, manifest: Manifest, decoders: int, nodes: int, card: Card | None, *, vision_too: bool
+) -> tuple[int, int]:
+    """Slots of a decoder, and how many its memory holds.
 
     Raises:
-        DeviceError: the tool is missing or fails.
+        ConfigError: more are asked for than the memory holds.
+        DeviceError: the card does not hold the model.
     """
-    wanted = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    query = [
-        "nvidia-smi",
-        f"--id={wanted}",
-        "--query-gpu=name,memory.free,memory.total",
-        "--format=csv,noheader,nounits",
-    ]
-    try:
-        found = subprocess.run(query, capture_output=True, text=True, check=True, timeout=60).stdout  # noqa: S603
-        name, free, total = found.strip().split("\n")[0].rsplit(", ", 2)
-        return Card(name, int(free) << 20, int(total) << 20)
-    except (OSError, subprocess.SubprocessError, ValueError) as error:
-        raise DeviceError(
-            f"nvidia-smi does not say how much memory the GPU has ({error}): install it with the driver"
-        ) from error
-
-
-def slots_on_card(card: Card, manifest: Manifest, *, vision_too: bool) -> int:
-    """Slots that a GPU holds beside the weights, a prefill's states, and what CUDA takes for itself.
-
-    Raises:
-        DeviceError: not one.
-    """
-    taken = bytes_beside_slots(manifest, vision_too=vision_too)
-    left = card.free - CARD_RESERVE * card.total - taken
-    slots = int(left / slot_bytes(manifest)) - SHELVES
-    if slots < 1:
-        advice = "run the vision tower on the CPU (--vision-device cpu), or " if vision_too else ""
-        raise DeviceError(
-            f"the GPU ({card}) is too small: weights and work take {taken / 1e9:.1f} GB and each row's cache "
-            f"{slot_bytes(manifest) / 1e6:.0f} MB; {advice}export in half precision, with a smaller --max-seq-len, "
-            "or take a larger card"
+    if card is not None:
+        held = slots_on_card(card, manifest, vision_too=vision_too)
+        if config.slots and config.slots > held:
+            raise ConfigError(f"--slots {config.slots}: the GPU ({card}) holds {held} beside weights and work")
+        return config.slots or min(DEFAULT_CUDA_SLOTS, held), held
+    held = slots_in_memory(manifest, decoders)
+    default = max(1, min(DEFAULT_SLOTS, held))
+    size, memory = decoders * (config.slots or 0) * slot_bytes(manifest), machine_memory()
+    if nodes == 1 and size > memory:  # of other machines nothing is known
+        raise ConfigError(
+            f"--slots {config.slots}: their caches take {size / 1e9:,.1f} GB, and this machine has "
+            f"{memory / 1e9:,.1f} GB; by default there would be {default}"
         )
-    return slots
-
-
-def bytes_beside_slots(manifest: Manifest, *, vision_too: bool) -> int:
-    """Bytes on a GPU but for the slots: weights, states of the largest prefill and of an image, and CUDA's own.
-
-    ONNX Runtime keeps a piece of memory for each state of a token that is alive beside others of its size, and lends
-    it to no other size: the embedding, residual stream, its norm and an update of it (five in fp32 and two in the
-    graph's type); queries, keys and values with and without biases; queries and keys before and after rotation, in
-    both types; and gate, up and their product. This is 8 to 15 % more than a prefill of real shapes takes.
-    """
-    shape, layout = manifest.decoder, manifest.layout
-    size = 2 if manifest.dtype in HALVES else 4
-    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    token = (5 * 4 + 2 * size) * shape.hidden_size + 3 * size * shape.intermediate_size
-    token += 2 * size * (queries + 2 * keys) + 2 * (size + 4) * (queries + keys)
-    image_embeds = 4 * shape.hidden_size
-    prefill = PREFILL_ROWS["cuda"] * layout.max_seq_len * (token + image_embeds)
-    logits = PREFILL_ROWS["cuda"] * shape.vocab_size * (size + 4)
-    if manifest.dtype not in HALVES:  # attention in standard operators has all its scores in memory
-        prefill += 2 * 4 * PREFILL_ROWS["cuda"] * shape.heads * layout.max_seq_len**2
-    weights = manifest.bytes_of(DECODER)
-    vision = 0
-    if vision_too:  # the states of an image token's four patches are as wide as those of two tokens, in fp32 of four
-        width = 2 if manifest.vision_dtype in HALVES else 4
-        vision = manifest.bytes_of(VISION) + CUDA_VISION_THREADS * width * layout.image_tokens * token
-    return weights + prefill + logits + vision + CUDA_BYTES
-
-
-def _slots_in_memory(manifest: Manifest, decoders: int) -> int:
-    """Slots of a decoder that its part of this machine's memory holds."""
-    return int(CACHE_SHARE * machine_memory() / decoders / slot_bytes(manifest))
-
-
-def machine_memory() -> int:
-    """Bytes of memory of this machine, or of the container that this process is in."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for limit in CONTAINER_LIMITS:
-        with suppress(OSError, ValueError):  # no such file, or "max"
-            memory = min(memory, int(limit.read_text()))
-    return memory
+    return config.slots or default, held
 
 
 def _floor(cpus: float) -> float:

@@ -8,21 +8,32 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from qvl_batch.columns import (
+    FAILURE,
+    IMAGE,
+    IMAGE_KEY,
+    PIXELS,
+    array,
+    failure_columns,
+    failures_of,
+    seconds_column,
+    with_columns,
+)
 from qvl_batch.config import Fit, ImageRules
 from qvl_batch.images.pixels import DEFAULT_RULES, image_key, pixels_or_failure
-from qvl_batch.input.source import FAILURE, IMAGE, OWN, failure_columns, failures_of, with_columns
+from qvl_batch.pipeline.crash_guard import Attempts, Guarded
 from qvl_batch.report.sample import sample_columns
-from qvl_batch.report.utilization import seconds_column
 from qvl_batch.rows import Row
 from qvl_batch.schema import Failure
 
-PIXELS, IMAGE_KEY = f"{OWN}pixels", f"{OWN}image_key"
 #: Longest that an image may take; the largest takes 2.
 SECONDS = 120.0
 
@@ -52,15 +63,18 @@ def prepare(
                     fitted[key] = pixels_or_failure(data, image_size, fit, rules)
     results = [failure if key is None else fitted[key] for key, failure in zip(keys, failures, strict=True)]
     columns = {
-        PIXELS: pa.array(
-            [row.tobytes() if isinstance(row, np.ndarray) else None for row in results], pa.large_binary()
-        ),
-        IMAGE_KEY: pa.array(keys, pa.binary()),
+        PIXELS: array(PIXELS, [row.tobytes() if isinstance(row, np.ndarray) else None for row in results]),
+        IMAGE_KEY: array(IMAGE_KEY, keys),
         **failure_columns([row if isinstance(row, Failure) else None for row in results]),
         **sample_columns(table, results, sample),
     }
     columns |= seconds_column("image", time.perf_counter() - began, table.num_rows)
     return with_columns(table.drop_columns([IMAGE, *FAILURE]), columns)
+
+
+def prepare_guarded(table: pa.Table, attempts: Attempts, **options: Any) -> pa.Table:
+    """As `prepare`, of rows that may crash this process."""
+    return Guarded(partial(prepare, **options), "image", attempts)(table)
 
 
 @contextmanager

@@ -11,43 +11,30 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import PIL
 import pyarrow as pa
 
-from qvl_batch.bundle.manifest import Bundle, Manifest, combined_sha256
-from qvl_batch.decoder.answerer import Answerer, Question
-from qvl_batch.input.source import FAILURE, OWN, PROMPT, failure_columns, failures_of, with_columns
-from qvl_batch.pipeline.prepare import IMAGE_KEY, PIXELS
-from qvl_batch.report.utilization import seconds_column
-from qvl_batch.runtime.memory import RealDevice
-from qvl_batch.runtime.session import ORT_VERSION
+from qvl_batch.bundle.layout import Features, Pixels
+from qvl_batch.bundle.loading import Bundle
+from qvl_batch.columns import (
+    FAILURE,
+    FEATURES,
+    IMAGE_KEY,
+    PIXELS,
+    PROMPT,
+    STARTED,
+    WORKERS,
+    array,
+    failure_columns,
+    failures_of,
+    seconds_column,
+    with_columns,
+)
+from qvl_batch.config import Device
+from qvl_batch.decoder.answerer import Answerer, EncodedRow
 from qvl_batch.schema import ANSWER_FIELDS, Failure
-from qvl_batch.vision.cache import VisionCache
-from qvl_batch.vision.encoder import Features, VisionEncoder
-from qvl_batch.vision.features import ImageFeatures, Pixels
-
-FEATURES, STARTED = f"{OWN}features", f"{OWN}started"
-#: Columns of the workers that had a row.
-WORKERS = {"vision": f"{OWN}vision_worker", "decoder": f"{OWN}decoder_worker"}
-
-
-def open_vision_cache(folder: Path, gigabytes: float, manifest: Manifest) -> VisionCache:
-    """Features that are kept of a bundle's vision graph, and of these versions of Pillow and ONNX Runtime; of a bundle
-    with known answers, they are apart from those that were made without.
-
-    Raises:
-        OutputError: the folder cannot be written.
-    """
-    proved = "by nobody" if manifest.tolerance is None else "by known answers"
-    maker = combined_sha256(
-        [
-            ("vision", manifest.vision_sha256),
-            ("pillow", PIL.__version__),
-            ("onnxruntime", ORT_VERSION),
-            ("proved", proved),
-        ]
-    )
-    return VisionCache(folder, maker, manifest.feature_shape, int(gigabytes * 1e9))
+from qvl_batch.vision.cache import open_vision_cache
+from qvl_batch.vision.encoder import VisionEncoder
+from qvl_batch.vision.features import ImageFeatures
 
 
 class VisionStage:
@@ -72,7 +59,7 @@ class VisionStage:
         name: Callable[[], str],
         cache: tuple[Path, float] | None = None,
         niceness: int = 0,
-        device: RealDevice = "cpu",
+        device: Device = "cpu",
     ) -> None:
         os.nice(niceness)
         self._name = name()
@@ -85,7 +72,7 @@ class VisionStage:
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Encode the images of a table."""
-        started = pa.array([time.time()] * table.num_rows, pa.float64())
+        started = time.time()
         size = self._image_size
         failures = failures_of(table)
         images: list[Pixels | Failure] = [
@@ -95,14 +82,18 @@ class VisionStage:
         encoded = self._features.of(images, table[IMAGE_KEY].to_pylist())
         features = [None if isinstance(row, Failure) else row.tobytes() for row in encoded]
         failed = [row if isinstance(row, Failure) else None for row in encoded]
-        table = table.drop_columns([PIXELS, *FAILURE])
-        worker = pa.array([self._name] * table.num_rows, pa.string())
-        added = {FEATURES: pa.array(features, pa.large_binary()), STARTED: started, WORKERS["vision"]: worker}
-        added |= seconds_column("vision", self._features.clock.take(), table.num_rows)
-        return with_columns(table, added | failure_columns(failed))
+        rows, worker = table.num_rows, WORKERS["vision"]
+        columns = {
+            FEATURES: array(FEATURES, features),
+            STARTED: array(STARTED, [started] * rows),
+            worker: array(worker, [self._name] * rows),
+            **seconds_column("vision", self._features.clock.take(), rows),
+            **failure_columns(failed),
+        }
+        return with_columns(table.drop_columns([PIXELS, *FAILURE]), columns)
 
 
-class DecodeStage:
+class DecoderStage:
     """Answers prompts: `FEATURES` and `PROMPT` become the columns of `ANSWER_FIELDS`, and the decoder's name is added.
 
     Called by several threads at once, it keeps all their rows in one engine.
@@ -129,10 +120,10 @@ class DecodeStage:
             failure or np.frombuffer(value.as_buffer(), np.float32).reshape(self._shape)
             for value, failure in zip(table[FEATURES], failures_of(table), strict=True)
         ]
-        questions = list(map(Question, features, table[PROMPT].to_pylist(), table[IMAGE_KEY].to_pylist()))
+        questions = list(map(EncodedRow, features, table[PROMPT].to_pylist(), table[IMAGE_KEY].to_pylist()))
         answers = [answer.record() for answer in self._answerer.answer(questions, self._max_new_tokens)]
         columns = {f.name: pa.array([answer[f.name] for answer in answers], f.type) for f in ANSWER_FIELDS}
-        columns[WORKERS["decoder"]] = pa.array([self._name] * table.num_rows, pa.string())
+        columns[WORKERS["decoder"]] = array(WORKERS["decoder"], [self._name] * table.num_rows)
         for work, clock in self._answerer.clocks.items():
             columns |= seconds_column(work, clock.take(), table.num_rows)
         return with_columns(table.drop_columns([FEATURES, PROMPT, IMAGE_KEY, *FAILURE]), columns)

@@ -14,8 +14,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
-from qvl_batch.report.summary import UNITS, span
-from qvl_batch.report.timeline import paired
+from qvl_batch.report.progress import UNITS, span
+from qvl_batch.report.run_stats import paired
 
 TEMPLATE = "page.html.jinja"
 #: Points of the line at most, and rows that one stands for at least where there are more than a few:

@@ -1,30 +1,21 @@
 """What a person sees of a job: a line while it runs, a summary at its end, and the record `_run.json`."""
 
 import importlib.metadata
-import sys
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-
-from qvl_batch.bundle.manifest import Bundle
+from qvl_batch.bundle.loading import Bundle
 from qvl_batch.config import CaptionConfig
-from qvl_batch.input.source import Source
 from qvl_batch.output.parts import Tally
-from qvl_batch.report.utilization import Stage, advice
+from qvl_batch.report.utilization import Utilization, advice
 
-#: Without a terminal, progress is a line every so many seconds.
-SECONDS_PER_LINE = 10.0
 MILLION, HOUR = 1_000_000, 3600
 #: Answered rows, and seconds since workers had started, from which on a rate says something of a million images: a
 #: pipeline fills and empties in the time of about twenty rows, and rows arrive by tables, seconds apart.
 ENOUGH_ROWS, ENOUGH_SECONDS = 100, 10.0
-UNITS = {"s": 1, "min": 60, "h": 3600, "d": 86_400}
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +35,7 @@ class Report:
     startup_seconds: float = 0.0
     workers_seconds: float = 0.0
     price_per_hour: float | None = None
-    stages: Mapping[str, Stage] = field(default_factory=dict)
+    stages: Mapping[str, Utilization] = field(default_factory=dict)
     sample: Sequence[dict[str, Any]] = ()
     details: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
@@ -152,9 +143,7 @@ def _rounded(value: float | None) -> float | None:
     return None if value is None else round(value, 3)
 
 
-def recorded_settings(
-    config: CaptionConfig, source: Source, bundle: Bundle, devices: Mapping[str, str]
-) -> dict[str, Any]:
+def recorded_settings(config: CaptionConfig, files: int, bundle: Bundle, devices: Mapping[str, str]) -> dict[str, Any]:
     """What the answers depend on, and what their speed does."""
     packages = ("qvl-batch", "ray", "onnxruntime-gpu", "onnxruntime", "tokenizers", "pyarrow", "pillow", "pillow-heif")
     return {
@@ -175,7 +164,7 @@ def recorded_settings(
         },
         "fit": config.fit,
         "images": asdict(config.image_rules),
-        "files": len(source.files),
+        "files": files,
         "limit": config.limit,
         "devices": dict(devices),
         "versions": installed_versions(packages),
@@ -189,46 +178,3 @@ def installed_versions(packages: Iterable[str]) -> dict[str, str]:
         with suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
     return versions
-
-
-class ProgressLine:
-    """Rows done, failed and to do, on a terminal's last line or as a line now and then."""
-
-    def __init__(self, rows: int, bar: Progress | None) -> None:
-        self._rows, self._bar = rows, bar
-        self._task: TaskID | None = bar.add_task("", total=rows, note="starting") if bar else None
-        self._next_line = time.monotonic()
-
-    def show(self, done: int, failed: int, seconds: float) -> None:
-        """Show the counts of now; `seconds` since the first row."""
-        note = f"{done / max(seconds, 1e-9):.1f} images/s" + (f", {failed:,} errors" if failed else "")
-        if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=done, note=note)
-        elif time.monotonic() >= self._next_line:
-            left = span((self._rows - done) * seconds / max(done, 1)).replace("\u00a0", " ")
-            print(f"{done:,} of {self._rows:,} rows, {note}, {left} left", file=sys.stderr, flush=True)
-            self._next_line = time.monotonic() + SECONDS_PER_LINE
-
-
-def span(seconds: float) -> str:
-    """A time in its two largest units, which stay in one line."""
-    if seconds < UNITS["min"]:
-        return f"{seconds:.1f}\u00a0s"
-    size, parts = round(seconds), []
-    for name, unit in reversed(UNITS.items()):
-        count, size = divmod(size, unit)
-        parts.append(f"{count:,}\u00a0{name}" if count else "")
-    first = next(at for at, part in enumerate(parts) if part)
-    return "\u00a0".join(part for part in parts[first : first + 2] if part)
-
-
-@contextmanager
-def progress_line(rows: int) -> Iterator[ProgressLine]:
-    """Progress of `rows` rows on standard error."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield ProgressLine(rows, None)
-        return
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn())
-    with Progress(*columns, console=console) as bar:
-        yield ProgressLine(rows, bar)

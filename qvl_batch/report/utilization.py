@@ -1,22 +1,13 @@
 """How busy the stages were, and which of them the others waited for.
 
-Seconds of work travel in columns of the tables: the first row of a table has what its stage worked
-since the table before, the others 0. So tables may be cut and joined on the way, and the sum of a
-column is the stage's work. What a worker that died had not handed on is lost.
+What enters: busy seconds of each stage, and how many of its threads could work at a time. What leaves: shares of that
+time, and a line of advice where one stage limits the job.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.compute as pc
-
-from qvl_batch.clock import Clock
-from qvl_batch.input.source import OWN, with_columns
-
-#: Columns of seconds, by what they were spent on. The decoder's thread does the last two.
-BUSY = {work: f"{OWN}{work}_seconds" for work in ("read", "image", "vision", "prefill", "decode")}
 #: A stage limits the job if it was busy for this share of the time, and no other was beyond that one.
 LIMITS, WAITS = 0.85, 0.7
 ADVICE = {
@@ -29,53 +20,34 @@ ADVICE = {
 }
 
 
-def seconds_column(work: str, seconds: float, rows: int) -> dict[str, pa.Array]:
-    """The column of a table of so many rows, at least one, that hands seconds on."""
-    return {BUSY[work]: pa.array([seconds, *[0.0] * (rows - 1)], pa.float64())}
-
-
-def timed(tables: Iterable[pa.Table], work: str) -> Iterator[pa.Table]:
-    """Tables with the seconds that each took to come; what is done with them meanwhile does not count."""
-    clock, coming = Clock(), iter(tables)
-    while True:
-        with clock.running():
-            table = next(coming, None)
-        if table is None:
-            return
-        yield with_columns(table, seconds_column(work, clock.take(), table.num_rows)) if table.num_rows else table
-
-
-def seconds_of(table: pa.Table) -> dict[str, float]:
-    """What the columns `BUSY` of a table hand on."""
-    return {work: float(pc.sum(table[column]).as_py() or 0) for work, column in BUSY.items()}
-
-
 @dataclass(frozen=True, slots=True)
-class Stage:
-    """Work of one stage of a run.
+class Utilization:
+    """Busy time of one stage of a run.
 
-    `parts` is what the seconds of work went to; up to `at_once` pieces of it, each by one thread of
-    the stage's, could go on at a time, for `duration` seconds.
+    Args:
+        parts: busy thread-seconds, by kind of work.
+        threads: that can work at a time.
+        duration: seconds in which they could.
     """
 
     parts: Mapping[str, float]
-    at_once: int
+    threads: int
     duration: float
 
     @property
     def seconds(self) -> float:
-        """Seconds of work, of all its threads together."""
+        """Busy thread-seconds of all kinds of work."""
         return sum(self.parts.values())
 
     @property
     def busy(self) -> float:
-        """Share of the seconds in which it could have worked."""
+        """Busy thread-seconds / (threads x duration)."""
         return self.share(self.seconds)
 
     def share(self, seconds: float) -> float:
-        """Share that so many seconds are."""
-        could = self.at_once * self.duration
-        return min(seconds / could, 1.0) if could > 0 else 0.0
+        """Share of the available thread-seconds that so many are, at most 1."""
+        available = self.threads * self.duration
+        return min(seconds / available, 1.0) if available > 0 else 0.0
 
     def record(self, rows: int) -> dict[str, Any]:
         """As `_run.json` has it; `images_per_second` is what the stage would do if it never waited."""
@@ -84,15 +56,19 @@ class Stage:
         }
         return {
             "seconds": round(self.seconds, 3),
-            "at_once": self.at_once,
+            "at_once": self.threads,
             "busy": round(self.busy, 4),
-            "images_per_second": round(rows * self.at_once / self.seconds, 3) if self.seconds else None,
+            "images_per_second": round(rows * self.threads / self.seconds, 3) if self.seconds else None,
             **({"parts": parts} if len(parts) > 1 else {}),
         }
 
 
 def advice(busy: Mapping[str, float]) -> str | None:
-    """A line on the stage that limits a job, by the share that each was busy; None where no one does alone."""
+    """A line on the stage that limits a job, None where none clearly does.
+
+    Args:
+        busy: share of its time that each stage was busy.
+    """
     if not busy:
         return None
     first, *others = sorted(busy, key=lambda stage: -busy[stage])

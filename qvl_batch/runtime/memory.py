@@ -10,12 +10,13 @@ This module knows nothing of graphs.
 import ctypes
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-RealDevice = Literal["cpu", "cuda"]
+from qvl_batch.config import Device
+
 #: Element types as ONNX names them, as NumPy holds them: bfloat16, which it does not know, as bits.
 ELEMENTS: dict[str, Any] = {
     "float": np.float32,
@@ -33,7 +34,7 @@ class Buffer:
 
     shape: tuple[int, ...]
     element: str
-    device: RealDevice
+    device: Device
     address: int
     host: NDArray[Any] | None
 
@@ -77,7 +78,7 @@ class Memory(Protocol):
     """Where a graph's arrays are. The first two methods are all that a decoder needs to know."""
 
     @property
-    def device(self) -> RealDevice:
+    def device(self) -> Device:
         """Where it is."""
         ...
 
@@ -105,7 +106,7 @@ class Memory(Protocol):
 class HostMemory:
     """Memory of this machine. Nothing is copied."""
 
-    device: RealDevice = "cpu"
+    device: Device = "cpu"
 
     def zeros(self, shape: tuple[int, ...], element: str, *, on_host: bool = True) -> Buffer:
         """A new array, written at once, so that memory runs out at the start and not in the middle of a night."""
@@ -127,7 +128,7 @@ class HostMemory:
         """Nothing."""
 
 
-class Card(Protocol):
+class Gpu(Protocol):
     """What is asked of a GPU: see `cuda.Cuda`."""
 
     stream: int
@@ -145,7 +146,7 @@ class Card(Protocol):
 class CudaMemory:
     """Memory of a GPU; what has a side in host memory has it where the GPU copies from it directly."""
 
-    def __init__(self, card: Card, device: RealDevice = "cuda") -> None:
+    def __init__(self, card: Gpu, device: Device = "cuda") -> None:
         self.card, self.device = card, device
 
     def zeros(self, shape: tuple[int, ...], element: str, *, on_host: bool = True) -> Buffer:

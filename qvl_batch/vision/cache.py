@@ -19,9 +19,12 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import PIL
 
+from qvl_batch.bundle.layout import Features
+from qvl_batch.bundle.manifest import Manifest, combined_sha256
 from qvl_batch.errors import OutputError
-from qvl_batch.vision.encoder import Features
+from qvl_batch.runtime.session import ORT_VERSION
 
 SUFFIX, PARTIAL = ".f32", ".partial-"
 #: A file that is still being written after so long has no writer any more.
@@ -116,3 +119,22 @@ class VisionCache:
     def _path(self, key: bytes) -> Path:
         name = key.hex()
         return self._folder / name[:2] / f"{name}{SUFFIX}"
+
+
+def open_vision_cache(folder: Path, gigabytes: float, manifest: Manifest) -> VisionCache:
+    """Features that are kept of a bundle's vision graph, and of these versions of Pillow and ONNX Runtime; of a bundle
+    with known answers, they are apart from those that were made without.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+    proved = "by nobody" if manifest.tolerance is None else "by known answers"
+    maker = combined_sha256(
+        [
+            ("vision", manifest.vision_sha256),
+            ("pillow", PIL.__version__),
+            ("onnxruntime", ORT_VERSION),
+            ("proved", proved),
+        ]
+    )
+    return VisionCache(folder, maker, manifest.feature_shape, int(gigabytes * 1e9))

@@ -10,11 +10,14 @@ This module knows nothing of prompts or of where images come from.
 import numpy as np
 from numpy.typing import NDArray
 
+from qvl_batch.bundle.fp32 import InFp32
 from qvl_batch.bundle.known_answers import Figure, KnownAnswers, refuse_wrong
-from qvl_batch.bundle.manifest import VISION, Bundle, InFp32
+from qvl_batch.bundle.loading import Bundle
+from qvl_batch.bundle.manifest import VISION
+from qvl_batch.config import Device
 from qvl_batch.errors import BundleError, NumericError
-from qvl_batch.runtime.memory import RealDevice
-from qvl_batch.runtime.session import Session, machine_of, memory_on
+from qvl_batch.runtime.devices import machine_of, memory_on
+from qvl_batch.runtime.session import Session
 
 Features = NDArray[np.float32]
 
@@ -38,7 +41,7 @@ class VisionEncoder:
         self,
         bundle: Bundle,
         threads: int,
-        device: RealDevice = "cpu",
+        device: Device = "cpu",
         *,
         graph: bytes | None = None,
         prove: bool = True,

@@ -14,11 +14,12 @@ from typing import cast
 import numpy as np
 from numpy.typing import NDArray
 
+from qvl_batch.bundle.layout import Features
 from qvl_batch.clock import Clock
 from qvl_batch.errors import NumericError
 from qvl_batch.schema import Failure
 from qvl_batch.vision.cache import VisionCache
-from qvl_batch.vision.encoder import Features, VisionEncoder
+from qvl_batch.vision.encoder import VisionEncoder
 
 Pixels = NDArray[np.uint8]
 #: Images whose features are kept in memory, for rows of one image that are near each other.

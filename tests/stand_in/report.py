@@ -17,14 +17,16 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
-from qvl_batch.bundle.manifest import DECODER, VISION, Bundle
-from qvl_batch.decoder.decoder import SHELVES, Decoder, PrefillRow
+from qvl_batch.bundle.loading import Bundle
+from qvl_batch.bundle.manifest import DECODER, VISION
+from qvl_batch.decoder.decoder import PREFIX_ENTRIES, Decoder, PrefillRow
 from qvl_batch.decoder.kv_cache import slot_bytes
 from qvl_batch.errors import DeviceError
-from qvl_batch.pipeline.plan import CUDA_BYTES, CUDA_VISION_THREADS, bytes_beside_slots
-from qvl_batch.runtime import session
+from qvl_batch.pipeline.capacity import CUDA_BYTES, CUDA_VISION_THREADS, bytes_beside_slots
+from qvl_batch.runtime import devices
+from qvl_batch.runtime.devices import open_cuda
 from qvl_batch.runtime.memory import CudaMemory
-from qvl_batch.runtime.session import Session, _providers, open_cuda
+from qvl_batch.runtime.session import Session, _providers
 
 COUNTERS = ("moves", "moved_bytes", "crossings", "crossed_bytes", "captures", "launches", "mallocs", "frees")
 
@@ -34,7 +36,7 @@ def report(bundle: Bundle) -> dict[str, Any]:
     features of an image that is encoded while this thread captures; bytes that a decoder takes and would take by plan;
     the error that is left of asking for too much memory; and how much of a decoder's memory is not freed with it.
     """
-    session._preload = lambda: None  # pip may have installed the real libraries
+    devices._preload = lambda: None  # pip may have installed the real libraries
     memory = CudaMemory(open_cuda("--device cuda"))
     nodes = {name: _nodes(bundle.file(name), memory, captures=name == DECODER) for name in (DECODER, VISION)}
     decoder = Decoder(bundle, 4, 1, memory=memory, prove=False)  # they compute nothing
@@ -46,8 +48,8 @@ def report(bundle: Bundle) -> dict[str, Any]:
     moved = _counted(lambda: decoder.move(1, 0))
     steps += [_counted(lambda: decoder.step(np.array([5]))) for _ in range(2)]
     kernels["step"] = _kernels()
-    decoder.shelve(0, 0)
-    decoder.prefill_rest(1, 0, rows[1])
+    decoder.store_prefix(0, 0)
+    decoder.prefill_after_prefix(1, 0, rows[1])
     kernels["rest"] = _kernels()
     size = bundle.manifest.layout.image_size
     vision = Session(bundle.file(VISION), 1, memory=memory)
@@ -107,7 +109,7 @@ def _memory(bundle: Bundle) -> dict[str, int]:
         "vision": taken() - answered,
         "planned": bytes_beside_slots(manifest, vision_too=True)
         - CUDA_BYTES
-        + (slots + SHELVES) * slot_bytes(manifest),
+        + (slots + PREFIX_ENTRIES) * slot_bytes(manifest),
     }
 
 

@@ -1,0 +1,124 @@
+"""The record between the stages of the pipeline: every column that a row has on its way, and who deals with it.
+
+    read ─ prepare ─ vision ─ decoder ─ driver
+
+Tables have one row for each row of the input: its id and kept columns, which no stage looks at, and the columns of
+`COLUMNS`, whose names begin with `OWN`. A stage adds and drops columns as that table says, and looks at no others. A
+row that failed keeps its place and carries its failure to the end. The decoder stage turns what is left into the
+columns of an answer, `schema.ANSWER_FIELDS`.
+
+This module knows nothing of what the stages do.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from qvl_batch.rows import Row
+from qvl_batch.schema import Failure
+
+Step = Literal["read", "prepare", "vision", "decoder", "driver"]
+
+#: Prefix of the columns below; no column of the user's may have it.
+OWN = "__qvl_"
+#: Number of the row's file, and the row's index in it: together its place in the input.
+FILE, ROW = f"{OWN}file", f"{OWN}row"
+PROMPT = f"{OWN}prompt"
+#: The image as a file's bytes; as pixels uint8 (H, W, 3); and as features float32 (T_img, D).
+IMAGE, PIXELS, FEATURES = f"{OWN}image", f"{OWN}pixels", f"{OWN}features"
+#: The same for rows of one image.
+IMAGE_KEY = f"{OWN}image_key"
+#: Of a row that failed: stage, type and message; null in all others.
+FAILURE = tuple(f"{OWN}error_{field.name}" for field in fields(Failure))
+#: Of a sampled row: a small JPEG of its pixels, and the beginning of its prompt; null in all others.
+THUMBNAIL, ASKED = f"{OWN}thumbnail", f"{OWN}asked"
+#: Unix time at which the vision stage took the row.
+STARTED = f"{OWN}started"
+#: Names of the actors that had the row, by stage.
+WORKERS = {"vision": f"{OWN}vision_worker", "decoder": f"{OWN}decoder_worker"}
+#: Busy seconds, by kind of work: the first row of a table has those since the table before, the others 0, so that
+#: tables may be cut and joined, and the sum of a column is the work of its stage. What a worker that died had not
+#: handed on is lost.
+SECONDS = {work: f"{OWN}{work}_seconds" for work in ("read", "image", "vision", "prefill", "decode")}
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """Type of a column, the steps that write it and read it, and the last that has it."""
+
+    type: pa.DataType
+    written_by: tuple[Step, ...]
+    read_by: tuple[Step, ...]
+    dropped_by: Step
+
+
+COLUMNS: dict[str, Column] = {
+    FILE: Column(pa.int32(), ("read",), ("prepare", "vision", "decoder", "driver"), "driver"),
+    ROW: Column(pa.int64(), ("read",), ("prepare", "vision", "decoder", "driver"), "driver"),
+    PROMPT: Column(pa.large_string(), ("read",), ("prepare", "decoder"), "decoder"),
+    IMAGE: Column(pa.large_binary(), ("read",), ("prepare",), "prepare"),
+    **dict.fromkeys(
+        FAILURE,
+        Column(pa.string(), ("read", "prepare", "vision"), ("prepare", "vision", "decoder"), "decoder"),
+    ),
+    PIXELS: Column(pa.large_binary(), ("prepare",), ("vision",), "vision"),
+    IMAGE_KEY: Column(pa.binary(), ("prepare",), ("vision", "decoder"), "decoder"),
+    THUMBNAIL: Column(pa.binary(), ("prepare",), ("driver",), "driver"),
+    ASKED: Column(pa.large_string(), ("prepare",), ("driver",), "driver"),
+    FEATURES: Column(pa.large_binary(), ("vision",), ("decoder",), "decoder"),
+    STARTED: Column(pa.float64(), ("vision",), ("driver",), "driver"),
+    WORKERS["vision"]: Column(pa.string(), ("vision",), ("driver",), "driver"),
+    WORKERS["decoder"]: Column(pa.string(), ("decoder",), ("driver",), "driver"),
+    SECONDS["read"]: Column(pa.float64(), ("read",), ("driver",), "driver"),
+    SECONDS["image"]: Column(pa.float64(), ("prepare",), ("driver",), "driver"),
+    SECONDS["vision"]: Column(pa.float64(), ("vision",), ("driver",), "driver"),
+    SECONDS["prefill"]: Column(pa.float64(), ("decoder",), ("driver",), "driver"),
+    SECONDS["decode"]: Column(pa.float64(), ("decoder",), ("driver",), "driver"),
+}
+
+
+def array(name: str, values: Iterable[Any]) -> pa.Array:
+    """Values of a column of `COLUMNS`, in its type."""
+    return pa.array(values, COLUMNS[name].type)
+
+
+def with_columns(table: pa.Table, columns: Mapping[str, pa.Array]) -> pa.Table:
+    """Append columns to a table."""
+    for name, column in columns.items():
+        table = table.append_column(name, column)
+    return table
+
+
+def place_columns(places: Sequence[Row]) -> dict[str, pa.Array]:
+    """Places of rows in the input as columns `FILE` and `ROW`."""
+    return {FILE: array(FILE, [file for file, _ in places]), ROW: array(ROW, [row for _, row in places])}
+
+
+def places_of(table: pa.Table) -> list[Row]:
+    """The columns `FILE` and `ROW` as places of rows again."""
+    return list(zip(table[FILE].to_pylist(), table[ROW].to_pylist(), strict=True))
+
+
+def failure_columns(failures: Sequence[Failure | None]) -> dict[str, pa.Array]:
+    """Failures of rows, None where there is none, as the columns `FAILURE`."""
+    parts = ([getattr(failure, field.name, None) for failure in failures] for field in fields(Failure))
+    return {name: array(name, part) for name, part in zip(FAILURE, parts, strict=True)}
+
+
+def failures_of(table: pa.Table) -> list[Failure | None]:
+    """The columns `FAILURE` as failures again."""
+    rows = zip(*(table[name].to_pylist() for name in FAILURE), strict=True)
+    return [Failure(*row) if row[0] is not None else None for row in rows]
+
+
+def seconds_column(work: str, seconds: float, rows: int) -> dict[str, pa.Array]:
+    """The column of `SECONDS` that hands on busy seconds in a table of so many rows, at least one."""
+    return {SECONDS[work]: array(SECONDS[work], [seconds, *[0.0] * (rows - 1)])}
+
+
+def seconds_of(table: pa.Table) -> dict[str, float]:
+    """Busy seconds that a table hands on, by kind of work."""
+    return {work: float(pc.sum(table[column]).as_py() or 0) for work, column in SECONDS.items()}

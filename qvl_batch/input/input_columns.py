@@ -1,0 +1,166 @@
+"""Which columns of the input's files are read, and as what.
+
+What enters: the schema of a file, and the names of the settings. What leaves: `InputColumns`, which also say what the
+answers' schema is; or an error that names file and column.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, replace
+
+import pyarrow as pa
+
+from qvl_batch.config import CaptionConfig
+from qvl_batch.errors import ConfigError, InputError
+from qvl_batch.schema import ANSWER_FIELDS, ID, is_text, plain_type
+
+#: Python that makes of a file one with what is often missing: an id, one image where there is a list of them.
+NUMBERED = (
+    "import pyarrow as pa, pyarrow.parquet as pq; t = pq.read_table('OLD'); "
+    "pq.write_table(t.append_column({0!r}, pa.array(range(len(t)))), 'NEW')"
+)
+FIRST_OF_LIST = (
+    "import pyarrow.compute as pc, pyarrow.parquet as pq; t = pq.read_table('OLD'); "
+    "c = pc.list_element(pc.list_slice(t[{0!r}], 0, 1, return_fixed_size_list=True), 0); "
+    "pq.write_table(t.drop_columns({0!r}).append_column({0!r}, c), 'NEW')"
+)
+LISTS = (
+    (pa.types.is_list, pa.list_),
+    (pa.types.is_large_list, pa.large_list),
+    (pa.types.is_list_view, pa.large_list),
+    (pa.types.is_large_list_view, pa.large_list),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class InputColumns:
+    """Columns that the job reads: name and type of the id and of each kept column."""
+
+    id: pa.Field
+    kept: tuple[pa.Field, ...]
+    image: str
+    prompt: str | None
+
+    @property
+    def names(self) -> list[str]:
+        """Every column to read, each once."""
+        prompt = [self.prompt] if self.prompt else []
+        return list(dict.fromkeys([self.id.name, self.image, *prompt, *(field.name for field in self.kept)]))
+
+    def joined(self, other: "InputColumns") -> "InputColumns | None":
+        """Columns that hold those of two files, None if none does: types differ in more than their width, and neither
+        is all nulls.
+        """
+        kept = [_common(a.type, b.type) for a, b in zip(self.kept, other.kept, strict=True)]
+        if self.id.type != other.id.type or None in kept:
+            return None
+        fields = (a if kind == a.type else a.with_type(kind) for a, kind in zip(self.kept, kept, strict=True))
+        return replace(self, kept=tuple(fields))
+
+    def output_schema(self) -> pa.Schema:
+        """Schema of the answers."""
+        return pa.schema([pa.field(ID, self.id.type), *self.kept, *ANSWER_FIELDS])
+
+
+def input_columns(schema: pa.Schema, file: str, config: CaptionConfig) -> InputColumns:
+    """Choose and check the columns of one input file.
+
+    Raises:
+        InputError: a column is missing or of a type that cannot be used; the message names
+            file and column and says what is there.
+        ConfigError: a kept column has the name of an output column.
+    """
+    reserved = {ID, *(field.name for field in ANSWER_FIELDS)}
+    clash = [name for name in config.keep_columns if name in reserved]
+    if clash:
+        raise ConfigError(f"--keep-columns {clash[0]}: the output has a column of its own of that name")
+    prompt = None if config.prompt is not None else config.prompt_column
+    id_type = _id_type(_field(schema, config.id_column, file, "--id-column", NUMBERED), file)
+    if prompt:
+        _check_prompt(_field(schema, prompt, file, "--prompt-column"), file)
+    image = _field(schema, config.image_column, file, "--image-column")
+    _check_image(image, file)
+    if is_text(plain_type(image.type)) and not config.allow_images_from:
+        raise InputError(f"{file}: column {image.name!r} names images; say where they may be: --allow-images-from")
+    kept = tuple(_field(schema, name, file, "--keep-columns") for name in config.keep_columns)
+    copied = tuple(pa.field(field.name, _without_views(field.type)) for field in kept)
+    return InputColumns(pa.field(config.id_column, id_type), copied, config.image_column, prompt)
+
+
+def _field(schema: pa.Schema, name: str, file: str, option: str, makes: str | None = None) -> pa.Field:
+    """The column of that name; `makes` says how to make it where there is none."""
+    if (count := schema.names.count(name)) != 1:
+        there = ", ".join(schema.names) or "none"
+        advice = "" if makes is None or count else f"; name another, or make one: {makes.format(name)}"
+        raise InputError(f"{file} has no single column {name!r} ({option}); it has {there}{advice}")
+    return schema.field(name)
+
+
+def _id_type(field: pa.Field, file: str) -> pa.DataType:
+    """All strings become one type, and all integers that fit 64 signed bits, so that files may differ."""
+    kind = plain_type(field.type)
+    if is_text(kind):
+        return pa.string()
+    if pa.types.is_integer(kind):
+        return pa.uint64() if kind == pa.uint64() else pa.int64()
+    raise InputError(f"{file}: column {field.name!r} (--id-column) is {field.type}; it must be strings or integers")
+
+
+def _check_prompt(field: pa.Field, file: str) -> None:
+    kind = plain_type(field.type)
+    if not (is_text(kind) or pa.types.is_null(kind)):
+        raise InputError(f"{file}: column {field.name!r} (--prompt-column) is {field.type}; it must be strings")
+
+
+def _check_image(field: pa.Field, file: str) -> None:
+    if _is_image(field.type):
+        return
+    wanted = "a struct of bytes and path, bytes, or paths"
+    if any(is_kind(field.type) for is_kind, _ in LISTS) and _is_image(field.type.value_type):
+        wanted += f"; to take the first of each list: {FIRST_OF_LIST.format(field.name)}"
+    raise InputError(f"{file}: column {field.name!r} (--image-column) is {field.type}; it must be {wanted}")
+
+
+def _is_image(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        counts = Counter(part.name for part in kind)
+        found = {counts["bytes"], counts["path"]}
+        return 1 in found and max(found) == 1
+    return _is_bytes(kind) or is_text(plain_type(kind)) or bool(pa.types.is_null(plain_type(kind)))
+
+
+def _common(a: pa.DataType, b: pa.DataType) -> pa.DataType | None:
+    """A type that holds the values of both as they are."""
+    if a == b or pa.types.is_null(b):
+        return a
+    if pa.types.is_null(a):
+        return b
+    if is_text(a) and is_text(b):
+        return pa.large_string()
+    kinds = (pa.types.is_signed_integer, pa.types.is_unsigned_integer, pa.types.is_floating)
+    alike = any(is_kind(a) and is_kind(b) for is_kind in kinds)
+    return max(a, b, key=lambda kind: kind.bit_width) if alike else None
+
+
+def _without_views(kind: pa.DataType) -> pa.DataType:
+    """The type with values in one piece in place of views, of which Arrow cannot take rows."""
+
+    def of(field: pa.Field) -> pa.Field:
+        return field.with_type(_without_views(field.type))
+
+    if pa.types.is_string_view(kind):
+        kind = pa.large_string()
+    elif pa.types.is_binary_view(kind):
+        kind = pa.large_binary()
+    elif pa.types.is_struct(kind):
+        kind = pa.struct([of(field) for field in kind])
+    elif pa.types.is_map(kind):
+        kind = pa.map_(of(kind.key_field), of(kind.item_field), kind.keys_sorted)
+    elif pa.types.is_fixed_size_list(kind):
+        kind = pa.list_(of(kind.value_field), kind.list_size)
+    elif make := next((make for is_kind, make in LISTS if is_kind(kind)), None):
+        kind = make(of(kind.value_field))
+    return kind
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))

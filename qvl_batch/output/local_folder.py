@@ -1,0 +1,77 @@
+"""A folder of a file system, as `storage.Folder` has it."""
+
+import errno
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from qvl_batch.output.locks import LOCK, held_by, this_process
+
+#: What the name of a file begins with while it is being written.
+PARTIAL = ".partial-"
+
+
+class LocalFolder:
+    """A folder of a file system."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __str__(self) -> str:
+        return str(self._path)
+
+    def names(self, pattern: str) -> list[str]:
+        """Names of files that match, in order."""
+        return sorted(path.name for path in self._path.glob(pattern))
+
+    def read(self, name: str) -> bytes:
+        """Contents of a file."""
+        return (self._path / name).read_bytes()
+
+    def open(self, name: str) -> BinaryIO:
+        """A file to read parts of."""
+        return (self._path / name).open("rb")
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a file under another name, and move it."""
+        partial = self._path / f"{PARTIAL}{os.getpid()}-{name}"
+        try:
+            with partial.open("wb") as stream:
+                stream.write(data)
+                stream.flush()
+                os.fsync(stream.fileno())
+            partial.rename(self._path / name)
+        except BaseException:
+            partial.unlink(missing_ok=True)  # a disk that is full is none the fuller
+            raise
+        folder = os.open(self._path, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+    def remove(self, name: str) -> None:
+        """Remove a file, if it is there."""
+        (self._path / name).unlink(missing_ok=True)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold the folder by a lock that the system takes away when this process ends, however that happens."""
+        if self._path.is_file():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        self._path.mkdir(parents=True, exist_ok=True)
+        with (self._path / LOCK).open("a+") as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                stream.seek(0)
+                raise held_by(self, stream.read().strip()) from None
+            stream.truncate(0)
+            stream.write(this_process())
+            stream.flush()
+            for partial in self.names(f"{PARTIAL}*"):
+                self.remove(partial)
+            yield

@@ -1,0 +1,115 @@
+"""How many rows a card holds beside the model, and a machine's memory beside everything else."""
+
+import os
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import pynvml
+
+from qvl_batch.bundle.manifest import DECODER, HALVES, VISION, Manifest
+from qvl_batch.decoder.decoder import PREFILL_ROWS, PREFIX_ENTRIES
+from qvl_batch.decoder.kv_cache import slot_bytes
+from qvl_batch.errors import DeviceError
+
+#: A decoder's cache takes at most this part of the machine's memory.
+CACHE_SHARE = 0.25
+#: Of a card: the part that is never planned for, and what CUDA, its libraries and captured steps take.
+CARD_RESERVE, CUDA_BYTES = 0.05, 1_500_000_000
+#: Where a container says how much memory it may take, in versions 2 and 1 of control groups.
+CONTAINER_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+#: Images that a decoder's actor encodes at a time on its GPU: one runs while the next one's pixels come.
+CUDA_VISION_THREADS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """A GPU: its name, and bytes of its memory, free and in all."""
+
+    name: str
+    free: int
+    total: int
+
+    def __str__(self) -> str:
+        return f"{self.name}, {self.free / 1e9:.1f} of {self.total / 1e9:.1f} GB free"
+
+
+def card_of_this_process() -> Card:
+    """The GPU that Ray gave this process, as NVML sees it: to ask CUDA would take memory of the card.
+
+    Raises:
+        DeviceError: there is no driver, or no such GPU.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]  # an index, or the UUID of a card or MIG slice
+    try:
+        pynvml.nvmlInit()
+        try:
+            by_index, by_uuid = pynvml.nvmlDeviceGetHandleByIndex, pynvml.nvmlDeviceGetHandleByUUID
+            handle = by_index(int(visible)) if visible.isdigit() else by_uuid(visible)
+            memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+            return Card(pynvml.nvmlDeviceGetName(handle), int(memory.free), int(memory.total))
+        finally:
+            pynvml.nvmlShutdown()
+    except pynvml.NVMLError as error:
+        raise DeviceError(
+            f"NVML does not say how much memory GPU {visible!r} has ({error}): is the NVIDIA driver installed?"
+        ) from error
+
+
+def slots_on_card(card: Card, manifest: Manifest, *, vision_too: bool) -> int:
+    """Slots that a GPU holds beside the weights, a prefill's states, and what CUDA takes for itself.
+
+    Raises:
+        DeviceError: not one.
+    """
+    taken = bytes_beside_slots(manifest, vision_too=vision_too)
+    left = card.free - CARD_RESERVE * card.total - taken
+    slots = int(left / slot_bytes(manifest)) - PREFIX_ENTRIES
+    if slots < 1:
+        advice = "run the vision tower on the CPU (--vision-device cpu), or " if vision_too else ""
+        raise DeviceError(
+            f"the GPU ({card}) is too small: weights and work take {taken / 1e9:.1f} GB and each row's cache "
+            f"{slot_bytes(manifest) / 1e6:.0f} MB; {advice}export in half precision, with a smaller --max-seq-len, "
+            "or take a larger card"
+        )
+    return slots
+
+
+def bytes_beside_slots(manifest: Manifest, *, vision_too: bool) -> int:
+    """Bytes on a GPU but for the slots: weights, states of the largest prefill and of an image, and CUDA's own.
+
+    ONNX Runtime keeps a piece of memory for each state of a token that is alive beside others of its size, and lends
+    it to no other size: the embedding, residual stream, its norm and an update of it (five in fp32 and two in the
+    graph's type); queries, keys and values with and without biases; queries and keys before and after rotation, in
+    both types; and gate, up and their product. This is 8 to 15 % more than a prefill of real shapes takes.
+    """
+    shape, layout = manifest.decoder, manifest.layout
+    size = 2 if manifest.dtype in HALVES else 4
+    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    token = (5 * 4 + 2 * size) * shape.hidden_size + 3 * size * shape.intermediate_size
+    token += 2 * size * (queries + 2 * keys) + 2 * (size + 4) * (queries + keys)
+    image_embeds = 4 * shape.hidden_size
+    prefill = PREFILL_ROWS["cuda"] * layout.max_seq_len * (token + image_embeds)
+    logits = PREFILL_ROWS["cuda"] * shape.vocab_size * (size + 4)
+    if manifest.dtype not in HALVES:  # attention in standard operators has all its scores in memory
+        prefill += 2 * 4 * PREFILL_ROWS["cuda"] * shape.heads * layout.max_seq_len**2
+    weights = manifest.bytes_of(DECODER)
+    vision = 0
+    if vision_too:  # the states of an image token's four patches are as wide as those of two tokens, in fp32 of four
+        width = 2 if manifest.vision_dtype in HALVES else 4
+        vision = manifest.bytes_of(VISION) + CUDA_VISION_THREADS * width * layout.image_tokens * token
+    return weights + prefill + logits + vision + CUDA_BYTES
+
+
+def slots_in_memory(manifest: Manifest, decoders: int) -> int:
+    """Slots of a decoder that its part of this machine's memory holds."""
+    return int(CACHE_SHARE * machine_memory() / decoders / slot_bytes(manifest))
+
+
+def machine_memory() -> int:
+    """Bytes of memory of this machine, or of the container that this process is in."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for limit in CONTAINER_LIMITS:
+        with suppress(OSError, ValueError):  # no such file, or "max"
+            memory = min(memory, int(limit.read_text()))
+    return memory

@@ -1,0 +1,119 @@
+"""Ray itself: a cluster to run on, its nodes and cards, and what its errors mean."""
+
+import logging
+import os
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+import ray.data
+from ray.data import DataContext
+
+from qvl_batch.errors import ConfigError, DeviceError, JobError
+from qvl_batch.pipeline.capacity import Card, card_of_this_process
+from qvl_batch.runtime.devices import usable_cpus
+
+#: With fewer, the actors would leave no CPU to the tasks that feed them.
+LEAST_CPUS = 2
+#: Ray's own progress is replaced by rows done, an error's traceback by its line (Ray's log folder
+#: has it all), and that Ray makes itself a token is no news.
+QUIET = {
+    "ray": logging.WARNING,
+    "ray.data": logging.WARNING,
+    "ray.data._internal.progress": logging.ERROR,
+    "ray.data._internal.execution.streaming_executor_state": logging.CRITICAL,
+    "ray.data.exceptions": logging.CRITICAL,
+    "ray._private.authentication.authentication_token_setup": logging.ERROR,
+}
+
+
+def cards() -> list[Card]:
+    """GPUs of the cluster.
+
+    Raises:
+        DeviceError: there is none, or it cannot be asked.
+    """
+    count = int(ray.cluster_resources().get("GPU", 0))
+    if not count:
+        raise DeviceError(
+            "the decoder needs a GPU, and Ray sees none on any node of the cluster: start Ray where there is one "
+            "(`ray status` lists GPUs), or export the checkpoint for the CPU (--dtype fp32 or int8)"
+        )
+    probe = ray.remote(num_cpus=0, num_gpus=1)(card_of_this_process)
+    try:
+        return list(ray.get([probe.remote() for _ in range(count)]))
+    except ray.exceptions.RayError as error:
+        raise job_error(error) from error
+
+
+@contextmanager
+def cluster() -> Iterator[list[int]]:
+    """A cluster: the one this job was submitted to, else a private one that ends with the job.
+
+    Yields:
+        CPUs of each of its nodes.
+
+    Raises:
+        ConfigError: there is no cluster where `RAY_ADDRESS` says, or no node has 2 CPUs.
+    """
+    for name, level in QUIET.items():
+        logging.getLogger(name).setLevel(level)
+    joined = ray.is_initialized()
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.raise_original_map_exception = True
+    # It would advise to reserve for a worker, as of its third second, all memory that its graph takes.
+    context.issue_detectors_config.high_memory_detector_config.detection_time_interval_s = -1
+    try:
+        if not joined:
+            on_sigterm = signal.getsignal(signal.SIGTERM)
+            _start_ray()
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, on_sigterm)  # Ray puts its own in its place
+        nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+        if max(nodes, default=0) < LEAST_CPUS:
+            raise ConfigError(f"no node of the Ray cluster has {LEAST_CPUS} CPUs, which this job needs: {nodes}")
+        yield nodes
+    finally:
+        if not joined:
+            ray.shutdown()
+
+
+def _start_ray() -> None:
+    address = os.environ.get("RAY_ADDRESS")
+    if address is None:
+        cpus = max(LEAST_CPUS, usable_cpus())
+        try:
+            ray.init(address="local", num_cpus=cpus, include_dashboard=False, logging_level=logging.WARNING)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise ConfigError(
+                f"Ray cannot be started: {type(error).__name__}: {str(error).strip().split(chr(10))[0]} (it needs a "
+                "home folder to write to, and in RAY_TMPDIR or /tmp a folder with a short path)"
+            ) from error
+        return
+    try:
+        host, _, port = address.rpartition(":")
+        if port.isdigit() and "/" not in host:
+            # Ray itself tries for minutes.
+            socket.create_connection((host, int(port)), timeout=5).close()
+        ray.init(logging_level=logging.WARNING)
+    except (OSError, ValueError) as error:
+        first_line = str(error).strip().split("\n")[0]
+        raise ConfigError(f"no Ray cluster at RAY_ADDRESS={address} ({first_line}); unset it to run here") from error
+
+
+def job_error(error: Exception) -> JobError:
+    """The job's own error inside what Ray wrapped it in, or one that names the stage's."""
+    cause = getattr(error, "cause", None) or error
+    lines = str(cause).strip().split("\n")
+    if isinstance(cause, ray.exceptions.ActorDiedError) and cause.actor_init_failed:
+        own = lines[-1].removeprefix(f"{JobError.__module__}.")  # of the traceback, all that Ray hands on
+        return JobError(f"a worker failed: {own}" if own == lines[-1] else own.partition(": ")[2])
+    message = lines[0]  # behind it, Ray adds advice on its own settings
+    if isinstance(cause, JobError):
+        return type(cause)(message)
+    return JobError(f"a worker failed: {type(cause).__name__}: {message}")

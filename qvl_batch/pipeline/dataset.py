@@ -1,0 +1,162 @@
+"""The stages strung together on Ray Data, each with its share of the machine.
+
+What enters: units of rows. What leaves: tables of answers, in no particular order.
+
+    units ─ read ─ prepare ─ VisionStage ─ DecoderStage ─ tables of answers
+           (tasks) (tasks)    (actors)      (actors)
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Any
+
+import pyarrow as pa
+import ray
+import ray.data
+from ray.data import ActorPoolStrategy, DataContext, Dataset, TaskPoolStrategy
+
+from qvl_batch.bundle.loading import Bundle
+from qvl_batch.config import CaptionConfig
+from qvl_batch.input.fetch import Fetcher
+from qvl_batch.input.input_columns import InputColumns
+from qvl_batch.input.source import Source, Unit
+from qvl_batch.pipeline.actors import DecoderWorker, JoinedWorker, RemoteAttempts, VisionWorker, worker_name
+from qvl_batch.pipeline.cluster import job_error
+from qvl_batch.pipeline.plan import CALLS_PER_VISION_WORKER, ROWS_PER_BLOCK, TASK_CPUS, Plan
+from qvl_batch.pipeline.prepare import prepare_guarded
+from qvl_batch.pipeline.read import read_units
+from qvl_batch.rows import Row
+
+#: Rows of one dataset; a longer job is several, one after the other. Ray remembers every block of a dataset to its
+#: end, and new workers take seconds.
+ROWS_PER_DATASET = 200_000
+#: Rows of one reading task, if files are small: a task takes Ray 10 ms.
+ROWS_PER_READ = 256
+#: The decoder comes first: rows that are alive hold slots, and images can wait.
+VISION_NICENESS = 5
+#: Of every stage: batches are Arrow tables.
+ARROW = {"batch_format": "pyarrow"}
+
+
+@dataclass(frozen=True, slots=True)
+class Pipeline:
+    """The stages of a job, and what they are made of.
+
+    Args:
+        config: settings of the job.
+        bundle: what answers.
+        plan: workers, threads, slots.
+        columns: of the input, that are read.
+        fetcher: reads images that are not in the input's files.
+        sample: places of rows to show in the report.
+    """
+
+    config: CaptionConfig
+    bundle: Bundle
+    plan: Plan
+    columns: InputColumns
+    fetcher: Fetcher
+    sample: frozenset[Row]
+    attempts: RemoteAttempts = field(default_factory=RemoteAttempts)
+
+    def answers(self, source: Source) -> Iterator[pa.Table]:
+        """Tables of answers to the rows of a source, as they come.
+
+        Raises:
+            JobError: a stage failed.
+        """
+        options = DataContext.get_current().execution_options
+        budget = self.plan.bytes_in_flight(self.bundle.manifest)
+        options.resource_limits = options.resource_limits.copy(object_store_memory=budget)
+        try:
+            for units in source.parts(ROWS_PER_DATASET):
+                yield from self.dataset(units).iter_batches(batch_size=None, prefetch_batches=0, **ARROW)
+        except ray.exceptions.RayError as error:
+            raise job_error(error) from error
+
+    def dataset(self, units: Sequence[Unit]) -> Dataset:
+        """Units of rows to answers, through all stages."""
+        prepared = self._prepare(self._read(units))
+        if self.plan.is_joined:
+            return self._encode_and_decode(prepared)
+        return self._decode(self._encode(prepared))
+
+    def _read(self, units: Sequence[Unit]) -> Dataset:
+        read = partial(
+            read_units,
+            columns=self.columns,
+            prompt=self.config.prompt,
+            fetcher=self.fetcher,
+            rows_per_table=ROWS_PER_BLOCK,
+            attempts=self.attempts,
+        )
+        tasks = min(len(units), math.ceil(sum(unit.rows for unit in units) / ROWS_PER_READ))
+        return (
+            ray.data.from_items([asdict(unit) for unit in units], override_num_blocks=tasks)
+            .map_batches(read, batch_size=None, compute=self._tasks(), num_cpus=TASK_CPUS, **ARROW)
+            .repartition(target_num_rows_per_block=ROWS_PER_BLOCK)
+        )
+
+    def _prepare(self, rows: Dataset) -> Dataset:
+        prepare = partial(
+            prepare_guarded,
+            image_size=self.bundle.manifest.layout.image_size,
+            fit=self.config.fit,
+            rules=self.config.image_rules,
+            sample=self.sample,
+            attempts=self.attempts,
+        )
+        return rows.map_batches(prepare, compute=self._tasks(), num_cpus=TASK_CPUS, **ARROW)
+
+    def _encode(self, rows: Dataset) -> Dataset:
+        return rows.map_batches(
+            VisionWorker,
+            fn_constructor_args=(self.attempts, *self._vision(VISION_NICENESS, "cpu")),
+            compute=_actors(self.plan.vision_workers, CALLS_PER_VISION_WORKER, CALLS_PER_VISION_WORKER + 1),
+            num_cpus=self.plan.vision_cpus,
+            **ARROW,
+        )
+
+    def _decode(self, rows: Dataset) -> Dataset:
+        return rows.map_batches(
+            DecoderWorker, fn_constructor_args=(self.attempts, *self._decoder()), **self._decoder_actors()
+        )
+
+    def _encode_and_decode(self, rows: Dataset) -> Dataset:
+        arguments = (self.attempts, self._vision(0, "cuda"), self._decoder())
+        return rows.map_batches(JoinedWorker, fn_constructor_args=arguments, **self._decoder_actors())
+
+    def _vision(self, niceness: int, device: str) -> tuple[Any, ...]:
+        """Arguments of `VisionStage`."""
+        folder = self.config.vision_cache
+        cache = (folder.resolve(), self.config.vision_cache_gb) if folder else None
+        return (self.bundle.path, self.plan.vision_threads, worker_name, cache, niceness, device)
+
+    def _decoder(self) -> tuple[Any, ...]:
+        """Arguments of `DecoderStage`."""
+        limits = (self.config.max_new_tokens, self.config.allow_repetition)
+        return (self.bundle.path, self.plan.slots, self.plan.decoder_threads, *limits, worker_name)
+
+    def _decoder_actors(self) -> dict[str, Any]:
+        calls = self.plan.calls_per_decoder
+        return {
+            "compute": _actors(self.plan.decoder_workers, calls, calls),
+            "num_cpus": self.plan.decoder_cpus,
+            "num_gpus": 1 if self.plan.card else 0,
+            **ARROW,
+        }
+
+    def _tasks(self) -> TaskPoolStrategy:
+        return TaskPoolStrategy(size=self.plan.tasks_at_once)
+
+
+def _actors(count: int, calls: int, assigned: int) -> ActorPoolStrategy:
+    """So many actors, which work on `calls` batches at a time and have `assigned` of them at hand."""
+    return ActorPoolStrategy(
+        size=count,
+        max_tasks_in_flight_per_actor=assigned,
+        max_concurrent_calls_per_actor=calls,
+        enable_true_multi_threading=True,
+    )
