@@ -77,7 +77,7 @@ def test_trees_are_read_with_their_folders():
 
 
 def test_the_map_names_every_folder_that_is_there():
-    named = set(re.findall(r"^(\w+)/ \|", PAGES["README.md"], re.MULTILINE))
+    named = set(re.findall(r"^(?:\| )?`?(\w+)/`? \|", PAGES["README.md"], re.MULTILINE))
     assert named == {path.parent.name for path in ROOT.glob("[!.]*/README.md") if path.parent.name != "build"}
 
 
