@@ -73,11 +73,23 @@ TESTS = {
         "test_job.py::test_a_job_submitted_to_a_cluster_answers_all_rows_but_those_that_end_its_workers"
     ],
 }
-PAGES = ("README.md", "export/README.md", "datasets/README.md")
+PAGES = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "qvl_batch/README.md",
+    "export/README.md",
+    "jobs/README.md",
+    "datasets/README.md",
+    "tests/README.md",
+)
 SCRIPTS = sorted(path for folder in ("jobs", "datasets", "tests") for path in ROOT.glob(f"{folder}/*.py"))
 #: What a line of a command begins with, and what a block of anything else does.
 LAUNCHERS = ("make", "python", "pip", "hf", "ray", ".ci/run")
-OTHERS = ("rows", "machine", "equal", "usage:", "image/prompt", "qvl_batch/", "head_ids")
+OTHERS = (
+    *("rows", "machine", "equal", "usage:", "head_ids"),
+    *("checkpoint", "row", "DIR/part-*.parquet"),
+    *("qvl_batch/", "export/", "jobs/", "tests/"),
+)
 #: Lines of the Makefile that are no programs of ours.
 TOOLS = ("rm", "touch", "command", "ruff", "mypy", "lint-imports", "optimum-cli", "python3")
 
@@ -178,6 +190,11 @@ def test_every_documented_command_has_a_test_that_runs_it(where, line):
         if program.split()[0] in TOOLS:
             continue
         assert program in TESTS, f"{where}: `{line}` is run by no test; write one, and name it in {HERE}"
+
+
+def test_every_page_is_looked_through():
+    pages = {str(path.relative_to(ROOT)) for path in [*ROOT.glob("*.md"), *ROOT.glob("[!.]*/README.md")]}
+    assert set(PAGES) == pages - {"CHANGELOG.md"}
 
 
 def test_commands_are_found_wherever_a_page_has_them(tmp_path):

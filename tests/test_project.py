@@ -1,8 +1,6 @@
 """What the project says of itself is true."""
 
 import ast
-import dataclasses
-import os
 import re
 import subprocess
 import sys
@@ -10,22 +8,11 @@ import tomllib
 
 import pytest
 from conftest import QUESTIONS, ROOT
-from PIL import Image
 
 import qvl_batch
-from bench import BenchConfig
-from benchmark.gpu import GpuBenchConfig
-from comparison.config import CompareConfig
-from export.package import ExportConfig
 from qvl_batch import errors
-from qvl_batch.config import CaptionConfig
 
 WORKER = ROOT / "qvl_batch"
-README = (ROOT / "README.md").read_text()
-TREE = re.search(r"^qvl_batch/ .*?^tests/", README, re.DOTALL | re.MULTILINE)[0]
-#: Modules of the worker in the README's order, each above those that may import it.
-ORDER = re.findall(r"── (\w+)\.py", TREE.split("export/")[0])
-COMPARISON = re.findall(r"── (\w+)\.py", TREE.split("comparison/")[1])
 
 
 def _imports(path):
@@ -35,22 +22,6 @@ def _imports(path):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
             yield node.module
-
-
-def _files(package):
-    return {path.stem: path for path in (ROOT / package).glob("*.py") if not path.stem.startswith("__")}
-
-
-def test_the_tree_in_the_readme_is_the_tree():
-    assert set(ORDER) == set(_files("qvl_batch"))
-    export, jobs = TREE.split("export/")[1].split("jobs/", 1)
-    assert set(re.findall(r"── (\w+)\.py", export)) == set(_files("export"))
-    scripts, rest = jobs.split("benchmark/", 1)
-    benchmark, comparison = rest.split("comparison/", 1)
-    assert set(re.findall(r"── (\w+)\.py", scripts)) == set(_files("jobs"))
-    assert set(re.findall(r"── (\w+)\.py", benchmark)) == set(_files("jobs/benchmark"))
-    assert re.findall(r"── (\w+)\.py", comparison) == COMPARISON
-    assert set(COMPARISON) == set(_files("jobs/comparison"))
 
 
 def test_two_bundles_are_compared_with_what_the_extra_brings(tiny_bundle, tmp_path):
@@ -94,14 +65,6 @@ def test_a_library_is_met_in_one_place(library, modules):
     assert found == modules
 
 
-@pytest.mark.parametrize("command", [["jobs/caption.py"]])
-def test_the_help_in_the_readme_is_the_help(command):
-    env = os.environ | {"COLUMNS": "100"}
-    arguments = [sys.executable, *command, "--help"]
-    result = subprocess.run(arguments, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
-    assert result.stdout.strip() in README
-
-
 def test_what_the_worker_reads_is_installed_with_it():
     packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
     installed = {
@@ -113,34 +76,6 @@ def test_what_the_worker_reads_is_installed_with_it():
     files = (path for path in WORKER.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
     found = {str(path.relative_to(ROOT)) for path in files if path.suffix not in (".py", ".md")}
     assert installed == found > {"qvl_batch/py.typed"}
-
-
-def test_the_notebook_example_runs(tiny_bundle, tmp_path, monkeypatch, capsys):
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    (tmp_path / "build").mkdir()
-    (tmp_path / "build" / "tiny-bundle").symlink_to(tiny_bundle.path)
-    Image.new("RGB", (300, 200), "white").save(tmp_path / "photo.jpg")
-    monkeypatch.chdir(tmp_path)
-    exec(compile(example, "README.md", "exec"), {})  # noqa: S102
-    assert capsys.readouterr().out.strip()
-
-
-def test_commands_in_the_readme_exist():
-    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    assert set(re.findall(r"make ([\w-]+)\b(?!=)", README)) - {"PYTHON"} <= targets
-    for path in re.findall(r"\b(?:jobs|datasets|export)/[\w/.-]+\.\w+", README):
-        assert (ROOT / path).exists(), path
-
-
-def test_options_named_in_texts_exist():
-    configs = (CaptionConfig, CompareConfig, ExportConfig, BenchConfig, GpuBenchConfig)
-    ours = {"--" + field.name.replace("_", "-") for config in configs for field in dataclasses.fields(config)}
-    rays, nvidias = {"--working-dir", "--address", "--entrypoint-num-gpus"}, {"--id", "--query-gpu", "--format"}
-    hubs = {"--local-dir"}
-    texts = [*(ROOT / "qvl_batch").glob("*.py"), *(ROOT / "jobs").rglob("*.py"), ROOT / "README.md"]
-    for path in texts:
-        named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", path.read_text()))
-        assert named <= ours | rays | nvidias | hubs | {"--help"}, path.name
 
 
 def test_tasks_that_only_read_and_decode_import_no_heavy_library():
