@@ -6,7 +6,6 @@ the parity gate included, has passed.
 
 import importlib.metadata
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,7 +38,7 @@ from qvl_batch.bundle.manifest import (
     Manifest,
     file_sha256,
 )
-from qvl_batch.command_line import settings, stop_as_by_ctrl_c
+from qvl_batch.command_line import exit_status, settings, stop_as_by_ctrl_c
 from qvl_batch.config import Device
 from qvl_batch.errors import ExportError, JobError
 
@@ -253,20 +252,18 @@ def _staging(output: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def main() -> int:
-    """Run `python -m export`."""
-    stop_as_by_ctrl_c()  # so that half a bundle is removed then too
-    try:
-        config = settings(ExportConfig, prog="python -m export")
-        manifest = export_bundle(config, ShownProgress(Console()))
-    except (JobError, OSError) as error:
-        print(f"export: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("export: stopped; no bundle was written", file=sys.stderr)
-        return 130
+def work() -> int:
+    """Export, and say what came out; the exit status."""
+    config = settings(ExportConfig, prog="python -m export")
+    manifest = export_bundle(config, ShownProgress(Console()))
     size = sum(file.size for file in manifest.files.values())
     print(
         f"{config.output}: {size / 1e6:,.1f} MB, P = {manifest.layout.image_start}, S = {manifest.layout.max_seq_len}"
     )
     return 0
+
+
+def main() -> int:
+    """Run `python -m export`; 0 if there is a bundle, 1 if not, 130 if it was stopped."""
+    stop_as_by_ctrl_c()  # so that half a bundle is removed then too
+    return exit_status("export", work, stopped=lambda: "no bundle was written", expected=(JobError, OSError))

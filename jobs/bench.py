@@ -38,7 +38,7 @@ from benchmark.host import Host
 from benchmark.ours import Ours
 from benchmark.rows import Rows
 from qvl_batch.bundle.loading import Bundle
-from qvl_batch.command_line import settings
+from qvl_batch.command_line import exit_status, settings
 from qvl_batch.decoder.prompts import RowLayout
 from qvl_batch.errors import ConfigError, JobError
 from qvl_batch.pipeline.plan import DEFAULT_SLOTS
@@ -208,7 +208,7 @@ def _ray(
 
     def job(count: int, *, memory: bool = False) -> dict[str, float]:
         console.print(f"Ray job of {count} rows")
-        with Host("Ray job", "benchmark.ours", "Job", *made_of) as host:
+        with Host("Ray job", "benchmark.ours", "RayJob", *made_of) as host:
             found: dict[str, float] = host.call("run", rows, count, memory)
             return found
 
@@ -262,27 +262,26 @@ def _situations(figures: dict[str, Any], engine: Ours, few: Rows) -> None:
     }
 
 
-def main() -> int:
-    """Run the command."""
+def work() -> int:
+    """Measure, show and write; the exit status."""
     console = Console(width=None if sys.stdout.isatty() else 120)
     on_gpu = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     on_gpu.add_argument("--device")
-    try:
-        if on_gpu.parse_known_args()[0].device == "cuda":
-            config: Any = settings(gpu.GpuBenchConfig)
-            figures = gpu.bench(config, console)
-        else:
-            config = settings(BenchConfig)
-            figures = bench(config, console)
-    except (JobError, RuntimeError) as error:
-        print(f"bench: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    if on_gpu.parse_known_args()[0].device == "cuda":
+        config: Any = settings(gpu.GpuBenchConfig)
+        figures = gpu.bench(config, console)
+    else:
+        config = settings(BenchConfig)
+        figures = bench(config, console)
     write(figures, {*OURS, *gpu.OURS}, config.output)
     show(figures, console)
     print(f"written to {config.output}")
     return 0
+
+
+def main() -> int:
+    """Run the command; 0 if all was measured, 1 if not, 130 if it was stopped."""
+    return exit_status("bench", work, expected=(JobError, RuntimeError))
 
 
 if __name__ == "__main__":

@@ -8,11 +8,8 @@ Runs on this machine, or, under `ray job submit`, on the cluster.
 import os
 import sys
 
-from qvl_batch.command_line import settings, stop_as_by_ctrl_c
+from qvl_batch.command_line import FAILED, STOPPED, exit_status, settings, stop_as_by_ctrl_c
 from qvl_batch.config import CaptionConfig
-from qvl_batch.errors import JobError
-
-STOPPED = 130
 
 
 def main() -> int:
@@ -21,7 +18,9 @@ def main() -> int:
     """
     is_stopped = stop_as_by_ctrl_c()
     going_on = "the same command"
-    try:
+
+    def work() -> int:
+        nonlocal going_on
         config = settings(CaptionConfig)
         going_on = config.going_on
         from qvl_batch.pipeline.run import run  # noqa: PLC0415  (ray takes a second to import; --help need not)
@@ -30,14 +29,10 @@ def main() -> int:
         print(report)
         if report.total.rows and report.total.rows == report.total.finish_reasons["error"]:
             print("caption: no row was answered; why not is in the column error_message", file=sys.stderr)
-            return 1
-    except JobError as error:
-        print(f"caption: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt as stop:
-        print("; ".join(["caption: stopped", *map(str, stop.args), f"{going_on} goes on"]), file=sys.stderr)
-        return STOPPED
-    return 0
+            return FAILED
+        return 0
+
+    return exit_status("caption", work, stopped=lambda: f"{going_on} goes on")
 
 
 if __name__ == "__main__":

@@ -19,10 +19,10 @@ from rich.table import Table
 from qvl_batch.bundle.known_answers import Figure, digits
 from qvl_batch.bundle.loading import Bundle
 from qvl_batch.bundle.manifest import Manifest
-from qvl_batch.command_line import settings
+from qvl_batch.command_line import FAILED, exit_status, settings
 from qvl_batch.config import Device, DeviceOption
 from qvl_batch.decoder.decoder import Decoder
-from qvl_batch.errors import BundleError, JobError
+from qvl_batch.errors import BundleError
 from qvl_batch.runtime.devices import memory_on, resolve_device, resolve_vision_device, usable_cpus
 from qvl_batch.vision.encoder import VisionEncoder
 
@@ -111,18 +111,18 @@ def show(config: CheckConfig, manifest: Manifest, found: list[Checked], console:
     return not wrong
 
 
+def work() -> int:
+    """Check and show; the exit status."""
+    config = settings(CheckConfig)
+    bundle = Bundle.load(config.bundle)
+    found = check(config, bundle)
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    return 0 if show(config, bundle.manifest, found, console) else FAILED
+
+
 def main() -> int:
-    """Check; 0 if all is right, 1 if something is wrong or it could not be checked."""
-    try:
-        config = settings(CheckConfig)
-        bundle = Bundle.load(config.bundle)
-        found = check(config, bundle)
-    except JobError as error:
-        print(f"check: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0 if show(config, bundle.manifest, found, Console(width=None if sys.stdout.isatty() else 120)) else 1
+    """Run the command; 0 if all is right, 1 if something is wrong or it could not be checked, 130 if it was stopped."""
+    return exit_status("check", work)
 
 
 if __name__ == "__main__":

@@ -9,28 +9,27 @@ Writes `comparison.parquet`, `summary.json` and `report.html`. Runs on this mach
 import sys
 
 from comparison.config import CompareConfig
-from qvl_batch.command_line import settings, stop_as_by_ctrl_c
-from qvl_batch.errors import JobError
+from qvl_batch.command_line import FAILED, exit_status, settings, stop_as_by_ctrl_c
+
+
+def work() -> int:
+    """Compare and show; the exit status."""
+    config = settings(CompareConfig)
+    from comparison.run import compare  # noqa: PLC0415  (takes seconds to import; --help need not)
+
+    outcome = compare(config, say=lambda line: print(line, file=sys.stderr, flush=True))
+    print(outcome)
+    for reason in outcome.summary["verdict"]["reasons"]:
+        print(f"compare: {reason}", file=sys.stderr)
+    return 0 if outcome.passed else FAILED
 
 
 def main() -> int:
-    """Compare; 0 if everything is within its bounds, 1 if not or if it could not be done."""
+    """Run the command; 0 if everything is within its bounds, 1 if not or if it could not be done, 130 if it was
+    stopped.
+    """
     stop_as_by_ctrl_c()
-    try:
-        config = settings(CompareConfig)
-        from comparison.run import compare  # noqa: PLC0415  (takes seconds to import; --help need not)
-
-        outcome = compare(config, say=lambda line: print(line, file=sys.stderr, flush=True))
-        print(outcome)
-    except JobError as error:
-        print(f"compare: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("compare: stopped; the same command goes on where it was", file=sys.stderr)
-        return 130
-    for reason in outcome.summary["verdict"]["reasons"]:
-        print(f"compare: {reason}", file=sys.stderr)
-    return 0 if outcome.passed else 1
+    return exit_status("compare", work, stopped=lambda: "the same command goes on where it was")
 
 
 if __name__ == "__main__":

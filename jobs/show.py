@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from qvl_batch.command_line import settings
-from qvl_batch.errors import ConfigError, InputError, JobError
+from qvl_batch.command_line import exit_status, settings
+from qvl_batch.errors import ConfigError, InputError
 from qvl_batch.output.parts import PARTS, read_part
 from qvl_batch.output.storage import folder_at
 from qvl_batch.report.page import printable
@@ -88,14 +88,15 @@ def _is_right(row: dict[str, str | None]) -> bool:
     return row["answer"] == row[EXPECTED]
 
 
-def main() -> int:
-    """Run the command."""
-    try:
-        show(settings(ShowConfig), Console())
-    except JobError as error:
-        print(f"show: {error}", file=sys.stderr)
-        return 1
+def work() -> int:
+    """Show; the exit status."""
+    show(settings(ShowConfig), Console())
     return 0
+
+
+def main() -> int:
+    """Run the command; 0 if there were answers to print, 1 if not, 130 if it was stopped."""
+    return exit_status("show", work)
 
 
 if __name__ == "__main__":

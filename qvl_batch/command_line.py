@@ -1,6 +1,6 @@
-"""Settings as command lines: the fields of a dataclass are options, their docstrings the help.
+"""Command lines: the fields of a dataclass are options, their docstrings the help, errors one line and a status.
 
-This module knows nothing of what they mean.
+This module knows nothing of what the options mean.
 """
 
 import signal
@@ -10,8 +10,10 @@ from typing import TypeVar
 
 import tyro
 
-from qvl_batch.errors import ConfigError
+from qvl_batch.errors import ConfigError, JobError
 
+#: Exit statuses of a program that could not do its work, and of one that was stopped (128 + SIGINT, as shells have it).
+FAILED, STOPPED = 1, 130
 T = TypeVar("T")
 
 
@@ -31,6 +33,31 @@ def settings(kind: type[T], prog: str | None = None) -> T:
     if twice is not None:
         raise ConfigError(f"{twice} is there more than once: give it once, with all its values behind it")
     return tyro.cli(kind, prog=prog, config=(tyro.conf.FlagCreatePairsOff,))
+
+
+def exit_status(
+    program: str,
+    work: Callable[[], int],
+    *,
+    stopped: Callable[[], str] = lambda: "",
+    expected: tuple[type[Exception], ...] = (JobError,),
+) -> int:
+    """Do the work of a program, and give its exit status.
+
+    Args:
+        program: its name, which errors begin with.
+        work: returns the status if nothing goes wrong.
+        stopped: what to say when Ctrl-C ended it.
+        expected: errors that are printed as one line, without a traceback.
+    """
+    try:
+        return work()
+    except expected as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt as stop:
+        print("; ".join([f"{program}: stopped", *map(str, stop.args), *filter(None, [stopped()])]), file=sys.stderr)
+        return STOPPED
 
 
 def stop_as_by_ctrl_c() -> Callable[[], bool]:

@@ -34,60 +34,38 @@ class ImageRules:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CaptionConfig:
-    """Answer the prompts of image/prompt parquet files with a bundle, through Ray Data."""
+class JobConfig:
+    """What captioning and comparing have in common: a bundle, rows of the input, and a folder for the results."""
 
     bundle: Path
-    """Folder of the bundle that `python -m export` made. Every node must see it at this path."""
+    """Folder of the bundle that `python -m export` made."""
     input: tuple[str, ...]
     """Parquet files, folders of them, or globs."""
     output: str
-    """Folder for the answers, on the machine that runs this script, or an address: s3://... or gs://..."""
+    """Folder for the results."""
     prompt: str | None = None
     """Ask this of every image; the prompt column is then not read."""
     id_column: str = "id"
     """Column that identifies a row, of strings or integers; it becomes `id`."""
     image_column: str = "image"
     """Column of images: struct of bytes and path, bytes, or paths and addresses."""
+    prompt_column: str = "prompt"
+    """Column of prompts."""
     allow_images_from: tuple[str, ...] = ()
     """Folders and addresses (s3://, gs://, http://, https://) from which images may be read. Without them, images
     must be in the input itself."""
-    prompt_column: str = "prompt"
-    """Column of prompts."""
-    keep_columns: tuple[str, ...] = ()
-    """Columns of the input to copy to the output."""
-    max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS
-    """Longest answer in tokens; the bundle's contract may end it sooner."""
-    allow_repetition: bool = False
-    """Keep an answer that says one thing over and over until it is cut. Without it, such a row fails."""
-    fit: Fit = "letterbox"
-    """How an image that is not square becomes square."""
     max_image_pixels: int = MAX_IMAGE_PIXELS
     """Most pixels of an image; a larger one fails. Memory and time of the largest grow with it."""
     allow_truncated: bool = False
     """Show what there is of an image file that is cut or damaged. Without it, one that lacks pixels fails."""
-    device: DeviceOption = "auto"
-    """Where the decoder runs: `auto` takes what the bundle was made for, another is refused."""
-    vision_device: DeviceOption = "auto"
-    """Where the vision tower runs: `auto` takes a GPU for one in half precision, else the CPU."""
-    vision_workers: int | None = None
-    """Processes that run the vision graph. Without it, as many as the machine has work for."""
-    decoder_workers: int | None = None
-    """Processes that run the decoder. Without it, one."""
-    vision_cache: Path | None = None
-    """Folder to keep image features in, for other prompts over the same images. Every node must see it."""
-    vision_cache_gb: float = 20.0
-    """Largest size of that folder in gigabytes; features that were used longest ago go first."""
-    slots: int | None = None
-    """Rows that a decoder answers at a time. Without it, as many as memory allows, up to 32, on a GPU up to 128."""
+    max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS
+    """Longest answer in tokens; the bundle's contract may end it sooner."""
     limit: int | None = None
     """Answer only the first so many rows."""
-    price_per_hour: float | None = None
-    """Price of the machine or cluster an hour, in any currency; the report then says what a million images cost."""
     retry_errors: bool = False
     """Answer again the rows that failed; a new answer takes the error's place."""
     overwrite: bool = False
-    """Delete the answers that the output folder already holds. Without it, the job goes on where it stopped."""
+    """Delete the results that the output folder already holds. Without it, the job goes on where it stopped."""
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work on any machine.
@@ -98,26 +76,76 @@ class CaptionConfig:
         # An empty name, such as an unset variable of a shell, would be the current folder.
         if not self.input or not all(str(name).strip() for name in (self.output, *self.input)):
             raise ConfigError("--input needs at least one file, folder or glob, and --output a folder; none may be ''")
-        for name in ("max_new_tokens", "vision_workers", "decoder_workers", "slots", "limit", "max_image_pixels"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{_option(name)} must be at least 1, not {value}")
-        if not 0 < self.vision_cache_gb < math.inf:
-            raise ConfigError(f"--vision-cache-gb must be a number above 0, not {self.vision_cache_gb}")
-        if self.price_per_hour is not None and not 0 <= self.price_per_hour < math.inf:
-            raise ConfigError(f"--price-per-hour must be a number from 0 on, not {self.price_per_hour}")
+        check_at_least_one(self, "max_new_tokens", "limit", "max_image_pixels")
         if self.prompt is not None and not self.prompt.strip():
             raise ConfigError("--prompt must not be empty")
         if self.overwrite and self.retry_errors:
             raise ConfigError("--retry-errors has nothing to answer again after --overwrite: give one of them")
-        repeated = sorted({name for name in self.keep_columns if self.keep_columns.count(name) > 1})
-        if repeated:
-            raise ConfigError(f"--keep-columns names {repeated[0]} more than once")
+
+    @property
+    def copied_columns(self) -> tuple[str, ...]:
+        """Columns of the input that are copied to the output as they are."""
+        return ()
 
     @property
     def image_rules(self) -> ImageRules:
         """Which images are shown."""
         return ImageRules(self.max_image_pixels, self.allow_truncated)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CaptionConfig(JobConfig):
+    """Answer the prompts of image/prompt parquet files with a bundle, through Ray Data."""
+
+    bundle: Path
+    """Folder of the bundle that `python -m export` made. Every node must see it at this path."""
+    output: str
+    """Folder for the answers, on the machine that runs this script, or an address: s3://... or gs://..."""
+    overwrite: bool = False
+    """Delete the answers that the output folder already holds. Without it, the job goes on where it stopped."""
+    keep_columns: tuple[str, ...] = ()
+    """Columns of the input to copy to the output."""
+    fit: Fit = "letterbox"
+    """How an image that is not square becomes square."""
+    allow_repetition: bool = False
+    """Keep an answer that says one thing over and over until it is cut. Without it, such a row fails."""
+    device: DeviceOption = "auto"
+    """Where the decoder runs: `auto` takes what the bundle was made for, another is refused."""
+    vision_device: DeviceOption = "auto"
+    """Where the vision tower runs: `auto` takes a GPU for one in half precision, else the CPU."""
+    vision_workers: int | None = None
+    """Processes that run the vision graph. Without it, as many as the machine has work for."""
+    decoder_workers: int | None = None
+    """Processes that run the decoder. Without it, one."""
+    slots: int | None = None
+    """Rows that a decoder answers at a time. Without it, as many as memory allows, up to 32, on a GPU up to 128."""
+    vision_cache: Path | None = None
+    """Folder to keep image features in, for other prompts over the same images. Every node must see it."""
+    vision_cache_gb: float = 20.0
+    """Largest size of that folder in gigabytes; the least recently used features go first."""
+    price_per_hour: float | None = None
+    """Price of the machine or cluster an hour, in any currency; the report then says what a million images cost."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot work on any machine.
+
+        Raises:
+            ConfigError: names the option, what it was, and what it may be.
+        """
+        JobConfig.__post_init__(self)  # `super()` without arguments finds no class with slots
+        check_at_least_one(self, "vision_workers", "decoder_workers", "slots")
+        if not 0 < self.vision_cache_gb < math.inf:
+            raise ConfigError(f"--vision-cache-gb must be a number above 0, not {self.vision_cache_gb}")
+        if self.price_per_hour is not None and not 0 <= self.price_per_hour < math.inf:
+            raise ConfigError(f"--price-per-hour must be a number from 0 on, not {self.price_per_hour}")
+        repeated = sorted({name for name in self.keep_columns if self.keep_columns.count(name) > 1})
+        if repeated:
+            raise ConfigError(f"--keep-columns names {repeated[0]} more than once")
+
+    @property
+    def copied_columns(self) -> tuple[str, ...]:
+        """Columns of the input that are copied to the output as they are."""
+        return self.keep_columns
 
     @property
     def going_on(self) -> str:
@@ -125,5 +153,13 @@ class CaptionConfig:
         return "the same command" + (" without --overwrite" if self.overwrite else "")
 
 
-def _option(field: str) -> str:
-    return "--" + field.replace("_", "-")
+def check_at_least_one(config: object, *names: str) -> None:
+    """Refuse settings below 1; None is no value.
+
+    Raises:
+        ConfigError: names the option, and what it was.
+    """
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, not {value}")

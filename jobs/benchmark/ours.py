@@ -149,7 +149,7 @@ class Overlapped(Ours):
         return list(itertools.islice(itertools.cycle(made), count))
 
 
-class Job:
+class RayJob:
     """The whole job on Ray, as `jobs/caption.py` runs it.
 
     Args:

@@ -3,48 +3,37 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from qvl_batch.config import MAX_IMAGE_PIXELS, CaptionConfig, DeviceOption, Fit
+from qvl_batch.config import DeviceOption, Fit, JobConfig
 from qvl_batch.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CompareConfig:
+class CompareConfig(JobConfig):
     """Answer the same questions with a bundle and with PyTorch (or another bundle), and report the differences."""
 
     bundle: Path
     """Folder of the bundle in question."""
+    output: str
+    """Folder for `comparison.parquet`, `summary.json` and `report.html`."""
+    id_column: str = "id"
+    """Column that identifies a row, of strings or integers."""
+    max_new_tokens: int = 64
+    """Longest answer in tokens."""
+    limit: int | None = None
+    """Compare only the first so many rows."""
+    retry_errors: bool = False
+    """Ask again about the rows that failed on a side or could not be asked about."""
+    overwrite: bool = False
+    """Delete what the output folder holds of another comparison."""
     checkpoint: Path | None = None
     """Folder of the checkpoint it was exported from, which answers in PyTorch, fp32."""
     against_bundle: Path | None = None
     """Another bundle to compare with, in place of a checkpoint."""
-    input: tuple[str, ...]
-    """Parquet files, folders of them, or globs."""
-    output: Path
-    """Folder for `comparison.parquet`, `summary.json` and `report.html`."""
-    prompt: str | None = None
-    """Ask this of every image; the prompt column is then not read."""
-    id_column: str = "id"
-    """Column that identifies a row, of strings or integers."""
-    image_column: str = "image"
-    """Column of images: struct of bytes and path, bytes, or paths and addresses."""
-    allow_images_from: tuple[str, ...] = ()
-    """Folders and addresses (s3://, gs://, http://, https://) from which images may be read. Without them, images
-    must be in the input itself."""
-    prompt_column: str = "prompt"
-    """Column of prompts."""
     expected_column: str | None = None
     """Column of right answers, of strings or integers; '' for none. Without it, `expected` where the input has such
     a column."""
-    limit: int | None = None
-    """Compare only the first so many rows."""
-    max_new_tokens: int = 64
-    """Longest answer in tokens."""
     fit: tuple[Fit, ...] = ("letterbox",)
     """How an image that is not square becomes square; given several, each row is asked once with each."""
-    max_image_pixels: int = MAX_IMAGE_PIXELS
-    """Most pixels of an image; a larger one fails. Memory and time of the largest grow with it."""
-    allow_truncated: bool = False
-    """Show what there is of an image file that is cut or damaged. Without it, one that lacks pixels fails."""
     layers: bool = False
     """Also compare the hidden state after every vision block and decoder layer. Loads the bundle twice."""
     min_agreement: float = 1.0
@@ -58,10 +47,6 @@ class CompareConfig:
     precision are emulated on a CPU."""
     gallery: int = 200
     """Rows to show on the page: those that differ or failed first, then others at random."""
-    overwrite: bool = False
-    """Delete what the output folder holds of another comparison."""
-    retry_errors: bool = False
-    """Ask again about the rows that failed on a side or could not be asked about."""
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work on any machine.
@@ -69,6 +54,7 @@ class CompareConfig:
         Raises:
             ConfigError: names the option, what it was, and what it may be.
         """
+        JobConfig.__post_init__(self)  # `super()` without arguments finds no class with slots
         if (self.checkpoint is None) == (self.against_bundle is None):
             raise ConfigError("give one of --checkpoint and --against-bundle: what --bundle is compared with")
         if not 0 <= self.min_agreement <= 1:
@@ -80,23 +66,8 @@ class CompareConfig:
             raise ConfigError(f"--gallery must be at least 0, not {self.gallery}")
         if not self.fit or len(set(self.fit)) < len(self.fit):
             raise ConfigError("--fit needs at least one way to fit an image, each once")
-        self.captions()
 
-    def captions(self) -> CaptionConfig:
-        """The same input as settings of a captioning job, which checks the values they share."""
-        return CaptionConfig(
-            bundle=self.bundle,
-            input=self.input,
-            output=str(self.output),
-            prompt=self.prompt,
-            id_column=self.id_column,
-            image_column=self.image_column,
-            allow_images_from=self.allow_images_from,
-            prompt_column=self.prompt_column,
-            max_new_tokens=self.max_new_tokens,
-            max_image_pixels=self.max_image_pixels,
-            allow_truncated=self.allow_truncated,
-            limit=self.limit,
-            overwrite=self.overwrite,
-            retry_errors=self.retry_errors,
-        )
+    @property
+    def folder(self) -> Path:
+        """The output folder."""
+        return Path(self.output)

@@ -113,7 +113,7 @@ def open_questions(config: CompareConfig, image_size: int, say: Callable[[str], 
         InputError: nothing is there, a file is no parquet, or its columns cannot be used.
         ConfigError: the expected column has a name that is taken.
     """
-    source, expected = open_source(config.captions()), config.expected_column
+    source, expected = open_source(config), config.expected_column
     if expected is None:
         expected = EXPECTED if EXPECTED in pq.read_schema(source.files[0].path).names else ""
     if expected:
@@ -127,9 +127,7 @@ def open_questions(config: CompareConfig, image_size: int, say: Callable[[str], 
         else:
             source = replace(source, columns=replace(source.columns, kept=(kept,)))
     fetcher = Fetcher(config.allow_images_from)
-    return Questions(
-        source, fetcher, config.fit, config.captions().image_rules, config.prompt, expected or None, image_size
-    )
+    return Questions(source, fetcher, config.fit, config.image_rules, config.prompt, expected or None, image_size)
 
 
 def _expected_field(source: Source, name: str) -> pa.Field:

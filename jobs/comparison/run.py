@@ -84,7 +84,7 @@ def compare(config: CompareConfig, say: Callable[[str], None] = lambda _: None) 
     questions = open_questions(config, sides.bundle.manifest.layout.image_size, say)
     settings = _settings(config, sides, questions)
     id_type = questions.source.columns.id.type
-    records = Records.open(config.output, id_type, settings, overwrite=config.overwrite)
+    records = Records.open(config.folder, id_type, settings, overwrite=config.overwrite)
     _say_what(say, config, sides, questions)
     failures = records.failures()
     left = questions.without(row for row, failed in failures.items() if not (failed and config.retry_errors))
@@ -230,7 +230,7 @@ def _report(config: CompareConfig, sides: _Sides, records: Records, settings: di
         **summarize(rows, _depths(rows, sides.bundle), bounds),
     }
     records.publish(rows, summary, render(rows, summary, config.gallery))
-    return Outcome(summary, config.output / PAGE)
+    return Outcome(summary, config.folder / PAGE)
 
 
 def _depths(rows: Sequence[dict[str, Any]], bundle: Bundle) -> list[str]:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from qvl_batch.config import CaptionConfig
+from qvl_batch.config import JobConfig
 from qvl_batch.errors import ConfigError, InputError
 
 #: Formats of tables: what in a folder says that it is one, and Python that lists the files of a version.
@@ -35,7 +35,7 @@ TABLES = {
 }
 
 
-def find_files(config: CaptionConfig) -> dict[str, Path]:
+def find_files(config: JobConfig) -> dict[str, Path]:
     """Parquet files, those of a folder or glob in order of name: where each is named, and where links lead from there.
 
     What is in the output folder is never input: a job writes it, and may delete it.
@@ -65,7 +65,7 @@ def find_files(config: CaptionConfig) -> dict[str, Path]:
     return files
 
 
-def _output_folder(config: CaptionConfig) -> Path | None:
+def _output_folder(config: JobConfig) -> Path | None:
     """Where answers are written, None if that is not among local files."""
     place = str(config.output)
     if not place or "://" in place:
@@ -96,7 +96,7 @@ def _named_by(item: str) -> list[Path]:
     return [found[name] for name in sorted(found)]
 
 
-def passed_over(config: CaptionConfig) -> Iterator[str]:
+def passed_over(config: JobConfig) -> Iterator[str]:
     """Files in folders of the input that are not taken for parquet, as their names say nothing of it."""
     for item in config.input:
         for match in _matches(item):

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import pyarrow as pa
 
-from qvl_batch.config import CaptionConfig
+from qvl_batch.config import JobConfig
 from qvl_batch.errors import ConfigError, InputError
 from qvl_batch.schema import ANSWER_FIELDS, ID, is_text, plain_type
 
@@ -61,7 +61,7 @@ class InputColumns:
         return pa.schema([pa.field(ID, self.id.type), *self.kept, *ANSWER_FIELDS])
 
 
-def input_columns(schema: pa.Schema, file: str, config: CaptionConfig) -> InputColumns:
+def input_columns(schema: pa.Schema, file: str, config: JobConfig) -> InputColumns:
     """Choose and check the columns of one input file.
 
     Raises:
@@ -70,7 +70,7 @@ def input_columns(schema: pa.Schema, file: str, config: CaptionConfig) -> InputC
         ConfigError: a kept column has the name of an output column.
     """
     reserved = {ID, *(field.name for field in ANSWER_FIELDS)}
-    clash = [name for name in config.keep_columns if name in reserved]
+    clash = [name for name in config.copied_columns if name in reserved]
     if clash:
         raise ConfigError(f"--keep-columns {clash[0]}: the output has a column of its own of that name")
     prompt = None if config.prompt is not None else config.prompt_column
@@ -81,7 +81,7 @@ def input_columns(schema: pa.Schema, file: str, config: CaptionConfig) -> InputC
     _check_image(image, file)
     if is_text(plain_type(image.type)) and not config.allow_images_from:
         raise InputError(f"{file}: column {image.name!r} names images; say where they may be: --allow-images-from")
-    kept = tuple(_field(schema, name, file, "--keep-columns") for name in config.keep_columns)
+    kept = tuple(_field(schema, name, file, "--keep-columns") for name in config.copied_columns)
     copied = tuple(pa.field(field.name, _without_views(field.type)) for field in kept)
     return InputColumns(pa.field(config.id_column, id_type), copied, config.image_column, prompt)
 

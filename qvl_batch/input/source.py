@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from qvl_batch.columns import OWN
-from qvl_batch.config import CaptionConfig
+from qvl_batch.config import JobConfig
 from qvl_batch.errors import ConfigError, InputError
 from qvl_batch.input.discovery import find_files
 from qvl_batch.input.input_columns import InputColumns, input_columns
@@ -101,7 +101,7 @@ class Source:
             yield units
 
 
-def open_source(config: CaptionConfig, known: Sequence[InputFile] = ()) -> Source:
+def open_source(config: JobConfig, known: Sequence[InputFile] = ()) -> Source:
     """Find the input's files and check their columns, reading nothing but their metadata.
 
     Args:
@@ -113,7 +113,7 @@ def open_source(config: CaptionConfig, known: Sequence[InputFile] = ()) -> Sourc
             is no parquet, its columns cannot be used, or a known file is gone or has changed.
         ConfigError: a kept column has the name of another, or the output is no place.
     """
-    own = next((name for name in config.keep_columns if name.startswith(OWN)), None)
+    own = next((name for name in config.copied_columns if name.startswith(OWN)), None)
     if own is not None:
         raise ConfigError(f"--keep-columns {own}: the pipeline has columns of its own that begin with {OWN}")
     found = find_files(config)
