@@ -1,7 +1,7 @@
 """Memory: how many slots of the KV cache fit on a GPU beside the model, or into a machine or container.
 
-What enters: a bundle's manifest, and the GPU or the machine. What leaves: numbers of slots, or a `DeviceError` where not
-one fits. Nothing is loaded or allocated for it.
+What enters: a bundle's manifest, and the GPU or the machine. What leaves: numbers of slots, or a `DeviceError` where
+not one fits. Nothing is loaded or allocated for it.
 """
 
 import os
