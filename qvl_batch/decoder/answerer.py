@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
-from qvl_batch.bundle.fp32 import InFp32
+from qvl_batch.bundle.fp32 import Fp32Fallback
 from qvl_batch.bundle.layout import Features
 from qvl_batch.bundle.loading import Bundle
 from qvl_batch.clock import Clock
@@ -58,7 +58,7 @@ class Answerer:
         #: Seconds of the decoder's work, by kind.
         self.clocks = clocks = decoder_clocks()
         self._engine = _new_engine(bundle, slots, threads, clocks)
-        self._fp32 = InFp32(bundle, lambda exact: _new_engine(exact, FP32_SLOTS, threads, clocks))
+        self._fp32 = Fp32Fallback(bundle, lambda exact: _new_engine(exact, FP32_SLOTS, threads, clocks))
 
     def answer(self, questions: Sequence[EncodedRow], max_new_tokens: int) -> list[Answer]:
         """Answer questions, in order; all of them are in the engine at once.
@@ -87,7 +87,7 @@ class Answerer:
             engine.stop()
 
     def _engines(self) -> list[Engine]:
-        return [self._engine, self._fp32.made] if self._fp32.made else [self._engine]
+        return [self._engine, self._fp32.loaded] if self._fp32.loaded else [self._engine]
 
     def _request(self, question: EncodedRow, max_new_tokens: int) -> Request | Failure:
         if isinstance(question.features, Failure):

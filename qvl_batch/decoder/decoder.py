@@ -14,10 +14,10 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from qvl_batch.bundle.known_answers import Figure, KnownAnswers, refuse_wrong, repeated
+from qvl_batch.bundle.known_answers import Figure, KnownAnswers, known_figures, refuse_wrong, repeated
 from qvl_batch.bundle.layout import Features
 from qvl_batch.bundle.loading import Bundle
-from qvl_batch.bundle.manifest import DECODER, HALVES, Manifest
+from qvl_batch.bundle.manifest import DECODER, HALVES, Manifest, Tolerance
 from qvl_batch.config import Device
 from qvl_batch.decoder.kv_cache import KvCache
 from qvl_batch.errors import BundleError
@@ -113,14 +113,15 @@ class Decoder:
         return machine_of(self.memory)
 
     def figures(self) -> list[Figure]:
-        """What the graph makes of the bundle's known answers, in slot 0; nothing where it has none."""
-        known, tolerance = KnownAnswers.of(self._bundle), self._bundle.manifest.tolerance
-        if known is None or tolerance is None:
-            return []
+        """Figures of the graph on the bundle's known answers, computed in slot 0; empty if it has none."""
+        return known_figures(self._bundle, self._figures)
+
+    def _figures(self, known: KnownAnswers, tolerance: Tolerance) -> list[Figure]:
         row = PrefillRow(known.input_ids.tolist(), repeated(known.embeds, self.layout.image_tokens))
         logits = self.memory.zeros((1, len(known.logits)), "float")
         tokens = [self._fill(0, [row], 0, self._nothing_seen(1), logits)]
-        step = self._bind_step(1)  # not captured, which a GPU would do for this thread alone
+        # Not captured: a captured step belongs to the thread that captured it, and the engine has a thread of its own.
+        step = self._bind_step(1)
         tokens += [self._run_step(step, token) for token in known.given[:, None]]
         return known.of_decoder(logits.values[0], [int(each[0]) for each in tokens], tolerance)
 
