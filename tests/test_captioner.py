@@ -151,7 +151,7 @@ def test_prompts_must_be_as_many_as_images(captioner):
     [
         ({"slots": 0}, "slots must be at least 1, not 0"),
         ({"fit": "squeeze"}, "fit must be one of letterbox, stretch, crop, not 'squeeze'"),
-        ({"device": "tpu"}, "device 'tpu' is none of auto, cpu, cuda"),
+        ({"device": "tpu"}, "device must be one of auto, cpu, cuda, not 'tpu'"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(options, message, tiny_bundle):
