@@ -174,7 +174,7 @@ def test_a_flipped_bit_is_found(copied_bundle):
 def test_a_contract_of_tokens_that_are_not_the_tokenizers_is_refused(change, tiny_bundle):
     layout = dataclasses.replace(tiny_bundle.manifest.layout, **change)
     manifest = dataclasses.replace(tiny_bundle.manifest, layout=layout)
-    with pytest.raises(BundleError, match="tokens of the contract are not the tokenizer's"):
+    with pytest.raises(BundleError, match="does not reproduce the tokens of the layout contract"):
         RowLayout(Bundle(tiny_bundle.path, manifest))
 
 

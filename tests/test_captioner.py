@@ -93,7 +93,7 @@ def _truncated():
         ("a\0b", "What?", "ImageError", r"'a\x00b' is not a valid path: embedded null byte"),
         ("a\ud800b", "What?", "ImageError", r"'a\ud800b' is not a valid path: "),
         (_truncated(), "What?", "ImageError", "SyntaxError: "),
-        (np.zeros((2, 2, 3), np.uint8), float("nan"), "PromptError", "the prompt is float and no text"),
+        (np.zeros((2, 2, 3), np.uint8), float("nan"), "PromptError", "the prompt is of type float, not text"),
     ],
 )
 def test_what_is_no_image_or_no_prompt_fails_its_row_alone(image, prompt, kind, message, captioner):
