@@ -94,7 +94,7 @@ class Decoder:
                 f"{bundle.path / DECODER} and {MANIFEST} disagree on a repetition penalty: export the checkpoint again"
             )
         self._lengths = np.zeros(slots, np.int32)
-        self._buffers = {
+        self._step_inputs = {
             "input_ids": self.memory.zeros((slots, 1), "int64"),
             "cache_position": self.memory.zeros((slots, 1), "int64"),
             "seqlens_k": self.memory.zeros((slots,), "int32"),
@@ -157,9 +157,9 @@ class Decoder:
     def _run_step(self, step: Binding, tokens: Tokens) -> Tokens:
         rows = len(tokens)
         lengths = self._lengths[:rows]
-        self._buffers["input_ids"].values[:rows, 0] = tokens
-        self._buffers["cache_position"].values[:rows, 0] = lengths
-        self._buffers["seqlens_k"].values[:rows] = lengths
+        self._step_inputs["input_ids"].values[:rows, 0] = tokens
+        self._step_inputs["cache_position"].values[:rows, 0] = lengths
+        self._step_inputs["seqlens_k"].values[:rows] = lengths
         lengths += 1
         # A captured step replays the total length of its capture; the length of each row is in `seqlens_k`.
         self._total_length[...] = self.layout.max_seq_len if self._captures else lengths.max()
@@ -179,7 +179,7 @@ class Decoder:
         return [self._bind_step(rows, graph=rows) for rows in range(1, self.slots + 1)]
 
     def _bind_step(self, rows: int, graph: int = NO_GRAPH) -> Binding:
-        inputs = {name: each.rows(0, rows) for name, each in self._buffers.items()}
+        inputs = {name: each.rows(0, rows) for name, each in self._step_inputs.items()}
         return self._bind(0, rows, inputs | {"total_sequence_length": on_this_machine(self._total_length)}, graph=graph)
 
     def prefill_inputs(self, rows: Sequence[PrefillRow], start: int = 0) -> dict[str, Buffer]:
