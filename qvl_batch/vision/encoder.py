@@ -13,14 +13,13 @@ from numpy.typing import NDArray
 
 from qvl_batch.bundle.fp32 import Fp32Fallback
 from qvl_batch.bundle.known_answers import Figure, KnownAnswers, known_figures, refuse_wrong
+from qvl_batch.bundle.layout import Features
 from qvl_batch.bundle.loading import Bundle
 from qvl_batch.bundle.manifest import VISION, Tolerance
 from qvl_batch.config import Device
 from qvl_batch.errors import BundleError, NumericError
 from qvl_batch.runtime.devices import machine_of, memory_on
 from qvl_batch.runtime.session import Session
-
-Features = NDArray[np.float32]
 
 
 class VisionEncoder:
