@@ -469,7 +469,7 @@ def test_a_graph_without_such_layers_is_named(tiny_bundle):
         ({"max_new_tokens": 0}, ConfigError, "--max-new-tokens must be at least 1"),
         ({"expected_column": "right"}, InputError, r"no single column 'right' \(--expected-column\)"),
         ({"expected_column": "image"}, InputError, "it must be strings or integers"),
-        ({"checkpoint": ROOT / "tests"}, JobError, "no checkpoint"),
+        ({"checkpoint": ROOT / "tests"}, JobError, "is not a checkpoint"),
         ({"device": "cuda"}, DeviceError, "--device cuda: PyTorch finds no usable GPU"),
     ],
 )
