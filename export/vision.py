@@ -173,7 +173,7 @@ class Block(nn.Module):
         return rotary_embedding(q, first, cos, sin, self.heads), rotary_embedding(k, first, cos, sin, self.heads), v
 
     def after_attention(self, attended: Tensor, hidden: Tensor, following: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """Attention and residual stream (B, n, D) to what the next block takes: the stream normed, and the stream."""
+        """Attention output and residual stream (B, n, D) to inputs of the next block: normed stream, and stream."""
         normed, hidden = skip_rms_norm(self.proj(attended), hidden, self.norm2, eps)
         return skip_rms_norm(self.mlp(normed), hidden, following, eps)
 

@@ -77,7 +77,7 @@ class RecordingDecoder(Decoder):
 
 
 class BundleSide:
-    """A bundle as a side. It runs without the check of known answers, since a comparison is to measure what is wrong.
+    """A bundle as a side. It skips the check of known answers: a comparison measures errors instead of refusing them.
 
     Args:
         bundle: the bundle.

@@ -182,7 +182,7 @@ class _Sides:
 
     @cached_property
     def reference_source(self) -> CheckpointSource:
-        """Name and hash of what the bundle is compared with."""
+        """Name and hash of the other side."""
         if self.other:
             return CheckpointSource(self.other.path.name, self.other.sha256)
         assert self.config.checkpoint is not None
