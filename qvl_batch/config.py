@@ -56,7 +56,7 @@ class JobConfig:
     max_image_pixels: int = MAX_IMAGE_PIXELS
     """Most pixels of an image; a row with a larger one fails. Memory and time of the largest images grow with it."""
     allow_truncated: bool = False
-    """Use what is left of an image file that is truncated or damaged. Without it, a row whose image lacks pixels fails."""
+    """Use what is left of a truncated or damaged image file. Without it, a row whose image lacks pixels fails."""
     max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS
     """Longest answer in tokens; the bundle's contract may end it sooner."""
     limit: int | None = None
