@@ -367,7 +367,7 @@ def test_images_that_were_refused_are_answered_once_they_are_allowed(tiny_bundle
     messages = [row["error_message"] for row in first]
     assert messages[0] is None
     assert "--allow-truncated shows the rest" in messages[1]
-    assert messages[2] == "the image has 1,000,000 pixels; it may have 999,999 (--max-image-pixels)"
+    assert messages[2] == "the image has 1,000,000 pixels; the limit is 999,999 (--max-image-pixels)"
     job(*options, "--allow-truncated", "--retry-errors")
     second = _answers(tmp_path / "answers")
     assert not any(row["error_message"] for row in second)
@@ -382,7 +382,7 @@ def test_samples_that_use_few_of_their_bits_are_named_once(tiny_bundle, demo, ra
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
     options = ["--bundle", tiny_bundle.path, "--input", tmp_path / "rows.parquet", "--output", tmp_path / "answers"]
     result = _caption(ray_env, *options, "--max-new-tokens", 2)
-    assert result.stderr.count("samples of 16 bits are all below 4,096") == 1
+    assert result.stderr.count("16-bit samples are all below 4,096") == 1
     assert not any(row["error_message"] for row in _answers(tmp_path / "answers"))
 
 
