@@ -210,7 +210,7 @@ def test_an_empty_input_gives_an_empty_answer(tiny_bundle, demo, call, tmp_path)
     ("options", "message"),
     [
         ({"--bundle": "nowhere"}, "is no bundle"),
-        ({"--input": "nowhere"}, "--input nowhere: no parquet file is there"),
+        ({"--input": "nowhere"}, "--input nowhere: no parquet file found"),
         ({"--image-column": "picture"}, "no single column 'picture' (--image-column); it has id, image"),
         ({"--slots": "0"}, "--slots must be at least 1, not 0"),
         ({"--output": "LICENSE"}, "LICENSE cannot be written"),
@@ -264,7 +264,7 @@ def test_answers_are_not_overwritten_unasked(tiny_bundle, call, tmp_path):
 def test_the_input_is_not_overwritten(tmp_path):
     path = tmp_path / "part-0.parquet"
     path.write_bytes(QUESTIONS.read_bytes())
-    with pytest.raises(InputError, match="no file but those of the output folder"):
+    with pytest.raises(InputError, match="only files of the output folder"):
         run(CaptionConfig(bundle=tmp_path, input=(str(tmp_path),), output=str(tmp_path), overwrite=True))
     assert list(tmp_path.iterdir()) == [path]
 
