@@ -255,8 +255,8 @@ def test_answers_are_not_overwritten_unasked(tiny_bundle, call, tmp_path):
     output.mkdir()
     (output / "part-000000-000000000000.parquet").write_bytes(b"precious")
     options = ["--bundle", tiny_bundle.path, "--input", QUESTIONS, "--output", output, "--limit", 1]
-    assert "no _job.json that says whose answers they are" in call(*options, status=1).stderr
-    assert "is damaged, or no file of answers, and" in call(*options, "--overwrite", status=1).stderr
+    assert "no _job.json that says which job they belong to" in call(*options, status=1).stderr
+    assert "is damaged, or not a file of answers, and" in call(*options, "--overwrite", status=1).stderr
     (held,) = output.glob("part-*")
     assert held.read_bytes() == b"precious"
 
