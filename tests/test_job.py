@@ -324,7 +324,7 @@ def test_a_job_that_is_stopped_keeps_its_answers_and_goes_on(sent, tiny_bundle, 
     run, page, shown = _shown(output)
     left = 80 - len(before)
     assert (run["rows"], run["rows_of_this_run"], sum(run["timeline"]["rows"])) == (80, left, left)
-    assert f"{len(before)} rows had been answered by earlier runs" in page
+    assert f"{len(before)} rows were answered by earlier runs" in page
     ids = {row[0] for row in shown}
     assert len(ids) == min(24, left)
     assert not ids & {row["id"] for row in before}
