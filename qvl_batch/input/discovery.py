@@ -38,7 +38,7 @@ TABLES = {
 def find_files(config: JobConfig) -> dict[str, Path]:
     """Find the parquet files of the input, in the order of `--input`; those of a folder or glob are sorted by name.
 
-    Files in the output folder are never input: a job writes there, and can delete what it finds there.
+    Files in the output folder are never input: a job writes there, and `--overwrite` deletes there.
 
     Returns:
         Paths with links to folders resolved: for each, the path with a link to the file resolved too.

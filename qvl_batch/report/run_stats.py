@@ -113,7 +113,7 @@ class Timeline:
         self.bins: dict[str, list[int]] = {name: [] for name in counts}
 
     def add(self, seconds: float, **counts: int) -> None:
-        """Add counts at a time, in seconds after the start."""
+        """Add counts to the bin of a time, which is in seconds after the start."""
         index = self._bin_at(seconds)
         for name, values in self.bins.items():
             values.extend([0] * (index + 1 - len(values)))
@@ -124,7 +124,7 @@ class Timeline:
         return {"seconds_per_bin": self.seconds_per_bin, **self.bins}
 
     def _bin_at(self, seconds: float) -> int:
-        """Index of the bin at a time; merges bins as long as that is beyond the last one."""
+        """Index of the bin of a time; merges bins as long as the time is beyond the last one."""
         while (index := max(0, int(seconds / self.seconds_per_bin))) >= BINS:
             self.seconds_per_bin *= 2
             self.bins = {name: paired(values) for name, values in self.bins.items()}
