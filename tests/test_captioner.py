@@ -63,7 +63,7 @@ def test_which_images_are_shown_is_asked_for(tiny_bundle):
     with Captioner(tiny_bundle.path, max_image_pixels=999_999) as strict:
         whole, cut, large = strict.caption(images, "What color is it?", max_new_tokens=2)
     assert "--allow-truncated shows the rest" in cut.failure.message
-    assert "has 1,000,000 pixels; it may have 999,999" in large.failure.message
+    assert "has 1,000,000 pixels; the limit is 999,999" in large.failure.message
     with Captioner(tiny_bundle.path, max_image_pixels=10**6, allow_truncated=True) as lenient:
         answers = lenient.caption(images, "What color is it?", max_new_tokens=2)
     assert not any(answer.failure for answer in answers)

@@ -96,7 +96,7 @@ def _webp(width, height):
     return data.replace(data[24:30], size, 1)
 
 
-LIMIT = "pixels; it may have 89,478,485"
+LIMIT = "pixels; the limit is 89,478,485"
 GREY = Image.linear_gradient("L").resize((40, 32))
 SAVED = {kind: _file(GREY.convert("1" if kind == "PPM" else "RGB"), kind) for kind in FORMATS}
 SMALL_JP2 = _file(GREY, "JPEG2000", no_jp2=True)
@@ -360,7 +360,7 @@ def test_an_image_that_holds_its_process_up_ends_it():
 def test_a_picture_in_an_icon_is_held_to_the_limit_whatever_the_icon_says():
     data = _ico(_png(100, 100, 8, 0, bytes(101 * 100)))
     assert decode_image(data, ImageRules(max_pixels=10_000)).size == (100, 100)
-    with pytest.raises(ImageError, match="has 10,000 pixels; it may have 9,999"):
+    with pytest.raises(ImageError, match="has 10,000 pixels; the limit is 9,999"):
         decode_image(data, ImageRules(max_pixels=9_999))
 
 
@@ -378,4 +378,4 @@ def test_an_image_without_pixels_is_refused(monkeypatch):
     monkeypatch.setattr("qvl_batch.images.damage.opened", lambda *_: Image.new("RGB", (0, 5)))
     failure = pixels_or_failure(b"any", 56, "letterbox")
     assert isinstance(failure, Failure)
-    assert failure.message == "the image has 0 x 5 pixels; a side may have 1 to 1,000,000"
+    assert failure.message == "the image has 0 x 5 pixels; a side can have 1 to 1,000,000"

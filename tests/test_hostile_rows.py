@@ -110,13 +110,13 @@ def test_a_damaged_footer_among_good_files_is_named_at_the_start(tmp_path):
         pq.write_table(_table(), tmp_path / f"{name}.parquet")
     data = (tmp_path / "b.parquet").read_bytes()
     (tmp_path / "b.parquet").write_bytes(data[:-200] + bytes(192) + data[-8:])
-    with pytest.raises(InputError, match=r"b.parquet is no readable parquet file: "):
+    with pytest.raises(InputError, match=r"b.parquet is not a readable parquet file: "):
         _source(tmp_path)
 
 
 def test_a_file_without_bytes_is_named(tmp_path):
     (tmp_path / "a.parquet").touch()
-    with pytest.raises(InputError, match=r"a.parquet is no readable parquet file: .*0 bytes"):
+    with pytest.raises(InputError, match=r"a.parquet is not a readable parquet file: .*0 bytes"):
         _source(tmp_path)
 
 

@@ -210,7 +210,7 @@ def test_an_empty_input_gives_an_empty_answer(tiny_bundle, demo, call, tmp_path)
     ("options", "message"),
     [
         ({"--bundle": "nowhere"}, "is no bundle"),
-        ({"--input": "nowhere"}, "--input nowhere: no parquet file is there"),
+        ({"--input": "nowhere"}, "--input nowhere: no parquet file found"),
         ({"--image-column": "picture"}, "no single column 'picture' (--image-column); it has id, image"),
         ({"--slots": "0"}, "--slots must be at least 1, not 0"),
         ({"--output": "LICENSE"}, "LICENSE cannot be written"),
@@ -255,8 +255,8 @@ def test_answers_are_not_overwritten_unasked(tiny_bundle, call, tmp_path):
     output.mkdir()
     (output / "part-000000-000000000000.parquet").write_bytes(b"precious")
     options = ["--bundle", tiny_bundle.path, "--input", QUESTIONS, "--output", output, "--limit", 1]
-    assert "no _job.json that says whose answers they are" in call(*options, status=1).stderr
-    assert "is damaged, or no file of answers, and" in call(*options, "--overwrite", status=1).stderr
+    assert "no _job.json that says which job they belong to" in call(*options, status=1).stderr
+    assert "is damaged, or not a file of answers, and" in call(*options, "--overwrite", status=1).stderr
     (held,) = output.glob("part-*")
     assert held.read_bytes() == b"precious"
 
@@ -264,7 +264,7 @@ def test_answers_are_not_overwritten_unasked(tiny_bundle, call, tmp_path):
 def test_the_input_is_not_overwritten(tmp_path):
     path = tmp_path / "part-0.parquet"
     path.write_bytes(QUESTIONS.read_bytes())
-    with pytest.raises(InputError, match="no file but those of the output folder"):
+    with pytest.raises(InputError, match="only files of the output folder"):
         run(CaptionConfig(bundle=tmp_path, input=(str(tmp_path),), output=str(tmp_path), overwrite=True))
     assert list(tmp_path.iterdir()) == [path]
 
@@ -324,7 +324,7 @@ def test_a_job_that_is_stopped_keeps_its_answers_and_goes_on(sent, tiny_bundle, 
     run, page, shown = _shown(output)
     left = 80 - len(before)
     assert (run["rows"], run["rows_of_this_run"], sum(run["timeline"]["rows"])) == (80, left, left)
-    assert f"{len(before)} rows had been answered by earlier runs" in page
+    assert f"{len(before)} rows were answered by earlier runs" in page
     ids = {row[0] for row in shown}
     assert len(ids) == min(24, left)
     assert not ids & {row["id"] for row in before}
@@ -367,7 +367,7 @@ def test_images_that_were_refused_are_answered_once_they_are_allowed(tiny_bundle
     messages = [row["error_message"] for row in first]
     assert messages[0] is None
     assert "--allow-truncated shows the rest" in messages[1]
-    assert messages[2] == "the image has 1,000,000 pixels; it may have 999,999 (--max-image-pixels)"
+    assert messages[2] == "the image has 1,000,000 pixels; the limit is 999,999 (--max-image-pixels)"
     job(*options, "--allow-truncated", "--retry-errors")
     second = _answers(tmp_path / "answers")
     assert not any(row["error_message"] for row in second)
@@ -382,7 +382,7 @@ def test_samples_that_use_few_of_their_bits_are_named_once(tiny_bundle, demo, ra
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
     options = ["--bundle", tiny_bundle.path, "--input", tmp_path / "rows.parquet", "--output", tmp_path / "answers"]
     result = _caption(ray_env, *options, "--max-new-tokens", 2)
-    assert result.stderr.count("samples of 16 bits are all below 4,096") == 1
+    assert result.stderr.count("16-bit samples are all below 4,096") == 1
     assert not any(row["error_message"] for row in _answers(tmp_path / "answers"))
 
 

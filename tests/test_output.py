@@ -73,7 +73,7 @@ def test_what_could_not_be_written_in_time_ends_the_job_at_the_next_answer(tmp_p
     with _open(tmp_path) as folder, AnswerWriter(folder.folder, SCHEMA) as writer:
         monkeypatch.setattr("qvl_batch.output.local_folder.os.fsync", _full)
         writer.add(_answers((0, 1)))
-        writer._keeper.join()
+        writer._timer.join()
         monkeypatch.undo()
         with pytest.raises(OutputError, match="No space left"):
             writer.add(_answers((0, 2)))
@@ -195,7 +195,7 @@ def test_answers_of_another_job_are_not_added_to(settings, message, tmp_path):
 
 def test_answers_without_a_job_are_refused_and_kept(tmp_path):
     (tmp_path / "part-000000-000000000000.parquet").write_bytes(b"precious")
-    with pytest.raises(OutputError, match=r"no _job.json that says whose answers they are: give another --output$"):
+    with pytest.raises(OutputError, match=r"no _job.json that says which job they belong to: give another --output$"):
         Job.of(LocalFolder(tmp_path))
     with pytest.raises(OutputError, match="no _job"), _open(tmp_path):
         pass
@@ -211,7 +211,7 @@ def test_a_job_that_cannot_be_read_is_named(text, tmp_path):
 
 def test_a_job_of_another_version_is_named(tmp_path):
     (tmp_path / JOB).write_text('{"format": 1}')
-    with pytest.raises(OutputError, match="is of another version"):
+    with pytest.raises(OutputError, match="was written by another version"):
         Job.of(LocalFolder(tmp_path))
 
 
@@ -247,8 +247,8 @@ def _rows_beyond(path):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (_damage, "is damaged, or no file of answers"),
-        (_foreign, "is damaged, or no file of answers"),
+        (_damage, "is damaged, or not a file of answers"),
+        (_foreign, "is damaged, or not a file of answers"),
         (_twice, "answers 1 rows that another file answers too"),
         (_rows_beyond, "which the input does not have"),
     ],
@@ -270,7 +270,7 @@ def test_what_are_no_answers_is_not_overwritten(damage, tmp_path):
         _write(folder, _answers((1, 4)))
     damage(tmp_path / "part-000001-000000000004.parquet")
     held = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(OutputError, match=r"part-000001-000000000004.parquet is damaged, or no file of answers, and"):
+    with pytest.raises(OutputError, match=r"part-000001-0{11}4.parquet is damaged, or not a file of answers, and"):
         _open(tmp_path, overwrite=True).__enter__()
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == held
     (tmp_path / "part-000001-000000000004.parquet").unlink()
@@ -364,7 +364,7 @@ def test_a_report_is_of_the_answers_that_are_there_and_goes_with_them(tmp_path):
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_report_of_something_else_is_refused_and_kept(overwrite, tmp_path):
     (tmp_path / REPORT).write_text("precious")
-    with pytest.raises(OutputError, match=r"report.html is of something else"), _open(tmp_path, overwrite=overwrite):
+    with pytest.raises(OutputError, match=r"report.html belongs to no job"), _open(tmp_path, overwrite=overwrite):
         pass
     assert (tmp_path / REPORT).read_text() == "precious"
 

@@ -169,7 +169,7 @@ def test_time_and_price_of_a_million_images_are_those_of_the_steady_rate():
     record = report.record()
     assert (record["hours_per_million"], record["price_per_hour"], record["cost_per_million"]) == (77.16, 2.5, 192.901)
     assert record["stages"]["vision"]["busy"] == 0.9
-    assert record["advice"].startswith("Vision is what the job waits for")
+    assert record["advice"].startswith("Vision is the bottleneck")
 
 
 @pytest.mark.parametrize(

@@ -101,10 +101,11 @@ def test_a_page_says_what_happened_from_verdict_to_settings():
         "35,910 of 36,000 rows answered, 90 failed",
         "10.00 images/s once workers had started: a million images take 1 d 3 h and cost 41.67",
         "model , int8", "/data/answers", "2026-01-02 03:04 UTC",
-        "36,000 rows", "90 failed", "0.2 %", "9.97 with the start of workers", "1,152,000 tokens", "1 h this run",
+        "36,000 rows", "90 failed", "0.2 %", "9.97 including worker start-up",
+        "1,152,000 answer tokens", "1 h this run",
         "Throughput", "Stages", "97 %", "60 %", ADVICE["vision"],
         "Errors", "80 image: ImageError", "7 no image", "(no id) none", "10 layout: PromptError",
-        "3 of 36,000, chosen at random", "scene-1 Why? yes 600 + 1 tokens", "cut at its limit",
+        "3 of 36,000, chosen at random", "scene-1 Why? yes 600 + 1 tokens", "cut at the token limit",
         "12 (no prompt) image: ImageError no image",
         "Settings", "/data/bundle", "ab" * 32, "max new tokens 128", "slots 32", "ray 2.60.0",
     ]  # fmt: skip
@@ -164,8 +165,8 @@ def test_the_heading_is_the_verdict(changes, heading):
 
 def test_a_run_that_went_on_tells_its_rows_from_earlier_ones():
     page = _Parsed(render(_record(rows=40_000, finish_reasons={"stop": 39_910, "error": 90}), []))
-    assert "4,000 rows had been answered by earlier runs. Counts are of all, speeds" in page.text
-    assert "of the 36,000 rows of this run" in page.text
+    assert "4,000 rows were answered by earlier runs. Counts cover all rows; speeds" in page.text
+    assert "cover the 36,000 rows of this run" in page.text
     assert "earlier runs" not in _Parsed(render(_record(), [])).text
 
 
@@ -182,7 +183,7 @@ def test_where_nothing_was_left_to_do_nothing_is_made_up():
 def test_after_a_few_rows_nothing_is_said_of_a_million():
     text = _Parsed(render(_record(hours_per_million=None, cost_per_million=None), [])).text
     assert "a million images take" not in text
-    assert "\u2013 a million images too few rows to say" in text
+    assert "\u2013 a million images too few rows to tell" in text
     assert "10.00 images/s" in text
 
 

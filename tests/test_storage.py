@@ -122,7 +122,7 @@ def test_a_lock_of_a_dead_job_does_not_block(address, caplog):
     _dead(address)
     began = time.monotonic()
     with _store(address).held():
-        assert f"{address} is held by process 7 on elsewhere: 1 s to see if it lives" in caplog.text
+        assert f"{address} is locked by process 7 on elsewhere: waiting up to 1 s to see whether" in caplog.text
         assert _store(address).names(f"{LOCK}*") == [f"{LOCK}-000005"]
     assert time.monotonic() - began >= LEASE
     with _store(address, lease=1e9).held():  # one that ended is not waited for
@@ -142,7 +142,7 @@ def test_a_lock_that_cannot_be_renewed_is_said_once_and_so_is_its_renewal(addres
             time.sleep(RENEWAL / 10)
 
     lines = [
-        f"the lock of {address} cannot be renewed, so that another job may take it over: the store is away",
+        f"the lock of {address} cannot be renewed, so another job can take it over: the store is away",
         f"the lock of {address} is renewed again",
     ]
     with _store(address).held():
@@ -171,7 +171,7 @@ with StoreFolder(Away(skip_instance_cache=True), "memory://bucket/out", renewal=
     time.sleep(0.5)
 """
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert "the lock of memory://bucket/out cannot be renewed, so that" in result.stderr
+    assert "the lock of memory://bucket/out cannot be renewed, so another" in result.stderr
     assert result.stderr.count("cannot be renewed") == 1
 
 

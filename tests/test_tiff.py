@@ -139,7 +139,7 @@ def test_a_big_tiff_is_read_as_a_small_one():
 def test_deep_samples_are_held_to_the_limits_too():
     samples = np.zeros((100, 100, 4), np.float64)
     data = tiff(samples, kind=3, compression=DEFLATE)
-    with pytest.raises(ImageError, match=r"has 10,000 pixels; it may have 9,999 \(--max-image-pixels\)"):
+    with pytest.raises(ImageError, match=r"has 10,000 pixels; the limit is 9,999 \(--max-image-pixels\)"):
         decode_image(data, ImageRules(max_pixels=9_999))
     with pytest.raises(ImageError, match="100 x 100 pixels of 4 samples of 64 bits; at most 10,000 pixels of 8 bytes"):
         decode_image(data, ImageRules(max_pixels=10_000))
@@ -171,9 +171,9 @@ def test_deep_samples_of_a_file_that_is_cut_are_refused(cut, compression, planar
 
 @pytest.fixture
 def _not_said_yet():
-    bit_depth._say_that_range_is_unused.cache_clear()
+    bit_depth._warn_of_12_bits.cache_clear()
     yield
-    bit_depth._say_that_range_is_unused.cache_clear()
+    bit_depth._warn_of_12_bits.cache_clear()
 
 
 @pytest.mark.usefixtures("_not_said_yet")
@@ -186,7 +186,7 @@ def test_twelve_bits_in_samples_of_sixteen_are_named_in_the_log_once(caplog):
         for photometric in (1, 0, 1):
             decode_image(tiff(dark, photometric=photometric))
     (record,) = caplog.records
-    assert "samples of 16 bits are all below 4,096" in record.getMessage()
+    assert "16-bit samples are all below 4,096" in record.getMessage()
 
 
 @pytest.mark.usefixtures("_not_said_yet")

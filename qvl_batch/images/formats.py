@@ -1,7 +1,7 @@
-"""Image files of the accepted formats, opened: what is in them is known, pixels are decoded when they are loaded.
+"""Opens image files of the accepted formats: parses headers; Pillow decodes the pixels when the image is loaded.
 
-What enters: encoded bytes that nobody may have checked. What leaves: an image as Pillow has it, whose size and work
-are within limits, or an `ImageError` that tells bytes of no such format from a file of one that is damaged.
+What enters: encoded bytes, unchecked. What leaves: a Pillow image whose size and decoding work are within limits, or an
+`ImageError`, which tells bytes of no accepted format from a damaged file.
 """
 
 import io
@@ -30,20 +30,21 @@ from qvl_batch.images.png import cleaned
 from qvl_batch.images.tiff import deep_picture
 
 HEIF = "HEIF"
-#: All that is tried. Pillow knows 43, among them some that start other programs (EPS: Ghostscript), that take
-#: any bytes for theirs (TGA), and many that nobody looks after.
+#: Formats that are tried. Pillow knows 43, among them some that start other programs (EPS: Ghostscript), some that
+#: accept any bytes (TGA), and many that are unmaintained.
 FORMATS = ("AVIF", "BMP", "GIF", HEIF, "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
-#: Kinds of HEIF whose pictures are HEVC, as phones save them (.heic), or may be.
+#: Brands of HEIF files whose pictures are HEVC, as phones save them (.heic), or can be.
 _HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"}
-#: Where a PNG has the bits of its samples: behind signature, chunk's head, and sides.
-_PNG_DEPTH, _DEEP = 24, 16
+#: Offset of a PNG's bit depth: after signature, chunk header, width and height.
+_PNG_DEPTH = 24
+_16_BITS = 16
 
 
 def opened(data: bytes, rules: ImageRules) -> Image.Image:
-    """An image file whose pixels have not been decoded yet, and may be; a TIFF that Pillow cannot read is, already.
+    """Open an image file; its pixels are not decoded yet, except those of a TIFF that Pillow cannot read.
 
     Raises:
-        ImageError: it is none of `FORMATS`, damaged, or would take too much memory or time.
+        ImageError: the file is none of `FORMATS`, damaged, or would take too much memory or time.
     """
     kinds = [kind for kind in FORMATS if _begins_like(kind, data[:16])]
     if not kinds:
@@ -52,27 +53,27 @@ def opened(data: bytes, rules: ImageRules) -> Image.Image:
         try:
             image = _opened_as(kind, data, rules)
         except Image.DecompressionBombError as error:
-            raise of_pillows_limit(kind, error, rules.max_pixels) from error
+            raise pillow_limit_error(kind, error, rules.max_pixels) from error
         except ImageError:
             raise
-        except Exception as error:  # Pillow's plugins raise whatever their parsing met
+        except Exception as error:  # Pillow's plugins raise errors of any type
             if number == len(kinds):
-                what = f"{type(error).__name__}: {stable_message(error)}"
-                raise ImageError(f"the bytes begin like {kinds[0]} and are damaged: {what}") from error
+                reason = f"{type(error).__name__}: {stable_message(error)}"
+                raise ImageError(f"the bytes begin like {kinds[0]} and are damaged: {reason}") from error
         else:
             check_size(image.size, rules.max_pixels)
             check_work(image, data, rules.max_pixels)
-            if isinstance(image, TiffImagePlugin.TiffImageFile):  # else it asks for Pillow's limit again
+            if isinstance(image, TiffImagePlugin.TiffImageFile):  # else `load` checks Pillow's own limit again
                 image.im = Image.new(image.mode, image._tile_size).im  # noqa: SLF001
             return image
     raise AssertionError
 
 
-def has_deep_samples(image: Image.Image, data: bytes) -> bool:
-    """Whether samples of 16 bits are in the file, whatever is in the picture of it."""
+def has_16_bit_samples(image: Image.Image, data: bytes) -> bool:
+    """Whether the file has 16-bit samples, whatever Pillow has reduced them to."""
     if isinstance(image, TiffImagePlugin.TiffImageFile):
-        return _DEEP in image.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, ())
-    return image.format == "PNG" and data[_PNG_DEPTH] == _DEEP
+        return _16_BITS in image.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, ())
+    return image.format == "PNG" and data[_PNG_DEPTH] == _16_BITS
 
 
 def _begins_like(kind: str, first: bytes) -> bool:
@@ -83,7 +84,7 @@ def _begins_like(kind: str, first: bytes) -> bool:
 
 
 def _opened_as(kind: str, data: bytes, rules: ImageRules) -> Image.Image:
-    """By the format's own reader: `Image.open` tells nobody why it did not take a file, and has a limit of its own."""
+    """Call the format's own reader: `Image.open` does not say why it rejects a file, and has its own pixel limit."""
     if kind == HEIF:
         return _heif_reader()(io.BytesIO(data))
     if kind == "TIFF" and (deep := deep_picture(data, rules.max_pixels)):
@@ -95,24 +96,27 @@ def _opened_as(kind: str, data: bytes, rules: ImageRules) -> Image.Image:
         return reader(io.BytesIO(cleaned(data, damaged_pixels=rules.allow_truncated)), "")
     except ImageError:
         raise
-    except Exception:  # of what stands beside the pixels, which then have to do without
-        return reader(io.BytesIO(cleaned(data, damaged_pixels=rules.allow_truncated, notes=False)), "")
+    except Exception:  # an ancillary chunk is broken; the pixels are shown without
+        return reader(io.BytesIO(cleaned(data, damaged_pixels=rules.allow_truncated, ancillary=False)), "")
 
 
 def _heif_reader() -> Callable[[io.BytesIO], Image.Image]:
     try:
-        from pillow_heif import HeifImageFile  # noqa: PLC0415  (an extra, and most images are none)
+        from pillow_heif import HeifImageFile  # noqa: PLC0415  (an optional dependency that most jobs do not need)
     except ImportError as error:
         raise ImageError("the image is a HEIC or HEIF: `pip install '.[heif]'` where images are decoded") from error
     reader: Any = HeifImageFile
     return reader  # type: ignore[no-any-return]
 
 
-def of_pillows_limit(kind: str | None, error: Image.DecompressionBombError, max_pixels: int) -> ImageError:
-    """Some of Pillow's readers have its own limit, twice `Image.MAX_IMAGE_PIXELS`, for every caller in a process."""
-    found = re.findall(r"\d+", str(error))
+def pillow_limit_error(kind: str | None, error: Image.DecompressionBombError, max_pixels: int) -> ImageError:
+    """The error for an image that exceeds Pillow's own limit.
+
+    Some of Pillow's readers check it: twice `Image.MAX_IMAGE_PIXELS`, for every caller in the process.
+    """
+    pixels, limit = (int(number) for number in re.findall(r"\d+", str(error))[:2])
     try:
-        check_pixels(int(found[0]), max_pixels)
+        check_pixels(pixels, max_pixels)
     except ImageError as ours:
         return ours
-    return ImageError(f"the {kind} has {int(found[0]):,} pixels; Pillow reads those of {int(found[1]):,} at most")
+    return ImageError(f"the {kind} has {pixels:,} pixels; Pillow reads at most {limit:,}")

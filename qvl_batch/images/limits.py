@@ -1,7 +1,8 @@
-"""What an image file may cost: pixels, and work that is far more than its pixels.
+"""Limits on what an image file can cost: its pixels, and decoding work out of proportion to them.
 
-Pillow's own limit warns at one size, refuses at twice that, and is one for all that runs in a process; this one is
-exact and each caller's. Memory and time of any file follow from it.
+What enters: sizes, opened images, bytes. What leaves: nothing, or an `ImageError`. Pillow's own limit warns at one
+size, refuses at twice that, and is shared by the whole process; this one is exact, and every caller has its own. It
+bounds memory and time of any file.
 """
 
 import math
@@ -12,27 +13,32 @@ from PIL import Image
 
 from qvl_batch.errors import ImageError
 
-#: Pillow's resampling takes 32 bytes for each pixel of a side.
+#: Pixels of a side at most: Pillow's resampling allocates 32 bytes for each.
 LONGEST_SIDE = 1_000_000
-#: Scans of a JPEG of the most pixels, of a smaller one accordingly more; writers make about 10. A scan of 15 bytes
-#: costs a pass over all pixels: a file of 220 kB took half a minute, and one of 10 MB takes a quarter of an hour.
+#: Most scans of a JPEG with `max_pixels` pixels; one with fewer pixels can have proportionally more. Encoders write
+#: about 10. A scan of 15 bytes costs a pass over all pixels: a file of 220 kB took half a minute, and one of 10 MB
+#: takes a quarter of an hour.
 MOST_SCANS = 50
 START_OF_SCAN = 0xDA
 _JPEG_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])")
 _END_OF_IMAGE = 0xD9
-#: Tags of a TIFF: width and length of its tiles.
+#: TIFF tags: tile width and tile length.
 _TILE = (322, 323)
 
 
 def check_size(size: tuple[int, int], max_pixels: int) -> None:
-    """Refuse a picture that is too large, or none.
+    """Refuse a picture that is too large or has no pixels.
+
+    Args:
+        size: width and height.
+        max_pixels: most pixels.
 
     Raises:
-        ImageError: it is; how large it may be.
+        ImageError: a side or the number of pixels is out of bounds; the message names the limit.
     """
     width, height = size
     if min(size) < 1 or max(size) > LONGEST_SIDE:
-        raise ImageError(f"the image has {width:,} x {height:,} pixels; a side may have 1 to {LONGEST_SIDE:,}")
+        raise ImageError(f"the image has {width:,} x {height:,} pixels; a side can have 1 to {LONGEST_SIDE:,}")
     check_pixels(math.prod(size), max_pixels)
 
 
@@ -40,17 +46,17 @@ def check_pixels(pixels: int, max_pixels: int) -> None:
     """Refuse a picture of too many pixels.
 
     Raises:
-        ImageError: it is; how many it may have.
+        ImageError: it has more than `max_pixels`.
     """
     if pixels > max_pixels:
-        raise ImageError(f"the image has {pixels:,} pixels; it may have {max_pixels:,} (--max-image-pixels)")
+        raise ImageError(f"the image has {pixels:,} pixels; the limit is {max_pixels:,} (--max-image-pixels)")
 
 
 def check_work(image: Image.Image, data: bytes, max_pixels: int) -> None:
-    """Refuse what costs far more than its pixels.
+    """Refuse a file whose decoding costs far more than its pixels.
 
     Raises:
-        ImageError: a JPEG has too many scans, a TIFF too large tiles.
+        ImageError: a JPEG has too many scans, or a TIFF's tiles are too large.
     """
     pixels = math.prod(image.size)
     if image.format in {"JPEG", "MPO"}:
@@ -65,7 +71,7 @@ def check_work(image: Image.Image, data: bytes, max_pixels: int) -> None:
 
 
 def jpeg_segments(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """Marker and contents of each segment of a JPEG's first picture; there may be others, and any bytes, behind it."""
+    """Marker and contents of each segment of a JPEG's first picture. Other pictures or any bytes can follow it."""
     at = 2
     while (marker := _JPEG_MARKER.search(data, at)) and marker[1][0] != _END_OF_IMAGE:
         start, length = marker.end(), int.from_bytes(data[marker.end() : marker.end() + 2])

@@ -1,6 +1,6 @@
-"""From the bytes of an image file to the square of pixels that the vision graph takes.
+"""From the bytes of an image file to the square of pixels that is the vision graph's input.
 
-What enters: encoded bytes, which nobody may have checked, or images as Pillow has them.
+What enters: encoded bytes, unchecked, or Pillow images.
 What leaves: uint8 RGB (H, W, 3) with H = W = the bundle's image size, or an `ImageError`. Memory and time
 of any file are bounded by a limit on pixels. Rescaling and normalisation are inside the graph.
 
@@ -19,18 +19,19 @@ from PIL import ExifTags, Image
 
 from qvl_batch.config import Fit, ImageRules
 from qvl_batch.errors import ImageError, stable_message
-from qvl_batch.images.bit_depth import shades
+from qvl_batch.images.bit_depth import to_8_bits
 from qvl_batch.images.colour import to_srgb
 from qvl_batch.images.damage import MISSING, decoded
 from qvl_batch.images.limits import check_size
 from qvl_batch.schema import Failure
 
 DEFAULT_RULES = ImageRules()
-#: Part of every image's key: another number where pixels of a file change, so that no features are kept of the old.
-_MADE_AS = b"2\0"
+#: Version of this module's pixels, part of every image's key: raise it when a file's pixels change, so that features of
+#: the old pixels are no longer found in a cache.
+_PIXELS_VERSION = b"2\0"
 
-#: What undoes each orientation of EXIF.
-_TURNS = {
+#: The transpose that undoes each EXIF orientation.
+_TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -39,22 +40,22 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-#: Ground of a letterbox, and of pixels that a damaged file lacks: the mean colour of CLIP's training images, so that
-#: they are close to zero once the graph has normalised them.
+#: Fills the bars of a letterbox and the missing pixels of a damaged file. It is the mean colour of CLIP's training
+#: images, so it is close to zero once the graph has normalised it.
 LETTERBOX_RGB = (122, 116, 104)
-#: Transparent pixels show this ground, as on a page.
-ALPHA_GROUND = (255, 255, 255)
+#: Background of transparent pixels: white, as on a page.
+ALPHA_BACKGROUND = (255, 255, 255)
 
 
 def image_key(data: bytes, fit: Fit) -> bytes:
-    """16 bytes that stand for an image, by its file's contents or its pixels, and how it is fitted."""
-    return hashlib.sha256(_MADE_AS + fit.encode() + b"\0" + data).digest()[:16]
+    """16 bytes that identify an image in caches: a hash of its file's contents or its pixels, and of the fit."""
+    return hashlib.sha256(_PIXELS_VERSION + fit.encode() + b"\0" + data).digest()[:16]
 
 
 def pixels_or_failure(
     data: bytes, size: int, fit: Fit, rules: ImageRules = DEFAULT_RULES
 ) -> NDArray[np.uint8] | Failure:
-    """Decode and fit an image file; what is wrong with it where that cannot be done."""
+    """Decode an image file and fit it, as uint8 (size, size, 3); or the failure of its row."""
     try:
         return fit_image(decode_image(data, rules), size, fit)
     except ImageError as error:
@@ -65,21 +66,21 @@ def decode_image(data: bytes, rules: ImageRules = DEFAULT_RULES) -> Image.Image:
     """Decode an image file to RGB, in sRGB, upright and opaque; of an animation, the first frame.
 
     Raises:
-        ImageError: the bytes are empty, no image, damaged, or would take too much memory or time.
+        ImageError: the bytes are empty, not an image, damaged, or would take too much memory or time.
     """
     if not data:
         raise ImageError("the image has no bytes")
-    with _failures_named():
+    with _as_image_errors():
         return _upright_rgb(decoded(data, rules))
 
 
 def upright_rgb(image: Image.Image, rules: ImageRules = DEFAULT_RULES) -> Image.Image:
-    """An image as `decode_image` gives the file that it is of: RGB, in sRGB, upright and opaque.
+    """Convert a Pillow image as `decode_image` converts a file: RGB, in sRGB, upright and opaque.
 
     Raises:
-        ImageError: it is damaged, or too large.
+        ImageError: the image is damaged or too large.
     """
-    with _failures_named():
+    with _as_image_errors():
         check_size(image.size, rules.max_pixels)
         image.load()
         return _upright_rgb(image)
@@ -88,9 +89,9 @@ def upright_rgb(image: Image.Image, rules: ImageRules = DEFAULT_RULES) -> Image.
 def fit_image(image: Image.Image, size: int, fit: Fit = "letterbox") -> NDArray[np.uint8]:
     """Fit an RGB image into a square.
 
-    `letterbox` keeps all of the image and its proportions and fills the rest with
-    `LETTERBOX_RGB` (LLaVA's `expand2square`); `stretch` keeps all and gives up proportions;
-    `crop` keeps proportions and cuts the longer side, centred. All resample bicubically, as the
+    `letterbox` shows the whole image, keeps its aspect ratio and fills the rest with
+    `LETTERBOX_RGB` (LLaVA's `expand2square`); `stretch` shows the whole image and changes its aspect ratio;
+    `crop` keeps the aspect ratio and cuts the longer side, centred. All resample bicubically, as the
     checkpoint's own image processor does.
 
     Returns:
@@ -121,32 +122,33 @@ def _letterbox(image: Image.Image, size: int) -> Image.Image:
 
 
 @contextmanager
-def _failures_named() -> Iterator[None]:
+def _as_image_errors() -> Iterator[None]:
+    """Turn any other exception into an `ImageError`, and silence warnings."""
     try:
         with warnings.catch_warnings():
-            # What is odd in a file is not the job's concern; what is wrong raises.
+            # Pillow warns of oddities in a file that it reads all the same; damage raises.
             warnings.simplefilter("ignore")
             yield
     except ImageError:
         raise
-    except Exception as error:  # Pillow's plugins raise whatever their parsing met
+    except Exception as error:  # Pillow's plugins raise errors of any type
         raise ImageError(f"{type(error).__name__}: {stable_message(error)}") from error
 
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
-    turn, missing = _turn(image), image.info.get(MISSING)
-    image = _to_rgb(image)  # lets go of the original, which may be as large
+    transpose, missing = _transpose(image), image.info.get(MISSING)
+    image = _to_rgb(image)  # releases the original, which can be as large
     if missing is not None:
         image.paste(LETTERBOX_RGB, mask=Image.fromarray(missing))
-    return image if turn is None else image.transpose(turn)
+    return image if transpose is None else image.transpose(transpose)
 
 
-def _turn(image: Image.Image) -> Image.Transpose | None:
-    """What makes the image upright."""
+def _transpose(image: Image.Image) -> Image.Transpose | None:
+    """The transpose that makes the image upright, None if it is upright."""
     try:
         orientation: Any = image.getexif().get(ExifTags.Base.Orientation)
-        return _TURNS.get(orientation)
-    except Exception:  # the picture is whole, whatever the notes beside it are
+        return _TRANSPOSES.get(orientation)
+    except Exception:  # broken metadata does not damage the pixels
         return None
 
 
@@ -156,22 +158,22 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image = _eight_bits(image)
     image = to_srgb(image, profile)
     if image.has_transparency_data:
-        seen = image if image.mode in {"LA", "RGBA"} else image.convert("LA" if image.mode == "La" else "RGBA")
-        ground = Image.new("RGB", seen.size, ALPHA_GROUND)
-        ground.paste(seen, mask=seen)
-        return ground
+        overlay = image if image.mode in {"LA", "RGBA"} else image.convert("LA" if image.mode == "La" else "RGBA")
+        canvas = Image.new("RGB", overlay.size, ALPHA_BACKGROUND)
+        canvas.paste(overlay, mask=overlay)
+        return canvas
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Shades of 16 bits, or of floats up to 1 or 255; Pillow's own conversion clips them.
+    """Scale a grey image of 16-bit integers or of floats to 8 bits; Pillow's own conversion clips instead.
 
     Raises:
-        ImageError: samples beyond that are measurements, and which shades they are nobody knows.
+        ImageError: samples are outside the range that `to_8_bits` scales.
     """
     samples = np.asarray(image)
-    (found,) = shades([samples])
+    (grey,) = to_8_bits([samples])
     transparent = image.info.get("transparency")
-    if isinstance(transparent, int):  # a shade of all 16 bits, as PNG has it
-        found[samples == transparent] = ALPHA_GROUND[0]
-    return Image.fromarray(found)
+    if isinstance(transparent, int):  # a PNG's transparent grey level has all 16 bits
+        grey[samples == transparent] = ALPHA_BACKGROUND[0]
+    return Image.fromarray(grey)

@@ -1,9 +1,9 @@
-"""Addresses of images, and whether they lie in an allowed place.
+"""Addresses of images: parsing them, and checking whether they may be read.
 
-What enters: locations out of the input, which nobody may have checked. What leaves: `Address`es to compare, and an
-`ImageError` for hosts in private networks.
+What enters: locations from the input, unchecked. What leaves: `Address`es, which can be compared with allowed ones, or
+an `ImageError`: a location is malformed, or its host is in a private network.
 
-This module opens nothing; to check a host it looks up its name.
+This module opens no connection; to check a host, it resolves its name.
 """
 
 import ipaddress
@@ -14,9 +14,9 @@ from urllib.request import getproxies, proxy_bypass
 
 from qvl_batch.errors import ImageError
 
-#: Schemes of local paths, and of HTTP with their ports.
+#: Schemes of local paths, and schemes of HTTP with their default ports.
 LOCAL, HTTP = {"", "file"}, {"http": 80, "https": 443}
-#: Most characters of a location or an error in a message.
+#: Characters of a location or an error that a message shows.
 SHOWN = 300
 #: DNS errors that mean "no such host".
 UNKNOWN = {socket.EAI_NONAME, socket.EAI_NODATA}
@@ -24,32 +24,32 @@ UNKNOWN = {socket.EAI_NONAME, socket.EAI_NODATA}
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Scheme, host (or bucket) and steps of a path, as they are after decoding."""
+    """Scheme, host (or bucket), port, and the segments of the path, percent-decoded."""
 
     scheme: str
     host: str
     port: int | None
-    steps: tuple[str, ...]
+    segments: tuple[str, ...]
 
     @classmethod
     def of(cls, location: str) -> "Address":
-        """The address of a location; one without a scheme is a local path.
+        """Parse a location; without a scheme, it is a local path, which is not parsed any further.
 
         Raises:
-            ImageError: it is none.
+            ImageError: it is not a valid address.
         """
         if "://" not in location and not location.lower().startswith("file:"):
-            return cls("", "", None, ())  # a name may have a colon in it
+            return cls("", "", None, ())  # the name of a local file can contain a colon
         try:
             parts = urlsplit(location)
             host, port = parts.hostname or "", parts.port
         except ValueError as error:
-            raise ImageError(f"{short(location)} is no address: {short(str(error))}") from error
-        return cls(parts.scheme, host, port, tuple(step for step in unquote(parts.path).split("/") if step))
+            raise ImageError(f"{short(location)} is not a valid address: {short(str(error))}") from error
+        return cls(parts.scheme, host, port, tuple(segment for segment in unquote(parts.path).split("/") if segment))
 
     @property
     def is_ip(self) -> bool:
-        """Whether the host is an address, not a name."""
+        """Whether the host is an IP address, not a name."""
         try:
             ipaddress.ip_address(self.host)
         except ValueError:
@@ -58,29 +58,29 @@ class Address:
 
     @property
     def is_proxied(self) -> bool:
-        """Whether a proxy is asked for it."""
+        """Whether requests to this address go through a proxy."""
         host = self.host if self.port is None else f"{self.host}:{self.port}"
         return self.scheme in getproxies() and not proxy_bypass(host)
 
     def is_in(self, place: "Address") -> bool:
-        """Whether the address lies in a place; one with `..` in it lies nowhere."""
-        if ".." in self.steps or "." in self.steps:
+        """Whether the address is `place` or below it; one with a segment `.` or `..` never is."""
+        if ".." in self.segments or "." in self.segments:
             return False
-        same = (self.scheme, self.host, self.port) == (place.scheme, place.host, place.port)
-        return same and self.steps[: len(place.steps)] == place.steps
+        same_host = (self.scheme, self.host, self.port) == (place.scheme, place.host, place.port)
+        return same_host and self.segments[: len(place.segments)] == place.segments
 
 
 def local_path(location: str) -> str:
-    """A path, or that of a `file:` address."""
+    """The path of a local location: a `file:` address, or the path itself."""
     return unquote(urlsplit(location).path) if location.lower().startswith("file:") else location
 
 
 def check_public(address: Address) -> None:
-    """Refuse a host that leads into a private network. A proxy looks names up by itself.
+    """Refuse a host in a private network. A name that a proxy resolves is not checked.
 
     Raises:
-        ImageError: it does, or there is no such name.
-        OSError: that cannot be said now.
+        ImageError: the host resolves to an address that is not public, or does not exist.
+        OSError: the name cannot be resolved at the moment.
     """
     flags = socket.AI_NUMERICHOST if address.is_proxied else 0
     try:
@@ -92,24 +92,28 @@ def check_public(address: Address) -> None:
             return
         if isinstance(error, socket.gaierror) and error.errno not in UNKNOWN:
             raise
-        raise ImageError(f"{address.host} is not known: {error}") from error
+        raise ImageError(f"there is no host {address.host}: {error}") from error
     for each in found:
         check_global(address.host, str(each[4][0]))
 
 
 def check_global(host: str, ip: str) -> None:
-    """Refuse an IP address that is not public, whatever name led to it.
+    """Refuse an IP address that is not public.
+
+    Args:
+        host: the name that resolved to it, for the message.
+        ip: the address.
 
     Raises:
-        ImageError: it is not.
+        ImageError: it is not public.
     """
     if not ipaddress.ip_address(ip).is_global:
         raise ImageError(
-            f"{host} leads to {ip}, which is in a private network: of those, --allow-images-from takes hosts by number "
-            "alone, in place of their names"
+            f"{host} resolves to the private address {ip}; to permit it, name the host by that address, both in "
+            "--allow-images-from and in the input"
         )
 
 
 def short(text: str) -> str:
-    """A text for a message: an image may stand in the place of its address."""
+    """Cut a text for a message: a location can be as long as an image, if the image is given in its place."""
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}… ({len(text):,} characters)"

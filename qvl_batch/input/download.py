@@ -1,7 +1,7 @@
-"""One image over the network: bounded in size and time, from public addresses, with retries.
+"""Downloads one image: bounded in size and time, from public addresses, with retries.
 
-What enters: an address that is allowed. What leaves: its bytes, or an `ImageError`. A redirect is not followed, and a
-name that leads to a private address is refused where it is connected to, whatever it led to when it was checked.
+What enters: an address that is allowed. What leaves: its bytes, or an `ImageError`. Redirects are not followed. The IP
+address is checked again once connected, since a name can resolve differently after the first check (DNS rebinding).
 """
 
 import time
@@ -20,32 +20,39 @@ import fsspec
 from qvl_batch.errors import ImageError, stable_message
 from qvl_batch.input.addresses import HTTP, Address, check_global, check_public, short
 
-#: Largest file of an image.
+#: Bytes of the largest image file that is read.
 MAX_BYTES = 1 << 28
-#: Most bytes that are taken from a server at a time.
+#: Most bytes of one read from a connection.
 PIECE = 1 << 16
-#: Longest that fetching an image may take, and the waits before each further attempt.
+#: Timeout of an attempt, and the pauses before the second and the third; in seconds.
 SECONDS, WAITS = 30.0, (0.5, 2.0)
-#: Characters of an address that mean something, or may; others are sent quoted, as browsers do.
-_AS_IT_IS = "%/:=&?~#+!$,;'@()*[]"
-#: Answers of a server that may be another the next time, as those from 500 on.
+#: Characters of an address that are sent as they are, since they can be syntax; others are percent-encoded, as browsers
+#: do.
+_SAFE = "%/:=&?~#+!$,;'@()*[]"
+#: Statuses below 500 that are worth another attempt, as are all from 500 on.
 BUSY = {HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS}
-#: What will be no different the next time.
+#: Errors that another attempt would not change.
 FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 
 
 def download(location: str, address: Address, *, is_public: bool) -> bytes:
-    """Read an image to its end.
+    """Download an image, in one attempt.
+
+    Args:
+        location: the address as the input spells it.
+        address: the same, parsed.
+        is_public: whether the host must have a public IP address.
 
     Raises:
-        ImageError: it is not allowed, or too large.
-        OSError: it did not come, or not whole.
+        ImageError: the host is not public or does not exist, the server refuses, or the image is too large.
+        OSError: the download failed or was cut off; another attempt can succeed.
     """
     deadline = time.monotonic() + SECONDS
     if address.scheme in HTTP:
         if is_public:
             check_public(address)
-        opened = _open_http(location, is_public=is_public and not address.is_proxied)  # a proxy may be private
+        # A proxy's own address can be private.
+        opened = _open_http(location, is_public=is_public and not address.is_proxied)
     else:
         opened = fsspec.filesystem(address.scheme).open(location, "rb")
     with opened as stream:
@@ -54,17 +61,19 @@ def download(location: str, address: Address, *, is_public: bool) -> bytes:
         else:
             size, data = stream.size, stream.read(MAX_BYTES + 1)
     if len(data) > MAX_BYTES:
-        raise ImageError(f"{short(location)} has more than {MAX_BYTES:,} bytes, the most that is read")
+        raise ImageError(f"{short(location)} has more than {MAX_BYTES:,} bytes, the limit")
     if size is not None and len(data) < size:
-        raise OSError(f"it was cut off after {len(data):,} of {size:,} bytes")
+        raise OSError(f"the download was cut off after {len(data):,} of {size:,} bytes")
     return data
 
 
 def _read_until(deadline: float, stream: HTTPResponse) -> bytes:
-    """What a server sends. Nobody would wait any longer for the rest, and nothing ends a thread that does.
+    """Read a response to its end.
+
+    The deadline is checked here too: `with_retries` stops waiting for its thread then, but cannot end it.
 
     Raises:
-        TimeoutError: it went on for too long.
+        TimeoutError: the response had not ended by the deadline.
     """
     data = bytearray()
     while len(data) <= MAX_BYTES and (piece := stream.read1(PIECE)):
@@ -75,14 +84,14 @@ def _read_until(deadline: float, stream: HTTPResponse) -> bytes:
 
 
 class _NoRedirects(HTTPRedirectHandler):
-    """A redirect is an answer like any other that is not the image."""
+    """Returns a redirect as the response, without following it."""
 
     def redirect_request(self, *_: Any) -> None:
         return None
 
 
-class _Public(HTTPConnection):
-    """Leads where a name leads now, which may not be where it led when it was checked."""
+class _PublicConnection(HTTPConnection):
+    """Refuses a private IP address once connected: the name can resolve differently than when it was checked."""
 
     def connect(self) -> None:
         super().connect()
@@ -93,25 +102,30 @@ class _Public(HTTPConnection):
             raise
 
 
-class _PublicTls(_Public, HTTPSConnection):
+class _PublicTlsConnection(_PublicConnection, HTTPSConnection):
     """The same over TLS."""
 
 
 class _PublicHandler(HTTPHandler):
     def http_open(self, request: Request) -> HTTPResponse:
-        return self.do_open(_Public, request)
+        return self.do_open(_PublicConnection, request)
 
 
 class _PublicTlsHandler(HTTPSHandler):
     def https_open(self, request: Request) -> HTTPResponse:
-        return self.do_open(_PublicTls, request)
+        return self.do_open(_PublicTlsConnection, request)
 
 
 def _open_http(location: str, *, is_public: bool) -> Any:
+    """Send a request for an address whose scheme and host have been checked.
+
+    Raises:
+        ImageError: the server answers with a status that another attempt would not change.
+        OSError: the connection failed, or the server answers with a status that can change.
+    """
     handlers = (_PublicHandler, _PublicTlsHandler) if is_public else ()
     try:
-        # Scheme and host are checked.
-        return build_opener(_NoRedirects, *handlers).open(quote(location, safe=_AS_IT_IS), timeout=SECONDS)
+        return build_opener(_NoRedirects, *handlers).open(quote(location, safe=_SAFE), timeout=SECONDS)
     except HTTPError as error:
         if error.code < HTTPStatus.INTERNAL_SERVER_ERROR and error.code not in BUSY:
             where = f", to {error.headers['Location']}; redirects are not followed" if error.headers["Location"] else ""
@@ -120,10 +134,12 @@ def _open_http(location: str, *, is_public: bool) -> Any:
 
 
 def with_retries(location: str, work: Callable[[], bytes]) -> bytes:
-    """Try again after errors that may be temporary: all but an answer that there is no such image.
+    """Call `work`, and again after errors that can be temporary: all but `ImageError` and `FINAL`.
+
+    Each attempt has a timeout of `SECONDS`; `WAITS` has the pauses before further ones.
 
     Raises:
-        ImageError: no attempt succeeded, each within `SECONDS`.
+        ImageError: no attempt succeeded.
     """
     waits = iter(WAITS)
     while True:
@@ -135,9 +151,9 @@ def with_retries(location: str, work: Callable[[], bytes]) -> bytes:
         except FINAL as error:
             raise unreadable(location, error) from error
         except TimeOut as error:
-            failure = ImageError(f"{short(location)} did not come within {SECONDS:g} s")
+            failure = ImageError(f"{short(location)} did not arrive within {SECONDS:g} s")
             failure.__cause__ = error
-        except Exception as error:  # clients raise whatever they do
+        except Exception as error:  # clients of object stores raise errors of any type
             failure = unreadable(location, error)
             failure.__cause__ = error
         finally:
@@ -149,5 +165,5 @@ def with_retries(location: str, work: Callable[[], bytes]) -> bytes:
 
 
 def unreadable(location: str, error: BaseException) -> ImageError:
-    """The error of a row whose image is not there or cannot be read."""
+    """The error of a row whose image does not exist or cannot be read."""
     return ImageError(f"{short(location)} cannot be read: {type(error).__name__}: {short(stable_message(error))}")

@@ -1,9 +1,9 @@
-"""Images that the input names by path or address, read from where that was allowed and nowhere else.
+"""Reads images that the input names by path or address, from the allowed places only.
 
-What enters: locations out of the input, which nobody may have checked. What leaves: their bytes,
-or an `ImageError`. A location counts only if it lies in one of the allowed places after links and
-`..` are resolved; a redirect is not followed; a name that leads to a private address is refused,
-unless the allowed place is that address. Size and time of each image, and images at a time, are bounded.
+What enters: locations from the input, unchecked. What leaves: their bytes, or an `ImageError`. A location must be
+inside one of the allowed places after links and `..` are resolved. Redirects are not followed. A host name that
+resolves to a private address is refused; such a host must be given by its IP address, in the allowed place and in the
+location. Size and time of each image, and the number of concurrent downloads, are bounded.
 """
 
 import re
@@ -19,12 +19,12 @@ from qvl_batch.errors import ConfigError, ImageError
 from qvl_batch.input.addresses import HTTP, LOCAL, Address, local_path, short
 from qvl_batch.input.download import MAX_BYTES, download, unreadable, with_retries
 
-#: Images of one task that are fetched at a time.
+#: Images that one task fetches at a time.
 AT_ONCE = 8
-#: Most characters of a path, as the system has them.
+#: Characters of the longest path: Linux's `PATH_MAX`.
 LONGEST_PATH = 4_096
-#: How an image itself begins where it stands in place of its path: as a `data:` address; or in base64, as a JPEG, PNG,
-#: GIF, WebP, TIFF, AVIF or JPEG 2000, or as anything that is longer than paths are.
+#: Recognise an image that is given as text in place of its path: a `data:` address; or base64 that begins like a JPEG,
+#: PNG, GIF, WebP, TIFF, AVIF or JPEG 2000, or that is longer than paths usually are.
 DATA = re.compile(r"data:\w+/[\w.+-]+[;,]", re.IGNORECASE)
 BASE64 = re.compile(r"((?=/9j/|iVBORw|R0lGOD|UklGR|SUkqA|TU0AK|AAAA)[\w+/\s-]{64,}|[\w+/\s-]{2000,})=*", re.ASCII)
 
@@ -33,10 +33,10 @@ class Fetcher:
     """Reads images from the allowed places.
 
     Args:
-        allowed: local folders, and addresses up to a `/`: `s3://bucket/images`, `https://host/images`.
+        allowed: local folders, and addresses of folders: `s3://bucket/images`, `https://host/images`.
 
     Raises:
-        ConfigError: a place is neither, or what reads it is not installed.
+        ConfigError: a place is neither, or the client for it is not installed.
     """
 
     def __init__(self, allowed: Sequence[str]) -> None:
@@ -68,8 +68,11 @@ class Fetcher:
         """Fetch images, several at a time.
 
         Args:
-            locations: paths, those that are relative from `folder` on, or addresses.
-            folder: where the file is that names them.
+            locations: paths or addresses.
+            folder: folder of the file that names them, to which relative paths refer.
+
+        Returns:
+            For each location, the image's bytes or the error of its row.
         """
         if not locations:
             return []
@@ -86,16 +89,16 @@ class Fetcher:
         """Fetch an image.
 
         Raises:
-            ImageError: it is not allowed, not there, too large, or did not come in time.
+            ImageError: it is not allowed, does not exist, is too large, or did not arrive in time.
         """
         if not location.strip():
             raise ImageError("the path of the image is empty")
         try:
             return self._fetch(location, folder)
         except ImageError as error:
-            if (known := _image_as_text(location)) is None:
+            if (advice := _image_as_text(location)) is None:
                 raise
-            raise ImageError(f"the path is no path but {known}") from error
+            raise ImageError(f"the path is {advice}") from error
 
     def _fetch(self, location: str, folder: Path) -> bytes:
         address = Address.of(location)
@@ -103,7 +106,7 @@ class Fetcher:
             return self._read(location, folder)
         place = next((place for place in self._addresses if address.is_in(place)), None)
         if place is None:
-            raise ImageError(f"{short(location)} is in no place of --allow-images-from")
+            raise ImageError(f"{short(location)} is not inside any address of --allow-images-from")
         return with_retries(location, lambda: download(location, address, is_public=not place.is_ip))
 
     def _read(self, location: str, folder: Path) -> bytes:
@@ -113,23 +116,23 @@ class Fetcher:
         try:
             path = (folder / local_path(location)).resolve()
             if not any(path.is_relative_to(allowed) for allowed in self._folders):
-                raise ImageError(f"{name} is in no folder of --allow-images-from")
-            found = path.stat()
-            if not stat.S_ISREG(found.st_mode):
-                raise ImageError(f"{name} is no file")
-            if found.st_size > MAX_BYTES:
-                raise ImageError(f"{name} has {found.st_size:,} bytes; the most is {MAX_BYTES:,}")
+                raise ImageError(f"{name} is not inside any folder of --allow-images-from")
+            status = path.stat()
+            if not stat.S_ISREG(status.st_mode):
+                raise ImageError(f"{name} is not a regular file")
+            if status.st_size > MAX_BYTES:
+                raise ImageError(f"{name} has {status.st_size:,} bytes; the limit is {MAX_BYTES:,}")
             return path.read_bytes()
-        except (OSError, ValueError, RuntimeError) as error:  # not there; a null byte; a loop of links
+        except (OSError, ValueError, RuntimeError) as error:  # it does not exist; a null byte; a loop of links
             raise unreadable(location, error) from error
 
 
 def _image_as_text(location: str) -> str | None:
-    """What a location is that seems to be the image itself, and how bytes are made of it; it is not repeated."""
-    size = f"of {len(location):,} characters: write a column of bytes, which"
+    """For a location that seems to be the image itself: what it is, and how to decode it. Does not repeat its text."""
+    advice = f"of {len(location):,} characters: write the image as a column of bytes instead, in Python with"
     if DATA.match(location):
-        return f"a data: address {size} urllib.request.urlopen(text).read() makes of it in Python"
+        return f"a data: address {advice} urllib.request.urlopen(text).read()"
     if BASE64.fullmatch(location.strip()):
         decode = "urlsafe_b64decode" if "-" in location or "_" in location else "b64decode"
-        return f"base64 {size} base64.{decode}(text) makes of it in Python"
+        return f"base64 {advice} base64.{decode}(text)"
     return None

@@ -1,7 +1,7 @@
-"""Which columns of the input's files are read, and as what.
+"""Which columns of the input's files are read, and as which types.
 
-What enters: the schema of a file, and the names of the settings. What leaves: `InputColumns`, which also say what the
-answers' schema is; or an error that names file and column.
+What enters: the schema of a file, and the column names of the settings. What leaves: `InputColumns`, from which the
+schema of the answers follows; or an error that names file and column.
 """
 
 from collections import Counter
@@ -13,7 +13,8 @@ from qvl_batch.config import JobConfig
 from qvl_batch.errors import ConfigError, InputError
 from qvl_batch.schema import ANSWER_FIELDS, ID, is_text, plain_type
 
-#: Python that makes of a file one with what is often missing: an id, one image where there is a list of them.
+#: Python one-liners for error messages, which rewrite a file: with an id column added; with a column of lists of images
+#: replaced by the first image of each list.
 NUMBERED = (
     "import pyarrow as pa, pyarrow.parquet as pq; t = pq.read_table('OLD'); "
     "pq.write_table(t.append_column({0!r}, pa.array(range(len(t)))), 'NEW')"
@@ -23,6 +24,7 @@ FIRST_OF_LIST = (
     "c = pc.list_element(pc.list_slice(t[{0!r}], 0, 1, return_fixed_size_list=True), 0); "
     "pq.write_table(t.drop_columns({0!r}).append_column({0!r}, c), 'NEW')"
 )
+#: List types: their test, and the constructor of such a type without views.
 LISTS = (
     (pa.types.is_list, pa.list_),
     (pa.types.is_large_list, pa.large_list),
@@ -33,7 +35,14 @@ LISTS = (
 
 @dataclass(frozen=True, slots=True)
 class InputColumns:
-    """Columns that the job reads: name and type of the id and of each kept column."""
+    """Columns that the job reads.
+
+    Args:
+        id: name in the input, and type in the output.
+        kept: the same, of the columns of `--keep-columns`.
+        image: name.
+        prompt: name, None if no prompt column is read.
+    """
 
     id: pa.Field
     kept: tuple[pa.Field, ...]
@@ -47,10 +56,11 @@ class InputColumns:
         return list(dict.fromkeys([self.id.name, self.image, *prompt, *(field.name for field in self.kept)]))
 
     def joined(self, other: "InputColumns") -> "InputColumns | None":
-        """Columns that hold those of two files, None if none does: types differ in more than their width, and neither
-        is all nulls.
+        """Columns whose types hold the values of both files; None if there are no such types.
+
+        Ids must have the same type. Types of a kept column can differ in width only, or one of them is null.
         """
-        kept = [_common(a.type, b.type) for a, b in zip(self.kept, other.kept, strict=True)]
+        kept = [_common_type(a.type, b.type) for a, b in zip(self.kept, other.kept, strict=True)]
         if self.id.type != other.id.type or None in kept:
             return None
         fields = (a if kind == a.type else a.with_type(kind) for a, kind in zip(self.kept, kept, strict=True))
@@ -65,14 +75,14 @@ def input_columns(schema: pa.Schema, file: str, config: JobConfig) -> InputColum
     """Choose and check the columns of one input file.
 
     Raises:
-        InputError: a column is missing or of a type that cannot be used; the message names
-            file and column and says what is there.
+        InputError: a column is missing, occurs twice or has a type that cannot be used, or images are paths and no
+            place is allowed for them; the message names file and column and says what is there.
         ConfigError: a kept column has the name of an output column.
     """
     reserved = {ID, *(field.name for field in ANSWER_FIELDS)}
     clash = [name for name in config.copied_columns if name in reserved]
     if clash:
-        raise ConfigError(f"--keep-columns {clash[0]}: the output has a column of its own of that name")
+        raise ConfigError(f"--keep-columns {clash[0]}: the output already has a column of this name")
     prompt = None if config.prompt is not None else config.prompt_column
     id_type = _id_type(_field(schema, config.id_column, file, "--id-column", NUMBERED), file)
     if prompt:
@@ -80,23 +90,37 @@ def input_columns(schema: pa.Schema, file: str, config: JobConfig) -> InputColum
     image = _field(schema, config.image_column, file, "--image-column")
     _check_image(image, file)
     if is_text(plain_type(image.type)) and not config.allow_images_from:
-        raise InputError(f"{file}: column {image.name!r} names images; say where they may be: --allow-images-from")
+        raise InputError(
+            f"{file}: column {image.name!r} has paths or addresses of images; allow folders or addresses for them "
+            "with --allow-images-from"
+        )
     kept = tuple(_field(schema, name, file, "--keep-columns") for name in config.copied_columns)
     copied = tuple(pa.field(field.name, _without_views(field.type)) for field in kept)
     return InputColumns(pa.field(config.id_column, id_type), copied, config.image_column, prompt)
 
 
-def _field(schema: pa.Schema, name: str, file: str, option: str, makes: str | None = None) -> pa.Field:
-    """The column of that name; `makes` says how to make it where there is none."""
+def _field(schema: pa.Schema, name: str, file: str, option: str, how_to_add: str | None = None) -> pa.Field:
+    """The column of that name.
+
+    Args:
+        schema: of the file.
+        name: of the column.
+        file: for the message.
+        option: that names the column, for the message.
+        how_to_add: Python that adds the column to a file, for the message.
+
+    Raises:
+        InputError: there is no such column, or several.
+    """
     if (count := schema.names.count(name)) != 1:
-        there = ", ".join(schema.names) or "none"
-        advice = "" if makes is None or count else f"; name another, or make one: {makes.format(name)}"
-        raise InputError(f"{file} has no single column {name!r} ({option}); it has {there}{advice}")
+        present = ", ".join(schema.names) or "none"
+        advice = "" if how_to_add is None or count else f"; name another, or add one: {how_to_add.format(name)}"
+        raise InputError(f"{file} has no single column {name!r} ({option}); it has {present}{advice}")
     return schema.field(name)
 
 
 def _id_type(field: pa.Field, file: str) -> pa.DataType:
-    """All strings become one type, and all integers that fit 64 signed bits, so that files may differ."""
+    """Type of the id in the output: string, int64, or uint64 for uint64. Files can so differ in the width of ids."""
     kind = plain_type(field.type)
     if is_text(kind):
         return pa.string()
@@ -123,13 +147,13 @@ def _check_image(field: pa.Field, file: str) -> None:
 def _is_image(kind: pa.DataType) -> bool:
     if pa.types.is_struct(kind):
         counts = Counter(part.name for part in kind)
-        found = {counts["bytes"], counts["path"]}
-        return 1 in found and max(found) == 1
+        both = {counts["bytes"], counts["path"]}
+        return 1 in both and max(both) == 1
     return _is_bytes(kind) or is_text(plain_type(kind)) or bool(pa.types.is_null(plain_type(kind)))
 
 
-def _common(a: pa.DataType, b: pa.DataType) -> pa.DataType | None:
-    """A type that holds the values of both as they are."""
+def _common_type(a: pa.DataType, b: pa.DataType) -> pa.DataType | None:
+    """A type that holds the values of both unchanged, None if there is none."""
     if a == b or pa.types.is_null(b):
         return a
     if pa.types.is_null(a):
@@ -142,7 +166,7 @@ def _common(a: pa.DataType, b: pa.DataType) -> pa.DataType | None:
 
 
 def _without_views(kind: pa.DataType) -> pa.DataType:
-    """The type with values in one piece in place of views, of which Arrow cannot take rows."""
+    """The type with contiguous values in place of views: Arrow's `take` does not support views."""
 
     def of(field: pa.Field) -> pa.Field:
         return field.with_type(_without_views(field.type))

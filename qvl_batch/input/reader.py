@@ -1,8 +1,8 @@
-"""Rows of the input's files as tables: id, kept columns, prompt, and the image as a file's bytes.
+"""Reads rows of the input's files as tables: id, kept columns, prompt, and the image as a file's bytes.
 
-What enters: a `Unit` of rows. What leaves: tables with the columns named in `source`, the id and the
-kept columns; every row is in one of them, those that cannot be read with a failure. Reading streams,
-so that a row group of any size takes the memory of one table.
+What enters: a `Unit` of rows. What leaves: tables with the columns that `qvl_batch.columns` defines for this stage, the
+id and the kept columns. Every row is in one of them; a row that cannot be read has a failure. Reading streams, so that
+a row group of any size takes the memory of one table.
 """
 
 from collections import deque
@@ -25,7 +25,12 @@ from qvl_batch.schema import ID, Failure
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """Why rows are not read, and whether their ids and kept columns are, where they can be."""
+    """Rows that are not read but fail.
+
+    Args:
+        error: why.
+        known: whether to read their ids and kept columns all the same, as far as possible.
+    """
 
     error: Exception
     known: bool = True
@@ -42,18 +47,18 @@ def read_unit(
     """Read a unit in tables of at most `rows_per_table` rows.
 
     Args:
-        unit: what to read.
-        columns: which columns, and as what.
-        prompt: asked of every row in place of its prompt column.
-        rows_per_table: bound on the memory in use.
+        unit: rows to read.
+        columns: which columns, and as which types.
+        prompt: asked of every row, if there is no prompt column.
+        rows_per_table: bounds the memory in use.
         fetcher: reads images that are not in the file itself.
-        lost: why the rows are not read, but fail.
+        lost: if given, the rows are not read but fail.
 
-    Rows that cannot be read, since the file is damaged inside, have a failure and nulls, and what else can be
-    read of them: every row of the input is answered.
+    If the file is damaged inside, the rows from there on have a failure, id and kept columns where those can still be
+    read, and nulls: every row of the input is answered.
 
     Raises:
-        InputError: the file is gone, or another, or has fewer rows than it says.
+        InputError: the file is gone, has changed, or has fewer rows than its footer says.
     """
     at, left = unit.first_row, deque(unit.spans)
     try:
@@ -67,7 +72,7 @@ def read_unit(
                     if stop > end:
                         left.appendleft((end, stop))
                     wanted = table.slice(start - at, min(stop, end) - start)
-                    yield _own_table(wanted, unit, start, columns, prompt, fetcher, error)
+                    yield _records(wanted, unit, start, columns, prompt, fetcher, error)
                 if not left:
                     return
                 at = end
@@ -80,7 +85,7 @@ def read_unit(
 def _tables(
     file: pq.ParquetFile, unit: Unit, columns: InputColumns, rows_per_table: int, lost: Lost | None
 ) -> Iterator[tuple[pa.Table, Exception | None]]:
-    """A row group in tables; from where it cannot be read on, what can be, and the error."""
+    """Read a row group in tables. From the first damage on, tables have only the readable columns, and the error."""
     done = 0
     if lost is None:
         try:
@@ -91,24 +96,24 @@ def _tables(
             lost = Lost(damage)
         else:
             return
-    rest = _what_is_readable(file, unit.row_group, columns, known=lost.known).slice(done)
+    rest = _readable_columns(file, unit.row_group, columns, known=lost.known).slice(done)
     for start in range(0, rest.num_rows, rows_per_table):
         yield rest.slice(start, rows_per_table), lost.error
 
 
-def _what_is_readable(file: pq.ParquetFile, row_group: int, columns: InputColumns, *, known: bool) -> pa.Table:
-    """Ids and kept columns of a row group, each as nulls if it is damaged or not to be known."""
+def _readable_columns(file: pq.ParquetFile, row_group: int, columns: InputColumns, *, known: bool) -> pa.Table:
+    """Id and kept columns of a row group if `known`. Columns that are damaged or not read are nulls."""
     rows = file.metadata.row_group(row_group).num_rows
-    found = {name: pa.nulls(rows) for name in columns.names}
+    values = {name: pa.nulls(rows) for name in columns.names}
     for field in (*columns.kept, columns.id):
-        found[field.name] = pa.nulls(rows, field.type)
+        values[field.name] = pa.nulls(rows, field.type)
         with suppress(OSError, pa.ArrowException):
             if known:
-                found[field.name] = file.read_row_group(row_group, columns=[field.name])[field.name]
-    return pa.table(found)
+                values[field.name] = file.read_row_group(row_group, columns=[field.name])[field.name]
+    return pa.table(values)
 
 
-def _own_table(
+def _records(
     table: pa.Table,
     unit: Unit,
     first_row: int,
@@ -117,6 +122,7 @@ def _own_table(
     fetcher: Fetcher,
     error: Exception | None,
 ) -> pa.Table:
+    """The next stage's table: places, id, kept columns, prompt, image bytes, failures. `error` fails all rows."""
     rows = range(first_row, first_row + table.num_rows)
     prompts: list[object] = [prompt] * len(rows) if columns.prompt is None else _values(table[columns.prompt])
     images: list[bytes | None] = [None] * len(rows)
@@ -126,9 +132,9 @@ def _own_table(
         failures = [failure or _prompt_failure(each) for failure, each in zip(failures, prompts, strict=True)]
     else:
         failures = [
-            Failure.of(_unread(f"row {row} of {unit.file} (row group {unit.row_group})", error)) for row in rows
+            Failure.of(_row_error(f"row {row} of {unit.file} (row group {unit.row_group})", error)) for row in rows
         ]
-    own = {
+    record = {
         **place_columns([(unit.file_number, row) for row in rows]),
         ID: table[columns.id.name].cast(columns.id.type),
         **{field.name: table[field.name].cast(field.type) for field in columns.kept},
@@ -136,17 +142,17 @@ def _own_table(
         IMAGE: array(IMAGE, images),
         **failure_columns(failures),
     }
-    return pa.table(own)
+    return pa.table(record)
 
 
-def _unread(row: str, error: Exception) -> RowError:
+def _row_error(row: str, error: Exception) -> RowError:
     if isinstance(error, WorkerLostError):
         return WorkerLostError(f"{row} {error}", stage=error.stage)
     return RecordError(f"{row} cannot be read: {stable_message(error)}")
 
 
 def _image_values(column: pa.ChunkedArray) -> list[object]:
-    """An image column's values: a struct's bytes, or else its path. What else a struct has is not looked at."""
+    """Values of the image column; of a struct its `bytes`, or if that is null its `path`. It ignores other fields."""
     if not pa.types.is_struct(column.type):
         return _values(column)
     values: list[object] = [None] * len(column)
@@ -158,10 +164,10 @@ def _image_values(column: pa.ChunkedArray) -> list[object]:
 
 
 def _values(column: pa.ChunkedArray) -> list[object]:
-    """Values as Python has them, an error in place of a string that is none."""
+    """Values as Python objects, with a `RecordError` in place of one that has none."""
     try:
         values: list[object] = column.to_pylist()
-    except (ValueError, OverflowError):  # nothing checks strings before; a date may be one that Python has not
+    except (ValueError, OverflowError):  # a string that is not UTF-8, or a date outside Python's range
         return [_value(scalar) for scalar in column]
     return values
 
@@ -180,7 +186,7 @@ def _prompt_failure(prompt: object) -> Failure | None:
 
 
 def _images(values: list[object], folder: Path, fetcher: Fetcher) -> tuple[list[bytes | None], list[Failure | None]]:
-    """Images as files, and why there is none."""
+    """For each row, the bytes of its image, or None and its failure; images given by path or address are fetched."""
     images: list[bytes | str | RowError] = [_bytes_or_location(value) for value in values]
     locations = [image for image in images if isinstance(image, str)]
     fetched = iter(fetcher.fetch_all(locations, folder))

@@ -1,4 +1,4 @@
-"""A folder of a file system, as `storage.Folder` has it."""
+"""A folder of a file system, behind the interface `storage.Folder`: atomic renames, and an flock on a lock file."""
 
 import errno
 import fcntl
@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 from qvl_batch.output.locks import LOCK, held_by, this_process
 
-#: What the name of a file begins with while it is being written.
+#: Prefix of a file's name while it is being written.
 PARTIAL = ".partial-"
 
 
@@ -24,7 +24,7 @@ class LocalFolder:
         return str(self._path)
 
     def names(self, pattern: str) -> list[str]:
-        """Names of files that match, in order."""
+        """Names of files that match a glob, sorted."""
         return sorted(path.name for path in self._path.glob(pattern))
 
     def read(self, name: str) -> bytes:
@@ -32,11 +32,11 @@ class LocalFolder:
         return (self._path / name).read_bytes()
 
     def open(self, name: str) -> BinaryIO:
-        """A file to read parts of."""
+        """Open a file for reading; it can seek."""
         return (self._path / name).open("rb")
 
     def write(self, name: str, data: bytes) -> None:
-        """Write a file under another name, and move it."""
+        """Write a file under a temporary name, and rename it: fsync of the file before that, of the folder after."""
         partial = self._path / f"{PARTIAL}{os.getpid()}-{name}"
         try:
             with partial.open("wb") as stream:
@@ -45,7 +45,7 @@ class LocalFolder:
                 os.fsync(stream.fileno())
             partial.rename(self._path / name)
         except BaseException:
-            partial.unlink(missing_ok=True)  # a disk that is full is none the fuller
+            partial.unlink(missing_ok=True)  # so that a full disk does not stay fuller than it was
             raise
         folder = os.open(self._path, os.O_RDONLY)
         try:
@@ -54,12 +54,18 @@ class LocalFolder:
             os.close(folder)
 
     def remove(self, name: str) -> None:
-        """Remove a file, if it is there."""
+        """Remove a file if it exists."""
         (self._path / name).unlink(missing_ok=True)
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Hold the folder by a lock that the system takes away when this process ends, however that happens."""
+        """Hold the folder, made if it does not exist, and remove partial files of jobs that crashed.
+
+        The lock is an flock, which the system releases when this process ends, however that happens.
+
+        Raises:
+            OutputError: another job holds the folder.
+        """
         if self._path.is_file():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
         self._path.mkdir(parents=True, exist_ok=True)

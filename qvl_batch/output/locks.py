@@ -1,4 +1,4 @@
-"""Who holds a folder: what a lock says of its holder, and whether that one can still be alive."""
+"""Locks of a folder: what identifies their holder, and whether that process still runs."""
 
 import os
 import socket
@@ -7,22 +7,26 @@ from typing import Any
 
 from qvl_batch.errors import OutputError
 
-#: Name of a lock's file, and what the names of its objects begin with.
+#: Name of the lock file, and prefix of the lock objects in an object store.
 LOCK = "_lock"
 
 
 def this_process() -> str:
-    """Names this process for people."""
+    """Names this process, for messages."""
     return f"process {os.getpid()} on {socket.gethostname()}"
 
 
 def this_machine() -> str:
-    """Names a machine from boot to boot, and its containers apart."""
+    """Identifies this machine until its next boot; containers on one machine differ by their host name."""
     return f"{socket.gethostname()} {Path('/proc/sys/kernel/random/boot_id').read_text().strip()}"
 
 
 def died_here(holder: dict[str, Any]) -> bool:
-    """Whether a process of this machine held a lock and is no more."""
+    """Whether a lock's holder was a process of this machine that no longer runs. False if that is not known.
+
+    Args:
+        holder: contents of the lock.
+    """
     if holder.get("machine") != this_machine():
         return False
     try:

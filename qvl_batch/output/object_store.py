@@ -1,4 +1,4 @@
-"""A folder of an object store, as `storage.Folder` has it."""
+"""A folder of an object store, behind the interface `storage.Folder`: atomic puts, and a lock with a lease."""
 
 import json
 import logging
@@ -16,23 +16,24 @@ from qvl_batch.errors import OutputError
 from qvl_batch.output.locks import LOCK, died_here, held_by, this_machine, this_process
 
 logger = logging.getLogger(__name__)
-#: Seconds from one renewal of an object's lock to the next, and without one until its holder counts as dead.
+#: Seconds between renewals of a lock; seconds without a renewal after which the lock has expired.
 RENEWAL, LEASE = 10.0, 60.0
 
 
 class StoreFolder:
     """A folder of an object store.
 
-    Its lock is an object `_lock-N` that only one job can create (the store must be able to refuse a put
-    where something is), and that this job renews. One that was not renewed for `LEASE` seconds is dead;
-    who takes over creates `_lock-N+1`. N never becomes less: what remains of a job that ended is a lock
-    that says so. Before each write and removal a job looks whether its own is still the last: if its machine stood
-    still and another job took over, it stops.
+    Its lock is an object `_lock-N` that only one job can create (the store must support a put that fails if the object
+    exists), and that this job renews. A lock that is not renewed for `LEASE` seconds has expired; the job that takes
+    over creates `_lock-N+1`. N never decreases: a job that ends leaves its lock, marked as ended. Before each write and
+    removal, a job checks that its lock is still the last one; if its machine was suspended and another job has taken
+    over meanwhile, it stops.
 
     Args:
-        files: speaks to the store.
+        files: client of the store.
         address: of the folder.
-        renewal, lease: seconds.
+        renewal: seconds between renewals of the lock.
+        lease: seconds without a renewal after which the lock of another job has expired.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class StoreFolder:
         return self._address
 
     def names(self, pattern: str) -> list[str]:
-        """Names of files that match, in order."""
+        """Names of files that match a glob, sorted."""
         with _as_os_errors():
             self._files.invalidate_cache()
             try:
@@ -62,25 +63,25 @@ class StoreFolder:
             return bytes(self._files.cat_file(self._path(name)))
 
     def open(self, name: str) -> BinaryIO:
-        """A file to read parts of."""
+        """Open a file for reading; it can seek, and reads only the ranges that are asked for."""
         with _as_os_errors():
             return cast("BinaryIO", self._files.open(self._path(name), "rb", cache_type="none"))
 
     def write(self, name: str, data: bytes) -> None:
-        """Put a file, if this job still holds the folder.
+        """Put a file if this job still holds the folder.
 
         Raises:
-            OutputError: another job took over.
+            OutputError: another job has taken over.
         """
         self._check_held()
         with _as_os_errors():
             self._files.pipe_file(self._path(name), data)
 
     def remove(self, name: str) -> None:
-        """Remove a file, if it is there, and if this job still holds the folder.
+        """Remove a file if it exists and this job still holds the folder.
 
         Raises:
-            OutputError: another job took over.
+            OutputError: another job has taken over.
         """
         self._check_held()
         with _as_os_errors(), suppress(FileNotFoundError):
@@ -88,7 +89,11 @@ class StoreFolder:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Hold the folder by an object that is renewed. Where one is there already, see if it still is."""
+        """Hold the folder by a lock object that a thread renews. A lock that is there already must have expired.
+
+        Raises:
+            OutputError: another job holds the folder.
+        """
         earlier = self._last_lock()
         if earlier is not None:
             self._wait_for(earlier)
@@ -98,8 +103,8 @@ class StoreFolder:
         except FileExistsError:
             raise held_by(self, self._holder(lock).get("holder")) from None
         self._lock, ended = lock, threading.Event()
-        keeper = threading.Thread(target=self._keep, args=(lock, ended), name="qvl-lock", daemon=True)
-        keeper.start()
+        renewer = threading.Thread(target=self._renew, args=(lock, ended), name="qvl-lock", daemon=True)
+        renewer.start()
         try:
             for name in self._locks():
                 if name < lock:
@@ -107,20 +112,22 @@ class StoreFolder:
             yield
         finally:
             ended.set()
-            keeper.join()
+            renewer.join()
             self._lock = None
-            with suppress(OSError):  # then the next job waits until this lock is old
+            with suppress(OSError):  # the next job then waits until this lock has expired
                 self._sign(lock, ended=True)
 
     def _check_held(self) -> None:
         if self._lock is None or self._last_lock() != self._lock:
-            raise OutputError(f"another job took {self} over while this one stood still: it goes on there")
+            raise OutputError(
+                f"another job took {self} over, since this one did not renew its lock in time: the other one continues"
+            )
 
     def _last_lock(self) -> str | None:
         return max(self._locks(), default=None)
 
     def _locks(self) -> list[str]:
-        """Names of all locks, in order. A store lists these alone: each write asks, and there may be many answers."""
+        """Names of all locks, sorted; listed by prefix, since each write calls this and there can be many parts."""
         with _as_os_errors():
             self._files.invalidate_cache()
             paths: list[str] = self._files.find(self._root, prefix=f"{LOCK}-")
@@ -128,25 +135,33 @@ class StoreFolder:
         return sorted(name for name in names if name.startswith(f"{LOCK}-") and "/" not in name)
 
     def _wait_for(self, lock: str) -> None:
-        """Return when a lock's holder has ended or is dead; a living one renews it meanwhile."""
+        """Wait until a lock has ended or expired.
+
+        Raises:
+            OutputError: its holder renews it.
+        """
         before, until = self._holder(lock), time.monotonic() + self._lease
         if not (before.get("ended") or died_here(before)):
-            logger.warning("%s is held by %s: %g s to see if it lives", self, before.get("holder"), self._lease)
+            logger.warning(
+                "%s is locked by %s: waiting up to %g s to see whether the lock is renewed",
+                self,
+                before.get("holder"),
+                self._lease,
+            )
         while not (before.get("ended") or died_here(before)) and time.monotonic() < until:
             if self._holder(lock) != before:
                 raise held_by(self, before.get("holder"))
             time.sleep(self._renewal / 5)
 
-    def _keep(self, lock: str, ended: threading.Event) -> None:
+    def _renew(self, lock: str, ended: threading.Event) -> None:
+        """Renew a lock until the event is set. Logs when that begins to fail, and when it works again."""
         failing = False
         while not ended.wait(self._renewal):
             try:
                 self._sign(lock)
-            except OSError as error:  # what does not work now may the next time; until then, others see an older lock
+            except OSError as error:  # tried again at the next renewal; the lease runs on meanwhile
                 if not failing:
-                    logger.warning(
-                        "the lock of %s cannot be renewed, so that another job may take it over: %s", self, error
-                    )
+                    logger.warning("the lock of %s cannot be renewed, so another job can take it over: %s", self, error)
                 failing = True
             else:
                 if failing:
@@ -160,7 +175,7 @@ class StoreFolder:
             self._files.pipe_file(self._path(lock), record.encode(), mode=mode)
 
     def _holder(self, lock: str) -> dict[str, Any]:
-        """What a lock says, nothing if it is not there."""
+        """Contents of a lock, empty if it does not exist or cannot be parsed."""
         try:
             return dict(json.loads(self.read(lock)))
         except (FileNotFoundError, ValueError):
@@ -172,7 +187,7 @@ class StoreFolder:
 
 @contextmanager
 def _as_os_errors() -> Iterator[None]:
-    """What stores raise that is no OSError, such as that there are no credentials."""
+    """Turn other errors of a store's client into OSError, for example that there are no credentials."""
     try:
         yield
     except OSError:

@@ -1,9 +1,10 @@
-"""Answers to files, which appear only whole.
+"""Files of answers ("parts"): their names, the record in their footers, reading and writing them.
 
-A file's name follows from the first of its rows. Its footer says which rows of the input it
-answers, so that answers and the record of them cannot differ, whatever was killed when.
-Only the driver writes: answers are small, and with one writer nothing is left behind that could
-write after the job has ended.
+What enters: tables of answers, and which rows of the input they answer. What leaves: parquet files, written atomically.
+
+A part is named after its first row. Its footer says which rows of the input it answers; answers and the record of them
+are one file, so a crash cannot make them differ. Only the driver writes parts: answers are small, and no other process
+is left that could write after the job has ended.
 """
 
 import json
@@ -20,13 +21,13 @@ from qvl_batch.output.storage import Folder
 from qvl_batch.rows import Span
 
 PARTS = "part-*.parquet"
-#: Key of the footer that holds a `PartRecord`.
+#: Key of the footer's metadata that holds a `PartRecord`.
 FOOTER = b"qvl_batch"
 
 
 @dataclass(slots=True)
 class Tally:
-    """Counts of answered rows; tallies of parts add up to that of the run."""
+    """Counts of answered rows. Tallies can be added and subtracted."""
 
     rows: int = 0
     prompt_tokens: int = 0
@@ -56,28 +57,31 @@ class Tally:
 
 @dataclass(frozen=True, slots=True)
 class PartRecord:
-    """What a file of answers says of itself: spans of rows by number of their file, in its order, and counts."""
+    """The record in a part's footer.
+
+    Args:
+        rows: for each number of an input file, spans of the rows that are answered, in the order of the part.
+        tally: counts of the answers.
+    """
 
     rows: dict[int, list[Span]]
     tally: Tally
 
     def places(self) -> dict[str, pa.Array]:
-        """Where each row of the file stands in the input, as columns `FILE` and `ROW`."""
-        return place_columns(
-            [(file, row) for file, parts in self.rows.items() for part in parts for row in range(*part)]
-        )
+        """The place in the input of each row of the part, as columns `FILE` and `ROW`."""
+        return place_columns([(file, row) for file, each in self.rows.items() for span in each for row in range(*span)])
 
     def footer(self) -> bytes:
-        """As it is written."""
+        """The record as JSON, as the footer holds it."""
         tally = {name: getattr(self.tally, name) for name in Tally.__slots__}
         return json.dumps({"rows": list(self.rows.items()), "tally": tally}).encode()
 
     @classmethod
     def read(cls, folder: Folder, name: str) -> "PartRecord":
-        """Of a file.
+        """Read the record of a part.
 
         Raises:
-            OutputError: it is no file of answers, or damaged.
+            OutputError: the file is not a file of answers, or damaged.
         """
         try:
             with folder.open(name) as file:
@@ -89,17 +93,17 @@ class PartRecord:
             return cls(rows, Tally(**counts))
         except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
             raise OutputError(
-                f"{folder}/{name} is damaged, or no file of answers ({error}): delete it to answer its rows again"
+                f"{folder}/{name} is damaged, or not a file of answers ({error}): delete it to answer its rows again"
             ) from error
 
 
 def part_name(file: int, row: int) -> str:
-    """The file of answers of which a row is the first."""
+    """Name of the part whose first row is this row of this file of the input."""
     return f"part-{file:06d}-{row:012d}.parquet"
 
 
 def is_part(folder: Folder, name: str) -> bool:
-    """Whether a file is one of answers, and whole."""
+    """Whether a file is a file of answers with an intact footer."""
     try:
         PartRecord.read(folder, name)
     except OutputError:
@@ -108,12 +112,19 @@ def is_part(folder: Folder, name: str) -> bool:
 
 
 def read_part(folder: Folder, name: str) -> pa.Table:
-    """The answers of a file."""
+    """The answers of a part."""
     return pq.read_table(pa.BufferReader(folder.read(name)))
 
 
 def write_part(folder: Folder, name: str, answers: pa.Table, rows: dict[int, list[Span]]) -> None:
-    """Write answers to rows of the input, by number of their file."""
+    """Write a part.
+
+    Args:
+        folder: where to.
+        name: of the part.
+        answers: its table.
+        rows: the rows of the input that it answers, in its order, by number of their file.
+    """
     footer = PartRecord(rows, Tally.of(answers)).footer()
     folder.write(name, parquet(answers.replace_schema_metadata({FOOTER: footer})))
 
@@ -126,5 +137,5 @@ def parquet(table: pa.Table) -> bytes:
 
 
 def cannot_write(folder: Folder, error: OSError) -> OutputError:
-    """What to say of a folder that cannot be written to."""
+    """The error for a folder that cannot be written to."""
     return OutputError(f"{folder} cannot be written: {error.strerror or error}")

@@ -1,17 +1,17 @@
-"""The output folder of a job: whose answers it holds, and to which rows of the input.
+"""The output folder of a job: which job its answers belong to, and which rows of the input are done.
 
-    DIR/part-*.parquet   answers; the footer of each says to which rows
+    DIR/part-*.parquet   answers; the footer of each says which rows of the input it answers
     DIR/_job.json        what the answers depend on: bundle, settings, input files in order of number
-    DIR/_run.json        figures of the last run that came to its end, if there was anything left for it to do
+    DIR/_run.json        figures of the last run that finished and had rows to answer
     DIR/_report.html     the same as a page
-    DIR/_lock*           of the job that is writing, if one is
+    DIR/_lock*           the lock of the job that is writing, if one is
 
-A job that was stopped, or killed at any moment, is gone on with by the same command: rows that a
-part answers are done. There is nothing besides the parts that could be behind or ahead of them.
+What enters: a folder and a job. What leaves: the rows that are done, and counts of their answers; or an `OutputError`.
+A job that was stopped, or killed at any moment, is resumed by the same command. The footers of the parts are the only
+record of progress, so no other record can be behind or ahead of them.
 
-Why not Ray Data's own checkpoints: they hold every finished id in memory, forget by default what
-was done when a run succeeds, and a job resumed on two CPUs stood still. Here ids may repeat, and
-rows are known by where they stand.
+Ray Data's own checkpoints are not used: they hold every finished id in memory, by default forget all progress when a
+run succeeds, and a job resumed on two CPUs stalled. Here ids need not be unique: rows are identified by their place.
 """
 
 import json
@@ -36,17 +36,17 @@ from qvl_batch.rows import InputFile, Row, RowSet
 
 JOB, RUN, REPORT = "_job.json", "_run.json", "_report.html"
 FORMAT = 2
-#: Footers that are read at a time: on a network's file system each waits.
+#: Footers read at a time: on a network file system, each read is a round trip.
 READERS = 16
 Found = TypeVar("Found")
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What makes a job the one that it is.
+    """The identity of a job: everything that its answers depend on.
 
     Args:
-        settings: whatever answers depend on, by the names that a user knows, as JSON has it.
+        settings: JSON values, by the names of the options that users know.
         files: of the input, in order of number.
     """
 
@@ -55,28 +55,30 @@ class Job:
 
     @classmethod
     def of(cls, folder: Folder) -> "Job | None":
-        """The job whose answers a folder holds, None if it holds none.
+        """The job that a folder belongs to, None if there is none yet.
 
         Raises:
-            OutputError: there are answers, but nothing says whose.
+            OutputError: there are answers without `_job.json`, or it cannot be read or is of another version.
         """
         path = f"{folder}/{JOB}"
         try:
             found = json.loads(folder.read(JOB))
             if found.pop("format") != FORMAT:
-                raise OutputError(f"{path} is of another version of qvl-batch; give another --output, or --overwrite")
+                raise OutputError(
+                    f"{path} was written by another version of qvl-batch; give another --output, or --overwrite"
+                )
             return cls(found["settings"], tuple(InputFile(**file) for file in found["files"]))
         except (FileNotFoundError, NotADirectoryError):
             if folder.names(PARTS):
                 raise OutputError(
-                    f"{folder} holds {PARTS}, and no {JOB} that says whose answers they are: give another --output"
+                    f"{folder} holds {PARTS}, but no {JOB} that says which job they belong to: give another --output"
                 ) from None
             return None
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise OutputError(f"{path} cannot be read: {error}; give another --output, or --overwrite") from error
 
     def write(self, folder: Folder) -> None:
-        """Say in the folder whose it is."""
+        """Write `_job.json`, which makes the folder this job's."""
         record = {"format": FORMAT, "settings": self.settings, "files": [asdict(file) for file in self.files]}
         folder.write(JOB, json.dumps(record, indent=1).encode() + b"\n")
 
@@ -85,15 +87,15 @@ class OutputFolder:
     """The folder of one job, held as long as the context lasts.
 
     Args:
-        folder: where; it need not exist.
-        job: what is to be answered.
+        folder: need not exist.
+        job: the job to run or to resume.
         schema: of the answers.
-        overwrite: delete what the folder holds.
-        retry: of each file, how many rows, from its first on, are not done if they failed.
+        overwrite: delete the answers and records that the folder holds.
+        retry: with `--retry-errors`, for each file of the input, how many of its first rows are answered again if they
+            failed.
 
-    Raises:
-        OutputError: another job is writing there, it holds answers of another job, is damaged, or cannot be
-            written to.
+    Entering the context raises OutputError if another job is writing there, or if the folder holds answers of another
+    job, is damaged or cannot be written to.
     """
 
     def __init__(
@@ -102,9 +104,9 @@ class OutputFolder:
         self.folder, self.schema = folder, schema
         self._job, self._overwrite, self._retry = job, overwrite, retry
         self.done = RowSet(file.rows for file in job.files)
-        #: Rows to answer again, and the file that holds the error of each.
+        #: Rows to answer again, and the name of the part that holds the error of each.
         self.failed: dict[Row, str] = {}
-        #: Counts of the answers that are there.
+        #: Counts of the answers of rows that are done.
         self.tally = Tally()
         self._holding = ExitStack()
 
@@ -115,7 +117,7 @@ class OutputFolder:
                 self._refuse_foreign_report()
                 if self._overwrite:
                     self._clear()
-                self._begin()
+                self._claim()
                 self._read_parts()
                 self._holding = holding.pop_all()
         except OSError as error:
@@ -126,7 +128,7 @@ class OutputFolder:
         self._holding.close()
 
     def reported(self) -> bool:
-        """Whether there is a `_run.json` of the answers that are there."""
+        """Whether the counts in `_run.json` are those of the answers in the folder."""
         try:
             found = json.loads(self.folder.read(RUN))
             counts = [Counter(found[name]) for name in ("finish_reasons", "errors")]
@@ -141,47 +143,52 @@ class OutputFolder:
             OutputError: the folder cannot be written to.
         """
         text = json.dumps(record, indent=1)
-        # Numbers in a list stand in one line. A text has no line breaks in JSON.
+        # Put lists of numbers on one line each. Strings are not affected: JSON has no line breaks in them.
         text = re.sub(r"\[\n[\d\s.,-]+\]", lambda numbers: f"[{' '.join(numbers[0][1:-1].split())}]", text)
         try:
-            # A path that is no UTF-8 may be named in it.
+            # The page can name a path that is not UTF-8.
             self.folder.write(REPORT, page.encode(errors="replace"))
             self.folder.write(RUN, text.encode() + b"\n")
         except OSError as error:
             raise cannot_write(self.folder, error) from error
 
     def write_none(self) -> None:
-        """No rows in, no rows out, but still a table that says so."""
+        """Write a part without rows, so that an input without rows has an output with the schema of answers."""
         write_part(self.folder, part_name(0, 0), self.schema.empty_table(), {})
 
     def _refuse_foreign_report(self) -> None:
         if self.folder.names(REPORT) and not self.folder.names(JOB):
-            raise OutputError(f"{self.folder}/{REPORT} is of something else: delete it, or give another --output")
+            raise OutputError(
+                f"{self.folder}/{REPORT} belongs to no job, since there is no {JOB}: delete it, or give another "
+                "--output"
+            )
 
     def _clear(self) -> None:
-        for name, ours in _of_parts(self.folder, is_part):
-            if not ours:
+        """Delete answers and records; refuse if a file named like a part is not a file of answers."""
+        for name, is_answers in _for_parts(self.folder, is_part):
+            if not is_answers:
                 raise OutputError(
-                    f"{self.folder}/{name} is damaged, or no file of answers, and --overwrite deletes nothing else: "
-                    "move it away, or give another --output"
+                    f"{self.folder}/{name} is damaged, or not a file of answers, and --overwrite deletes only files of "
+                    "answers: move it away, or give another --output"
                 )
-        # The report is known as the job's by what says whose the parts are. That goes before them: parts
-        # alone are refused.
+        # The order makes a crash in between safe. `_job.json` proves that report and parts are a job's, so the report
+        # goes before it. Parts without `_job.json` are refused, so it goes before them.
         for name in (REPORT, JOB, RUN, *self.folder.names(PARTS)):
             self.folder.remove(name)
 
-    def _begin(self) -> None:
-        """Make sure that the answers are this job's."""
-        held = Job.of(self.folder)
-        if held is not None:
-            check_same_settings(self.folder, "answers", held.settings, self._job.settings)
-            if held.files != self._job.files[: len(held.files)]:
+    def _claim(self) -> None:
+        """Check that the folder belongs to this job or to none, and write `_job.json`."""
+        earlier = Job.of(self.folder)
+        if earlier is not None:
+            check_same_settings(self.folder, "answers", earlier.settings, self._job.settings)
+            if earlier.files != self._job.files[: len(earlier.files)]:
                 raise OutputError(f"another job has just begun in {self.folder}: try again")
-        if held != self._job:
+        if earlier != self._job:
             self._job.write(self.folder)
 
     def _read_parts(self) -> None:
-        for name, record in _of_parts(self.folder, PartRecord.read):
+        """Collect from all footers which rows are done, and the counts of their answers."""
+        for name, record in _for_parts(self.folder, PartRecord.read):
             path = f"{self.folder}/{name}"
             try:
                 known = sum(self.done.add(file, *span) for file, each in record.rows.items() for span in each)
@@ -191,9 +198,10 @@ class OutputFolder:
                 raise OutputError(f"{path} answers {known:,} rows that another file answers too: delete one of them")
             self.tally += record.tally
             if self._retry is not None and record.tally.finish_reasons["error"]:
-                self._take_errors_out(name, record, self._retry)
+                self._exclude_errors(name, record, self._retry)
 
-    def _take_errors_out(self, name: str, record: PartRecord, retry: Sequence[int]) -> None:
+    def _exclude_errors(self, name: str, record: PartRecord, retry: Sequence[int]) -> None:
+        """Take the failed rows of a part out of the done rows and the counts."""
         answers = with_columns(read_part(self.folder, name), record.places())
         errors = answers.filter(pc.equal(answers["finish_reason"], "error"))
         errors = errors.filter(pa.array([row < retry[file] for file, row in places_of(errors)], pa.bool_()))
@@ -204,10 +212,16 @@ class OutputFolder:
 
 
 def check_same_settings(output: object, what: str, found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Refuse to mix results that depend on different settings.
+    """Refuse to mix results of different settings.
+
+    Args:
+        output: folder of the results, for the message.
+        what: the results, for the message.
+        found: settings of the results that are there.
+        wanted: settings of this job.
 
     Raises:
-        OutputError: names the first setting that differs, and how.
+        OutputError: names the first setting that differs, and its two values.
     """
     for name in sorted(found.keys() | wanted.keys()):
         if found.get(name) != wanted.get(name):
@@ -217,13 +231,16 @@ def check_same_settings(output: object, what: str, found: dict[str, Any], wanted
             )
 
 
-def _of_parts(folder: Folder, read: Callable[[Folder, str], Found]) -> Iterator[tuple[str, Found]]:
-    """What parts say of themselves, read a few at a time: those of a hundred million rows would take a gigabyte."""
+def _for_parts(folder: Folder, read: Callable[[Folder, str], Found]) -> Iterator[tuple[str, Found]]:
+    """Call `read` for each part, in threads: its name and result.
+
+    Goes in chunks of `4 * READERS`, since the records of a hundred million rows would together take a gigabyte.
+    """
     names = folder.names(PARTS)
     with ThreadPoolExecutor(READERS) as pool:
-        for at in range(0, len(names), 4 * READERS):
-            some = names[at : at + 4 * READERS]
-            yield from zip(some, pool.map(partial(read, folder), some), strict=True)
+        for start in range(0, len(names), 4 * READERS):
+            chunk = names[start : start + 4 * READERS]
+            yield from zip(chunk, pool.map(partial(read, folder), chunk), strict=True)
 
 
 def _short(value: object) -> str:

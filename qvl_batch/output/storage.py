@@ -1,10 +1,10 @@
-"""A folder in which files appear whole or not at all: of a file system, or of an object store.
+"""A folder with atomic writes and a lock: on a file system, or in an object store.
 
-What enters: names and contents of files. What leaves: the same. One job at a time holds the folder,
-and a job that died does not hold it.
+What enters: names and contents of files. What leaves: the same. A file appears whole or not at all. One job at a time
+holds the folder; the lock of a job that died does not block others.
 
-    file system     a temporary name, fsync, rename; the lock is the system's, on a file
-    object store    a put is whole or not at all; the lock is an object that its holder renews
+    file system     write to a temporary name, fsync, rename; the lock is an flock on a file
+    object store    a put is atomic; the lock is an object with a lease, which its holder renews
 
 This module knows nothing of what the files hold.
 """
@@ -22,28 +22,28 @@ from qvl_batch.output.object_store import StoreFolder
 
 
 class Folder(Protocol):
-    """Where files are. `str()` gives its path or address.
+    """A folder of files. `str()` returns its path or address.
 
-    Everything raises OSError where the file system or the store does not do it.
+    Every method raises OSError if the file system or the store fails.
     """
 
     def names(self, pattern: str) -> list[str]:
-        """Names of files that match, in order."""
+        """Names of files that match a glob, sorted."""
 
     def read(self, name: str) -> bytes:
         """Contents of a file."""
 
     def open(self, name: str) -> BinaryIO:
-        """A file to read parts of."""
+        """Open a file for reading; it can seek."""
 
     def write(self, name: str, data: bytes) -> None:
-        """Write a file so that it is there whole or not at all, even if the machine stops."""
+        """Write a file atomically: it appears whole or not at all, even if the machine crashes."""
 
     def remove(self, name: str) -> None:
-        """Remove a file, if it is there."""
+        """Remove a file if it exists."""
 
     def held(self) -> AbstractContextManager[None]:
-        """Hold the folder, made if it is not there, and sweep up what a dead job left.
+        """Hold the folder, made if it does not exist, and remove the leftovers of jobs that died.
 
         Raises:
             OutputError: another job holds it.
@@ -54,7 +54,7 @@ def folder_at(place: str | PurePath) -> Folder:
     """The folder at a path or an address.
 
     Raises:
-        ConfigError: there is no such kind of store, or what speaks to it is not installed.
+        ConfigError: such stores are not supported, or the client for it is not installed.
     """
     scheme, separator, _ = str(place).partition("://")
     if not separator:

@@ -1,7 +1,8 @@
-"""Answers to files, as they arrive.
+"""Writes answers to parts as they arrive.
 
-Only the driver writes: answers are small, and with one writer nothing is left behind that could write after the job
-has ended.
+What enters: tables of answers, in any order of rows. What leaves: parts of bounded size, written within
+`SECONDS_PER_FILE`. Only the driver writes: answers are small, and no other process is left that could write after the
+job has ended.
 """
 
 import threading
@@ -19,47 +20,55 @@ from qvl_batch.output.storage import Folder
 from qvl_batch.rows import Row, spans
 
 ROWS_PER_FILE = 1024
-#: Kept columns may be large, and Arrow joins at most 2 GiB of a column of strings.
+#: Kept columns can be large, and Arrow concatenates at most 2 GiB of a string column.
 BYTES_PER_FILE = 256_000_000
-#: Answers wait at most so long to be written: what a crash of the machine can cost.
+#: Longest time that answers wait to be written; a crash of the machine loses at most these.
 SECONDS_PER_FILE = 10.0
 
 
 class AnswerWriter:
-    """Collects answers and writes them in files of `ROWS_PER_FILE` rows or `BYTES_PER_FILE`, or what there
-    is after `SECONDS_PER_FILE`, for which a thread waits: no other answer need come. Use it as a context
-    manager: whatever ends the block, a Ctrl-C too, all answers that have arrived are written.
+    """Buffers answers and writes them to parts.
+
+    It writes when `ROWS_PER_FILE` rows or `BYTES_PER_FILE` are buffered, and `SECONDS_PER_FILE` after the last write;
+    for the latter it has a thread, so that this does not depend on further answers. Use it as a context manager:
+    however the block ends, by Ctrl-C too, all answers that have arrived are written.
 
     Args:
         folder: where to, held by this job.
-        schema: of the files.
-        failed: rows that are answered again, by number of their file and index, and the files that hold
-            their errors: there the new answer takes the error's place.
+        schema: of the parts.
+        failed: rows that are answered again, and the names of the parts that hold their errors: the new answer replaces
+            the error in that part.
     """
 
     def __init__(self, folder: Folder, schema: pa.Schema, failed: Mapping[Row, str] | None = None) -> None:
         self.tally = Tally()
         self._folder, self._schema, self._failed = folder, schema, failed or {}
-        self._waiting: list[pa.Table] = []
+        self._buffer: list[pa.Table] = []
         self._due = time.monotonic() + SECONDS_PER_FILE
-        #: Held while answers are taken or written.
+        #: Held while answers are added or written.
         self._lock = threading.RLock()
         self._ended = threading.Event()
-        self._keeper = threading.Thread(target=self._write_in_time, name="qvl-answers", daemon=True)
-        #: Of the thread, which it ended.
+        self._timer = threading.Thread(target=self._write_when_due, name="qvl-answers", daemon=True)
+        #: The error that ended the thread.
         self._error: OutputError | None = None
 
     def add(self, table: pa.Table) -> Tally:
-        """Take answers: columns of the schema, and `FILE` and `ROW`, in any order of rows. Their counts.
+        """Add answers.
+
+        Args:
+            table: the columns of the schema, and `FILE` and `ROW`; rows in any order.
+
+        Returns:
+            Counts of these answers.
 
         Raises:
-            OutputError: these or earlier ones cannot be written.
+            OutputError: these or earlier answers cannot be written.
         """
         tally = Tally.of(table)
         with self._lock:
-            self._waiting.append(table)
+            self._buffer.append(table)
             self.tally += tally
-            rows, size = (sum(getattr(part, of) for part in self._waiting) for of in ("num_rows", "nbytes"))
+            rows, size = (sum(getattr(each, name) for each in self._buffer) for name in ("num_rows", "nbytes"))
             if rows >= ROWS_PER_FILE or size >= BYTES_PER_FILE:
                 self.flush()
         if self._error is not None:
@@ -67,18 +76,18 @@ class AnswerWriter:
         return tally
 
     def flush(self) -> None:
-        """Write what has arrived, in the order of the input: to one file, or where it replaces errors.
+        """Write all buffered answers, sorted in the order of the input: to a new part, or in place of their errors.
 
         Raises:
-            OutputError: a file cannot be made or written.
+            OutputError: a part cannot be built or written.
         """
         with self._lock:
             self._write()
-            self._waiting = []
+            self._buffer = []
             self._due = time.monotonic() + SECONDS_PER_FILE
 
-    def _write_in_time(self) -> None:
-        """Write what waits for long, until the block ends."""
+    def _write_when_due(self) -> None:
+        """Write whenever `SECONDS_PER_FILE` have passed since the last write, until the block ends."""
         while not self._ended.wait(max(0.0, self._due - time.monotonic())):
             with self._lock:
                 if time.monotonic() < self._due:
@@ -90,16 +99,17 @@ class AnswerWriter:
                     return
 
     def _write(self) -> None:
-        if self._waiting:
-            name = self._file_of(min(place for table in self._waiting for place in places_of(table)))
+        if self._buffer:
+            name = self._part_of(min(place for table in self._buffer for place in places_of(table)))
             try:
-                table = _sorted(pa.concat_tables(self._waiting))
+                table = _sorted(pa.concat_tables(self._buffer))
                 places = places_of(table)
-                parts: dict[str | None, list[int]] = {}
+                # Indices of rows, by the part that holds their errors; None for rows that were not answered before.
+                by_part: dict[str | None, list[int]] = {}
                 for index, place in enumerate(places):
-                    parts.setdefault(self._failed.get(place), []).append(index)
-                for failed, indices in parts.items():
-                    name = self._file_of(places[indices[0]])
+                    by_part.setdefault(self._failed.get(place), []).append(index)
+                for failed, indices in by_part.items():
+                    name = self._part_of(places[indices[0]])
                     answers = table.take(indices)
                     self._write_new(name, answers) if failed is None else self._replace_errors(name, answers)
             except OSError as error:
@@ -111,8 +121,8 @@ class AnswerWriter:
                     "leave it out and give another --output"
                 ) from error
 
-    def _file_of(self, first: Row) -> str:
-        """Where answers go of which this row is the first."""
+    def _part_of(self, first: Row) -> str:
+        """Name of the part for answers whose first row is this one."""
         return self._failed.get(first) or part_name(*first)
 
     def _write_new(self, name: str, answers: pa.Table) -> None:
@@ -122,14 +132,14 @@ class AnswerWriter:
 
     def _replace_errors(self, name: str, answers: pa.Table) -> None:
         record = PartRecord.read(self._folder, name)
-        held = with_columns(read_part(self._folder, name).cast(self._schema), record.places())
+        earlier = with_columns(read_part(self._folder, name).cast(self._schema), record.places())
         answered = set(places_of(answers))
-        kept = held.filter(pa.array([place not in answered for place in places_of(held)]))
+        kept = earlier.filter(pa.array([place not in answered for place in places_of(earlier)]))
         table = _sorted(pa.concat_tables([kept, answers.select(kept.column_names).cast(kept.schema)]))
         write_part(self._folder, name, table.select(self._schema.names), record.rows)
 
     def __enter__(self) -> Self:
-        self._keeper.start()
+        self._timer.start()
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -1,7 +1,7 @@
-"""The report of a run as one HTML file that needs nothing else: no network, no script.
+"""The report of a run as one self-contained HTML file: no network, no script.
 
-What enters: the record of the run, as `_run.json` has it, and rows to show. What leaves: the page.
-All of it may hold what strangers wrote: ids, prompts, answers, paths, messages.
+What enters: the record of the run, as in `_run.json`, and rows to show. What leaves: the page. Ids, prompts, answers,
+paths and messages in it are untrusted text: everything is escaped, and control characters are replaced.
 """
 
 import base64
@@ -18,24 +18,27 @@ from qvl_batch.report.progress import UNITS, span
 from qvl_batch.report.run_stats import paired
 
 TEMPLATE = "page.html.jinja"
-#: Points of the line at most, and rows that one stands for at least where there are more than a few:
-#: rows arrive by tables, and the line shall not show that.
+#: Most points of the throughput line. Beyond `FEW_POINTS` points, each must average at least `ROWS_PER_POINT` rows:
+#: rows arrive in tables, and finer points would show that as noise.
 POINTS, FEW_POINTS, ROWS_PER_POINT = 80, 12, 24
-#: Labels of an axis at most.
+#: Most steps between the labels of an axis.
 TICKS = 6
-#: Control characters are shown by their pictures, or as unreadable where they have none; line breaks and tabs are left.
+#: Control characters are shown as Unicode's control pictures, or as U+FFFD if they have none; not line breaks and tabs.
 CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"} | {0x7F: 0x2421}
 CONTROLS |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
-#: Seconds from label to label; beyond them, days by the decade.
+#: Seconds between labels of the time axis; beyond these, 1, 2 or 5 times a power of ten days.
 TIME_STEPS = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 10_800, 21_600, 43_200)
 
 
 def render(record: dict[str, Any], sample: Sequence[dict[str, Any]]) -> str:
-    """The page.
+    """Render the page.
 
     Args:
         record: of the run.
         sample: rows with `id`, `prompt`, `thumbnail` and the columns of an answer.
+
+    Returns:
+        HTML.
     """
     filters = {"percent": percent, "span": span, "figure": figure}
     return template(Path(__file__).parent / TEMPLATE, filters, finalize=printable).render(
@@ -49,12 +52,12 @@ def render(record: dict[str, Any], sample: Sequence[dict[str, Any]]) -> str:
 def template(
     path: Path, filters: dict[str, Callable[..., Any]], finalize: Callable[[object], object] | None = None
 ) -> Template:
-    """The template of a page: what is put into it is escaped, and must be there.
+    """Load the template of a page. It escapes values, and raises if one is undefined.
 
     Args:
         path: of the template.
-        filters: besides `count`, a number with separators.
-        finalize: applied to each value before it is put in.
+        filters: in addition to `count`, which formats a number with separators.
+        finalize: applied to each value before it is inserted.
     """
     environment = Environment(
         loader=FileSystemLoader(path.parent),
@@ -70,11 +73,15 @@ def template(
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """Images/s over the seconds of a run, as places in % of a box, from its left and its bottom.
+    """Images/s over the seconds of a run. All positions are in % of the chart's box, from its left or its bottom.
 
-    `steps` are right ends and heights of the line; `errors` are left ends, widths and heights of
-    failed rows, and how many; `steady` is the height of the steady rate; what is left of `started`
-    went before an image was looked at; `rates` and `times` are ticks with labels.
+    Args:
+        steps: right end and height of each step of the line.
+        errors: left end, width and height of each bar of failed rows, and the number of rows.
+        steady: height of the steady rate.
+        started: left position of the first image that entered the vision graph.
+        rates: height and label of each tick of the rate.
+        times: left position and label of each tick of the time.
     """
 
     steps: list[tuple[float, float]]
@@ -122,24 +129,24 @@ class Chart:
 
     @property
     def area(self) -> str:
-        """What is below the line."""
+        """The SVG path of the area below the line."""
         return f"{self.line}V100H0Z"
 
 
 def _bins(timeline: dict[str, Any], seconds: float) -> list[tuple[float, int, int]]:
-    """Ends of bins that are wide enough to look at, up to the end of the run; their rows and errors."""
+    """End in seconds, rows and errors of each bin to draw: bins of the timeline, merged in pairs until wide enough."""
     width, rows, errors = timeline["seconds_per_bin"], timeline["rows"], timeline["errors"]
     total = sum(rows)
     while (count := round(seconds / width)) > POINTS or (count > FEW_POINTS and total < count * ROWS_PER_POINT):
         width, rows, errors = 2 * width, paired(rows), paired(errors)
-    # The last one, of half to one and a half times the width, has what is left.
+    # The last bin ends with the run; it is half to one and a half times as wide as the others.
     last = max(count, 1) - 1
     counts = [[*(values + [0] * last)[:last], sum(values[last:])] for values in (rows, errors)]
     return list(zip([*(width * (at + 1) for at in range(last)), seconds], *counts, strict=True))
 
 
 def _decimal_step(most: float) -> float:
-    """From label to label: 1, 2 or 5 times a power of ten."""
+    """Step between labels: 1, 2 or 5 times a power of ten."""
     if most <= 0:
         return 1.0
     power = 10.0 ** math.floor(math.log10(most / TICKS))
@@ -147,31 +154,33 @@ def _decimal_step(most: float) -> float:
 
 
 def time_step(seconds: float) -> int:
-    """Whole seconds from label to label."""
+    """Step between labels of a time axis, in whole seconds."""
     day = UNITS["d"]
     days = round(day * max(1.0, _decimal_step(seconds / day)))
     return next((step for step in TIME_STEPS if step * TICKS >= seconds), days)
 
 
 def _tick(at: int, step: int) -> str:
+    """Label of a time, in the largest unit that is not above the step."""
     unit = max((name for name, size in UNITS.items() if size <= step), key=UNITS.__getitem__)
     return f"{at / UNITS[unit]:g} {unit}" if at else "0"
 
 
 def _card(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with its thumbnail in base64."""
     thumbnail = row["thumbnail"]
     return row | {"thumbnail": base64.b64encode(thumbnail).decode() if thumbnail else None}
 
 
 def printable(value: object) -> object:
-    """What the page says for a value: text without characters that a page may not have."""
+    """The value; in a string, characters that HTML does not allow are replaced."""
     if isinstance(value, str) and not isinstance(value, Markup):
         return value.translate(CONTROLS).encode(errors="replace").decode()
     return value
 
 
 def percent(share: float) -> str:
-    """A share: whole percents, but neither none nor all if it is not quite that."""
+    """A share in whole percent, with a digit more near 0 and 1, so that only 0 reads 0 % and only 1 reads 100 %."""
     few, most = 0.01, 0.99
     if most < share < 1:
         return f"{math.floor(1000 * share) / 10:g} %"
@@ -179,7 +188,7 @@ def percent(share: float) -> str:
 
 
 def figure(value: float) -> str:
-    """A number with three digits or more."""
+    """A number with at least three significant digits."""
     if value >= 100:  # noqa: PLR2004
         return f"{value:,.0f}"
     return f"{value:.2f}" if value >= 1 or not value else f"{value:.3g}"

@@ -1,4 +1,4 @@
-"""The line that a person sees while a job runs."""
+"""The progress line on standard error while a job runs."""
 
 import sys
 import time
@@ -8,13 +8,18 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-#: Without a terminal, progress is a line every so many seconds.
+#: Seconds between lines of progress if standard error is not a terminal.
 SECONDS_PER_LINE = 10.0
 UNITS = {"s": 1, "min": 60, "h": 3600, "d": 86_400}
 
 
 class ProgressLine:
-    """Rows done, failed and to do, on a terminal's last line or as a line now and then."""
+    """Shows rows done, failed and left: as a bar in a terminal's last line, elsewhere as a line now and then.
+
+    Args:
+        rows: of the run.
+        bar: None if there is no terminal.
+    """
 
     def __init__(self, rows: int, bar: Progress | None) -> None:
         self._rows, self._bar = rows, bar
@@ -22,7 +27,13 @@ class ProgressLine:
         self._next_line = time.monotonic()
 
     def show(self, done: int, failed: int, seconds: float) -> None:
-        """Show the counts of now; `seconds` since the first row."""
+        """Show the current counts.
+
+        Args:
+            done: rows answered or failed.
+            failed: rows failed.
+            seconds: since the run began.
+        """
         note = f"{done / max(seconds, 1e-9):.1f} images/s" + (f", {failed:,} errors" if failed else "")
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=done, note=note)
@@ -33,7 +44,7 @@ class ProgressLine:
 
 
 def span(seconds: float) -> str:
-    """A time in its two largest units, which stay in one line."""
+    """A duration in its two largest units, joined by non-breaking spaces."""
     if seconds < UNITS["min"]:
         return f"{seconds:.1f}\u00a0s"
     size, parts = round(seconds), []
@@ -46,7 +57,11 @@ def span(seconds: float) -> str:
 
 @contextmanager
 def progress_line(rows: int) -> Iterator[ProgressLine]:
-    """Progress of `rows` rows on standard error."""
+    """Show progress on standard error.
+
+    Args:
+        rows: of the run.
+    """
     console = Console(stderr=True)
     if not console.is_terminal:
         yield ProgressLine(rows, None)

@@ -1,6 +1,6 @@
-"""What the driver sees of a run as its answers arrive, in bounded memory however many there are.
+"""Statistics of a run that the driver collects as answers arrive, in bounded memory for any number of answers.
 
-What enters: tables of answers with the pipeline's own columns. What leaves: what the report says besides counts.
+What enters: tables of answers with the pipeline's own columns. What leaves: the contents of the report besides counts.
 """
 
 import math
@@ -19,39 +19,39 @@ from qvl_batch.report.utilization import Utilization
 from qvl_batch.rows import Row
 from qvl_batch.schema import ID, readable
 
-#: Rows of each kind of error that are kept.
+#: Rows that are kept of each kind of error.
 EXAMPLES = 5
-#: Bins of a timeline at most, an even number, and seconds of one at first.
+#: Most bins of a timeline, an even number; and the initial width of a bin in seconds.
 BINS, BIN_SECONDS = 240, 0.25
 
 
 class RunStats:
-    """Collects statistics of a run; times count from when it is made.
+    """Collects statistics of a run. Times count from its creation.
 
     Args:
-        sample: places of rows to keep.
+        sample: places of the rows to show.
     """
 
     def __init__(self, sample: frozenset[Row]) -> None:
         self.timeline = Timeline("rows", "answer_tokens", "errors")
-        #: Rows of each worker of a stage.
+        #: For each stage, rows by worker.
         self.workers: dict[str, Counter[str]] = {stage: Counter() for stage in WORKERS}
         #: The first rows of each kind of error, as id and message.
         self.examples: dict[str, list[dict[str, Any]]] = {}
         self._sample, self._shown = sample, dict[Row, dict[str, Any]]()
         self._busy_seconds = dict.fromkeys(SECONDS, 0.0)
-        #: Unix seconds.
+        #: Unix time of the creation.
         self.began = time.time()
         self._first_image = math.inf
 
     @property
     def seconds(self) -> float:
-        """Seconds since the beginning."""
+        """Seconds since the creation."""
         return time.time() - self.began
 
     @property
     def seconds_to_first_image(self) -> float:
-        """Seconds until the first image entered the vision graph; infinite if none did."""
+        """Seconds until the first image entered the vision graph; infinite if none has."""
         return max(self._first_image - self.began, 0.0)
 
     @property
@@ -60,7 +60,7 @@ class RunStats:
         return [row for _, row in sorted(self._shown.items())]
 
     def add(self, table: pa.Table, tally: Tally) -> None:
-        """Take a table of answers, and its counts."""
+        """Add a table of answers, whose counts are `tally`."""
         self.timeline.add(
             self.seconds, rows=tally.rows, answer_tokens=tally.answer_tokens, errors=tally.finish_reasons["error"]
         )
@@ -74,13 +74,14 @@ class RunStats:
             self._keep_errors(table.filter(pc.is_valid(table["error_stage"])))
 
     def utilization(self, threads: Mapping[str, int], seconds: float) -> dict[str, Utilization]:
-        """Utilization of each stage in a run of so many seconds.
+        """Utilization of each stage.
 
-        Reading and decoding images begin with the run, the graphs when their workers have started.
+        The stages that read and decode images could work from the start of the run, vision and decoder only once their
+        workers had started.
 
         Args:
-            threads: of each stage, how many can work at a time.
-            seconds: that the run took.
+            threads: of each stage.
+            seconds: of the run.
         """
         steady = max(seconds - self.seconds_to_first_image, 0.0)
         parts = {stage: {stage: self._busy_seconds[stage]} for stage in ("read", "image", "vision")}
@@ -99,12 +100,12 @@ class RunStats:
 
 
 class Timeline:
-    """Counts over time, in a bounded number of bins of equal width: a run may last minutes or weeks.
+    """Counts over time, in a bounded number of bins of equal width: a run can last minutes or weeks.
 
-    Where time goes beyond the last bin, each two become one of twice the width.
+    When time exceeds the last bin, neighbouring bins are merged in pairs, and the width of a bin doubles.
 
     Args:
-        counts: names of what is counted.
+        counts: names of the counts.
     """
 
     def __init__(self, *counts: str) -> None:
@@ -112,23 +113,24 @@ class Timeline:
         self.bins: dict[str, list[int]] = {name: [] for name in counts}
 
     def add(self, seconds: float, **counts: int) -> None:
-        """Count what arrived so many seconds after the beginning."""
-        place = self._place(seconds)
+        """Add counts to the bin of a time, which is in seconds after the start."""
+        index = self._bin_at(seconds)
         for name, values in self.bins.items():
-            values.extend([0] * (place + 1 - len(values)))
-            values[place] += counts[name]
+            values.extend([0] * (index + 1 - len(values)))
+            values[index] += counts[name]
 
     def record(self) -> dict[str, Any]:
-        """As `_run.json` has it."""
+        """The timeline's entry in `_run.json`."""
         return {"seconds_per_bin": self.seconds_per_bin, **self.bins}
 
-    def _place(self, seconds: float) -> int:
-        while (place := max(0, int(seconds / self.seconds_per_bin))) >= BINS:
+    def _bin_at(self, seconds: float) -> int:
+        """Index of the bin of a time; merges bins as long as the time is beyond the last one."""
+        while (index := max(0, int(seconds / self.seconds_per_bin))) >= BINS:
             self.seconds_per_bin *= 2
             self.bins = {name: paired(values) for name, values in self.bins.items()}
-        return place
+        return index
 
 
 def paired(values: list[int]) -> list[int]:
-    """Sums of each two values that follow each other; a last one alone stays."""
+    """Sums of neighbouring values in pairs; a last value without a neighbour stays as it is."""
     return [sum(values[at : at + 2]) for at in range(0, len(values), 2)]

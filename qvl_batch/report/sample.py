@@ -1,7 +1,8 @@
-"""A few rows of a run to look at: which, and what of them travels to the driver.
+"""A random sample of rows to show on the page: which rows, and the columns that carry them to the driver.
 
-Rows are chosen at random among those that are left to answer, always with the same seed: two bundles over the same
-input show the same rows.
+What enters: the rows to answer; later, tables of them. What leaves: places; columns with thumbnails and prompts; values
+to show. Rows are drawn from those that are left to answer, always with the same seed, so two bundles on the same input
+show the same rows.
 """
 
 import io
@@ -19,16 +20,19 @@ from qvl_batch.columns import ASKED, PROMPT, THUMBNAIL, array, places_of
 from qvl_batch.rows import Row, Span
 from qvl_batch.schema import ANSWER_FIELDS, ID, readable
 
-#: Rows of a sample, pixels of a thumbnail's side, and characters of a text that are kept.
+#: Rows of the sample, pixels of a thumbnail's longer side, and characters of a text that are kept.
 ROWS, SIDE, CHARACTERS = 24, 160, 1_000
 
 
 def choose(count: int, spans: Iterable[tuple[int, Span]]) -> frozenset[Row]:
-    """Places of `ROWS` rows, or of all if there are fewer.
+    """Choose `ROWS` rows, or all if there are fewer.
 
     Args:
-        count: rows to choose from.
-        spans: those rows, as number of a file and rows of it that follow each other.
+        count: number of rows to choose from.
+        spans: those rows, each span with the number of its file.
+
+    Returns:
+        Their places.
     """
     wanted = deque(sorted(random.Random(0).sample(range(count), min(ROWS, count))))  # noqa: S311  (nothing secret)
     chosen: list[Row] = []
@@ -46,9 +50,9 @@ def sample_columns(
     """The columns `THUMBNAIL` and `ASKED` for a table that has `PROMPT`.
 
     Args:
-        table: rows.
-        pixels: of each row uint8 (H, W, 3), or anything else where it has none.
-        sample: places of the rows to show.
+        table: rows to add the columns to.
+        pixels: for each row uint8 (H, W, 3), or any other object if it has none.
+        sample: places of the sampled rows.
     """
     shown = [row in sample for row in places_of(table)]
     thumbnails = [
@@ -60,7 +64,7 @@ def sample_columns(
 
 
 def sampled(table: pa.Table, sample: frozenset[Row]) -> dict[Row, dict[str, Any]]:
-    """Rows of a table of answers that are in the sample, by place: `id`, `prompt`, `thumbnail`, and the answer."""
+    """Sampled rows of a table of answers, by place: `id`, `prompt`, `thumbnail`, and the columns of an answer."""
     chosen = {place: index for index, place in enumerate(places_of(table)) if place in sample}
     names = {ID: ID, ASKED: "prompt", THUMBNAIL: "thumbnail"} | {field.name: field.name for field in ANSWER_FIELDS}
     rows = table.select(list(names)).take(pa.array(chosen.values(), pa.int64()))
@@ -70,7 +74,7 @@ def sampled(table: pa.Table, sample: frozenset[Row]) -> dict[Row, dict[str, Any]
 
 
 def short(text: str | None) -> str | None:
-    """A text, or its beginning."""
+    """The text, cut to `CHARACTERS`."""
     return text if text is None or len(text) <= CHARACTERS else f"{text[:CHARACTERS]}…"
 
 

@@ -1,4 +1,7 @@
-"""What a person sees of a job: a line while it runs, a summary at its end, and the record `_run.json`."""
+"""The result of a run: the summary that is printed at its end, and the record `_run.json`.
+
+What enters: counts, times, utilization of stages, settings. What leaves: text for a terminal, and values for JSON.
+"""
 
 import importlib.metadata
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,19 +16,27 @@ from qvl_batch.output.parts import Tally
 from qvl_batch.report.utilization import Utilization, advice
 
 MILLION, HOUR = 1_000_000, 3600
-#: Answered rows, and seconds since workers had started, from which on a rate says something of a million images: a
-#: pipeline fills and empties in the time of about twenty rows, and rows arrive by tables, seconds apart.
+#: Answered rows, and seconds since workers have started, from which on the rate is extrapolated to a million images: a
+#: pipeline fills and drains in the time of about twenty rows, and rows arrive in tables, seconds apart.
 ENOUGH_ROWS, ENOUGH_SECONDS = 100, 10.0
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """A finished job: `tally` counts what this run answered, `before` what earlier ones had.
+    """A finished run.
 
-    `seconds` is the time from the start of the pipeline to the last answer written. The first
-    `workers_seconds` of it went until an image entered the vision graph, most of it on starting
-    workers; `startup_seconds` went before it, most of it on starting Ray. `sample` is rows to show,
-    and `details` whatever else the record has of this run.
+    Args:
+        output: folder of the answers.
+        before: counts of the answers of earlier runs.
+        tally: counts of the answers of this run.
+        seconds: from the start of the pipeline to the last answer written.
+        startup_seconds: before that, mostly to start Ray.
+        workers_seconds: the part of `seconds` before the first image entered the vision graph, mostly to start workers.
+        price_per_hour: of the machines, in any currency.
+        stages: utilization of each.
+        sample: rows to show on the page.
+        details: further entries of the record about this run.
+        settings: entries of the record about the job.
     """
 
     output: str
@@ -57,17 +68,17 @@ class Report:
 
     @property
     def steady_seconds(self) -> float:
-        """Seconds since an image entered the vision graph, so without any start-up."""
+        """Seconds since the first image entered the vision graph, that is without start-up."""
         return max(self.seconds - self.workers_seconds, 0.0)
 
     @property
     def steady_images_per_second(self) -> float:
-        """Rows over those seconds."""
+        """Rows, answered or failed, over `steady_seconds`."""
         return self.tally.rows / self.steady_seconds if self.steady_seconds else 0.0
 
     @property
     def hours_per_million(self) -> float | None:
-        """Hours that a million images take at the steady rate, None if too little was answered to say."""
+        """Hours that a million images take at the steady rate, None if the run is too short to tell."""
         answered = self.tally.rows - self.tally.finish_reasons["error"]
         if answered < ENOUGH_ROWS or self.steady_seconds < ENOUGH_SECONDS:
             return None
@@ -75,17 +86,17 @@ class Report:
 
     @property
     def cost_per_million(self) -> float | None:
-        """What they cost, if there is a price."""
+        """Cost of a million images, None without a price or if the run is too short to tell."""
         hours, price = self.hours_per_million, self.price_per_hour
         return None if hours is None or price is None else hours * price
 
     @property
     def busy(self) -> dict[str, float]:
-        """Share of its time that each stage was busy."""
+        """For each stage, the share of its time that it was busy."""
         return {name: stage.busy for name, stage in self.stages.items()}
 
     def record(self) -> dict[str, Any]:
-        """Contents of `_run.json`: counts are of all answers, times and speeds of this run."""
+        """Contents of `_run.json`. Counts cover all answers, times and speeds this run."""
         total = self.total
         return {
             "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -124,7 +135,7 @@ class Report:
         return "\n".join([*lines, *(self._speeds() if self.tally.rows else []), f"answers   {self.output}"])
 
     def _speeds(self) -> list[str]:
-        """Lines on this run."""
+        """Lines about the speed of this run."""
         lines = [
             f"speed     {self.images_per_second:.2f} images/s, {self.tokens_per_second:.1f} tokens/s",
             f"time      {self.seconds:.1f} s, {self.workers_seconds:.1f} s of it to start workers",
@@ -144,7 +155,7 @@ def _rounded(value: float | None) -> float | None:
 
 
 def recorded_settings(config: CaptionConfig, files: int, bundle: Bundle, devices: Mapping[str, str]) -> dict[str, Any]:
-    """What the answers depend on, and what their speed does."""
+    """The settings that `_run.json` records: those that answers or speed depend on."""
     packages = ("qvl-batch", "ray", "onnxruntime-gpu", "onnxruntime", "tokenizers", "pyarrow", "pillow", "pillow-heif")
     return {
         "bundle": {

@@ -1,22 +1,23 @@
-"""How busy the stages were, and which of them the others waited for.
+"""How busy the stages were, and which of them was the bottleneck.
 
-What enters: busy seconds of each stage, and how many of its threads could work at a time. What leaves: shares of that
-time, and a line of advice where one stage limits the job.
+What enters: busy thread-seconds of each stage, its number of threads, and the wall time. What leaves: the share of the
+available thread-seconds that was busy, and a line of advice if one stage is the bottleneck.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-#: A stage limits the job if it was busy for this share of the time, and no other was beyond that one.
-LIMITS, WAITS = 0.85, 0.7
+#: A stage is the bottleneck if it was busy for at least the first share of its time, and every other stage for at most
+#: the second share.
+BOTTLENECK, OTHERS = 0.85, 0.7
 ADVICE = {
-    "read": "Reading is what the job waits for: bring input and images nearer, or give it more CPUs.",
-    "image": "Decoding images is what the job waits for: give it more CPUs, or smaller images.",
-    "vision": "Vision is what the job waits for: more cores for it make the job faster, and so does a vision graph "
-    "in reduced precision.",
-    "decoder": "The decoder is what the job waits for: the job is as fast as this decoder. More of them on more cores, "
-    "reduced precision and shorter answers make it faster.",
+    "read": "Reading is the bottleneck: store input and images closer to the workers, or add CPUs.",
+    "image": "Decoding images is the bottleneck: add CPUs, or use smaller images.",
+    "vision": "Vision is the bottleneck: more cores for it make the job faster, and so does a vision graph in reduced "
+    "precision.",
+    "decoder": "The decoder is the bottleneck: more decoders on more cores, reduced precision and shorter answers make "
+    "the job faster.",
 }
 
 
@@ -26,8 +27,8 @@ class Utilization:
 
     Args:
         parts: busy thread-seconds, by kind of work.
-        threads: that can work at a time.
-        duration: seconds in which they could.
+        threads: of the stage.
+        duration: wall seconds in which they could work.
     """
 
     parts: Mapping[str, float]
@@ -45,12 +46,12 @@ class Utilization:
         return self.share(self.seconds)
 
     def share(self, seconds: float) -> float:
-        """Share of the available thread-seconds that so many are, at most 1."""
+        """Thread-seconds as a share of the available ones, at most 1."""
         available = self.threads * self.duration
         return min(seconds / available, 1.0) if available > 0 else 0.0
 
     def record(self, rows: int) -> dict[str, Any]:
-        """As `_run.json` has it; `images_per_second` is what the stage would do if it never waited."""
+        """The stage's entry in `_run.json`; `images_per_second` is its throughput if it were busy all the time."""
         parts = {
             name: {"seconds": round(took, 3), "busy": round(self.share(took), 4)} for name, took in self.parts.items()
         }
@@ -64,13 +65,13 @@ class Utilization:
 
 
 def advice(busy: Mapping[str, float]) -> str | None:
-    """A line on the stage that limits a job, None where none clearly does.
+    """What to do about the stage that is the bottleneck, None if no stage clearly is.
 
     Args:
-        busy: share of its time that each stage was busy.
+        busy: for each stage, the share of its time that it was busy.
     """
     if not busy:
         return None
     first, *others = sorted(busy, key=lambda stage: -busy[stage])
-    clear = busy[first] >= LIMITS and all(busy[stage] <= WAITS for stage in others)
-    return ADVICE[first] if clear else None
+    is_clear = busy[first] >= BOTTLENECK and all(busy[stage] <= OTHERS for stage in others)
+    return ADVICE[first] if is_clear else None
