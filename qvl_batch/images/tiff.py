@@ -45,7 +45,7 @@ _ALPHA: Final = {1: ("La", "RGBa"), 2: ("LA", "RGBA")}
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class SampleLayout:
     """How a TIFF stores its samples.
 
     Args:
@@ -74,7 +74,7 @@ class Layout:
     tile: tuple[int, int] | None
 
     @classmethod
-    def of(cls, tags: ImageFileDirectory_v2) -> "Layout | None":
+    def of(cls, tags: ImageFileDirectory_v2) -> "SampleLayout | None":
         """The layout that the tags describe; None if its samples differ in type, or it is not supported here."""
         width, height, photometric = tags[WIDTH], tags[HEIGHT], tags.get(PHOTOMETRIC, 0)
         if tags.get(COMPRESSION, 1) not in _LOSSLESS or photometric not in _COLOURS:
@@ -152,7 +152,7 @@ def deep_picture(data: bytes, max_pixels: int) -> Image.Image | None:
     """
     try:
         tags = _tags(data)
-        layout = Layout.of(tags)
+        layout = SampleLayout.of(tags)
     except Exception:  # tags are missing or of odd types; Pillow's own error will say which
         return None
     if layout is None or not layout.is_ours:
@@ -180,7 +180,7 @@ def _tags(data: bytes) -> ImageFileDirectory_v2:
     return tags
 
 
-def _part(data: bytes, tags: ImageFileDirectory_v2, layout: Layout, plane: int) -> NDArray[Any]:
+def _part(data: bytes, tags: ImageFileDirectory_v2, layout: SampleLayout, plane: int) -> NDArray[Any]:
     """Samples (H, W, S) of one plane, or of the whole file if its samples are interleaved."""
     interleaved = 1 if layout.is_planar else layout.samples
     offset_tag, size_tag = (TILES, TILE_BYTES) if layout.tile else (STRIPS, STRIP_BYTES)
@@ -230,7 +230,7 @@ def _decompressed(data: bytes, width: int, height: int) -> NDArray[np.uint8]:
         return np.asarray(file)
 
 
-def _samples(rows: NDArray[np.uint8], layout: Layout, interleaved: int) -> NDArray[Any]:
+def _samples(rows: NDArray[np.uint8], layout: SampleLayout, interleaved: int) -> NDArray[Any]:
     """Samples (H, W, S) of rows of bytes, without those of tiles that are beyond the picture's right edge."""
     if layout.bits % _BYTE:
         unpacked = _twelve_bits(rows) if layout.bits > _BYTE else _few_bits(rows, layout.bits)
@@ -257,7 +257,7 @@ def _twelve_bits(rows: NDArray[np.uint8]) -> NDArray[np.uint16]:
     return np.stack([first << 4 | middle >> 4, (middle & 15) << 8 | last], axis=-1).reshape(len(rows), -1)
 
 
-def _unpredicted(rows: NDArray[np.uint8], layout: Layout, interleaved: int) -> NDArray[Any]:
+def _unpredicted(rows: NDArray[np.uint8], layout: SampleLayout, interleaved: int) -> NDArray[Any]:
     """Undo the predictor: rows of strips or tiles, stored as differences from the pixel before, to samples (N, W, S).
 
     Predictor 2 stores differences of integers of the samples' width. Predictor 3 stores differences of bytes, after it
@@ -273,7 +273,7 @@ def _unpredicted(rows: NDArray[np.uint8], layout: Layout, interleaved: int) -> N
     return samples.view(f">f{size}").reshape(len(rows), -1, interleaved)
 
 
-def _picture(parts: list[NDArray[np.uint8]], layout: Layout) -> Image.Image:
+def _picture(parts: list[NDArray[np.uint8]], layout: SampleLayout) -> Image.Image:
     """The planes, or interleaved samples, as a Pillow image; extra samples other than alpha are dropped."""
     bands = [part[..., index] for part in parts for index in range(part.shape[-1])]
     if layout.photometric == WHITE_IS_ZERO:
