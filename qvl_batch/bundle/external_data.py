@@ -1,5 +1,8 @@
 """Which files an ONNX graph loads its weights from, parsed without the onnx package, which workers do not have.
 
+ONNX Runtime 1.31 and onnx 1.23 refuse locations outside the graph's folder. Neither can refuse a file in it that the
+manifest does not list, and that no hash covers.
+
 What enters: the bytes of an ONNX file, not validated. What leaves: every location of external data in it, however
 deeply the tensor is nested.
 """
