@@ -14,7 +14,7 @@ import pytest
 from answers import complete, demo_rows, requests_of
 from conftest import ROOT, TINY, TRACES
 from shallow import make_shallow
-from stand_in.build import PROVIDER, build
+from stand_in.build import PROVIDER, build, build_nvml
 
 from export.half import emulated_graph
 from export.package import ExportConfig, export_bundle
@@ -196,6 +196,53 @@ def test_the_vision_tower_runs_where_its_precision_does(requested, dtype, found,
 def test_no_gpu_is_an_error_that_says_what_is_missing():
     with pytest.raises(DeviceError, match=r"--device cuda: there is no NVIDIA driver on this machine .libcuda.so.1"):
         open_cuda("--device cuda")
+
+
+GPUS = """
+import os, sys
+from qvl_batch.errors import DeviceError
+from qvl_batch.pipeline.capacity import card_of_this_process
+os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+for visible in sys.argv[1:]:
+    os.environ.update({"CUDA_VISIBLE_DEVICES": visible} if visible != "unset" else {})
+    try:
+        print(card_of_this_process())
+    except DeviceError as error:
+        print(error)
+"""
+
+
+def _cards(libraries, *visible):
+    """The card, or the error, of a process to which those are visible, one after another."""
+    env = os.environ | {"LD_LIBRARY_PATH": str(libraries), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", GPUS, *visible]
+    return subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout.splitlines()
+
+
+LARGE, SMALL = "Stand-in, 75.2 of 85.9 GB free", "Small stand-in, 21.5 of 25.8 GB free"
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="the stand-in for NVML cannot be built here: no gcc")
+def test_a_decoders_card_is_the_first_that_its_process_may_see(tmp_path):
+    found = _cards(build_nvml(tmp_path), "unset", "1", "GPU-5b", "1,0", "GPU-5a,GPU-5b")
+    assert found == [LARGE, SMALL, SMALL, SMALL, LARGE]
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="the stand-in for NVML cannot be built here: no gcc")
+def test_a_card_that_is_not_there_is_named_and_the_next_question_is_answered(tmp_path):
+    asked = ("7", "GPU-5c", "7,0", "")
+    *refused, card = _cards(build_nvml(tmp_path), *asked, "0")
+    for visible, said in zip(asked, refused, strict=True):
+        assert f"GPU '{visible.split(',')[0]}'" in said
+    assert ["Not Found" in said for said in refused] == [False, True, False, True]
+    assert card == LARGE
+
+
+@pytest.mark.skipif(has_cuda(), reason="this machine has an NVIDIA driver")
+def test_without_a_driver_no_card_is_found_and_the_driver_is_named(tmp_path):
+    (said,) = _cards(tmp_path, "unset")
+    assert "NVML Shared Library Not Found" in said
+    assert "is the NVIDIA driver installed?" in said
 
 
 def _plan(bundle, cards, vision_device="cpu", **options):
