@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,12 +24,12 @@ from qvl_batch.bundle.manifest import DECODER, VISION
 from qvl_batch.config import CaptionConfig
 from qvl_batch.decoder.decoder import PREFIX_ENTRIES, Decoder
 from qvl_batch.decoder.kv_cache import slot_bytes
-from qvl_batch.errors import ConfigError, DeviceError
+from qvl_batch.errors import BundleError, ConfigError, DeviceError
 from qvl_batch.pipeline.capacity import Card, bytes_beside_slots, slots_on_card
 from qvl_batch.pipeline.plan import make_plan
-from qvl_batch.runtime.devices import _preload, has_cuda, open_cuda, resolve_device, resolve_vision_device
+from qvl_batch.runtime.devices import has_cuda, open_cuda, resolve_device, resolve_vision_device
 from qvl_batch.runtime.memory import CudaMemory
-from qvl_batch.runtime.session import _OUT_OF_MEMORY, _providers
+from qvl_batch.runtime.session import Session
 
 GIB = 1 << 30
 
@@ -64,6 +65,9 @@ class CardOfHostMemory:
     def synchronize(self):
         pass
 
+    def ignore_captures(self):
+        pass
+
 
 @pytest.fixture(scope="module")
 def half_bundle(tmp_path_factory):
@@ -83,20 +87,35 @@ def requests(tiny_bundle):
     ]
 
 
-def test_libraries_of_cuda_are_found_wherever_pip_installed_them(tmp_path, monkeypatch):
-    folders = [tmp_path / "nvidia" / name / "lib" for name in ("cu13", "cudnn")]
-    for folder in folders:
-        folder.mkdir(parents=True)
-    monkeypatch.syspath_prepend(tmp_path)
-    looked = []
+@pytest.fixture(scope="module")
+def libraries(tmp_path_factory):
+    """A folder of stand-ins for CUDA's libraries."""
+    missing = [tool for tool in ("gcc", "nm", "objdump") if shutil.which(tool) is None]
+    if missing or not PROVIDER.is_file():
+        pytest.skip(f"stand-ins for CUDA's libraries cannot be built here: no {(*missing, PROVIDER.name)[0]}")
+    return build(tmp_path_factory.mktemp("libraries"))
 
-    def look(directory):
-        looked.append(directory)
 
-    monkeypatch.setattr("onnxruntime.preload_dlls", look)
-    _preload()
-    assert looked[:2] == list(map(str, folders))
-    assert looked[-1] is None
+def test_libraries_of_cuda_are_found_wherever_pip_installed_them(libraries, tmp_path):
+    installed, driver = tmp_path / "path" / "nvidia", tmp_path / "system"
+    found = []
+    for name, folder in (("libcudart", "cu13"), ("libcudnn", "cudnn")):
+        (library,) = libraries.glob(f"{name}.so.*[0-9]")
+        (installed / folder / "lib").mkdir(parents=True)
+        found.append(shutil.copy(library, installed / folder / "lib"))
+    driver.mkdir()
+    command = [shutil.which("gcc"), "-shared", "-x", "c", "/dev/null", "-o", driver / "libcuda.so.1"]
+    subprocess.run(command, check=True)
+    script = """if True:
+        from pathlib import Path
+        from qvl_batch.runtime.devices import open_cuda
+        print(open_cuda("--device cuda").name)
+        print(*(line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if ".so" in line))"""
+    env = os.environ | {"LD_LIBRARY_PATH": str(driver), "PYTHONPATH": f"{tmp_path / 'path'}:{ROOT}"}
+    command = [sys.executable, "-c", script]
+    name, loaded = subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout.splitlines()
+    assert name == "Stand-in"
+    assert set(map(str, found)) <= set(loaded.split())
 
 
 def test_rows_in_memory_apart_are_answered_the_same(half_bundle, requests):
@@ -150,8 +169,16 @@ def test_a_decoder_in_fp32_for_a_gpu_answers_as_the_one_for_a_cpu(tiny_bundle, f
     assert complete(Decoder(fp32_bundle, 3, 2), fp32_bundle, requests) == expected
 
 
-def test_sessions_ask_for_one_stream_no_tf32_and_captured_steps():
-    (name, options), second = _providers(CudaMemory(CardOfHostMemory()), captures=True)
+def test_sessions_ask_for_one_stream_no_tf32_and_captured_steps(half_bundle, monkeypatch):
+    asked = []
+
+    def session(*_, providers):
+        asked.extend(providers)
+        return SimpleNamespace(get_providers=lambda: ["CUDAExecutionProvider"])
+
+    monkeypatch.setattr("onnxruntime.InferenceSession", session)
+    Session(half_bundle.file(DECODER), 1, memory=CudaMemory(CardOfHostMemory()), captures=True)
+    (name, options), second = asked
     assert (name, second) == ("CUDAExecutionProvider", "CPUExecutionProvider")
     assert options["user_compute_stream"] == "4711"
     assert (options["use_tf32"], options["enable_cuda_graph"]) == ("0", "1")
@@ -276,19 +303,29 @@ def test_too_much_for_a_card_is_refused_with_what_would_do(half_bundle):
         _plan(half_bundle, [small], decoder_workers=2)
 
 
-def test_a_full_card_is_known_by_what_onnx_runtime_says():
-    assert _OUT_OF_MEMORY.search("BFCArena::AllocateRawInternal Failed to allocate memory for requested buffer of 8")
-    assert _OUT_OF_MEMORY.search("CUDA failure 2: out of memory ; GPU=0")
-    assert not _OUT_OF_MEMORY.search("INVALID_ARGUMENT : unexpected shape")
+@pytest.mark.parametrize(
+    ("said", "error", "message"),
+    [
+        (
+            "BFCArena::AllocateRawInternal Failed to allocate memory for requested buffer of 8",
+            DeviceError,
+            "the GPU has no memory left: lower --slots",
+        ),
+        ("CUDA failure 2: out of memory ; GPU=0", DeviceError, "the GPU has no memory left: lower --slots"),
+        ("INVALID_ARGUMENT : unexpected shape", BundleError, "unexpected shape"),
+    ],
+)
+def test_a_full_card_is_known_by_what_onnx_runtime_says(said, error, message, half_bundle, monkeypatch):
+    def session(*_, **__):
+        raise RuntimeError(said)
+
+    monkeypatch.setattr("onnxruntime.InferenceSession", session)
+    with pytest.raises(error, match=message):
+        Session(half_bundle.file(DECODER), 1, memory=CudaMemory(CardOfHostMemory()))
 
 
 @pytest.fixture(scope="module")
-def asked_of_a_gpu(tmp_path_factory):
-    missing = [tool for tool in ("gcc", "nm", "objdump") if shutil.which(tool) is None]
-    if missing or not PROVIDER.is_file():
-        pytest.skip(f"stand-ins for CUDA's libraries cannot be built here: no {(*missing, PROVIDER.name)[0]}")
-    libraries = build(tmp_path_factory.mktemp("libraries"))
-
+def asked_of_a_gpu(libraries):
     def report(bundle):
         command = [sys.executable, ROOT / "tests" / "stand_in" / "report.py", bundle]
         env = os.environ | {"LD_LIBRARY_PATH": str(libraries), "PYTHONPATH": str(ROOT)}

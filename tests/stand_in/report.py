@@ -12,6 +12,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import onnx
@@ -23,10 +24,9 @@ from qvl_batch.decoder.decoder import PREFIX_ENTRIES, Decoder, PrefillRow
 from qvl_batch.decoder.kv_cache import slot_bytes
 from qvl_batch.errors import DeviceError
 from qvl_batch.pipeline.capacity import CUDA_BYTES, CUDA_VISION_THREADS, bytes_beside_slots
-from qvl_batch.runtime import devices
 from qvl_batch.runtime.devices import open_cuda
 from qvl_batch.runtime.memory import CudaMemory
-from qvl_batch.runtime.session import Session, _providers
+from qvl_batch.runtime.session import Session
 
 COUNTERS = ("moves", "moved_bytes", "crossings", "crossed_bytes", "captures", "launches", "mallocs", "frees")
 
@@ -36,7 +36,7 @@ def report(bundle: Bundle) -> dict[str, Any]:
     features of an image that is encoded while this thread captures; bytes that a decoder takes and would take by plan;
     the error that is left of asking for too much memory; and how much of a decoder's memory is not freed with it.
     """
-    devices._preload = lambda: None  # pip may have installed the real libraries
+    ort.preload_dlls = lambda **_: None  # pip may have installed the real libraries
     memory = CudaMemory(open_cuda("--device cuda"))
     nodes = {name: _nodes(bundle.file(name), memory, captures=name == DECODER) for name in (DECODER, VISION)}
     decoder = Decoder(bundle, 4, 1, memory=memory, prove=False)  # they compute nothing
@@ -115,15 +115,21 @@ def _memory(bundle: Bundle) -> dict[str, int]:
 
 def _nodes(path: Path, memory: CudaMemory, *, captures: bool) -> dict[str, dict[str, int]]:
     """How many nodes of each type a provider runs, after all of ONNX Runtime's own changes."""
-    with tempfile.TemporaryDirectory() as folder:
-        options = ort.SessionOptions()
-        options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
+    made: list[ort.InferenceSession] = []
+
+    def observed(model: Path, options: ort.SessionOptions, **others: Any) -> ort.InferenceSession:
+        options.optimized_model_filepath = optimized
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-        options.log_severity_level = 3
-        session = ort.InferenceSession(path, options, providers=_providers(memory, captures=captures))
-        graph = onnx.load(options.optimized_model_filepath, load_external_data=False).graph
+        made.append(session(model, options, **others))
+        return made[0]
+
+    session = ort.InferenceSession
+    with tempfile.TemporaryDirectory() as folder, mock.patch("onnxruntime.InferenceSession", observed):
+        optimized = str(Path(folder) / "optimized.onnx")
+        Session(path, 1, memory=memory, captures=captures)
+        graph = onnx.load(optimized, load_external_data=False).graph
     found: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
-    for part in session.get_provider_graph_assignment_info():
+    for part in made[0].get_provider_graph_assignment_info():
         found[part.ep_name].update(node.op_type for node in part.get_nodes())
     found["copies"] = collections.Counter(node.op_type for node in graph.node if node.op_type.startswith("Memcpy"))
     return {provider: dict(counts) for provider, counts in found.items()}
