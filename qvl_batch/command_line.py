@@ -18,20 +18,20 @@ T = TypeVar("T")
 
 
 def settings(kind: type[T], prog: str | None = None) -> T:
-    """What this process was called with, as `kind` has it.
+    """The command line of this process as settings.
 
     Args:
-        kind: the dataclass.
-        prog: name of the program in its help, if not that of its file.
+        kind: the dataclass of the settings.
+        prog: name of the program in its help; by default that of its file.
 
     Raises:
-        ConfigError: an option is there twice, of which the parser would take the last without a word; or `kind` says.
+        ConfigError: an option is given twice, of which the parser would silently take the last; or `kind` refuses it.
         SystemExit: the help was asked for, or there is no such option or value.
     """
     given = [argument.partition("=")[0].replace("_", "-") for argument in sys.argv[1:] if argument.startswith("--")]
     twice = next((option for option in given if given.count(option) > 1), None)
     if twice is not None:
-        raise ConfigError(f"{twice} is there more than once: give it once, with all its values behind it")
+        raise ConfigError(f"{twice} is given more than once: give it once, followed by all its values")
     return tyro.cli(kind, prog=prog, config=(tyro.conf.FlagCreatePairsOff,))
 
 
@@ -61,11 +61,12 @@ def exit_status(
 
 
 def stop_as_by_ctrl_c() -> Callable[[], bool]:
-    """Let what a cluster ends jobs by, and a terminal that closes, stop as Ctrl-C does: so that no answer is lost.
+    """Let SIGTERM, by which clusters end jobs, and SIGHUP, of a terminal that closes, raise KeyboardInterrupt as Ctrl-C
+    does, so that answers are published before the process ends.
 
     Returns:
-        Says whether one of them has happened. Python drops the exception where it lets none through, such as in hooks
-        of a fork, so that a long job had better ask.
+        A function that says whether a signal has arrived. Python drops exceptions in some places, such as hooks of a
+        fork, so a long job should ask.
     """
     happened: list[int] = []
 
@@ -74,6 +75,6 @@ def stop_as_by_ctrl_c() -> Callable[[], bool]:
         raise KeyboardInterrupt
 
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(name) is not signal.SIG_IGN:  # as `nohup` has it
+        if signal.getsignal(name) is not signal.SIG_IGN:  # `nohup` ignores SIGHUP
             signal.signal(name, stop)
     return lambda: bool(happened)

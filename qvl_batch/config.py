@@ -18,15 +18,15 @@ DeviceOption = Literal["auto", "cpu", "cuda"]
 OBJECT_STORES = frozenset({"s3", "gs"})
 
 DEFAULT_MAX_NEW_TOKENS = 128
-#: Pillow's own; the largest images then take 0.4 to 1.4 GB while they are decoded.
+#: Pillow's own limit; images of this size take 0.4 to 1.4 GB while they are decoded.
 MAX_IMAGE_PIXELS = 89_478_485
 
 
 @dataclass(frozen=True, slots=True)
 class ImageRules:
-    """Which image files are shown: of how many pixels at most, and whether some may be missing.
+    """Which image files are accepted: of at most `max_pixels`, and damaged ones if `allow_truncated`.
 
-    Neither changes what a file is shown as, only whether it is.
+    Neither changes the pixels of a file that is accepted in any case.
     """
 
     max_pixels: int = MAX_IMAGE_PIXELS
@@ -89,7 +89,7 @@ class JobConfig:
 
     @property
     def image_rules(self) -> ImageRules:
-        """Which images are shown."""
+        """Which images are accepted."""
         return ImageRules(self.max_image_pixels, self.allow_truncated)
 
 
@@ -149,7 +149,7 @@ class CaptionConfig(JobConfig):
 
     @property
     def going_on(self) -> str:
-        """The command that goes on with this job: a second `--overwrite` would delete its answers."""
+        """The command that resumes this job: a second `--overwrite` would delete its answers."""
         return "the same command" + (" without --overwrite" if self.overwrite else "")
 
 

@@ -24,7 +24,7 @@ def test_an_option_takes_all_values_behind_it(monkeypatch):
 @pytest.mark.parametrize("again", [["--input", "k"], ["--input=k"], ["--keep-columns", "x", "--keep_columns", "y"]])
 def test_an_option_that_is_there_twice_is_refused(again, monkeypatch):
     monkeypatch.setattr(sys, "argv", [*CALL, *again])
-    with pytest.raises(ConfigError, match=r"--(input|keep-columns) is there more than once: give it once, with all"):
+    with pytest.raises(ConfigError, match=r"--(input|keep-columns) is given more than once: give it once, followed by"):
         settings(CaptionConfig)
 
 

@@ -15,10 +15,10 @@ from qvl_batch.input.reader import read_unit
 from qvl_batch.input.source import Unit, footer_sha256
 from qvl_batch.pipeline.crash_guard import (
     ALONE,
-    BEHIND,
     READ,
     READ_IDS,
     TOGETHER,
+    UNREACHABLE,
     AttemptsInMemory,
     Guarded,
     GuardedRead,
@@ -91,7 +91,7 @@ def test_rows_that_end_their_worker_fail_and_no_others(poison):
     assert deaths == TOGETHER + ALONE * len(poison)
     (failure, *_) = (failure for failure in failures.values() if failure)
     assert (failure.stage, failure.type) == ("vision", "WorkerLostError")
-    assert failure.message.startswith("this row ended its worker 4 times, the last 2 alone in it")
+    assert failure.message.startswith("this row crashed its worker 4 times, the last 2 times alone in it")
 
 
 def test_a_worker_that_is_killed_now_and_then_costs_no_row():
@@ -221,7 +221,7 @@ def test_rows_that_end_their_reader_fail_and_those_that_can_be_read_do_not(ends,
     assert list(failures) == failed + behind
     for row, failure in failures.items():
         assert (failure.stage, failure.type) == ("read", "WorkerLostError")
-        why = BEHIND if row in behind else "ended its worker 4 times, the last 2 alone in it"
+        why = UNREACHABLE if row in behind else "crashed its worker 4 times, the last 2 times alone in it"
         assert failure.message.startswith(f"row {row} of {tmp_path}/a.parquet (row group {row // 10}) {why}")
 
 

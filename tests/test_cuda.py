@@ -297,7 +297,7 @@ def test_too_much_for_a_card_is_refused_with_what_would_do(half_bundle):
     small = Card("T4", 2 * GIB, 2 * GIB)
     with pytest.raises(DeviceError, match=r"the GPU .T4, 1.1 of 2.1 GB free. is too small: .*--vision-device cpu"):
         _plan(half_bundle, [dataclasses.replace(small, free=GIB)], "cuda")
-    with pytest.raises(ConfigError, match=r"--slots 9999: the GPU .T4, .* holds \d+ beside weights"):
+    with pytest.raises(ConfigError, match=r"--slots 9999: beside weights and activations, \d+ fit on the GPU .T4, "):
         _plan(half_bundle, [small], slots=9999)
     with pytest.raises(ConfigError, match="--decoder-workers 2: a decoder takes a GPU, and there are 1"):
         _plan(half_bundle, [small], decoder_workers=2)

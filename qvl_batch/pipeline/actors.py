@@ -1,7 +1,4 @@
-"""The stages as Ray's actors, and what they say of rows that may end them.
-
-This module and `pipeline` are the only ones, apart from the jobs, that import ray.
-"""
+"""The stages as Ray actors, and the actor that counts attempts at rows that crash their process."""
 
 import os
 import socket
@@ -17,7 +14,7 @@ from qvl_batch.rows import Row
 
 
 class RemoteAttempts:
-    """`Attempts` in an actor, which outlives the workers."""
+    """`Attempts` in an actor of its own, which outlives the workers."""
 
     def __init__(self) -> None:
         self._actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(AttemptsInMemory).remote()
@@ -40,41 +37,47 @@ class RemoteAttempts:
 
 
 class _Worker:
-    """A stage in an actor of its own."""
+    """A stage in an actor, which isolates rows that crash it.
 
-    name: str
+    Args:
+        attempts: counts attempts at rows.
+        arguments: of the stage.
+    """
+
     stage: Callable[..., Any]
+    #: As failures of this stage name it.
+    error_stage: str
 
-    def __init__(self, attempts: RemoteAttempts, *made_of: Any) -> None:
-        self._guarded = Guarded(type(self).stage(*made_of), self.name, attempts)
+    def __init__(self, attempts: RemoteAttempts, *arguments: Any) -> None:
+        self._guarded = Guarded(type(self).stage(*arguments), self.error_stage, attempts)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         return self._guarded(table)
 
 
 class VisionWorker(_Worker):
-    """Its arguments are those of `VisionStage`."""
+    """An actor of the vision stage; its arguments are those of `VisionStage`."""
 
-    name, stage = "vision", VisionStage
+    stage, error_stage = VisionStage, "vision"
 
 
 class DecoderWorker(_Worker):
-    """Its arguments are those of `DecoderStage`."""
+    """An actor of the decoder stage; its arguments are those of `DecoderStage`."""
 
-    name, stage = "decode", DecoderStage
+    stage, error_stage = DecoderStage, "decode"
 
 
 class JoinedWorker:
-    """Both stages in one actor, which share a GPU: while one batch is answered, another's images are encoded.
+    """Both stages in one actor, which share a GPU: one batch is decoded while the images of another are encoded.
 
     Args:
-        attempts: what is known of rows that may end a worker.
+        attempts: counts attempts at rows.
         vision: arguments of `VisionStage`.
         decoder: arguments of `DecoderStage`.
     """
 
     def __init__(self, attempts: RemoteAttempts, vision: Sequence[Any], decoder: Sequence[Any]) -> None:
-        # The decoder's memory is the larger part, and planned.
+        # The decoder first: it needs the larger part of the memory, which was planned for it.
         self._decoder = DecoderWorker(attempts, *decoder)
         self._vision = VisionWorker(attempts, *vision)
 
@@ -84,5 +87,5 @@ class JoinedWorker:
 
 
 def worker_name() -> str:
-    """Machine, node of the cluster and process of an actor."""
+    """Host, Ray node and process of this actor."""
     return f"{socket.gethostname()}/{ray.get_runtime_context().get_node_id()[:8]}/{os.getpid()}"

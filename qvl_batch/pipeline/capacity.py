@@ -1,4 +1,8 @@
-"""How many rows a card holds beside the model, and a machine's memory beside everything else."""
+"""Memory: how many slots of the KV cache fit on a GPU beside the model, or into a machine or container.
+
+What enters: a bundle's manifest, and the GPU or the machine. What leaves: numbers of slots, or a `DeviceError` where
+not one fits. Nothing is loaded or allocated for it.
+"""
 
 import os
 from contextlib import suppress
@@ -12,19 +16,19 @@ from qvl_batch.decoder.decoder import PREFILL_ROWS, PREFIX_ENTRIES
 from qvl_batch.decoder.kv_cache import slot_bytes
 from qvl_batch.errors import DeviceError
 
-#: A decoder's cache takes at most this part of the machine's memory.
+#: Largest share of the machine's memory for the KV cache of all decoders.
 CACHE_SHARE = 0.25
-#: Of a card: the part that is never planned for, and what CUDA, its libraries and captured steps take.
+#: Share of a GPU's memory that is kept free, and bytes that CUDA, its libraries and captured steps take.
 CARD_RESERVE, CUDA_BYTES = 0.05, 1_500_000_000
-#: Where a container says how much memory it may take, in versions 2 and 1 of control groups.
+#: Memory limit of a container, in versions 2 and 1 of control groups.
 CONTAINER_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
-#: Images that a decoder's actor encodes at a time on its GPU: one runs while the next one's pixels come.
+#: Images that a decoder's actor encodes at a time on its GPU: one runs while the next one's pixels are copied.
 CUDA_VISION_THREADS = 2
 
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """A GPU: its name, and bytes of its memory, free and in all."""
+    """A GPU: its name, and its memory in bytes, free and total."""
 
     name: str
     free: int
@@ -35,7 +39,7 @@ class Card:
 
 
 def card_of_this_process() -> Card:
-    """The GPU that Ray gave this process, as NVML sees it: to ask CUDA would take memory of the card.
+    """The GPU that Ray assigned to this process, by NVML: a CUDA context would take some of its memory.
 
     Raises:
         DeviceError: there is no driver, or no such GPU.
@@ -57,10 +61,15 @@ def card_of_this_process() -> Card:
 
 
 def slots_on_card(card: Card, manifest: Manifest, *, vision_too: bool) -> int:
-    """Slots that a GPU holds beside the weights, a prefill's states, and what CUDA takes for itself.
+    """Slots that fit on a GPU beside weights, activations of a prefill, prefix-cache entries and CUDA itself.
+
+    Args:
+        card: the GPU.
+        manifest: of the bundle.
+        vision_too: the vision tower runs on the same GPU.
 
     Raises:
-        DeviceError: not one.
+        DeviceError: not one slot fits.
     """
     taken = bytes_beside_slots(manifest, vision_too=vision_too)
     left = card.free - CARD_RESERVE * card.total - taken
@@ -68,7 +77,7 @@ def slots_on_card(card: Card, manifest: Manifest, *, vision_too: bool) -> int:
     if slots < 1:
         advice = "run the vision tower on the CPU (--vision-device cpu), or " if vision_too else ""
         raise DeviceError(
-            f"the GPU ({card}) is too small: weights and work take {taken / 1e9:.1f} GB and each row's cache "
+            f"the GPU ({card}) is too small: weights and activations take {taken / 1e9:.1f} GB and a row's KV cache "
             f"{slot_bytes(manifest) / 1e6:.0f} MB; {advice}export in half precision, with a smaller --max-seq-len, "
             "or take a larger card"
         )
@@ -76,12 +85,12 @@ def slots_on_card(card: Card, manifest: Manifest, *, vision_too: bool) -> int:
 
 
 def bytes_beside_slots(manifest: Manifest, *, vision_too: bool) -> int:
-    """Bytes on a GPU but for the slots: weights, states of the largest prefill and of an image, and CUDA's own.
+    """Bytes on a GPU besides the slots: weights, activations of the largest prefill and of images, and CUDA itself.
 
-    ONNX Runtime keeps a piece of memory for each state of a token that is alive beside others of its size, and lends
-    it to no other size: the embedding, residual stream, its norm and an update of it (five in fp32 and two in the
-    graph's type); queries, keys and values with and without biases; queries and keys before and after rotation, in
-    both types; and gate, up and their product. This is 8 to 15 % more than a prefill of real shapes takes.
+    ONNX Runtime's arena has a chunk for each activation that is alive at the same time as others of its size, and does
+    not reuse it for another size. Per token: the embedding, the residual stream, its norm and its update (five in fp32
+    and two in the graph's type); queries, keys and values with and without biases; queries and keys before and after
+    rotation, in both types; gate, up and their product. The sum is 8 to 15 % above what a prefill of real shapes takes.
     """
     shape, layout = manifest.decoder, manifest.layout
     size = 2 if manifest.dtype in HALVES else 4
@@ -91,23 +100,23 @@ def bytes_beside_slots(manifest: Manifest, *, vision_too: bool) -> int:
     image_embeds = 4 * shape.hidden_size
     prefill = PREFILL_ROWS["cuda"] * layout.max_seq_len * (token + image_embeds)
     logits = PREFILL_ROWS["cuda"] * shape.vocab_size * (size + 4)
-    if manifest.dtype not in HALVES:  # attention in standard operators has all its scores in memory
+    if manifest.dtype not in HALVES:  # attention in standard operators materialises all scores
         prefill += 2 * 4 * PREFILL_ROWS["cuda"] * shape.heads * layout.max_seq_len**2
     weights = manifest.bytes_of(DECODER)
     vision = 0
-    if vision_too:  # the states of an image token's four patches are as wide as those of two tokens, in fp32 of four
+    if vision_too:  # activations of an image token's four patches are as wide as those of two tokens, in fp32 of four
         width = 2 if manifest.vision_dtype in HALVES else 4
         vision = manifest.bytes_of(VISION) + CUDA_VISION_THREADS * width * layout.image_tokens * token
     return weights + prefill + logits + vision + CUDA_BYTES
 
 
 def slots_in_memory(manifest: Manifest, decoders: int) -> int:
-    """Slots of a decoder that its part of this machine's memory holds."""
+    """Slots of each decoder that fit into this machine's memory."""
     return int(CACHE_SHARE * machine_memory() / decoders / slot_bytes(manifest))
 
 
 def machine_memory() -> int:
-    """Bytes of memory of this machine, or of the container that this process is in."""
+    """Memory of this machine in bytes, or the limit of the container that this process runs in."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for limit in CONTAINER_LIMITS:
         with suppress(OSError, ValueError):  # no such file, or "max"

@@ -1,4 +1,4 @@
-"""Ray itself: a cluster to run on, its nodes and cards, and what its errors mean."""
+"""Ray itself: the cluster that a job runs on, its nodes and GPUs, and its errors as errors of the job."""
 
 import logging
 import os
@@ -16,10 +16,10 @@ from qvl_batch.errors import ConfigError, DeviceError, JobError
 from qvl_batch.pipeline.capacity import Card, card_of_this_process
 from qvl_batch.runtime.devices import usable_cpus
 
-#: With fewer, the actors would leave no CPU to the tasks that feed them.
+#: CPUs of a node at least; with fewer, the actors would leave none to the tasks that feed them.
 LEAST_CPUS = 2
-#: Ray's own progress is replaced by rows done, an error's traceback by its line (Ray's log folder
-#: has it all), and that Ray makes itself a token is no news.
+#: Loggers of Ray and their levels here. Ray's progress bars are replaced by rows done and tracebacks by one line (Ray's
+#: log folder has all of it); that Ray creates a token for itself is of no interest.
 QUIET = {
     "ray": logging.WARNING,
     "ray.data": logging.WARNING,
@@ -34,7 +34,7 @@ def cards() -> list[Card]:
     """GPUs of the cluster.
 
     Raises:
-        DeviceError: there is none, or it cannot be asked.
+        DeviceError: there is none, or NVML does not answer.
     """
     count = int(ray.cluster_resources().get("GPU", 0))
     if not count:
@@ -66,14 +66,14 @@ def cluster() -> Iterator[list[int]]:
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.raise_original_map_exception = True
-    # It would advise to reserve for a worker, as of its third second, all memory that its graph takes.
+    # It would advise to reserve memory for each worker as soon as its graph is loaded.
     context.issue_detectors_config.high_memory_detector_config.detection_time_interval_s = -1
     try:
         if not joined:
             on_sigterm = signal.getsignal(signal.SIGTERM)
             _start_ray()
             if threading.current_thread() is threading.main_thread():
-                signal.signal(signal.SIGTERM, on_sigterm)  # Ray puts its own in its place
+                signal.signal(signal.SIGTERM, on_sigterm)  # ray.init replaced it
         nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
         if max(nodes, default=0) < LEAST_CPUS:
             raise ConfigError(f"no node of the Ray cluster has {LEAST_CPUS} CPUs, which this job needs: {nodes}")
@@ -98,7 +98,7 @@ def _start_ray() -> None:
     try:
         host, _, port = address.rpartition(":")
         if port.isdigit() and "/" not in host:
-            # Ray itself tries for minutes.
+            # ray.init would retry for minutes.
             socket.create_connection((host, int(port)), timeout=5).close()
         ray.init(logging_level=logging.WARNING)
     except (OSError, ValueError) as error:
@@ -107,13 +107,13 @@ def _start_ray() -> None:
 
 
 def job_error(error: Exception) -> JobError:
-    """The job's own error inside what Ray wrapped it in, or one that names the stage's."""
+    """The error of the job that Ray wrapped, or one that names the error of a worker."""
     cause = getattr(error, "cause", None) or error
     lines = str(cause).strip().split("\n")
     if isinstance(cause, ray.exceptions.ActorDiedError) and cause.actor_init_failed:
-        own = lines[-1].removeprefix(f"{JobError.__module__}.")  # of the traceback, all that Ray hands on
+        own = lines[-1].removeprefix(f"{JobError.__module__}.")  # Ray passes on the traceback as text
         return JobError(f"a worker failed: {own}" if own == lines[-1] else own.partition(": ")[2])
-    message = lines[0]  # behind it, Ray adds advice on its own settings
+    message = lines[0]  # the rest is Ray's advice on its settings
     if isinstance(cause, JobError):
         return type(cause)(message)
     return JobError(f"a worker failed: {type(cause).__name__}: {message}")

@@ -1,16 +1,17 @@
-"""Rows that end the process that works on them are found, and fail as any other row does.
+"""Isolates rows that crash the process that works on them: such a row fails, and no other.
 
-A worker that dies takes no row with it: Ray starts another, which works on the same rows again. A
-row that is itself the cause, by a crash in a library or by memory that runs out, would go on like
-that for ever. So a worker says which rows it begins and which it has done, and
+When a worker dies, Ray starts another and gives it the same rows again. If a row itself is the cause, by a crash in a
+library or by using up the memory, that would repeat for ever. So workers count their attempts in a place that outlives
+them:
 
-    begun together, and the worker died      they are begun again
-    that happened twice                      each is begun alone in its process
-    begun alone, and the worker died twice   the row has failed
+    a batch of rows was begun, and the worker died    the batch is begun again
+    that happened twice                               each row is begun alone in its process
+    a row was begun alone, and the worker died twice  the row has failed
 
-which finds the row and no other, after four workers at most. Reading goes on from row to row within a
-row group, so there is a row that no other behind it can be read past: where two rows that follow each
-other have failed, so have all that are left of their row group. This module knows nothing of Ray.
+This finds the row after at most four workers. A row group can only be read row by row, so a row that crashes its reader
+can make those behind it unreachable: after two such rows in succession, the rest of the row group fails too.
+
+This module knows nothing of Ray.
 """
 
 import threading
@@ -30,72 +31,74 @@ from qvl_batch.input.source import Unit
 from qvl_batch.rows import Row
 from qvl_batch.schema import Failure
 
+#: Attempts at a batch, and at a row alone.
 TOGETHER, ALONE = 2, 2
-#: Rows that follow each other and end their worker in reading: no row behind them is tried.
+#: Successive rows that crashed their reader, after which the rest of the row group is given up.
 IMPASSABLE = 2
+#: Stages in the counts of attempts: reading rows, and reading only ids and kept columns of rows that failed.
 READ, READ_IDS = "read", "read ids"
-ENDED = (
-    f"ended its worker {TOGETHER + ALONE} times, the last {ALONE} alone in it: "
+CRASHED = (
+    f"crashed its worker {TOGETHER + ALONE} times, the last {ALONE} times alone in it: "
     "memory ran out, or a library crashed or hung"
 )
-BEHIND = "is behind rows of its row group that ended their worker in reading: it cannot be read past them"
+UNREACHABLE = "is behind rows of its row group that crashed their reader, and cannot be read past them"
 
 
 class Attempts(Protocol):
-    """Where workers say what they begin. It must outlive them."""
+    """Counts attempts at rows. It must outlive the workers."""
 
     def begin(self, stage: str, rows: Sequence[Row]) -> bool:
-        """Whether rows may be begun together."""
+        """Count an attempt at a batch; False if there were `TOGETHER` already, and its rows are to be begun alone."""
 
     def begin_alone(self, stage: str, row: Row) -> bool:
-        """Whether a row may be begun; if not, it has failed."""
+        """Count an attempt at a row alone; False if there were `ALONE` already, and the row has failed."""
 
     def survived(self, stage: str, row: Row) -> None:
-        """A row that was begun alone did no harm."""
+        """A row that was begun alone did not crash its process: forget its attempts."""
 
     def done(self, stage: str, rows: Sequence[Row]) -> None:
-        """Rows need not be begun again."""
+        """The results of rows are handed on: forget their attempts."""
 
 
 class AttemptsInMemory:
-    """`Attempts` of the workers that share this object."""
+    """Counts in this object's memory."""
 
     def __init__(self) -> None:
         self._together: Counter[tuple[str, Row]] = Counter()
         self._alone: Counter[tuple[str, Row]] = Counter()
 
     def begin(self, stage: str, rows: Sequence[Row]) -> bool:
-        """Whether rows may be begun together; if so, they are."""
+        """As `Attempts.begin`."""
         if any(self._together[stage, row] >= TOGETHER for row in rows):
             return False
         self._together.update((stage, row) for row in rows)
         return True
 
     def begin_alone(self, stage: str, row: Row) -> bool:
-        """Whether a row may be begun; if so, it is."""
+        """As `Attempts.begin_alone`."""
         if self._alone[stage, row] >= ALONE:
             return False
         self._alone[stage, row] += 1
         return True
 
     def survived(self, stage: str, row: Row) -> None:
-        """Take back that a row was begun."""
+        """As `Attempts.survived`."""
         self._alone.pop((stage, row), None)
 
     def done(self, stage: str, rows: Sequence[Row]) -> None:
-        """Forget rows."""
+        """As `Attempts.done`."""
         for row in rows:
             self._together.pop((stage, row), None)
             self._alone.pop((stage, row), None)
 
 
 class Guarded:
-    """Work on tables whose rows may end this process. Threads may share it.
+    """A stage whose rows may crash this process; threads can share it.
 
     Args:
-        work: a stage; it leaves rows with a failure as they are.
-        stage: its name, as failures have it.
-        attempts: where to say what is begun.
+        work: the stage; it passes on rows that have a failure.
+        stage: its name in failures.
+        attempts: counts attempts at rows.
     """
 
     def __init__(self, work: Callable[[pa.Table], pa.Table], stage: str, attempts: Attempts) -> None:
@@ -103,7 +106,7 @@ class Guarded:
         self._calls = _Calls()
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        """Do the work."""
+        """Run the stage on a table, isolating rows that crash the process."""
         rows = places_of(table)
         with self._calls.together():
             if self._attempts.begin(self._stage, rows):
@@ -119,39 +122,39 @@ class Guarded:
                     self._attempts.survived(self._stage, row)
                 else:
                     results.append(self._work(self._failed(one)))
-        # Only now: if a later row ends this worker, another begins with the first one again.
+        # Only now: if a later row crashes this worker, the next one begins with the first row again.
         self._attempts.done(self._stage, rows)
         return pa.concat_tables(results)
 
     def _failed(self, table: pa.Table) -> pa.Table:
-        lost = WorkerLostError(f"this row {ENDED}", stage=self._stage)
+        lost = WorkerLostError(f"this row {CRASHED}", stage=self._stage)
         return with_columns(table.drop_columns(list(FAILURE)), failure_columns([Failure.of(lost)]))
 
 
 class Read(Protocol):
-    """How a unit is read in tables of at most so many rows, or why it is not."""
+    """Reads a unit in tables of at most `rows_per_table` rows; with `lost`, rows that fail for that reason."""
 
     def __call__(self, unit: Unit, rows_per_table: int, lost: Lost | None = None) -> Iterator[pa.Table]:
         """Read a unit."""
 
 
 class GuardedRead:
-    """Reading of units whose rows may end this process, which reads nothing else meanwhile.
+    """Reads units, isolating rows that crash the process. The process must not read anything else meanwhile.
 
-    Ray keeps the tables that it has of a task whose process died, and takes those that follow from the
-    next process: so in all of them a table has the same rows.
+    Ray keeps the tables that a task had returned when its process died, and takes the others from the next process. So
+    every attempt cuts rows into tables in the same way.
 
     Args:
         read: reads a unit.
-        rows_per_table: of the tables that come out, at most.
-        attempts: where to say what is begun.
+        rows_per_table: most rows of a table that is returned.
+        attempts: counts attempts at rows.
     """
 
     def __init__(self, read: Read, rows_per_table: int, attempts: Attempts) -> None:
         self._read, self._rows_per_table, self._attempts = read, rows_per_table, attempts
 
     def __call__(self, units: Sequence[Unit]) -> Iterator[pa.Table]:
-        """Read all units of a task."""
+        """Read the units of one task."""
         begun = [(unit.file_number, unit.spans[0][0]) for unit in units]
         if self._attempts.begin(READ, begun):
             for unit in units:
@@ -161,19 +164,19 @@ class GuardedRead:
                 for tables in self._row_by_row(unit):
                     yield pa.concat_tables(tables).combine_chunks()
                     begun += [row for table in tables for row in places_of(table)]
-        # Only now: if a later row ends this process, another begins with the first unit again.
+        # Only now: if a later row crashes this process, the next one begins with the first unit again.
         self._attempts.done(READ, begun)
         self._attempts.done(READ_IDS, begun)
 
     def _row_by_row(self, unit: Unit) -> Iterator[list[pa.Table]]:
-        """The rows that a table is to have, each as its own."""
+        """For each table that is to be returned, its rows as tables of one row."""
         reading: Iterator[pa.Table] | None = None
         lost = 0
         for rows in self._tables(unit):
             tables: list[pa.Table] = []
             for row in rows:
                 if lost == IMPASSABLE:
-                    reading = reading or self._failed(_part(unit, row), BEHIND)
+                    reading = reading or self._failed(_part(unit, row), UNREACHABLE)
                     tables.append(next(reading))
                 elif self._attempts.begin_alone(READ, (unit.file_number, row)):
                     reading = reading or self._read(_part(unit, row), 1)
@@ -181,19 +184,19 @@ class GuardedRead:
                     self._attempts.survived(READ, (unit.file_number, row))
                     lost = 0
                 else:
-                    tables += self._failed(_part(unit, row, row + 1), ENDED)
+                    tables += self._failed(_part(unit, row, row + 1), CRASHED)
                     reading = None
                     lost += 1
             yield tables
 
     def _tables(self, unit: Unit) -> Iterator[list[int]]:
-        """Rows of each table, were the unit read together."""
+        """Rows of each table, cut as where the unit is read as a whole."""
         for start, stop in unit.spans:
             for _, rows in groupby(range(start, stop), lambda row: (row - unit.first_row) // self._rows_per_table):
                 yield list(rows)
 
     def _failed(self, unit: Unit, why: str) -> Iterator[pa.Table]:
-        """Rows that have failed, each as a table, with their ids if to read those ends no worker."""
+        """Rows that have failed as tables of one row; with their ids, unless reading those crashes the process too."""
         first = (unit.file_number, unit.spans[0][0])
         known = self._attempts.begin_alone(READ_IDS, first)
         tables = self._read(unit, 1, Lost(WorkerLostError(why, stage=READ), known))
@@ -205,43 +208,43 @@ class GuardedRead:
 
 
 def _part(unit: Unit, first: int, end: int | None = None) -> Unit:
-    """The rows of a unit from one on, to before another."""
+    """The rows of a unit from `first` on, up to but without `end`."""
     rows = (range(max(start, first), stop if end is None else min(stop, end)) for start, stop in unit.spans)
     return replace(unit, spans=[(each.start, each.stop) for each in rows if each])
 
 
 class _Calls:
-    """Calls that go on together, or one that goes on alone."""
+    """Lets calls run at the same time, or one of them alone."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._going_on = 0
+        self._running = 0
         self._waiting = 0
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Enter once nothing goes on, or waits to go on, alone."""
+        """Enter once no call runs alone or waits to run alone."""
         with self._changed:
-            self._changed.wait_for(lambda: self._going_on >= 0 and not self._waiting)
-            self._going_on += 1
+            self._changed.wait_for(lambda: self._running >= 0 and not self._waiting)
+            self._running += 1
         try:
             yield
         finally:
             with self._changed:
-                self._going_on -= 1
+                self._running -= 1
                 self._changed.notify_all()
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Enter once nothing goes on."""
+        """Enter once no other call runs."""
         with self._changed:
             self._waiting += 1
-            self._changed.wait_for(lambda: self._going_on == 0)
+            self._changed.wait_for(lambda: self._running == 0)
             self._waiting -= 1
-            self._going_on = -1
+            self._running = -1
         try:
             yield
         finally:
             with self._changed:
-                self._going_on = 0
+                self._running = 0
                 self._changed.notify_all()

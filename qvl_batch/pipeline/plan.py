@@ -1,13 +1,15 @@
-"""How a job uses the machine: workers, threads, slots, and what each may claim of Ray's CPUs.
+"""How a job uses the machine: workers, threads, slots, and the Ray CPUs that each worker reserves.
 
-The rules, from measurements on two cores: the actors must leave Ray's tasks `FOR_TASKS` CPUs, or
-those that feed them wait for one another (with one CPU for them, a job of one large row group
-stood still for ten seconds before its first image); and more processes than cores only share
-them out thinner. A task that claims a whole CPU needs it on one node: so many are left for each
-node, and then, wherever Ray puts the actors, some node has them.
+The rules come from measurements on two cores:
 
-A decoder on a GPU has the card to itself, but for the vision tower if that is on a GPU too: then
-one actor does both, and what it does not hold is cache.
+- The actors leave `FOR_TASKS` CPUs of each node to Ray's tasks. With less, the tasks that feed the actors wait for each
+  other: with one CPU, a job of one large row group stalled for ten seconds before its first image. One task reserves a
+  whole CPU, which must be free on a single node; leaving `FOR_TASKS` on every node makes sure of that wherever Ray
+  places the actors.
+- More busy threads than cores do not make a job faster.
+
+A decoder on a GPU has the card to itself. If the vision tower runs on a GPU too, one actor runs both; slots take the
+memory that is left.
 """
 
 import math
@@ -27,34 +29,46 @@ from qvl_batch.pipeline.capacity import (
     slots_on_card,
 )
 
-#: Rows that travel together. Small, so that several batches are in the engine at once.
+#: Rows of a block. Small, so that several batches are in the engine at once.
 ROWS_PER_BLOCK = 8
-#: Part of the cores that the decoder gets; the vision graph does more of the work of a row. Both
-#: parts are rounded up: one thread too many costs less than a core that waits (5 % on two cores).
+#: Share of the cores for the decoder; the vision graph does more work per row. Both shares are rounded up: one thread
+#: too many costs less than an idle core (5 % on two cores).
 DECODER_SHARE = 0.4
 #: Images that a vision worker encodes at a time, one thread each: all of a block.
 VISION_THREADS = ROWS_PER_BLOCK
-#: CPUs that a reading or image-decoding task claims.
+#: Ray CPUs that a reading or image-decoding task reserves.
 TASK_CPUS = 0.25
-#: With one, cores wait from a batch's last image to the next one's first: 7 % of a job on two cores.
+#: Batches that a vision worker has at a time. With one, cores are idle between the last image of a batch and the first
+#: of the next: 7 % of a job on two cores.
 CALLS_PER_VISION_WORKER = 2
-#: One for the task that cuts blocks, which claims a whole CPU, and one each for reading and decoding.
+#: CPUs left to tasks: one for the task that cuts blocks, `TASK_CPUS` each for reading and for decoding images.
 FOR_TASKS = 1 + 2 * TASK_CPUS
-#: One task of a kind for so many CPUs. Each needs a process, whose start takes a CPU two seconds from
-#: the graphs; without a limit, six of them took a tenth of a job of one minute.
+#: CPUs per concurrent task of a stage. Each task needs a process, and starting one costs two CPU-seconds; without this
+#: limit, six of them took a tenth of a job of one minute.
 CPUS_PER_TASK = 4
-#: By default a decoder has at most so many slots: a step reads all weights for any number of rows, but beyond these
-#: the rows' own caches take longer.
+#: Most slots of a decoder by default. A decode step reads all weights once for any number of rows; beyond this number,
+#: reading the rows' KV caches takes longer than that.
 DEFAULT_SLOTS = 32
-#: On a GPU a step of so many rows still takes little more than its weights' way to the cores.
+#: The same on a GPU, where a step of this many rows takes little more time than reading the weights.
 DEFAULT_CUDA_SLOTS = 128
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Workers, threads each (of a vision worker: images at a time), Ray CPUs each, and slots of a decoder.
+    """Workers of each kind, their threads and Ray CPUs, and the slots of each decoder.
 
-    `card` is the GPU with the least memory of those that decoders run on.
+    Args:
+        vision_workers: actors of the vision stage.
+        vision_threads: images that each encodes at a time, one thread each.
+        vision_cpus: Ray CPUs that each reserves; 0 if the decoder's actors run the vision tower too.
+        decoder_workers: actors of the decoder stage.
+        decoder_threads: threads of each.
+        decoder_cpus: Ray CPUs that each reserves.
+        slots: rows that each answers at a time.
+        slot_bytes: KV cache of one slot.
+        slots_in_memory: slots that would fit into memory.
+        tasks_at_once: concurrent tasks of the reading and of the image-decoding stage.
+        card: the GPU with the least free memory of those that decoders run on, None on the CPU.
     """
 
     vision_workers: int
@@ -71,7 +85,7 @@ class Plan:
 
     @property
     def calls_per_decoder(self) -> int:
-        """Batches that a decoder works on at a time: enough to fill its slots and have some waiting."""
+        """Batches that a decoder has at a time: enough to fill its slots, and half as many rows waiting."""
         return math.ceil(1.5 * self.slots / ROWS_PER_BLOCK) + 1
 
     def bytes_in_flight(self, manifest: Manifest) -> float:
@@ -86,7 +100,7 @@ class Plan:
 
     @property
     def is_joined(self) -> bool:
-        """The decoder's actors run the vision tower too."""
+        """Whether the decoder's actors run the vision tower too."""
         return not self.vision_cpus
 
     @property
@@ -110,7 +124,7 @@ class Plan:
             )
         return (
             f"{'vision on the same GPU' if self.is_joined else vision}, {_count(self.decoder_workers, 'decoder')} of "
-            f"a GPU ({self.card}) and {slots} (beside weights and work, it holds {self.slots_in_memory:,}; "
+            f"a GPU ({self.card}) and {slots} (beside weights and activations, {self.slots_in_memory:,} fit; "
             f"by default at most {DEFAULT_CUDA_SLOTS})"
         )
 
@@ -125,15 +139,15 @@ def make_plan(
     """Plan a job.
 
     Args:
-        config: where it names workers or slots, they stand.
+        config: workers and slots that it names are taken as they are.
         manifest: of the bundle.
         nodes: CPUs of each node, at least 2 of one.
-        cards: GPUs, of which a decoder takes one each; none if it runs on the CPU.
-        vision_device: where the vision tower runs. On a GPU, that of a decoder.
+        cards: GPUs, one for each decoder; none if decoders run on the CPU.
+        vision_device: where the vision tower runs; on `cuda`, it shares the GPU of a decoder.
 
     Raises:
         ConfigError: more decoders or slots are asked for than the GPUs hold, or more workers than the CPUs.
-        DeviceError: the smallest GPU does not hold the model.
+        DeviceError: the model does not fit on the smallest GPU.
     """
     cpus, node_cpus = sum(nodes), max(nodes)
     joined = vision_device == "cuda"
@@ -146,7 +160,7 @@ def make_plan(
     vision = decoders if joined else config.vision_workers or math.ceil(for_vision / VISION_THREADS)
     vision_threads = CUDA_VISION_THREADS if joined else max(1, min(for_vision // vision, node_cpus))
     slots, in_memory = _slots(config, manifest, decoders, len(nodes), card, vision_too=joined)
-    # All actors together claim what is left of the CPUs, in proportion to their threads.
+    # All actors together reserve what is left of the CPUs, in proportion to their threads.
     left = sum(max(each - FOR_TASKS, 0) for each in nodes)
     per_thread = left / (decoders * decoder_threads + (0 if joined else vision * vision_threads))
     if not _floor(per_thread):
@@ -169,30 +183,30 @@ def make_plan(
 def _slots(
     config: CaptionConfig, manifest: Manifest, decoders: int, nodes: int, card: Card | None, *, vision_too: bool
 ) -> tuple[int, int]:
-    """Slots of a decoder, and how many its memory holds.
+    """Slots of a decoder, and how many fit into its memory.
 
     Raises:
-        ConfigError: more are asked for than the memory holds.
-        DeviceError: the card does not hold the model.
+        ConfigError: more are asked for than fit.
+        DeviceError: the model does not fit on the card.
     """
     if card is not None:
         held = slots_on_card(card, manifest, vision_too=vision_too)
         if config.slots and config.slots > held:
-            raise ConfigError(f"--slots {config.slots}: the GPU ({card}) holds {held} beside weights and work")
+            raise ConfigError(f"--slots {config.slots}: beside weights and activations, {held} fit on the GPU ({card})")
         return config.slots or min(DEFAULT_CUDA_SLOTS, held), held
     held = slots_in_memory(manifest, decoders)
     default = max(1, min(DEFAULT_SLOTS, held))
     size, memory = decoders * (config.slots or 0) * slot_bytes(manifest), machine_memory()
-    if nodes == 1 and size > memory:  # of other machines nothing is known
+    if nodes == 1 and size > memory:  # the memory of other nodes is not known here
         raise ConfigError(
-            f"--slots {config.slots}: their caches take {size / 1e9:,.1f} GB, and this machine has "
+            f"--slots {config.slots}: their KV caches take {size / 1e9:,.1f} GB, and this machine has "
             f"{memory / 1e9:,.1f} GB; by default there would be {default}"
         )
     return config.slots or default, held
 
 
 def _floor(cpus: float) -> float:
-    """As Ray counts, in 1/10,000, downwards, so that the sum stays within what there is."""
+    """Rounded down to Ray's unit of 1/10,000 CPU, so that the sum stays within what there is."""
     return math.floor(cpus * 10_000) / 10_000
 
 

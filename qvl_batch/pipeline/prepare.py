@@ -34,7 +34,7 @@ from qvl_batch.report.sample import sample_columns
 from qvl_batch.rows import Row
 from qvl_batch.schema import Failure
 
-#: Longest that an image may take; the largest takes 2.
+#: Longest time for one image in seconds; the largest takes 2.
 SECONDS = 120.0
 
 
@@ -45,9 +45,16 @@ def prepare(
     sample: frozenset[Row] = frozenset(),
     rules: ImageRules = DEFAULT_RULES,
 ) -> pa.Table:
-    """Decode and fit images: the column `IMAGE` becomes `PIXELS`, uint8 (size, size, 3) as bytes, and
-    `IMAGE_KEY`. An image that the table has several times is decoded once. Rows of the sample get what
-    is shown of them.
+    """Decode and fit images: the column `IMAGE` becomes `PIXELS`, uint8 (size, size, 3) as bytes, and `IMAGE_KEY`.
+
+    An image that occurs several times in the table is decoded once.
+
+    Args:
+        table: rows as they were read.
+        image_size: pixels a side.
+        fit: how an image that is not square becomes square.
+        sample: places of rows that also get `THUMBNAIL` and `ASKED`.
+        rules: which images are shown.
     """
     began = time.perf_counter()
     failures = failures_of(table)
@@ -73,13 +80,13 @@ def prepare(
 
 
 def prepare_guarded(table: pa.Table, attempts: Attempts, **options: Any) -> pa.Table:
-    """As `prepare`, of rows that may crash this process."""
+    """As `prepare`, isolating rows that crash the process."""
     return Guarded(partial(prepare, **options), "image", attempts)(table)
 
 
 @contextmanager
 def _watched() -> Iterator[None]:
-    """End this process if that takes too long: inside a library nothing else can, and `Guarded` finds the row."""
+    """Exit this process after `SECONDS`: nothing else can interrupt a C library. `Guarded` then finds the row."""
     with Path(os.devnull).open("w") as nowhere:
         faulthandler.dump_traceback_later(SECONDS, exit=True, file=nowhere)
         try:

@@ -32,7 +32,7 @@ def read_units(
         prompt: asked of every row in place of its prompt column.
         fetcher: reads images that are not in the file itself.
         rows_per_table: bound on the memory in use.
-        attempts: what is known of rows that crash their process.
+        attempts: counts attempts at rows.
     """
 
     def read(unit: Unit, rows_per_table: int, lost: Lost | None = None) -> Iterator[pa.Table]:
@@ -43,7 +43,7 @@ def read_units(
 
 
 def timed(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
-    """Add to each table the seconds that it took to produce, without those of whoever consumes it."""
+    """Add to each table the seconds that it took to produce, consumer time excluded."""
     clock, coming = Clock(), iter(tables)
     while True:
         with clock.running():

@@ -1,8 +1,9 @@
-"""The stages that run the graphs, as functions of Arrow tables: each lives in an actor.
+"""The stages that run the graphs, as functions of Arrow tables: an actor holds each.
 
-Tables have one row for each row of the input and the columns named in `source` and `prepare`;
-pixels and features are binary columns, read in place. A row that failed in one stage carries its
-failure through the others. Ray calls these; nothing here knows of Ray.
+What enters and leaves: tables with the columns of `columns.COLUMNS`. Pixels and features are binary columns, read
+without a copy. Rows that have failed keep their failure and are passed on.
+
+This module knows nothing of Ray.
 """
 
 import os
@@ -39,17 +40,22 @@ from qvl_batch.vision.features import ImageFeatures
 
 class VisionStage:
     """Runs the vision graph: the column `PIXELS` becomes `FEATURES`, float32 (T_img, D) as bytes.
-    `STARTED` is added, when that began in Unix seconds, and the vision worker's name.
 
-    Called by two threads at once, it has the next table's images at hand when the first one's end.
+    It can be called by several threads at once. With two, the images of the second table fill the threads that the
+    first no longer needs.
 
     Args:
         bundle: folder of the bundle.
         threads: images that are encoded at a time, each by one thread.
-        name: called once, names this worker.
-        cache: folder of kept features, and its largest size in gigabytes; None for none.
-        niceness: what this process adds to its own.
+        name: called once, returns the name of this worker.
+        cache: folder of the vision cache, and its largest size in gigabytes; None for no cache.
+        niceness: added to that of this process.
         device: where the graph runs.
+
+    Raises:
+        BundleError: the bundle cannot be loaded.
+        DeviceError: the device cannot be used, or computes the graph wrongly.
+        OutputError: the vision cache cannot be written.
     """
 
     def __init__(
@@ -94,9 +100,21 @@ class VisionStage:
 
 
 class DecoderStage:
-    """Answers prompts: `FEATURES` and `PROMPT` become the columns of `ANSWER_FIELDS`, and the decoder's name is added.
+    """Runs the decoder: `FEATURES` and `PROMPT` become the columns of `ANSWER_FIELDS`.
 
-    Called by several threads at once, it keeps all their rows in one engine.
+    It can be called by several threads at once; the rows of all are in one engine.
+
+    Args:
+        bundle: folder of the bundle.
+        slots: rows that are answered at a time.
+        threads: threads of one operator.
+        max_new_tokens: longest answer in tokens.
+        allow_repetition: keep answers that repeat one phrase until they are cut.
+        name: called once, returns the name of this worker.
+
+    Raises:
+        BundleError: the bundle cannot be loaded.
+        DeviceError: the device cannot be used, or computes the graph wrongly.
     """
 
     def __init__(
@@ -120,8 +138,8 @@ class DecoderStage:
             failure or np.frombuffer(value.as_buffer(), np.float32).reshape(self._shape)
             for value, failure in zip(table[FEATURES], failures_of(table), strict=True)
         ]
-        questions = list(map(EncodedRow, features, table[PROMPT].to_pylist(), table[IMAGE_KEY].to_pylist()))
-        answers = [answer.record() for answer in self._answerer.answer(questions, self._max_new_tokens)]
+        rows = list(map(EncodedRow, features, table[PROMPT].to_pylist(), table[IMAGE_KEY].to_pylist()))
+        answers = [answer.record() for answer in self._answerer.answer(rows, self._max_new_tokens)]
         columns = {f.name: pa.array([answer[f.name] for answer in answers], f.type) for f in ANSWER_FIELDS}
         columns[WORKERS["decoder"]] = array(WORKERS["decoder"], [self._name] * table.num_rows)
         for work, clock in self._answerer.clocks.items():
