@@ -209,11 +209,10 @@ def test_both_sides_read_a_prompt_alike(tiny_bundle, tiny_checkpoint):
         assert pytorch.input_ids(prompt) == side.layout.row_ids(prompt)
 
 
-def test_the_bundle_answers_all_questions_in_one_thread(tiny_bundle, demo):
+def test_the_bundle_answers_all_questions_in_one_thread(tiny_bundle, demo, monkeypatch):
     before = set(threading.enumerate())
-    side, threads = BundleSide(tiny_bundle, 2, 1024, layers=False), set()
-    step = side._decoder.step
-    side._decoder.step = lambda tokens: threads.add(threading.get_ident()) or step(tokens)
+    side, threads, step = BundleSide(tiny_bundle, 2, 1024, layers=False), set(), Decoder.step
+    monkeypatch.setattr(Decoder, "step", lambda *asked: threads.add(threading.get_ident()) or step(*asked))
     found = [side.answer([question(row) for row in demo[:3]]) for _ in range(2)]
     assert [trace.token_ids for trace in found[0]] == [trace.token_ids for trace in found[1]]
     (started,) = set(threading.enumerate()) - before

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import threading
 import time
 
 import numpy as np
@@ -70,10 +71,12 @@ def test_answers_are_written_in_time_when_no_other_comes(tmp_path, monkeypatch):
 
 def test_what_could_not_be_written_in_time_ends_the_job_at_the_next_answer(tmp_path, monkeypatch):
     monkeypatch.setattr("qvl_batch.output.writer.SECONDS_PER_FILE", 0.01)
+    before = set(threading.enumerate())
     with _open(tmp_path) as folder, AnswerWriter(folder.folder, SCHEMA) as writer:
         monkeypatch.setattr("qvl_batch.output.local_folder.os.fsync", _full)
         writer.add(_answers((0, 1)))
-        writer._keeper.join()
+        for thread in set(threading.enumerate()) - before:
+            thread.join()
         monkeypatch.undo()
         with pytest.raises(OutputError, match="No space left"):
             writer.add(_answers((0, 2)))

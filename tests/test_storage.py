@@ -110,12 +110,13 @@ def test_a_write_lists_locks_alone(address, monkeypatch):
     with _store(address).held():
         pass
     folder = _store(address)
-    monkeypatch.setattr(StoreFolder, "names", None)
-    folder._files.pipe_file(f"{folder._root}/{LOCK}-000007/of another program", b"")
-    with folder.held():
-        folder.write("a", b"")
-        folder.remove("a")
-    assert folder._locks() == [f"{LOCK}-000001"]
+    _Bytes().pipe_file(f"{address.removeprefix('memory:/')}/{LOCK}-000007/of another program", b"")
+    with monkeypatch.context() as patch:
+        patch.setattr(StoreFolder, "names", None)
+        with folder.held():
+            folder.write("a", b"")
+            folder.remove("a")
+    assert folder.names("*") == [f"{LOCK}-000001", f"{LOCK}-000007"]
 
 
 def test_a_lock_of_a_dead_job_does_not_block(address, caplog):

@@ -49,12 +49,12 @@ def test_a_damaged_file_is_taken_for_missing_and_replaced(damage, tmp_path):
 
 
 def test_the_folder_keeps_its_bound_and_what_was_used_last(tmp_path):
-    cache = VisionCache(tmp_path, GRAPH, SHAPE, 10**6)
+    cache, made = VisionCache(tmp_path, GRAPH, SHAPE, 10**6), []
     for key in range(10):
         cache.put(bytes([key]), _features(key))
-        os.utime(_files(tmp_path)[-1])
+        made += [path for path in _files(tmp_path) if path not in made]
     for age, key in enumerate((3, 7, 1)):
-        os.utime(cache._path(bytes([key])), (2e9 + age, 2e9 + age))
+        os.utime(made[key], (2e9 + age, 2e9 + age))
     size = _files(tmp_path)[0].stat().st_size
     VisionCache(tmp_path, GRAPH, SHAPE, 4 * size)
     assert sum(path.stat().st_size for path in _files(tmp_path)) <= 4 * size

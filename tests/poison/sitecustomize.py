@@ -17,6 +17,7 @@ def _die():
 
 
 def _poison_reader(module):
+    # The first that looks at one image; what is public looks at a whole table.
     image = module._bytes_or_location
 
     def poisoned(value):
