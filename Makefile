@@ -1,15 +1,15 @@
-# demo     export the tiny model and answer the demo questions through Ray Data
-# test     run the tests
-# test-long  run those that take minutes each
-# soak     kill random processes of a job 50 times, go on each time, and compare with an unbroken run
-# fuzz     decode 10,000 damaged images, each to pixels or to an error
+# demo       export the tiny model and answer the demo questions through Ray Data
+# test       run the tests
+# test-long  run the tests that take minutes each
+# soak       kill random processes of a job 50 times, resume each time, and compare with an uninterrupted run
+# fuzz       decode 10,000 damaged images, each to pixels or to an error
 # real-size  export a checkpoint of 3.75 G parameters, and trace larger ones (20 minutes, 25 GB of disk)
-# compare  compare the tiny bundle with its checkpoint in PyTorch, layer by layer
-# lint     ruff, mypy, and who may import whom
-# bench    measure engine and Ray job against transformers' generate on a made-up model (an hour)
-# openvino install OpenVINO GenAI beside, so that `bench` measures it too
-# train    train the tiny model anew (an hour or two)
-# Each installs what it needs into .venv first, once. ARGS='...' gives the script more options.
+# compare    compare the tiny bundle with its checkpoint in PyTorch, layer by layer
+# lint       ruff, mypy, and the rules for imports between modules
+# bench      measure engine and Ray job against transformers' generate on a made-up model (an hour)
+# openvino   install OpenVINO GenAI in its own environment, so that `bench` measures it too
+# train      train the tiny model again (an hour or two)
+# The first target installs everything into .venv. ARGS='...' passes more options to the script.
 
 PYTHON ?= python3
 VENV := .venv
@@ -23,7 +23,7 @@ COMPARISON := build/comparison
 BENCH := build/bench
 OPENVINO := build/openvino
 TRAINING := build/train
-# A file of tests at a time in each of two processes: what one test starts and what the next waits for share the cores.
+# Two processes, each with one file of tests at a time: while a test of one waits, the other uses the cores.
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-long soak fuzz real-size compare lint bench openvino train clean browser emulator
@@ -96,14 +96,14 @@ $(READY): pyproject.toml requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable '.[export,compare,dev]'
 	@touch $@
 
-# The tests of the comparison's page need Chromium; where it can't be installed they are skipped.
+# Tests of HTML pages need Chromium; where it can't be installed they are skipped.
 browser:
 	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || { \
 		apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
 		apt-get install -qq --no-install-recommends chromium chromium-driver fonts-dejavu-core; \
-	} >/dev/null 2>&1 || echo "Chromium can't be installed here (Debian, as root): tests of the page will be skipped"
+	} >/dev/null 2>&1 || echo "Chromium can't be installed here (Debian, as root): tests of pages will be skipped"
 
-# It shows bundles to processors that this machine's is not; where it can't be installed such tests are skipped.
+# Tests of other processors need qemu-user; where it can't be installed they are skipped.
 emulator:
 	@command -v qemu-x86_64 >/dev/null || { \
 		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends qemu-user; \

@@ -24,9 +24,9 @@ ADDED_TOKENS = (
     "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>",
     "<|repo_name|>", "<|file_sep|>",
 )  # fmt: skip
-#: From this one on they are not special: a decoder that skips special tokens still prints them.
+#: From this index on they are not special: decoding that skips special tokens keeps them.
 FIRST_ORDINARY = ADDED_TOKENS.index("<tool_call>")
-#: How Qwen2 cuts text before byte-pair encoding.
+#: Qwen2's pre-tokenization: how text is split before byte-pair encoding.
 PRETOKENIZE = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"

@@ -2,8 +2,8 @@
 
     python datasets/make_demo.py datasets/demo/questions.parquet [--rows 64] [--seed 7]
 
-Images come in the layout of Hugging Face datasets, struct<bytes, path>, in three formats, three
-modes and many sizes. The seed is none that training uses.
+Images have the layout of Hugging Face datasets, struct<bytes, path>, in three formats, three modes
+and many sizes. Training does not use this seed.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def _row(rng: np.random.Generator, index: int) -> dict[str, object]:
 
 
 def _scene_with(rng: np.random.Generator, kind: str, *, grey: bool) -> Scene:
-    """A scene that can be asked a question of this kind: a relation takes two shapes."""
+    """A scene that allows a question of this kind: a relation needs two shapes."""
     while True:
         scene = sample_scene(rng, grey=grey)
         if questions(scene)[kind]:

@@ -2,9 +2,9 @@
 
     python datasets/make_model.py OUTPUT [--shape bench]
 
-It has the layout of a real one, around the tiny checkpoint's tokenizer; its answers mean nothing.
-Weights are drawn from a seed, scaled so that states keep their size from layer to layer, and go to
-disk in bf16 a shard at a time, so that a large shape takes no more memory than a small one.
+It has the layout of a real one, with the tiny checkpoint's tokenizer; its answers mean nothing.
+Weights are random from a fixed seed, scaled so that states keep their magnitude from layer to layer,
+and written in bf16 a shard at a time, so that a large shape takes no more memory than a small one.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from export.weights import published_name, skeleton
 
 TINY = Path(__file__).parent / "tiny-qwen2.5-vl"
 SEED = 5
-#: Bytes of a file of weights, about.
+#: Approximate bytes of a file of weights.
 SHARD = 1 << 30
 #: Fields of `config.json` and of its `vision_config` that differ from the tiny checkpoint's.
 Shape = tuple[dict[str, Any], dict[str, Any]]
@@ -59,7 +59,7 @@ def _qwen(hidden: int, inner: int, layers: int, heads: int, kv_heads: int, vocab
 
 SHAPES: dict[str, Shape] = {
     "tiny": ({}, {}),
-    # 70 M parameters: large enough that matrix products, and not calls, take the time on a CPU.
+    # 70 M parameters: large enough that on a CPU matrix products take the time, not the calls of operators.
     "bench": (
         {
             "hidden_size": 512,
@@ -90,26 +90,27 @@ def make_model(output: Path, shape: str) -> int:
     """Write the checkpoint; returns its number of parameters."""
     model = write_config(output, shape)
     shards: list[dict[str, Tensor]] = [{}]
-    places: dict[str, int] = {}
+    shard_of: dict[str, int] = {}
     count = 0
-    for name, weight in _made_up(model):
+    for name, weight in _random_weights(model):
         if sum(tensor.nbytes for tensor in shards[-1].values()) + weight.nbytes > SHARD and shards[-1]:
             _save(output, shards[-1], len(shards))
             shards[-1] = {}
             shards.append({})
-        shards[-1][name], places[name] = weight, len(shards)
+        shards[-1][name], shard_of[name] = weight, len(shards)
         count += weight.numel()
     _save(output, shards[-1], len(shards))
     names = {number: f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)}
     for number, name in names.items():
         (output / _partial(number)).rename(output / name)
-    index = {"metadata": {"total_size": 2 * count}, "weight_map": {name: names[at] for name, at in places.items()}}
+    weight_map = {name: names[number] for name, number in shard_of.items()}
+    index = {"metadata": {"total_size": 2 * count}, "weight_map": weight_map}
     (output / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
     return count
 
 
 def write_config(output: Path, shape: str) -> Any:
-    """Write all but the weights; returns the model without them."""
+    """Write everything except the weights; returns the model without weights."""
     text, vision = SHAPES[shape]
     shutil.copytree(TINY, output, ignore=shutil.ignore_patterns("*.safetensors"))
     settings = json.loads((output / "config.json").read_text())
@@ -119,10 +120,10 @@ def write_config(output: Path, shape: str) -> Any:
     return skeleton(Qwen2_5_VLConfig.from_pretrained(output))
 
 
-def _made_up(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """Weights in bf16, by the names that files have them under."""
+def _random_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """Weights in bf16, by their names in files."""
     for name, parameter in model.named_parameters():
-        # By name, so that no weight depends on the others.
+        # Seeded by name, so that no weight depends on the others.
         generator = torch.Generator().manual_seed(SEED + zlib.crc32(name.encode()))
         weight = torch.empty(parameter.shape, dtype=torch.bfloat16)
         if parameter.ndim > 1:
@@ -130,7 +131,7 @@ def _made_up(model: Any) -> Iterator[tuple[str, Tensor]]:
         elif "bias" in name:
             weight.normal_(0, 0.02, generator=generator)
         else:
-            weight.fill_(1)  # a norm's
+            weight.fill_(1)  # of a norm
         yield published_name(name), weight
 
 

@@ -55,7 +55,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Scene:
-    """Shapes from left to right on a plain ground; `aspect` is width over height."""
+    """Shapes from left to right on a plain background; `aspect` is width over height."""
 
     shapes: tuple[Shape, ...]
     aspect: float
@@ -68,7 +68,7 @@ class Scene:
 
 
 def sample_scene(rng: np.random.Generator, *, grey: bool = False) -> Scene:
-    """Draw a scene; `grey` keeps to black, gray and white, which survive a greyscale file."""
+    """A random scene; `grey` uses only black, gray and white, which survive a greyscale file."""
     while True:
         aspect = float(np.exp(rng.uniform(np.log(0.65), np.log(1.55))))
         scene = Scene((), aspect, _background(rng, grey=grey))
@@ -81,12 +81,12 @@ def sample_scene(rng: np.random.Generator, *, grey: bool = False) -> Scene:
 def render(scene: Scene, longer_side: int, *, transparent: bool = False) -> Image.Image:
     """Draw `scene` so that its longer side has `longer_side` pixels.
 
-    Returns an RGB image, or an RGBA one without a ground if `transparent`.
+    Returns an RGB image, or an RGBA one without a background if `transparent`.
     """
     scale = longer_side * SUPERSAMPLE
     width, height = (max(1, round(side * longer_side)) for side in scene.extent)
-    mode, ground = ("RGBA", (0, 0, 0, 0)) if transparent else ("RGB", scene.background)
-    canvas = Image.new(mode, (width * SUPERSAMPLE, height * SUPERSAMPLE), ground)
+    mode, background = ("RGBA", (0, 0, 0, 0)) if transparent else ("RGB", scene.background)
+    canvas = Image.new(mode, (width * SUPERSAMPLE, height * SUPERSAMPLE), background)
     draw = ImageDraw.Draw(canvas)
     for shape in scene.shapes:
         _draw(draw, shape, scale)
@@ -116,7 +116,7 @@ def describe(scene: Scene) -> str:
 
 
 def questions(scene: Scene) -> dict[str, list[tuple[str, str]]]:
-    """Every question this scene can be asked, as `(prompt, answer)` pairs by kind of question."""
+    """Every question about this scene, as `(prompt, answer)` pairs by kind of question."""
     present = {shape.kind for shape in scene.shapes}
     pairs = [(a, b) for a in scene.shapes for b in scene.shapes if a is not b]
     return {
@@ -193,7 +193,7 @@ def _draw(draw: ImageDraw.ImageDraw, shape: Shape, scale: float) -> None:
 
 
 def _ring(x: float, y: float, radii: tuple[float, ...], points: int) -> list[tuple[float, float]]:
-    """Corners at equal angles from the top, their distances alternating through `radii`."""
+    """Corners at equal angles from the top, at distances that cycle through `radii`."""
     angles = [2 * math.pi * i / points - math.pi / 2 for i in range(points)]
     return [
         (x + radii[i % len(radii)] * math.cos(a), y + radii[i % len(radii)] * math.sin(a)) for i, a in enumerate(angles)

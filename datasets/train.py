@@ -2,17 +2,17 @@
 
     python datasets/train.py --work-dir /tmp/tiny --output datasets/tiny-qwen2.5-vl
 
-Two stages: long at 224 x 224 (64 image tokens, a ninth of the cost), then shorter at the
-672 x 672 that bundles use. Every step draws its scenes from `(SEED, step)`, and the state is
-saved every few minutes, so a run that was stopped goes on where it was and sees the same data.
+Two stages: a long one at 224 x 224 (64 image tokens, a ninth of the cost), then a shorter one at
+672 x 672, the size that bundles use. Every step draws its scenes from `(SEED, step)`, and the state is
+saved every few minutes, so a run that was stopped resumes where it was, with the same data.
 
-One row of a batch is one image followed by several questions with their answers. A mask keeps
-the questions from seeing each other, and each starts at the same position, so they are trained
-as if they were separate conversations while the image is paid for once.
+One row of a batch is one image followed by several questions with their answers. A mask keeps the
+questions from attending to each other, and all start at the same position, so they are trained like
+separate conversations, but the image is computed only once.
 
-The answers alone teach a vision tower this small very slowly what a star is (2,000 steps were
-not enough), so probes on its features also learn which kind, colour and size of shape each
-merged patch shows. What is left of what, and how many there are, is left to the answers.
+From answers alone, a vision tower this small learns shapes very slowly (2,000 steps were not enough
+for a star). So probes on its features also learn the kind, colour and size of the shape that each
+merged patch shows. Relations and counts are learned from the answers only.
 """
 
 import argparse
@@ -37,7 +37,7 @@ SEED = 20_250_127
 CHECKPOINT = Path(__file__).parent / "tiny-qwen2.5-vl"
 SAVE_EVERY_S = 120
 IGNORE = -100
-#: What the probes tell apart: kind, colour and size of the shape that a merged patch shows.
+#: Classes of the probes: kind, colour and size of the shape that a merged patch shows.
 PROBED = (SHAPES, (*COLORS, *GREYS), tuple(RADIUS))
 PROBE_WEIGHT = 0.5
 
@@ -63,7 +63,7 @@ def stages(steps_224: int, steps_672: int, images: int | None = None) -> list[St
 
 
 class Batches:
-    """Makes the training batch of a step from nothing but the step's number."""
+    """Generates the training batch of a step from the step's number alone."""
 
     def __init__(self, config: Qwen2_5_VLConfig, checkpoint: Path) -> None:
         self.config = config
@@ -90,7 +90,7 @@ class Batches:
         return batch | self._pack(rows, stage.image_size // 28)
 
     def _pack(self, rows: list[list[tuple[str, str]]], merged: int) -> dict[str, Tensor]:
-        """Lay out image and questions; segment 0 is what all questions see, -1 is padding."""
+        """Lay out image and questions; all questions attend to segment 0, and -1 is padding."""
         image = [self.config.image_token_id] * merged**2
         prefix = self.before + image + self.after_image
         start = len(self.before)
@@ -128,10 +128,10 @@ class Batches:
 
 
 class Probes(nn.Module):
-    """Classifiers of what a merged patch shows, by its likeness to words; class 0 is the ground.
+    """Linear classifiers of what a merged patch shows; class 0 is the background.
 
-    The weights of a class are the embedding of its word, so that what a patch shows and what a
-    question asks for lie in the same direction, and a word finds its patches by likeness.
+    The weights of a class are the embedding of its word, so that the features of a patch and the word in
+    a question point in the same direction, and attention from the word finds the patch.
     """
 
     def __init__(self, tokenizer: Any, hidden_size: int) -> None:
@@ -146,7 +146,7 @@ class Probes(nn.Module):
         """Cross-entropy of features (B * T_img, D) against classes (B, T_img, probes)."""
         features = features.float()
         shown = shown.view(-1, len(PROBED))
-        # Most patches are ground: weigh them down so that together they count as much as shapes.
+        # Most patches are background: their weight is low, so that together they count as much as shapes.
         weight = torch.where(shown[:, 0] > 0, 1.0, 0.05)
         losses = [
             (F.cross_entropy(logits, shown[:, i], reduction="none") * weight).sum()
@@ -191,10 +191,10 @@ def patchify(pixels: np.ndarray) -> Tensor:
 def loss_of(
     model: Qwen2_5_VLForConditionalGeneration, probes: Probes, batch: dict[str, Tensor], side: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Cross-entropy of answers, that of the probes, and the share of tokens predicted right.
+    """Cross-entropy of the answers, that of the probes, and the share of correctly predicted tokens.
 
-    Every answer counts alike, or the one long description would drown the short answers, whose
-    first token says everything.
+    Every answer has the same weight. Otherwise the long description would outweigh the short answers,
+    which are decided by their first token.
     """
     ids = batch["ids"]
     grid = torch.tensor([[1, side // 14, side // 14]] * len(ids))
@@ -253,9 +253,9 @@ def train(model: nn.Module, batches: Batches, plan: list[Stage], work_dir: Path)
 
 
 def batched_vision_attention(self, hidden_states, cu_seqlens, position_embeddings, **_):
-    """`Qwen2_5_VLVisionAttention.forward` for windows of equal length, all in one call.
+    """`Qwen2_5_VLVisionAttention.forward` for windows of equal length, as one batched call.
 
-    transformers loops over windows in Python; at 224 x 224 that is most of a training step.
+    transformers loops over windows in Python, which takes most of a training step at 224 x 224.
     """
     windows = cu_seqlens.numel() - 1
     qkv = self.qkv(hidden_states).view(windows, -1, 3, self.num_heads, self.head_dim)
@@ -268,8 +268,8 @@ def batched_vision_attention(self, hidden_states, cu_seqlens, position_embedding
 
 
 def _prefix_positions(start: int, merged: int, after: int) -> Tensor:
-    """M-RoPE positions (3, 1, start + merged**2 + after) of the text before, the image and
-    what follows it: Qwen2-VL, arXiv 2409.12191, section 2.1.
+    """M-RoPE positions (3, 1, start + merged**2 + after) of the text before the image, the image, and
+    the text after it: Qwen2-VL, arXiv 2409.12191, section 2.1.
     """
     before = torch.arange(start).expand(3, -1)
     row = torch.arange(merged).repeat_interleave(merged)
@@ -280,7 +280,7 @@ def _prefix_positions(start: int, merged: int, after: int) -> Tensor:
 
 
 def _pick(rng: np.random.Generator, by_kind: dict[str, list[tuple[str, str]]], count: int) -> list[tuple[str, str]]:
-    """The description, and `count - 1` others, each kind of question as likely as the next."""
+    """The description, and `count - 1` other questions; all kinds of question are equally likely."""
     others = [pairs for kind, pairs in by_kind.items() if kind != "describe" and pairs]
     chosen = [others[i] for i in rng.integers(len(others), size=count - 1)]
     return by_kind["describe"] + [pairs[rng.integers(len(pairs))] for pairs in chosen]
@@ -310,11 +310,11 @@ def _save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--work-dir", type=Path, required=True, help="training state is kept here")
-    parser.add_argument("--output", type=Path, help="write the checkpoint here when trained")
+    parser.add_argument("--work-dir", type=Path, required=True, help="folder for the state of the training")
+    parser.add_argument("--output", type=Path, help="folder for the trained checkpoint")
     parser.add_argument("--steps-224", type=int, default=3600)
     parser.add_argument("--steps-672", type=int, default=1400)
-    parser.add_argument("--images", type=int, help="images of a step, if not 32 and then 8")
+    parser.add_argument("--images", type=int, help="images per step in both stages, instead of 32 and 8")
     args = parser.parse_args()
     args.work_dir.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(SEED)

@@ -1,14 +1,14 @@
 """The layout contract's tokens, from a checkpoint's own chat template.
 
-What enters: a tokenizer of transformers. What leaves: the token ids that stand before the image,
-between image and prompt, and after the prompt.
+What enters: a `transformers` tokenizer. What leaves: the token ids before the image, between image
+and prompt, and after the prompt.
 """
 
 from typing import Any
 
 from qvl_batch.errors import ExportError
 
-#: Stands for the prompt while a chat template is taken apart.
+#: Placeholder for the prompt while the rendered template is split.
 _PROMPT_MARK = "qvl-batch-prompt-mark"
 
 
@@ -18,8 +18,8 @@ def chat_turn(
     """Token ids before the image, between image and prompt, and after the prompt.
 
     The tokenizer's own chat template is applied to one user turn, image first; a system turn is
-    added only if `system_prompt` is given. The prompt is tokenized apart from the rest, which
-    is exact because special tokens stand on both sides of it; that is checked here.
+    added only if `system_prompt` is given. The prompt is tokenized separately. That is exact because
+    there is a special token on each side of it, which is checked here.
 
     Args:
         tokenizer: a `transformers` tokenizer with a chat template.
@@ -27,7 +27,7 @@ def chat_turn(
         system_prompt: text of the system turn, or None for the template's own default.
 
     Raises:
-        ExportError: the template cannot be taken apart that way.
+        ExportError: the template cannot be split that way.
     """
     content = [{"type": "image"}, {"type": "text", "text": _PROMPT_MARK}]
     messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
@@ -35,21 +35,21 @@ def chat_turn(
         messages.insert(0, {"role": "system", "content": system_prompt})
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # a template is a program, and raises what it does
+    except Exception as error:  # a template is a program and can raise anything
         first_line = str(error).strip().split("\n")[0]
         raise ExportError(
-            f"the chat template takes no turn of an image and text: {type(error).__name__}: {first_line}"
+            f"the chat template fails on a turn of an image and text: {type(error).__name__}: {first_line}"
         ) from error
     image_token = tokenizer.convert_ids_to_tokens(image_token_id)
     if text.count(image_token) != 1 or text.count(_PROMPT_MARK) != 1:
         raise ExportError(
-            f"the chat template must give one {image_token} and the prompt once, image first; "
-            f"it gave {text.count(image_token)} and {text.count(_PROMPT_MARK)}"
+            f"the chat template must produce one {image_token} and then the prompt once; it produced the first "
+            f"{text.count(image_token)} times and the second {text.count(_PROMPT_MARK)} times"
         )
     head, _, rest = text.partition(image_token)
     bridge, mark, tail = rest.partition(_PROMPT_MARK)
     ids = [tuple(tokenizer(part, add_special_tokens=False).input_ids) for part in (head, bridge, tail)]
     added = set(tokenizer.added_tokens_decoder)
     if not mark or not ids[1] or not ids[2] or not {ids[1][-1], ids[2][0]} <= added:
-        raise ExportError("the chat template must put special tokens on both sides of the prompt")
+        raise ExportError("the chat template must put a special token on each side of the prompt")
     return ids[0], ids[1], ids[2]

@@ -1,7 +1,7 @@
-"""Reading a checkpoint, and refusing what the exported graphs could not be exact for.
+"""Reads a checkpoint, and refuses one that the exported graphs could not reproduce exactly.
 
-What enters: a directory in the layout that Hugging Face gives Qwen2.5-VL. What leaves: its weights,
-tokenizer, image processor and generation settings, and, if it is asked for, its whole model in fp32.
+What enters: a directory in Hugging Face's layout of Qwen2.5-VL. What leaves: its weights, tokenizer,
+image processor and generation settings and, on request, the whole model in fp32.
 """
 
 import json
@@ -21,17 +21,17 @@ from qvl_batch.bundle.manifest import CheckpointSource, Generation, combined_sha
 from qvl_batch.errors import ExportError
 
 MODEL_TYPE = "qwen2_5_vl"
-#: Copied into the bundle; those that a checkpoint lacks are left out.
-CARRIED = (
+#: Files copied into the bundle, as far as the checkpoint has them.
+COPIED = (
     "config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json", "tokenizer.json",
     "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
     "added_tokens.json", "chat_template.json", "chat_template.jinja",
 )  # fmt: skip
-#: Settings of `generate` under which greedy decoding is not the largest logit after the repetition penalty, unless
-#: they are 1.
-OFF_AT_ONE = ("num_beams", "num_beam_groups", "guidance_scale", "encoder_repetition_penalty")
-#: And such settings that are so whatever they are set to, but nothing and zero.
-OFF_AT_NOTHING = (
+#: Settings that make `generate` choose another token than the largest logit after the repetition penalty, unless they
+#: are 1 or unset.
+NEUTRAL_AT_ONE = ("num_beams", "num_beam_groups", "guidance_scale", "encoder_repetition_penalty")
+#: Settings that do so unless they are unset, zero or empty.
+NEUTRAL_IF_UNSET = (
     "min_new_tokens", "min_length", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids",
     "suppress_tokens", "begin_suppress_tokens", "sequence_bias", "constraints", "force_words_ids",
     "forced_bos_token_id", "forced_eos_token_id", "stop_strings", "exponential_decay_length_penalty",
@@ -51,12 +51,12 @@ class Checkpoint:
 
     @property
     def config(self) -> Any:
-        """Of the model."""
+        """The model's config."""
         return self.weights.skeleton.config
 
     @cached_property
     def model(self) -> Any:
-        """The whole of it in memory, in fp32 and in evaluation mode."""
+        """The whole model in memory, in fp32 and in evaluation mode."""
         model = Model.from_pretrained(
             self.path, config=self.config, dtype=torch.float32, attn_implementation="sdpa", local_files_only=True
         )
@@ -64,13 +64,13 @@ class Checkpoint:
 
     @property
     def source(self) -> CheckpointSource:
-        """What identifies it."""
+        """Name and hash that identify the checkpoint."""
         return checkpoint_source(self.path)
 
     @property
-    def carried(self) -> list[Path]:
-        """Files that a worker needs as they are."""
-        return _carried(self.path)
+    def copied_files(self) -> list[Path]:
+        """Files that go into the bundle unchanged, since the worker reads them."""
+        return _copied_files(self.path)
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -87,9 +87,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
     tokenizer = _load(path, "tokenizer", partial(AutoTokenizer.from_pretrained, trust_remote_code=False))
     tokenizer.chat_template = _processors_template(path) or tokenizer.chat_template
     if not tokenizer.chat_template:
-        raise ExportError(f"{path} has no chat template: take an instruction-tuned checkpoint")
+        raise ExportError(f"{path} has no chat template: use an instruction-tuned checkpoint")
     if tokenizer.clean_up_tokenization_spaces:
-        raise ExportError(f"{path}: tokenizer_config.json asks to clean up spaces of answers, which is not supported")
+        raise ExportError(f"{path}: tokenizer_config.json sets clean_up_tokenization_spaces, which is not supported")
     processor = _load(path, "image processor", Qwen2VLImageProcessorPil.from_pretrained)
     vision = config.vision_config
     if (processor.patch_size, processor.merge_size) != (vision.patch_size, vision.spatial_merge_size):
@@ -104,30 +104,31 @@ def checkpoint_source(path: Path) -> CheckpointSource:
         ExportError: there is no checkpoint.
     """
     path = path.resolve()
-    files = [*weight_files(path), *_carried(path)]
+    files = [*weight_files(path), *_copied_files(path)]
     return CheckpointSource(path.name, combined_sha256((f.name, file_sha256(f)) for f in files))
 
 
-def _carried(path: Path) -> list[Path]:
-    return [path / name for name in CARRIED if (path / name).is_file()]
+def _copied_files(path: Path) -> list[Path]:
+    return [path / name for name in COPIED if (path / name).is_file()]
 
 
 def _read_config(path: Path) -> Any:
     if not path.is_dir():
-        raise ExportError(f"{path} is no directory: give the folder of a Qwen2.5-VL checkpoint")
+        raise ExportError(f"{path} is not a directory: give the folder of a Qwen2.5-VL checkpoint")
     try:
         raw = json.loads((path / "config.json").read_text(encoding="utf-8"))
         model_type = raw.get("model_type")
     except (OSError, ValueError, AttributeError) as error:
-        raise ExportError(f"{path} is no checkpoint: config.json: {error}") from error
+        raise ExportError(f"{path} is not a checkpoint: config.json: {error}") from error
     if model_type != MODEL_TYPE:
         raise ExportError(f"{path} is a {model_type} checkpoint; only {MODEL_TYPE} is supported")
     for part in (raw, raw.get("text_config") or {}):
         for key in ("quantization_config", "compression_config"):
             if part.get(key):
-                method = part[key].get("quant_method", "in some way") if isinstance(part[key], dict) else part[key]
+                method = part[key].get("quant_method", "unknown method") if isinstance(part[key], dict) else part[key]
                 raise ExportError(
-                    f"{path} is quantized ({method}): export the checkpoint that it was made from, and see --dtype"
+                    f"{path} is quantized ({method}): export the checkpoint that it was made from, with --dtype for "
+                    "a reduced precision"
                 )
     if (path / "adapter_config.json").exists():
         raise ExportError(f"{path} holds an adapter (adapter_config.json): merge it into the weights first")
@@ -149,13 +150,13 @@ def _read_config(path: Path) -> Any:
 def _load(path: Path, what: str, load: Any) -> Any:
     try:
         return load(path, local_files_only=True)
-    except Exception as error:  # transformers raises whatever its parsing met
+    except Exception as error:  # transformers raises errors of many types
         first_line = str(error).strip().split("\n")[0]
         raise ExportError(f"{path}: the {what} cannot be loaded: {first_line}") from error
 
 
 def _processors_template(path: Path) -> str | None:
-    """The chat template of the processor, where it has a file of its own, which the tokenizer does not read."""
+    """The processor's own chat template, None if it has no file. The tokenizer does not read that file."""
     file = path / "chat_template.json"
     if not file.is_file() or (path / "chat_template.jinja").is_file():
         return None
@@ -167,21 +168,21 @@ def _processors_template(path: Path) -> str | None:
 
 def _generation(path: Path, tokenizer: Any) -> Generation:
     read = GenerationConfig.from_pretrained
-    if not (path / "generation_config.json").is_file():  # the model's own may hold settings, as it used to
+    if not (path / "generation_config.json").is_file():  # older checkpoints keep these settings in config.json
         read = partial(read, config_file_name="config.json", _from_model_config=True)
     settings = _load(path, "generation config", read)
-    for name in (*OFF_AT_ONE, *OFF_AT_NOTHING):
+    for name in (*NEUTRAL_AT_ONE, *NEUTRAL_IF_UNSET):
         value = getattr(settings, name, None)
-        if value and not (name in OFF_AT_ONE and value == 1):
+        if value and not (name in NEUTRAL_AT_ONE and value == 1):
             raise ExportError(
-                f"{path}: the generation config sets {name} to {value}, and answers are decoded greedily, with "
-                "a repetition penalty alone: take it out to export without it"
+                f"{path}: the generation config sets {name} to {value}; only greedy decoding with a repetition "
+                "penalty is supported: remove the setting to export without it"
             )
     eos = settings.eos_token_id
     if eos is None:
         eos = tokenizer.eos_token_id
     if eos is None or eos == []:
-        raise ExportError(f"{path} names no token that ends an answer: set eos_token_id in generation_config.json")
+        raise ExportError(f"{path} has no end token: set eos_token_id in generation_config.json")
     eos_ids = tuple(eos) if isinstance(eos, list | tuple) else (eos,)
     pad = settings.pad_token_id if settings.pad_token_id is not None else tokenizer.pad_token_id
     return Generation(

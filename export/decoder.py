@@ -1,21 +1,20 @@
 """The language model as two graphs over one set of weights.
 
 `CachedDecoder` is what the worker runs, for prefill and for every decode step: fused operators,
-a KV cache that the caller owns, logits of each row's last valid token only. No value that follows
-from a shape meets a tensor's values in it: on a GPU each such meeting would be a copy between host
-and device, and a graph with one cannot be captured.
+a KV cache that the caller owns, logits of each row's last valid token only. No operator combines a
+value computed from a shape with a tensor's values: shapes are on the host, so on a GPU that would be
+a copy between host and device, and a graph with such a copy cannot be captured.
 
-`FullDecoder` is the plain contract: token ids, mask and image embeddings in, all logits out,
-standard operators alone, M-RoPE positions derived inside. Quantization tools calibrate on it and
-parity is argued from it.
+`FullDecoder` is the plain form: token ids, mask and image embeddings in, all logits out, standard
+operators only, M-RoPE positions derived inside. Quantization tools calibrate on it, and the parity
+gate compares its logits.
 
-B rows, S tokens, D hidden size, V vocabulary, L_max tokens a row's cache holds. In both,
-`image_embeds` (B, S, D) takes the place of a token's embedding at the image's tokens, and is
-ignored elsewhere.
+B rows, S tokens, D hidden size, V vocabulary, L_max tokens in a row's cache. In both, `image_embeds`
+(B, S, D) replaces a token's embedding at the image's tokens, and is ignored elsewhere.
 
-The residual stream may be kept in a larger unit, a power of two: whoever adds to it adds so much
-less, and its norms, which see directions only, take the difference back out of their epsilon. So
-the same numbers come out, and updates in fp16 have so much more room before they overflow.
+The residual stream can be divided by a unit, a power of two: every update is divided by it, and the
+norms, which depend only on direction, divide their epsilon by its square. The results are the same,
+and updates in fp16 have that much more range before they overflow.
 
 This module knows nothing of tokenizers or of files.
 """
@@ -39,17 +38,17 @@ class DecoderWeights(nn.Module):
 
     Args:
         model: `Qwen2_5_VLForConditionalGeneration`.
-        dtype: what their products will be in. In a half, one product makes queries, keys and values.
+        dtype: of their matrix products. In half precision, queries, keys and values come from one product.
     """
 
     def __init__(self, model: Any, dtype: Dtype = "fp32") -> None:
         super().__init__()
         text = model.model.language_model
-        self.unit, self.joined = stream_unit(dtype), dtype in HALVES
+        self.unit, self.has_fused_qkv = stream_unit(dtype), dtype in HALVES
         self.embed = text.embed_tokens.weight
         self.stack = nn.ModuleList(Layer(layer, dtype) for layer in text.layers)
         self.norm = text.norm.weight
-        # A tied head stays tied: one initializer, read by the Gather and by the last product.
+        # A tied head stays tied: one initializer, read by the Gather and by the last Gemm.
         self.head = model.lm_head.weight
 
     @property
@@ -58,12 +57,12 @@ class DecoderWeights(nn.Module):
         return cast("list[Layer]", self.stack)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(N, D) to (N, V), a Gemm that takes the weight as it lies, (V, D)."""
+        """(N, D) to (N, V): a Gemm on the weight as it is stored, (V, D)."""
         return F.linear(hidden, self.head)
 
 
 class Layer(nn.Module):
-    """Weights of one decoder layer, whose products will be in `dtype`."""
+    """Weights of one decoder layer, with matrix products in `dtype`."""
 
     def __init__(self, layer: Any, dtype: Dtype = "fp32") -> None:
         super().__init__()
@@ -76,7 +75,7 @@ class Layer(nn.Module):
 
 
 class _Decoder(nn.Module):
-    """What the two graphs have in common: embedding, sizes, rotary tables."""
+    """Base of the two graphs: embedding, sizes, rotary tables."""
 
     inv_freq: Tensor
     axis: Tensor
@@ -99,11 +98,11 @@ class _Decoder(nn.Module):
     def _rotary_tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """M-RoPE (3, ...) to cosines and sines, each (..., head_dim / 2).
 
-        Frequency i turns by the position along the axis (time, row, column) whose section it
-        falls in: Qwen2-VL, arXiv 2409.12191, section 2.1.
+        Frequency i is multiplied by the position along the axis (time, row, column) of the section that
+        i is in: Qwen2-VL, arXiv 2409.12191, section 2.1.
         """
-        turns = positions.float().index_select(0, self.axis).movedim(0, -1) * self.inv_freq
-        return turns.cos(), turns.sin()
+        angles = positions.float().index_select(0, self.axis).movedim(0, -1) * self.inv_freq
+        return angles.cos(), angles.sin()
 
 
 class CachedDecoder(_Decoder):
@@ -112,10 +111,10 @@ class CachedDecoder(_Decoder):
     Args:
         weights: of both graphs.
         model: `Qwen2_5_VLForConditionalGeneration`.
-        layout: where the image stands in every row, from which positions follow.
-        standard_attention: over the cache in standard operators, for a device whose fused operator has
-            no kernel in fp32.
-        penalty: repetition penalty; of 1, the graph has nothing of it.
+        layout: where the image is in every row, which determines the positions.
+        standard_attention: attention over the cache in standard operators, for a device whose fused operator
+            has no fp32 kernel.
+        penalty: repetition penalty; 1 leaves it out of the graph.
     """
 
     cos: Tensor
@@ -154,10 +153,10 @@ class CachedDecoder(_Decoder):
 
         Args:
             input_ids: int64 (B, S).
-            cache_position: int64 (B, S), each token's place in its row, from 0; rotary positions follow
-                from it, and which tokens are the image's.
+            cache_position: int64 (B, S), each token's index in its row, from 0; it determines the rotary
+                positions and which tokens are the image's.
             image_embeds: (B, S, D).
-            seqlens_k: int32 (B,), valid tokens of each row after this call, less one.
+            seqlens_k: int32 (B,), valid tokens of each row after this call, minus one.
             total_sequence_length: int32 scalar, the largest number of valid tokens.
             past: key and value of layer 0, of layer 1, ..., each (B, kv_heads, L_max, head_dim).
             seen: bool (B, V), tokens that each row held before this call, where there is a penalty.
@@ -165,8 +164,8 @@ class CachedDecoder(_Decoder):
         Returns:
             `next_token` int64 (B,), the argmax at each row's last valid token, after the penalty, or -1
             where a logit or a hidden state of the row is not finite; `logits` (B, V) there, before the
-            penalty; then the present keys and values in the order of `past`, and tokens seen by then.
-            After the last layer's attention only that last token goes on.
+            penalty; then the present keys and values in the order of `past`, and the tokens seen so far.
+            After the last layer's attention only that last token is computed.
         """
         is_image = (cache_position >= self.image.start) & (cache_position < self.image.stop)
         end = seqlens_k.long()
@@ -176,17 +175,13 @@ class CachedDecoder(_Decoder):
         present: list[Tensor] = []
         normed = rms_norm(hidden, layers[0].norm1, self.eps)
         for index, layer in enumerate(layers):
-            q, k, v = self._queries_keys_values(layer, normed, cache_position)
             cache = (past[2 * index], past[2 * index + 1])
-            heads = (self.heads, self.kv_heads)
-            if self.standard_attention:
-                update, cache = self._attend(q, k, v, cache, cache_position)
-            else:
-                update, cache = group_query_attention(q, k, v, cache, seqlens_k, total_sequence_length, heads)
+            q, k, v = self._queries_keys_values(layer, normed, cache_position)
+            update, cache = self._attention(q, k, v, cache, cache_position, seqlens_k, total_sequence_length)
             present += cache
             if index == len(layers) - 1:
-                # Rounding to integers can hide what is not finite from the logits, but not from here. What comes
-                # of padding is nobody's business.
+                # Quantization to integers can hide values that are not finite from the logits, but not from the
+                # hidden states. Those of padding are ignored.
                 states = torch.where(is_valid[..., None], hidden, 0.0).mean((1, 2))
                 last = end - cache_position[:, 0]
                 update, hidden = _at(update, last), _at(hidden, last)
@@ -194,7 +189,7 @@ class CachedDecoder(_Decoder):
             following = layers[index + 1].norm1 if index + 1 < len(layers) else self.weights.norm
             normed, hidden = skip_rms_norm(layer.mlp(normed), hidden, following, self.eps)
         logits = self.weights.logits(normed[:, 0])
-        # A mean is finite if all are; argmax gives a token among NaNs too.
+        # A mean is not finite if any value is not. argmax returns a token even among NaNs.
         is_finite = (states + logits.mean(-1)).abs() < math.inf
         scores = logits
         if seen is not None:
@@ -206,7 +201,7 @@ class CachedDecoder(_Decoder):
     def _queries_keys_values(self, layer: Layer, normed: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Each (B, S, heads * head_dim), queries and keys rotated by `rows` of the tables."""
         queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        if self.weights.joined:
+        if self.weights.has_fused_qkv:
             both, v = torch.split(layer.qkv(normed), [queries + keys, keys], dim=-1)
             rotated = rotary_embedding(both, rows, self.cos, self.sin, self.heads + self.kv_heads)
             q, k = torch.split(rotated, [queries, keys], dim=-1)
@@ -216,7 +211,7 @@ class CachedDecoder(_Decoder):
         return q, rotary_embedding(k, rows, self.cos, self.sin, self.kv_heads), v
 
     def _seen(self, seen: Tensor, input_ids: Tensor, is_valid: Tensor) -> Tensor:
-        """Tokens seen (B, V) with those of this call: what makes a token less likely, prompt included.
+        """Tokens seen (B, V) including those of this call, prompt and answer alike; the penalty applies to them.
 
         A logit becomes `logit / penalty` if positive, else `logit * penalty`: Keskar et al. 2019,
         arXiv 1909.05858, section 4.1, as transformers' `RepetitionPenaltyLogitsProcessor` has it.
@@ -224,10 +219,26 @@ class CachedDecoder(_Decoder):
         ids = torch.where(is_valid, input_ids, input_ids[:, :1])
         return seen.scatter(1, ids, ids >= 0)
 
+    def _attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cache: tuple[Tensor, Tensor],
+        cache_position: Tensor,
+        seqlens_k: Tensor,
+        total_sequence_length: Tensor,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Attention over the cache and the new tokens, and the cache with these appended."""
+        if self.standard_attention:
+            return self._attend(q, k, v, cache, cache_position)
+        heads = (self.heads, self.kv_heads)
+        return group_query_attention(q, k, v, cache, seqlens_k, total_sequence_length, heads)
+
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, cache: tuple[Tensor, Tensor], cache_position: Tensor
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """What `group_query_attention` does, in standard operators."""
+        """The same as `group_query_attention`, in standard operators."""
         first, last = cache_position[:, :1], cache_position[:, -1:]
         is_new = (self.columns >= first) & (self.columns <= last)
         source = torch.minimum(torch.maximum(self.columns - first, torch.tensor(0)), last - first)
@@ -239,7 +250,7 @@ class CachedDecoder(_Decoder):
 
         key, value = appended(k, cache[0]), appended(v, cache[1])
         visible = self.columns <= cache_position[..., None]
-        # What an earlier row left behind is masked, but may not be a number.
+        # Values that an earlier row left in the cache are masked, but can be NaN.
         written = torch.where((self.columns <= last)[:, None, :, None], value, 0.0)
         attended = attend(self._by_heads(q, self.heads), key, written, visible[:, None])
         return attended.transpose(1, 2).reshape(q.shape), (key, value)
@@ -275,11 +286,11 @@ class FullDecoder(_Decoder):
         return self.weights.logits(normed.reshape(batch * length, -1)).reshape(batch, length, -1)
 
     def _image_and_positions(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Where the image is (B, S), and M-RoPE positions (3, B, S), of rows with at most one.
+        """Mask of the image's tokens (B, S), and M-RoPE positions (3, B, S), of rows with at most one image.
 
-        Rows may be padded on either side. Image tokens beyond the first side**2 are text. Text
-        counts on by one; the k-th merged patch of an image that starts at p stands at
-        (p, p + k / side, p + k % side); text after the image goes on at p + side.
+        Rows may be padded on either side. Image tokens beyond the first side**2 are text. Positions of
+        text increase by one; merged patch k of an image that starts at p has the position
+        (p, p + k / side, p + k % side); text after the image continues at p + side.
         """
         side = self.merged_side
         is_image = input_ids == self.image_token_id
@@ -296,7 +307,7 @@ class FullDecoder(_Decoder):
 def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
     """Grouped-query attention of (B, heads, S, head_dim) over (B, kv_heads, L, head_dim), softmax in fp32.
 
-    `visible` bool (B, 1, S, L) says which keys each query sees.
+    `visible` bool (B, 1, S, L): the keys that each query attends to.
     """
     batch, heads, length, head_dim = q.shape
     q = q.reshape(batch, k.shape[1], -1, length, head_dim)
@@ -307,10 +318,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
 
 
 def mrope_positions(layout: Layout) -> Tensor:
-    """M-RoPE positions int64 (3, S) of any row, since the image stands at P in all of them.
+    """M-RoPE positions int64 (3, S), the same for every row, since the image starts at P in all of them.
 
-    Text counts on by one along all three axes. Merged patch k of the image stands at time P,
-    row P + k / side, column P + k % side. Text after it goes on at P + side.
+    Positions of text increase by one along all three axes. Merged patch k of the image is at time P,
+    row P + k / side, column P + k % side. Text after it continues at P + side.
 
     Qwen2-VL, arXiv 2409.12191, section 2.1.
     """
@@ -324,7 +335,7 @@ def mrope_positions(layout: Layout) -> Tensor:
 
 
 def _axis_of_frequency(mrope_section: list[int]) -> Tensor:
-    """int64 (head_dim / 2,): 0, 1 or 2, the axis that each rotary frequency follows."""
+    """int64 (head_dim / 2,): 0, 1 or 2, the axis of each rotary frequency."""
     return torch.cat([torch.full((n,), i % 3) for i, n in enumerate(mrope_section)])
 
 

@@ -1,7 +1,7 @@
-"""From a model in memory to three ONNX files and two weight files.
+"""Traces a checkpoint's model, and writes three ONNX files and two weight files.
 
-What enters: the weights and the layout contract. What leaves, in one directory: `vision.onnx`,
-`decoder.onnx` and, in fp32, `decoder_full.onnx`, of which the last two read one weight file.
+What enters: the checkpoint's weights and the layout contract. What leaves, in one directory: `vision.onnx`,
+`decoder.onnx` and, in fp32, `decoder_full.onnx`; the last two share one weight file.
 """
 
 import contextlib
@@ -32,12 +32,12 @@ from qvl_batch.config import Device
 from qvl_batch.errors import ExportError
 
 OPSET = 21
-#: Initializers smaller than this stay in the graph, where shape inference can read them.
+#: Initializers smaller than this many bytes stay in the graph, where shape inference can read them.
 EXTERNAL_BYTES = 1024
-#: Of a tensor in its file, so that it can be mapped into memory.
+#: Alignment in bytes of each tensor in the weight file, so that it can be memory-mapped.
 ALIGNMENT = 4096
-#: Sizes of the example that the decoders are traced with: no two equal, none 0 or 1, which a
-#: trace would take for constants.
+#: Batch and tokens of the example input that the decoders are traced with. They differ from each other and from
+#: 0 and 1: the tracer would make such dimensions constant.
 TRACE_ROWS, TRACE_TOKENS = 3, 7
 _LAYERS = {
     r"patch_embed": "patch embedding",
@@ -50,8 +50,8 @@ _LAYERS = {
 
 @dataclass(frozen=True, slots=True)
 class Precision:
-    """Element types of the products of each tower, layers (see `layer_names`) that stay in fp32, and what
-    the decoder is for.
+    """Precision of each tower's matrix products, layers that stay in fp32 (see `layer_names`), and the device that
+    the decoder is made for.
     """
 
     decoder: Dtype = "fp32"
@@ -61,24 +61,24 @@ class Precision:
 
     @property
     def has_full(self) -> bool:
-        """The plain contract graph is there too, which shares its weights with a decoder in fp32."""
+        """Whether there is a `decoder_full.onnx` too; it shares the weights of a decoder in fp32."""
         return self.decoder == "fp32"
 
 
 def layer_names(config: Any) -> list[str]:
-    """Names of the parts that hold products, as a comparison's layer plot has them."""
+    """Names of the layers with matrix products, as in a comparison's layer plot."""
     names = part_names(config.vision_config.depth, config.text_config.num_hidden_layers)
     return [name for name in names if name != "embedding"]
 
 
 class Traces:
-    """Graphs as they were traced, each once: one follows from a model's config and from options, not from weights."""
+    """A cache of traced graphs. A graph depends on the model's config and on options, not on weights."""
 
     def __init__(self) -> None:
         self._traced: dict[str, ir.Model] = {}
 
     def once(self, trace: Callable[..., ir.Model], model: Any, *options: object) -> ir.Model:
-        """What `trace(model, *options)` gives, for the caller to change."""
+        """The result of `trace(model, *options)`, traced once; a copy that the caller may change."""
         key = repr((trace.__name__, model.config.to_json_string(), options))
         if key not in self._traced:
             self._traced[key] = trace(model, *options)
@@ -113,7 +113,7 @@ def export_decoders(
     progress: Progress,
     traces: Traces,
 ) -> None:
-    """Write `decoder.onnx`, and `decoder_full.onnx` in fp32, and the weights of both once."""
+    """Write `decoder.onnx`, in fp32 also `decoder_full.onnx`, and one file with the weights of both."""
     with progress.step("decoder graphs" if precision.has_full else "decoder graph"):
         dtype, model = _traced_as(precision.decoder), weights.skeleton
         graphs = {DECODER: traces.once(trace_decoder, model, layout, dtype, precision.device, penalty)}
@@ -128,14 +128,14 @@ def export_decoders(
 
 
 def trace_vision(model: Any, layout: Layout, mean: list[float], std: list[float], dtype: Dtype) -> ir.Model:
-    """The vision graph in fp32, ready for `dtype`; without weights if the model has none."""
+    """The vision graph in fp32, structured for `dtype`; without weights if the model has none."""
     tower = VisionTower(model.model.visual, layout.image_size, mean, std, dtype)
     pixels = torch.zeros((2, layout.image_size, layout.image_size, 3), dtype=torch.uint8)
     return _trace(tower, (pixels,), ["pixels"], ["image_features"], ({0: "B"},))
 
 
 def trace_decoder(model: Any, layout: Layout, dtype: Dtype, device: Device, penalty: float = 1.0) -> ir.Model:
-    """The decoder in fp32, ready for `dtype`, with a repetition penalty; without weights if the model has none."""
+    """The decoder graph in fp32, structured for `dtype` and `device`; without weights if the model has none."""
     standard = device == "cuda" and dtype == "fp32"
     weights = DecoderWeights(model, dtype)
     decoder = CachedDecoder(weights, model, layout, standard_attention=standard, penalty=penalty)
@@ -173,7 +173,7 @@ def trace_decoder(model: Any, layout: Layout, dtype: Dtype, device: Device, pena
 
 
 def trace_full_decoder(model: Any, layout: Layout) -> ir.Model:
-    """The full decoder, without weights if the model has none."""
+    """The full decoder graph; without weights if the model has none."""
     decoder = FullDecoder(DecoderWeights(model), model, layout.side)
     shape = (TRACE_ROWS, TRACE_TOKENS)
     ids = torch.zeros(shape, dtype=torch.int64)
@@ -183,13 +183,13 @@ def trace_full_decoder(model: Any, layout: Layout) -> ir.Model:
 
 
 def _reduce(graph: ir.Model, dtype: Dtype, keep: tuple[str, ...]) -> None:
-    """Bring a graph from fp32 to another type."""
+    """Convert an fp32 graph to `dtype`, in place."""
     quantize(graph, dtype, _layer_of, keep)
     to_half(graph, dtype, _layer_of, keep)
 
 
 def _traced_as(dtype: Dtype) -> Dtype:
-    """What a graph is traced for; from fp32 it can be quantized."""
+    """The dtype to trace for: integer graphs are quantized from the one in fp32."""
     return dtype if dtype in HALVES else "fp32"
 
 
@@ -238,7 +238,7 @@ def _trace(
         )
     assert program is not None
     model: ir.Model = program.model
-    # The trace leaves every node with the Python stack it came from: paths of this machine.
+    # The tracer attaches the Python stack to every node, with paths of this machine.
     for node in model.graph.all_nodes():
         node.metadata_props.clear()
         for value in node.outputs:
@@ -251,7 +251,7 @@ def _trace(
 
 
 def _write(graphs: dict[str, ir.Model], out: Path, update: Update) -> None:
-    """Write graphs that share their large initializers, and those into one file beside them."""
+    """Write graphs, and one file beside them with their large initializers, which they share by name."""
     tensors: dict[str, ir.TensorProtocol] = {}
     for name, graph in graphs.items():
         for value in graph.graph.initializers.values():
@@ -259,7 +259,7 @@ def _write(graphs: dict[str, ir.Model], out: Path, update: Update) -> None:
                 continue
             known = tensors.setdefault(str(value.name), value.const_value)
             if known is not value.const_value and not _same(known, value.const_value):
-                raise ExportError(f"{name}: initializer {value.name} is not the other graph's")
+                raise ExportError(f"{name}: initializer {value.name} differs from the other graph's")
     by_name = _write_tensors(tensors, out / f"{next(iter(graphs))}.data", update)
     for name, graph in graphs.items():
         for value in graph.graph.initializers.values():
@@ -269,7 +269,7 @@ def _write(graphs: dict[str, ir.Model], out: Path, update: Update) -> None:
 
 
 def _write_tensors(tensors: dict[str, ir.TensorProtocol], path: Path, update: Update) -> dict[str, ir.ExternalTensor]:
-    """Write tensors one after the other, each made when its turn comes."""
+    """Write tensors one after the other; each is computed only when it is written."""
     written: dict[str, ir.ExternalTensor] = {}
     with path.open("wb") as file:
         for name, tensor in tensors.items():
@@ -296,7 +296,7 @@ def _tensor_spec(value: ir.Value) -> TensorSpec:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence what the exporter says of its own internals; its errors still come through."""
+    """Silence the exporter's warnings about its own internals; errors are still raised."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

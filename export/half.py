@@ -1,17 +1,17 @@
-"""Half precision: a graph in fp32, changed so that a GPU's matrix units can run it.
+"""Half precision: converts a graph in fp32 so that a GPU's matrix units can run it.
 
-What enters: a traced graph in fp32. What leaves, in place: the same graph, in which products with
-their biases, attention, and what lies between two of them (the gate of an MLP) are in fp16 or
-bf16. The residual stream, norms, rotary embedding, softmax (inside the attention operators)
-and what picks a token stay in fp32, as does the patch embedding, which is 2 % of the vision tower's
+What enters: a traced graph in fp32. What leaves, in place: the same graph with matrix products and
+their biases, attention, and the operators between two products (the gate of an MLP) in fp16 or
+bf16. The residual stream, norms, rotary embedding, softmax (inside the attention operators) and the
+choice of the token stay in fp32. So does the patch embedding, which is 2 % of the vision tower's
 work and takes pixels.
 
-In fp16 the residual stream is in a larger unit than the checkpoint's (see `export.decoder`), as
-Qwen2.5-VL was trained in bf16 and has states that fp16 does not hold.
+In fp16 the residual stream is divided by a constant (see `export.decoder`), since Qwen2.5-VL was
+trained in bf16 and has hidden states that overflow fp16.
 
-`emulated` undoes none of this, and yet runs on a CPU, which has no such products: it computes in
-fp32 and rounds wherever the graph holds a half. That is what a GPU does too, but for the order of
-the sums inside a product.
+`emulated` makes such a graph run on a CPU, which has no products in half precision: it computes in
+fp32 and rounds every value that is in half precision in the graph. A GPU's results differ only by
+the order of the sums inside a product.
 """
 
 from collections.abc import Callable, Collection
@@ -29,29 +29,30 @@ from qvl_batch.errors import ExportError
 FP32 = ir.DataType.FLOAT
 HALF = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 TYPES: dict[ir.DataType, Any] = {FP32: np.float32, HALF["fp16"]: np.float16, HALF["bf16"]: ml_dtypes.bfloat16}
-#: Of the residual stream in fp16. States up to two million fit, and what is lost below 2e-6 is nothing to them.
+#: Divisor of the residual stream in fp16. States up to two million fit; values below 2e-6 are lost, which does not
+#: matter next to them.
 FP16_UNIT = 32
 PRODUCTS, ATTENTION = {"MatMul", "Gemm"}, {"GroupQueryAttention", "MultiHeadAttention"}
-#: Operators that are in half precision if all who read them are, and others if what they take is.
-MOVING = {"Split"}
-PASSING = {"Add", "QuickGelu", "Mul", "Gelu", "Reshape", "Slice", "Split", "Concat", "Gather", "GatherElements"}
-#: Prefixes of what is in fp32 always.
+#: Operators that are in half precision if all their consumers are, and operators that are if their inputs are.
+LIKE_CONSUMERS = {"Split"}
+LIKE_INPUTS = {"Add", "QuickGelu", "Mul", "Gelu", "Reshape", "Slice", "Split", "Concat", "Gather", "GatherElements"}
+#: Name prefixes of weights that always stay in fp32.
 ALWAYS_FP32 = ("patch_embed",)
-#: Names of the embedding, of which the second is that of a tied head.
+#: Names of the embedding table; the second is its name if the head is tied to it.
 EMBEDDINGS = ("weights.embed", "weights.head")
 
 
 def stream_unit(dtype: Dtype) -> int:
-    """Unit of the residual stream of a tower in `dtype`."""
+    """Number that the residual stream of a tower in `dtype` is divided by."""
     return FP16_UNIT if dtype == "fp16" else 1
 
 
 def to_half(model: ir.Model, dtype: Dtype, layers: Callable[[str], str], keep: Collection[str]) -> None:
-    """Change products, attention and what is between them to half precision.
+    """Convert matrix products, attention and the operators between them to half precision.
 
     Args:
         model: changed in place.
-        dtype: a half, or another, which changes nothing.
+        dtype: fp16 or bf16; any other leaves the graph as it is.
         layers: name of the layer that a weight belongs to, by the weight's name.
         keep: layers whose products stay in fp32.
     """
@@ -70,22 +71,22 @@ def to_half(model: ir.Model, dtype: Dtype, layers: Callable[[str], str], keep: C
                     node.replace_input_with(index, casts.of(value, wanted, before=node))
         if node in nodes:
             for value in filter(_is_fp32, node.outputs):
-                value.type = ir.TensorType(half)  # anew, since a graph shares types with its clones
+                value.type = ir.TensorType(half)  # a new object, since clones of a graph share their values' types
     for index, value in enumerate(model.graph.outputs):
-        # But for the cache, which only attention reads.
+        # Outputs are in fp32, except the KV cache, which only attention reads.
         producer = value.producer()
         if _is_half(value) and producer is not None and producer.op_type not in ATTENTION:
             model.graph.outputs[index] = casts.as_output(value, FP32)
 
 
 def emulated_graph(path: Path) -> bytes:
-    """The graph of a file, emulated; its weights are still those beside the file."""
+    """The graph of a file, emulated and serialized; its weights stay in the file beside it."""
     graph: bytes = ir.to_proto(emulated(ir.load(path))).SerializeToString()
     return graph
 
 
 def emulated(model: ir.Model) -> ir.Model:
-    """A graph that computes in fp32 what `model` computes in half precision, its inputs and outputs in fp32 too.
+    """A graph that computes in fp32 what `model` computes in half precision; inputs and outputs are in fp32 too.
 
     Args:
         model: changed in place.
@@ -124,20 +125,23 @@ def _nodes_in_half(model: ir.Model, layers: Callable[[str], str], keep: Collecti
                 chosen.add(node)
         elif node.op_type in ATTENTION or _is_embedding_in_half(node, layers, keep):
             chosen.add(node)
-        elif node.op_type in PASSING:
-            made = [value.producer() for value in node.inputs if value is not None and value.dtype == FP32]
-            computed = [producer for producer in made if producer is not None]
-            if computed and chosen.issuperset(computed):
+        elif node.op_type in LIKE_INPUTS:
+            sources = [value.producer() for value in node.inputs if value is not None and value.dtype == FP32]
+            producers = [producer for producer in sources if producer is not None]
+            if producers and chosen.issuperset(producers):
                 chosen.add(node)
-    # One cast before it, instead of one for each output.
+    # One cast of the input, instead of one for each output.
     for node in model.graph:
-        if node.op_type in MOVING and all(use.node in chosen for value in node.outputs for use in value.uses()):
+        if node.op_type in LIKE_CONSUMERS and all(use.node in chosen for value in node.outputs for use in value.uses()):
             chosen.add(node)
     return chosen
 
 
 def _is_embedding_in_half(node: ir.Node, layers: Callable[[str], str], keep: Collection[str]) -> bool:
-    """Whether a node looks up an embedding, unless that is also a head in fp32: it would be cast in every run."""
+    """Whether a node is an embedding lookup, in half precision unless a tied head keeps the table in fp32.
+
+    A table in fp32 would be cast in every run.
+    """
     table = node.inputs[0]
     if node.op_type != "Gather" or table is None or table.name not in EMBEDDINGS:
         return False
@@ -146,22 +150,22 @@ def _is_embedding_in_half(node: ir.Node, layers: Callable[[str], str], keep: Col
 
 
 class _Casts:
-    """Casts in a graph, one for each value and type."""
+    """Inserts casts into a graph, one for each value and type."""
 
     def __init__(self, model: ir.Model) -> None:
         self._graph = model.graph
         self._made: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
 
     def of(self, value: ir.Value, to: ir.DataType, before: ir.Node) -> ir.Value:
-        """`value` in another type; a cast that is new stands before a node."""
+        """`value` in another type; a new cast is inserted before the node `before`."""
         if (value, to) not in self._made:
             self._made[value, to] = self._cast(value, to)
             self._graph.insert_before(before, cast("ir.Node", self._made[value, to].producer()))
         return self._made[value, to]
 
     def round(self, value: ir.Value) -> None:
-        """Let a value in half precision be in fp32, and all that read it have it rounded to what it was."""
-        readers, producer, half = list(value.uses()), value.producer(), cast("ir.DataType", value.dtype)
+        """Make a value in half precision fp32, and give its consumers a copy rounded to half precision."""
+        uses, producer, half = list(value.uses()), value.producer(), cast("ir.DataType", value.dtype)
         rounded = self._cast(value, half)
         value.type = ir.TensorType(FP32)
         if producer is None:
@@ -169,7 +173,7 @@ class _Casts:
         else:
             rounded.name, value.name = value.name, f"{value.name}.exact"
             self._graph.insert_after(producer, cast("ir.Node", rounded.producer()))
-        for use in readers:
+        for use in uses:
             use.node.replace_input_with(use.idx, rounded)
         for index, output in enumerate(self._graph.outputs):
             if output is value:
@@ -189,7 +193,7 @@ class _Casts:
 
 
 def _retype(value: ir.Value, to: ir.DataType) -> None:
-    """Give a graph's input or weight another type; weights are rounded when they are written."""
+    """Change the type of a graph's input or weight; weights are rounded when they are written."""
     tensor, name = value.const_value, str(value.name)
     value.type = ir.TensorType(to)
     if tensor is None:

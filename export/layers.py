@@ -1,10 +1,11 @@
-"""Layers that vision tower and decoder share, with their weights laid out for the graph.
+"""Layers that vision tower and decoder share, with weights in the layout of the graph.
 
-Weights are stored (in, out), so that a graph multiplies without transposing. Products of one
-input stay apart for a CPU: joined, they would have to be split again, and that copy takes longer
-than one product saves (4 % of the vision graph, measured). On a GPU a decode step is as many
-launches as operators, so there the decoder's are joined. What enters are layers of transformers'
-model; what leaves computes the same.
+What enters: layers of transformers' model. What leaves: modules that compute the same.
+
+Weights are stored (in, out), so that a graph multiplies without transposing. For a CPU, products of
+the same input (queries, keys and values) are not fused: their output would have to be split, and that
+copy costs more than fusing saves (4 % of the vision graph, measured). On a GPU every operator of a
+decode step is a kernel launch, so there the decoder's are fused.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,18 +34,18 @@ class Linear(nn.Module):
 
     @classmethod
     def parts(cls, linear: nn.Linear, count: int) -> "list[Linear]":
-        """`count` layers whose outputs together are those of `linear`."""
+        """`count` layers whose concatenated outputs are the output of `linear`."""
         biases = [None] * count if linear.bias is None else linear.bias.chunk(count)
         return [cls(weight, bias) for weight, bias in zip(linear.weight.chunk(count), biases, strict=True)]
 
     @classmethod
     def joined(cls, linears: Sequence[nn.Linear]) -> "Linear":
-        """One layer whose output is theirs, one behind the other."""
+        """One layer whose output is the concatenation of theirs."""
         biases = tuple(linear.bias for linear in linears if linear.bias is not None)
         return cls(torch.cat(tuple(linear.weight for linear in linears)), torch.cat(biases) if biases else None)
 
     def in_unit(self, unit: int) -> "Linear":
-        """The same layer with outputs in a larger unit, a power of two: exact, short of the smallest numbers."""
+        """The same layer with its output divided by `unit`, a power of two: exact, except for subnormals."""
         return Linear(self.weight.t() / unit, None if self.bias is None else self.bias / unit)
 
     def with_bias(self, bias: Tensor | None) -> "Linear":
@@ -58,7 +59,7 @@ class Linear(nn.Module):
 
 
 class GatedMlp(nn.Module):
-    """`down(silu(gate(x)) * up(x))`, in `unit` from the inner states on."""
+    """`down(silu(gate(x)) * up(x)) / unit`; `up` is divided, so that the inner states are too."""
 
     __call__: Callable[..., Tensor]
 

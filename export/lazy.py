@@ -1,11 +1,11 @@
-"""Weights in a graph that was traced without them, each made when it is written.
+"""Fills in the weights of a graph that was traced without them; each is computed when it is written.
 
-A module built on a skeleton is traced with placeholders in place of its parameters. Their values are
-made by building the same kind of module on the real one: a `Part` at a time, out of `Weights`.
+A module built on a skeleton is traced with placeholders in place of its parameters. The values come
+from building the same kind of module on real weights, one `Part` at a time, read by `Weights`.
 
-1. Every parameter of the traced module is in one part, under the same name.
-2. Nothing that the tracer computed of a placeholder may stay in a graph: placeholders are NaN, and
-   a constant with a NaN in it is refused.
+1. Every parameter of the traced module belongs to one part, under the same name.
+2. No constant that the tracer computed from a placeholder may stay in a graph: placeholders are NaN,
+   and a constant that contains a NaN is refused.
 """
 
 from collections.abc import Callable, Iterable
@@ -26,20 +26,20 @@ from qvl_batch.bundle.manifest import Dtype
 from qvl_batch.errors import ExportError
 
 Tensors = dict[str, Tensor]
-#: Bits of a quiet NaN in float32; the 22 lowest may be any.
+#: Bits of a quiet float32 NaN; the 22 lowest bits are free.
 _FIRST_NAN = 0x7FC00000
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Parameters of a traced module whose names begin with `prefix`, made of one module of the checkpoint."""
+    """Parameters of a traced module whose names begin with `prefix`, computed from one module of the checkpoint."""
 
     prefix: str
     module: str
     make: Callable[[Any], Tensors]
 
     def of(self, module: Any) -> Tensors:
-        """The parameters, by name; on a skeleton's module, of their shapes."""
+        """The parameters by name; for a module of the skeleton, meta tensors of the same shapes."""
         with torch.no_grad():
             made = self.make(module)
         return {f"{self.prefix}.{name}" if name else self.prefix: tensor for name, tensor in made.items()}
@@ -78,24 +78,24 @@ def decoder_parts(model: Any, dtype: Dtype) -> list[Part]:
 
 
 def without_weights(module: nn.Module) -> nn.Module:
-    """The module with placeholders for parameters on the meta device: of their shapes, in no memory."""
+    """Replace the parameters on the meta device by placeholders of the same shapes, which take no memory."""
     placeholders: dict[int, nn.Parameter] = {}
     for owner in module.modules():
         for name, parameter in list(owner.named_parameters(recurse=False, remove_duplicate=False)):
             if parameter.is_meta:
-                nothing = _nan(len(placeholders)).expand(parameter.shape)
-                # Tied parameters stay one.
-                setattr(owner, name, placeholders.setdefault(id(parameter), nn.Parameter(nothing, requires_grad=False)))
+                nans = _nan(len(placeholders)).expand(parameter.shape)
+                # Tied parameters stay tied.
+                setattr(owner, name, placeholders.setdefault(id(parameter), nn.Parameter(nans, requires_grad=False)))
     return module
 
 
 def _nan(number: int) -> Tensor:
-    """A NaN (1,) of its own bits: the tracer makes one of initializers that are equal."""
+    """A NaN (1,) with distinct bits, since the tracer deduplicates equal initializers."""
     return torch.tensor([_FIRST_NAN + number], dtype=torch.int32).view(torch.float32)
 
 
 class LazyWeights:
-    """Values for the initializers of graphs; those of one name are one, in whichever graph.
+    """Values for the initializers of graphs; initializers of the same name share one value across graphs.
 
     Args:
         weights: of the checkpoint.
@@ -108,17 +108,17 @@ class LazyWeights:
         self._made: tuple[str, Tensors] = ("", {})
 
     def fill(self, graph: ir.Model) -> None:
-        """Let each initializer have its value when it is asked for.
+        """Give each initializer a value that is computed when it is read.
 
         Raises:
-            ExportError: a constant was computed of a placeholder.
+            ExportError: a constant was computed from a placeholder.
         """
         for name, value in graph.graph.initializers.items():
             part = next((p for p in self._parts if name == p.prefix or name.startswith(f"{p.prefix}.")), None)
             if part is not None:
                 value.const_value = self._tensor(name, value, part)
-            elif value.const_value is not None and not _is_number(value.const_value.numpy()):
-                raise ExportError(f"the tracer computed {name} of a weight: this version of torch cannot be used")
+            elif value.const_value is not None and _has_nan(value.const_value.numpy()):
+                raise ExportError(f"the tracer computed {name} from a weight: this version of torch cannot be used")
 
     def _tensor(self, name: str, value: ir.Value, part: Part) -> ir.LazyTensor:
         if name not in self._tensors:
@@ -132,15 +132,15 @@ class LazyWeights:
         return self._tensors[name]
 
     def _values(self, part: Part) -> Tensors:
-        """Parameters of a part; the last one's are kept, as its tensors are asked for one after the other."""
+        """Parameters of a part. Those of the last part are cached, since its tensors are read one after the other."""
         if self._made[0] != part.prefix:
             self._made = ("", {})
             self._made = (part.prefix, part.of(self._weights.module(part.module)))
         return self._made[1]
 
 
-def _is_number(values: Any) -> bool:
-    return values.dtype.kind != "f" or not np.isnan(values).any()
+def _has_nan(values: Any) -> bool:
+    return values.dtype.kind == "f" and bool(np.isnan(values).any())
 
 
 def _weight(module: Any) -> Tensors:

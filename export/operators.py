@@ -1,7 +1,7 @@
-"""The fused operators of ONNX Runtime that the exported graphs use, as functions for a trace.
+"""The fused operators of ONNX Runtime in the exported graphs, as functions for the tracer.
 
-Each emits one node (`torch.onnx.ops.symbolic*` gives the trace its output's shape and dtype);
-none computes anything in PyTorch. The plain contract graph uses none of them.
+Each emits one node (`torch.onnx.ops.symbolic*` tells the tracer its output's shape and dtype);
+none computes anything in PyTorch. `decoder_full.onnx` has none of them.
 
 Definitions: onnxruntime/docs/ContribOperators.md.
 """
@@ -45,8 +45,8 @@ def silu(x: Tensor) -> Tensor:
 def rotary_embedding(x: Tensor, rows: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
     """Rotate all heads of `x` (B, S, heads * head_dim) by tables (N, head_dim / 2).
 
-    `rows` int64 (B, S) says which row of the tables each token takes; of shape (1,), the row
-    of the first token, the others following it.
+    `rows` int64 (B, S) is each token's row in the tables. With shape (1,) it is the row of the
+    first token, and the other tokens take the rows after it.
     """
     attrs = {"num_heads": heads, "rotary_embedding_dim": 0, "interleaved": 0}
     return _symbolic("RotaryEmbedding", [x, rows, cos, sin], attrs, x)
@@ -73,12 +73,12 @@ def group_query_attention(
         key: (B, S, kv_heads * head_dim), already rotated.
         value: (B, S, kv_heads * head_dim).
         cache: past keys and values, each (B, kv_heads, L_max, head_dim).
-        seqlens_k: int32 (B,), tokens of the row that are valid after this call, less one.
-        total_sequence_length: int32 scalar, the largest of those lengths (not less one).
+        seqlens_k: int32 (B,), valid tokens of each row after this call, minus one.
+        total_sequence_length: int32 scalar, the largest number of valid tokens (not minus one).
         heads: number of query heads and of key-value heads.
 
     Returns:
-        (B, S, heads * head_dim), and the cache as it stands now.
+        (B, S, heads * head_dim), and the updated cache.
     """
     past_key, past_value = cache
     outputs = torch.onnx.ops.symbolic_multi_out(

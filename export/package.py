@@ -1,6 +1,6 @@
-"""Export as a whole: checkpoint in, bundle out, or nothing.
+"""The whole export: a checkpoint in, a bundle out, or nothing.
 
-The bundle is written beside its place under another name and moved there when everything,
+The bundle is written to a temporary directory beside the output and renamed once everything,
 the parity gate included, has passed.
 """
 
@@ -36,13 +36,15 @@ from qvl_batch.bundle.manifest import (
     Dtype,
     File,
     Manifest,
+    Parity,
+    Tolerance,
     file_sha256,
 )
 from qvl_batch.command_line import exit_status, settings, stop_as_by_ctrl_c
 from qvl_batch.config import Device
 from qvl_batch.errors import ExportError, JobError
 
-#: A contract that leaves fewer tokens than this for prompt and answer is of no use.
+#: Fewest tokens that a contract must leave for prompt and answer.
 LEAST_ROOM = 32
 
 
@@ -55,26 +57,27 @@ class ExportConfig:
     output: Path
     """Folder of the bundle to write. It must not exist yet."""
     dtype: Dtype = "fp32"
-    """Decoder: fp32; bf16 or fp16 with an fp32 residual stream, for a GPU; int8 weights and activations, int8 or int4
-    weights only (wo), for a CPU."""
+    """Precision of the decoder. For a GPU: bf16 or fp16, with the residual stream in fp32. For a CPU: fp32; int8
+    weights and activations (int8); int8 or int4 weights only (int8wo, int4wo)."""
     vision_dtype: Dtype | None = None
-    """Vision tower; without it, as --dtype. In fp32 it runs on CPU and GPU."""
+    """Precision of the vision tower. Without it, that of --dtype. In fp32 it runs on CPU and GPU."""
     device: Device | None = None
-    """What the decoder is for. Without it, what --dtype is for; fp32 is for the CPU, and may be for a GPU."""
+    """Device that the decoder is made for. Without it, cuda for bf16 and fp16, else cpu; cuda also works with fp32."""
     fp32_layers: tuple[str, ...] = ()
     """Layers to leave in fp32, by their names in a comparison's layer plot, such as "decoder layer 3"."""
     with_fp32: bool = False
-    """Beside reduced precision, hold the checkpoint in fp32 too: rows whose numbers fail are then run again in it."""
+    """Add the checkpoint in fp32 to a bundle of reduced precision: rows that give values that are not finite, or a
+    repetitive answer, are then run again in fp32."""
     max_seq_len: int = 1024
     """Longest row in tokens: system text, image, prompt and answer together."""
     image_size: int = 672
-    """Pixels a side of the square that every image is fitted to; a multiple of 28."""
+    """Side in pixels of the square that every image is fitted to; a multiple of 28."""
     system_prompt: str | None = None
     """Text of a system turn. Without it, the chat template's own default applies."""
     overwrite: bool = False
     """Replace a bundle that is already at the output."""
     skip_parity: bool = False
-    """Leave out the comparison with PyTorch; the manifest records that it was left out."""
+    """Skip the comparison with PyTorch, the parity gate; the manifest records that it was skipped."""
 
 
 def export_bundle(config: ExportConfig, progress: Progress | None = None, traces: Traces | None = None) -> Manifest:
@@ -82,8 +85,8 @@ def export_bundle(config: ExportConfig, progress: Progress | None = None, traces
 
     Args:
         config: what to export, and where to.
-        progress: is told of each step.
-        traces: of earlier exports, which are used again; those that are new are added.
+        progress: receives each step.
+        traces: cache of the graphs that earlier exports traced; new ones are added.
 
     Raises:
         ExportError: the checkpoint or an option cannot be exported, or the parity gate failed.
@@ -96,7 +99,7 @@ def export_bundle(config: ExportConfig, progress: Progress | None = None, traces
     output.parent.mkdir(parents=True, exist_ok=True)
     with _staging(output) as staging:
         manifest = _fill(staging, checkpoint, layout, precision, config, progress or Progress(), traces or Traces())
-        _check_output(output, overwrite=config.overwrite)  # again: hours may have passed
+        _check_output(output, overwrite=config.overwrite)  # again, since an export can take hours
         if output.exists():
             shutil.rmtree(output)
         staging.rename(output)
@@ -155,18 +158,18 @@ def _precision(checkpoint: Checkpoint, config: ExportConfig) -> Precision:
         raise ExportError(f"--dtype {config.dtype} is for --device {made_for}, not for {device}")
     precision = Precision(config.dtype, config.vision_dtype or config.dtype, config.fp32_layers, device)
     if config.with_fp32 and precision.decoder == precision.vision == "fp32":
-        raise ExportError("--with-fp32 goes with a reduced --dtype or --vision-dtype: this bundle is in fp32 already")
+        raise ExportError("--with-fp32 needs a reduced --dtype or --vision-dtype: this bundle is in fp32 already")
     return precision
 
 
 def _check_output(output: Path, *, overwrite: bool) -> None:
-    """Refuse a place where something is, unless it is a bundle that may be replaced."""
+    """Refuse an output that exists, unless it is a bundle and may be overwritten."""
     if not output.exists():
         return
     if not overwrite:
         raise ExportError(f"{output} exists: give another --output, or --overwrite to replace it")
     if not (output / MANIFEST).is_file():
-        raise ExportError(f"{output} exists and is no bundle, so it is not overwritten: give another --output")
+        raise ExportError(f"{output} exists and is not a bundle, so it is not overwritten: give another --output")
 
 
 def _fill(
@@ -188,19 +191,13 @@ def _fill(
     check_contract(layout, checkpoint.config.text_config.hidden_size, staging, precision)
     parity, tolerance = None, None
     if not config.skip_parity:
-        gate = check_parity(checkpoint, layout, precision, staging, progress)
-        parity, tolerance = gate.parity, tolerance_of(gate, precision)
-        known_answers(gate, tolerance).write(staging)
-        progress.say(
-            f"parity: features {parity.features:.1e}, logits {parity.logits:.1e}, "
-            f"first token {parity.first_token_kl:.0e} nats, tokens {parity.tokens_equal}/{parity.tokens}"
-        )
+        parity, tolerance = _pass_gate(staging, checkpoint, layout, precision, progress)
     if config.with_fp32:
         (staging / FP32).mkdir()
         _fill(staging / FP32, checkpoint, layout, Precision(), replace(config, with_fp32=False), progress, traces)
-    for path in checkpoint.carried:
+    for path in checkpoint.copied_files:
         shutil.copyfile(path, staging / path.name)
-    # As transformers reads it, which is not always what the checkpoint's file says.
+    # As transformers loads it, which can differ from the checkpoint's tokenizer.json.
     (staging / TOKENIZER).write_text(checkpoint.tokenizer.backend_tokenizer.to_str(pretty=True), encoding="utf-8")
     with progress.step("hashes"):
         files = {
@@ -229,6 +226,24 @@ def _fill(
     return manifest
 
 
+def _pass_gate(
+    staging: Path, checkpoint: Checkpoint, layout: Layout, precision: Precision, progress: Progress
+) -> tuple[Parity, Tolerance]:
+    """Run the parity gate and write the known answers; returns what the manifest records of both.
+
+    Raises:
+        ExportError: the graphs differ from PyTorch.
+    """
+    gate = check_parity(checkpoint, layout, precision, staging, progress)
+    parity, tolerance = gate.parity, tolerance_of(gate, precision)
+    known_answers(gate, tolerance).write(staging)
+    progress.say(
+        f"parity: features {parity.features:.1e}, logits {parity.logits:.1e}, "
+        f"first token {parity.first_token_kl:.0e} nats, tokens {parity.tokens_equal}/{parity.tokens}"
+    )
+    return parity, tolerance
+
+
 def _decoder_shape(config: Any) -> DecoderShape:
     return DecoderShape(
         layers=config.num_hidden_layers,
@@ -243,7 +258,7 @@ def _decoder_shape(config: Any) -> DecoderShape:
 
 @contextmanager
 def _staging(output: Path) -> Iterator[Path]:
-    """A directory beside `output` that is gone afterwards, unless it was moved."""
+    """A temporary directory beside `output`, which is removed afterwards unless it was renamed."""
     staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     staging.chmod(0o755)
     try:
@@ -253,17 +268,19 @@ def _staging(output: Path) -> Iterator[Path]:
 
 
 def work() -> int:
-    """Export, and say what came out; the exit status."""
+    """Export and print a summary; returns the exit status."""
     config = settings(ExportConfig, prog="python -m export")
     manifest = export_bundle(config, ShownProgress(Console()))
     size = sum(file.size for file in manifest.files.values())
+    layout = manifest.layout
     print(
-        f"{config.output}: {size / 1e6:,.1f} MB, P = {manifest.layout.image_start}, S = {manifest.layout.max_seq_len}"
+        f"{config.output}: {size / 1e6:,.1f} MB, rows of up to {layout.max_seq_len} tokens, "
+        f"{layout.image_tokens} of them for the image, which starts at token {layout.image_start}"
     )
     return 0
 
 
 def main() -> int:
     """Run `python -m export`; 0 if there is a bundle, 1 if not, 130 if it was stopped."""
-    stop_as_by_ctrl_c()  # so that half a bundle is removed then too
+    stop_as_by_ctrl_c()  # so that a stopped export removes its temporary directory
     return exit_status("export", work, stopped=lambda: "no bundle was written", expected=(JobError, OSError))

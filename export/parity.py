@@ -1,13 +1,13 @@
-"""The parity gate: the graphs on disk against the checkpoint in PyTorch, on the same inputs.
+"""The parity gate: compares the graphs on disk with the checkpoint in PyTorch, on the same inputs.
 
-Compared are vision features, all logits of the plain contract graph (where there is none, those
-of the cached graph for the first token), and greedy tokens of a ragged batch through the cached
-graph. The reference is transformers' own image processor and `forward`; the cached graph is driven
-here by a loop of a few lines, so that nothing of the worker's engine stands between the graph and
-the verdict. Neither side holds its weights in memory, so that a model of any size can be compared.
-Graphs in half precision, which no CPU runs, are emulated.
+Compared are vision features, all logits of `decoder_full.onnx` (in a bundle without it, the cached
+graph's logits of the first token), and greedy tokens of a ragged batch through the cached graph. The
+reference is transformers' own image processor and `forward`. The cached graph is driven by a short
+loop in this module, so that the result does not depend on the worker's engine. Neither side loads all
+its weights into memory, so that a model of any size can be compared. Graphs in half precision, which
+no CPU runs, are emulated.
 
-A last row is for the bundle to carry, and in no figure of the gate: see `proof`.
+The last row is in no figure of the gate. It becomes the bundle's known answers: see `export.proof`.
 """
 
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ from qvl_batch.errors import ExportError
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """What the gate lets through, by the names of `Parity`."""
+    """Bounds of the gate for one precision: `error` of features and logits, the others by the names of `Parity`."""
 
     error: float
     first_token_kl: float
@@ -41,9 +41,8 @@ class Bounds:
     agreement: float
 
 
-#: Of a tower in fp32 everything is exact. In half precision the bounds are some four times what the tiny
-#: checkpoint gives; in integers the gate only keeps out what is broken. What answers lose is for a
-#: comparison to say.
+#: A tower in fp32 is exact. In half precision the bounds are about four times what the tiny checkpoint gives; in
+#: integer precision the gate only refuses broken graphs. What quantization costs in answers, a comparison measures.
 BOUNDS: dict[Dtype, Bounds] = {
     "fp32": Bounds(1e-4, 1e-6, 1 - 1e-6, 1.0),
     "fp16": Bounds(1e-2, 1e-3, 0.9999, 0.95),
@@ -52,8 +51,9 @@ BOUNDS: dict[Dtype, Bounds] = {
     "int8wo": Bounds(0.1, np.inf, 0, 0),
     "int4wo": Bounds(0.6, np.inf, 0, 0),
 }
+#: Greedy tokens of each row.
 STEPS = 32
-#: Tokens of the prompts in the batch: ragged, so that padding is put to the test. The last is the known row's.
+#: Prompt lengths in tokens. They differ, so that padding is tested. The last is that of the known-answers row.
 PROMPT_TOKENS = (3, 19, 8, 12)
 SEED = 0
 
@@ -62,29 +62,48 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the batch: its pixels, its token ids, and PyTorch's inputs for it."""
+    """One row of the batch.
+
+    Args:
+        pixels: uint8 (H, W, 3).
+        ids: token ids of the row up to its answer.
+        torch_inputs: the same row as inputs of transformers' model.
+        is_known_answer: whether it becomes the bundle's known answers. Both decoders are then given a sample of the
+            graph's features, repeated, since that is what a bundle stores.
+    """
 
     pixels: NDArray[np.uint8]
     ids: list[int]
     torch_inputs: dict[str, torch.Tensor]
+    is_known_answer: bool
 
 
 @dataclass(frozen=True)
-class Ours:
-    """Of one row by the graphs: features (T_img, D), those that the decoder was given, its first logits (V,), and its
-    greedy tokens (steps,).
+class GraphOutputs:
+    """Outputs of the graphs for one row.
+
+    Args:
+        features: (T_img, D), of the vision graph.
+        decoder_features: (T_img, D), what the decoder graph was given.
+        logits: (V,), of the first token.
+        tokens: (steps,), greedy.
     """
 
     features: Array
-    given: Array
+    decoder_features: Array
     logits: Array
     tokens: Array
 
 
 @dataclass(frozen=True)
 class Reference:
-    """Of one row in PyTorch: features (T_img, D); logits (tokens, V) of the prompt; and scores (steps, V), which are
-    logits less penalties, of its first token and of those that follow the graphs' tokens.
+    """Outputs of PyTorch for one row.
+
+    Args:
+        features: (T_img, D).
+        logits: (tokens, V), of the row up to its answer.
+        scores: (steps, V), logits after the repetition penalty: of the first token of the answer, and of the token
+            after each of the graphs' tokens but the last.
     """
 
     features: Array
@@ -92,27 +111,27 @@ class Reference:
     scores: Array
 
     @property
-    def first(self) -> Array:
+    def first_logits(self) -> Array:
         """Logits (V,) of the first token of the answer."""
         last: Array = self.logits[-1]
         return last
 
 
-Compared = tuple[Row, Ours, Reference]
+Compared = tuple[Row, GraphOutputs, Reference]
 
 
 @dataclass(frozen=True, slots=True)
 class Gate:
-    """What the gate measured; and a last row, which was given a sample of its features, as bundles carry them."""
+    """What the gate measured; and the known-answers row with the outputs of both sides."""
 
     parity: Parity
     row: Row
-    ours: Ours
+    graphs: GraphOutputs
     reference: Reference
 
 
 def check_contract(layout: Layout, hidden_size: int, directory: Path, precision: Precision) -> None:
-    """Run the vision graph once, on a black image, and compare what comes out with the contract.
+    """Run the vision graph once, on a black image, and compare the shape of its features with the layout contract.
 
     Raises:
         ExportError: the features are not (1, T_img, D).
@@ -122,7 +141,8 @@ def check_contract(layout: Layout, hidden_size: int, directory: Path, precision:
     shape = session.run(None, {"pixels": black})[0].shape
     if shape != (1, layout.image_tokens, hidden_size):
         raise ExportError(
-            f"the vision graph gives features {shape}, the contract says (1, {layout.image_tokens}, {hidden_size})"
+            f"the vision graph returns features of shape {shape}, the layout contract says "
+            f"(1, {layout.image_tokens}, {hidden_size})"
         )
 
 
@@ -135,46 +155,51 @@ def check_parity(
         ExportError: a figure is out of tolerance; the message says which and by how much.
     """
     rows = _rows(checkpoint, layout)
-    ours = _by_graphs(rows, layout, precision, directory, progress)
-    if not all(np.isfinite(each.features).all() and (each.tokens >= 0).all() for each in ours):
+    outputs = _run_graphs(rows, layout, precision, directory, progress)
+    if not all(np.isfinite(each.features).all() and (each.tokens >= 0).all() for each in outputs):
         raise ExportError(
-            "parity gate: numbers of the graphs are not finite, as this precision does not hold the checkpoint's "
-            "(--dtype bf16 or fp32 does); no bundle was written"
+            "parity gate: values in the graphs are not finite: the checkpoint's exceed the range of this precision "
+            "(use --dtype bf16 or fp32); no bundle was written"
         )
     references: list[Reference] = []
     with progress.step("parity: PyTorch") as update:
-        for row, each in zip(rows, ours, strict=True):
+        for row, each in zip(rows, outputs, strict=True):
             update(f"row {len(references) + 1} of {len(rows)}")
             references.append(_reference(checkpoint, row, each))
-    *compared, known = zip(rows, ours, references, strict=True)
-    error_of_all = None
+    *compared, known = zip(rows, outputs, references, strict=True)
+    full_logits_error = None
     if precision.has_full:
         with progress.step("parity: full decoder graph"):
-            error_of_all = _error_of_all_logits(layout, compared, directory)
-    parity = _measured(compared, error_of_all)
+            full_logits_error = _full_logits_error(layout, compared, directory)
+    parity = _measured(compared, full_logits_error)
     refuse_beyond_bounds(parity, precision)
     return Gate(parity, *known)
 
 
-def _measured(compared: list[Compared], error_of_all: float | None) -> Parity:
-    """Figures of the gate; without an error of all logits, that of the first ones counts."""
-    ours, references = [each for _, each, _ in compared], [reference for *_, reference in compared]
-    features, expected = (np.stack([each.features for each in side]) for side in (ours, references))
-    firsts, found = np.stack([each.first for each in references]), np.stack([each.logits for each in ours])
+def _measured(compared: list[Compared], full_logits_error: float | None) -> Parity:
+    """Figures of the gate. Without the error of all logits, that of the first token's logits is taken."""
+    outputs, references = [each for _, each, _ in compared], [reference for *_, reference in compared]
+    features, expected = (np.stack([each.features for each in side]) for side in (outputs, references))
+    logits = np.stack([each.logits for each in outputs])
+    expected_logits = np.stack([each.first_logits for each in references])
     return Parity(
         features=relative_error(features, expected),
-        logits=relative_error(found, firsts) if error_of_all is None else error_of_all,
-        tokens=sum(each.tokens.size for each in ours),
+        logits=relative_error(logits, expected_logits) if full_logits_error is None else full_logits_error,
+        tokens=sum(each.tokens.size for each in outputs),
         tokens_equal=sum(int((each.tokens == reference.scores.argmax(-1)).sum()) for _, each, reference in compared),
-        first_token_kl=float(divergence(firsts, found).max()),
+        first_token_kl=float(divergence(expected_logits, logits).max()),
         feature_cosine=float(cosine(features, expected).min()),
     )
 
 
 def refuse_beyond_bounds(parity: Parity, precision: Precision) -> None:
-    """Raise ExportError, naming the figure, where one is out of bounds."""
+    """Refuse graphs with a figure out of bounds.
+
+    Raises:
+        ExportError: names the first such figure, its value and its bound.
+    """
     vision = BOUNDS[precision.vision]
-    # The decoder's input is the vision tower's output, errors and all.
+    # The decoder's input is the vision tower's output, errors included.
     both = (vision, BOUNDS[precision.decoder])
     error, kl = max(b.error for b in both), max(b.first_token_kl for b in both)
     agreement = min(b.agreement for b in both)
@@ -201,7 +226,7 @@ def refuse_beyond_bounds(parity: Parity, precision: Precision) -> None:
 
 def _rows(checkpoint: Checkpoint, layout: Layout) -> list[Row]:
     rng = np.random.default_rng(SEED)
-    rows = []
+    rows: list[Row] = []
     for count in PROMPT_TOKENS:
         coarse = rng.integers(0, 256, (layout.side, layout.side, 3), dtype=np.uint8)
         image = Image.fromarray(coarse).resize((layout.image_size,) * 2, Image.Resampling.BICUBIC)
@@ -211,58 +236,58 @@ def _rows(checkpoint: Checkpoint, layout: Layout) -> list[Row]:
         inputs["input_ids"] = torch.tensor([ids])
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
         inputs["mm_token_type_ids"] = (inputs["input_ids"] == layout.image_token_id).int()
-        rows.append(Row(pixels, ids, inputs))
+        rows.append(Row(pixels, ids, inputs, is_known_answer=len(rows) == len(PROMPT_TOKENS) - 1))
     return rows
 
 
 def _ordinary_tokens(tokenizer: Any) -> int:
-    """Ids below this one are text; added tokens come after them."""
+    """Number of ordinary tokens: ids below it are text, added tokens come after."""
     return int(min(tokenizer.added_tokens_decoder))
 
 
-def _reference(checkpoint: Checkpoint, row: Row, ours: Ours) -> Reference:
-    """What transformers makes of a row, and then of all of the graphs' answer but its last token.
+def _reference(checkpoint: Checkpoint, row: Row, outputs: GraphOutputs) -> Reference:
+    """Run transformers on a row, then on the graphs' answer without its last token.
 
-    If the tokens that follow are those of the answer, then it is the one of greedy decoding: each is
-    what the model says after those before it. Its language model is given other features if the graphs' was.
+    The graphs' answer is that of greedy decoding if each of its tokens is the one that the model chooses after
+    those before it.
     """
-    model, seen = checkpoint.weights.streamed(), []
+    model, features_of_runs = checkpoint.weights.streamed(), []
 
-    def see(_: Any, __: Any, output: Any) -> Any:
-        seen.append(output.pooler_output)
-        if ours.given is not ours.features:
-            output.pooler_output = torch.from_numpy(ours.given)
+    def catch_features(_: Any, __: Any, output: Any) -> Any:
+        features_of_runs.append(output.pooler_output)
+        if row.is_known_answer:
+            output.pooler_output = torch.from_numpy(outputs.decoder_features)
         return output
 
-    model.model.visual.register_forward_hook(see)
-    following = torch.from_numpy(ours.tokens[None, :-1])
+    model.model.visual.register_forward_hook(catch_features)
+    answer = torch.from_numpy(outputs.tokens[None, :-1])
     with torch.inference_mode():
         prompt = model(**row.torch_inputs, use_cache=True)
-        # Apart, as in `generate`: an image token in an answer is no part of the image.
-        positions = torch.arange(len(row.ids), len(row.ids) + following.shape[1]) + model.model.rope_deltas
+        # A second call, as in `generate`: an image token in an answer is not part of the image.
+        positions = torch.arange(len(row.ids), len(row.ids) + answer.shape[1]) + model.model.rope_deltas
         after = model(
-            input_ids=following,
+            input_ids=answer,
             position_ids=positions.expand(3, 1, -1),
             past_key_values=prompt.past_key_values,
             use_cache=True,
         )
-    (features,) = seen
-    logits, more = prompt.logits[0].numpy(), after.logits[0].numpy()
+    (features,) = features_of_runs
+    logits, answer_logits = prompt.logits[0].numpy(), after.logits[0].numpy()
     scores = _penalized(
-        np.concatenate([logits[-1:], more]), row.ids, ours.tokens, checkpoint.generation.repetition_penalty
+        np.concatenate([logits[-1:], answer_logits]), row.ids, outputs.tokens, checkpoint.generation.repetition_penalty
     )
     return Reference(features.numpy(), logits, scores)
 
 
 def _session(path: Path, dtype: Dtype) -> ort.InferenceSession:
-    """A session that reads weights that are floats where they lie on disk, so that large ones take no memory."""
+    """A session that maps float weights from disk instead of copying them, so that they take no memory."""
     options = ort.SessionOptions()
     if dtype == "fp32":
         options.add_session_config_entry("session.disable_prepacking", "1")
     if dtype not in HALVES:
         return ort.InferenceSession(path, options)
-    # Folded, a weight's cast to fp32 would be a weight of twice the size in memory. So it is if, as by default,
-    # what depends on nothing runs first, or if memory is kept when it is no longer needed.
+    # Constant folding would keep each weight's cast to fp32 in memory, at twice the weight's size. So would the
+    # default order of execution, in which nodes without dependencies run first, and an arena that keeps freed memory.
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
     options.enable_cpu_mem_arena = False
@@ -270,22 +295,27 @@ def _session(path: Path, dtype: Dtype) -> ort.InferenceSession:
     return ort.InferenceSession(emulated_graph(path), options)
 
 
-def _by_graphs(
+def _run_graphs(
     rows: list[Row], layout: Layout, precision: Precision, directory: Path, progress: Progress
-) -> list[Ours]:
-    """All rows through the vision graph, one after the other, and through the decoder graph, all at once."""
+) -> list[GraphOutputs]:
+    """Run the vision graph on one row after the other, and the decoder graph on all of them as a batch."""
     with progress.step("parity: vision graph"):
         session = _session(directory / VISION, precision.vision)
         features = [session.run(None, {"pixels": row.pixels[None]})[0][0] for row in rows]
-    given = [*features[:-1], repeated(sample(features[-1]), layout.image_tokens)]
+    decoder_features = [
+        repeated(sample(found), layout.image_tokens) if row.is_known_answer else found
+        for row, found in zip(rows, features, strict=True)
+    ]
     with progress.step("parity: decoder graph") as update:
-        tokens, logits = _graph_tokens(layout, rows, given, directory, precision, update)
-    return list(map(Ours, features, given, logits, tokens))
+        tokens, logits = _greedy(layout, rows, decoder_features, directory, precision, update)
+    return list(map(GraphOutputs, features, decoder_features, logits, tokens))
 
 
-def _error_of_all_logits(layout: Layout, compared: list[Compared], directory: Path) -> float:
+def _full_logits_error(layout: Layout, compared: list[Compared], directory: Path) -> float:
+    """Largest error of the logits of `decoder_full.onnx`, of all tokens up to the answers."""
     session = _session(directory / DECODER_FULL, "fp32")
-    ids, embeds, lengths = _padded(layout, [row for row, *_ in compared], [ours.given for _, ours, _ in compared])
+    features = [outputs.decoder_features for _, outputs, _ in compared]
+    ids, embeds, lengths = _padded(layout, [row for row, *_ in compared], features)
     mask = (np.arange(ids.shape[1]) < lengths[:, None]).astype(np.int64)
     found = session.run(None, {"input_ids": ids, "attention_mask": mask, "image_embeds": embeds})[0]
     return max(
@@ -294,11 +324,11 @@ def _error_of_all_logits(layout: Layout, compared: list[Compared], directory: Pa
     )
 
 
-def _graph_tokens(
+def _greedy(
     layout: Layout, rows: list[Row], features: list[Array], directory: Path, precision: Precision, update: Update
 ) -> tuple[Array, Array]:
-    """Greedy tokens (rows, steps) of the cached graph, one ragged prefill, then steps of one; and
-    logits (rows, V) of the first.
+    """Greedy tokens (rows, steps) of the cached graph, by one ragged prefill and then decode steps; and
+    logits (rows, V) of the first token.
     """
     session = _session(directory / DECODER, precision.decoder)
     steps = min(STEPS, layout.room - max(PROMPT_TOKENS))
@@ -333,7 +363,7 @@ def _graph_tokens(
 
 
 def _penalized(logits: Array, ids: list[int], answer: Array, penalty: float) -> Array:
-    """Logits (steps, V) less penalties for tokens of a prompt, and for what precedes each in an answer (steps,)."""
+    """Logits (steps, V) after the repetition penalty on `ids` and on the tokens of `answer` before each step."""
     scores = logits.copy()
     for step, row in enumerate(scores):
         seen = np.unique([*ids, *answer[:step]])

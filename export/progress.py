@@ -1,4 +1,4 @@
-"""What a long export says meanwhile."""
+"""Progress of a long export."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -7,25 +7,25 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.markup import escape
 
-#: Says how far a step is.
+#: Reports how far a step has got.
 Update = Callable[[str], None]
 
 
 class Progress:
-    """Steps of an export; this one says nothing of them."""
+    """Receives the steps of an export; this base class shows nothing."""
 
     def say(self, line: str) -> None:
-        """Say something that was found."""
+        """Show a result."""
 
     @contextmanager
     def step(self, name: str) -> Iterator[Update]:
-        """Something that takes a while."""
+        """A step that takes a while; gives an `Update` for its progress."""
         del name
         yield lambda _: None
 
 
 class ShownProgress(Progress):
-    """A line with its seconds for each step that ends, and on a terminal the one that goes on."""
+    """Prints each finished step with its seconds; on a terminal, also shows the running one."""
 
     def __init__(self, console: Console) -> None:
         self._console = console

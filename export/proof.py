@@ -1,7 +1,7 @@
-"""What a machine that runs a bundle is held to: its known answers, and how near it must come to them.
+"""The known answers of a bundle, and the tolerance that every machine that runs it must keep.
 
-What enters: what the parity gate has of its last row. What leaves: the file that goes into the bundle, and bounds for
-its manifest, within which the exporting machine's own graphs are.
+What enters: the parity gate's results for its last row. What leaves: the known-answers file of the bundle, and the
+tolerance for its manifest, which the exporting machine's own graphs keep.
 """
 
 import numpy as np
@@ -13,11 +13,11 @@ from qvl_batch.bundle.manifest import Tolerance
 from qvl_batch.distances import cosine, relative_error
 from qvl_batch.errors import ExportError
 
-#: Integer products are the same on every machine, and what is in fp32 between them differs in its last digits: this is
-#: how many times the error of the exporting machine another may have.
-SAME = 2.0
-#: A token is decided if it leads by so many times the error that logits may have.
-LEAD = 3.0
+#: In integer precision, the error that a machine may have, as a multiple of the exporting machine's. Integer products
+#: are the same on every machine; only the fp32 operators between them differ, in the last digits.
+INTEGER_MARGIN = 2.0
+#: A token is decided if its lead over the second is more than this multiple of the error allowed for logits.
+DECIDED_LEAD = 3.0
 
 
 def known_answers(gate: Gate, tolerance: Tolerance) -> KnownAnswers:
@@ -33,28 +33,30 @@ def known_answers(gate: Gate, tolerance: Tolerance) -> KnownAnswers:
         pixels=gate.row.pixels,
         features=sample(gate.reference.features),
         input_ids=np.array(gate.row.ids),
-        embeds=sample(gate.ours.features),
-        logits=gate.reference.first,
-        answer=gate.ours.tokens[:STEPS],
+        embeds=sample(gate.graphs.features),
+        logits=gate.reference.first_logits,
+        answer=gate.graphs.tokens[:STEPS],
         following=scores.argmax(-1),
-        is_decided=lead > LEAD * tolerance.logits,
+        is_decided=lead > DECIDED_LEAD * tolerance.logits,
     )
-    figures = known.of_vision(gate.ours.features, tolerance)
-    figures += known.of_decoder(gate.ours.logits, gate.ours.tokens[:STEPS], tolerance)
+    figures = known.of_vision(gate.graphs.features, tolerance)
+    figures += known.of_decoder(gate.graphs.logits, gate.graphs.tokens[:STEPS], tolerance)
     wrong = next((figure for figure in figures if not figure.is_within), None)
     if wrong is not None:
-        raise ExportError(f"parity gate: of the known answers, {wrong}; no bundle was written")
+        raise ExportError(f"parity gate: {wrong} of the known answers; no bundle was written")
     return known
 
 
 def tolerance_of(gate: Gate, precision: Precision) -> Tolerance:
-    """The bounds of the gate, but of integers what this machine found, and some more."""
+    """The bounds of the gate; in integer precision, `INTEGER_MARGIN` times this machine's errors if that is less."""
     exact, vision, decoder = BOUNDS["fp32"], BOUNDS[precision.vision], BOUNDS[precision.decoder]
-    features, least, logits = vision.error, vision.feature_cosine, decoder.error
+    features, least_cosine, logits = vision.error, vision.feature_cosine, decoder.error
     if precision.vision.startswith("int"):
-        found, expected = sample(gate.ours.features), sample(gate.reference.features)
-        features = max(exact.error, min(features, SAME * relative_error(found, expected)))
-        least = min(exact.feature_cosine, max(least, 1 - SAME * (1 - float(cosine(found, expected).min()))))
+        found, expected = sample(gate.graphs.features), sample(gate.reference.features)
+        features = max(exact.error, min(features, INTEGER_MARGIN * relative_error(found, expected)))
+        distance = 1 - float(cosine(found, expected).min())
+        least_cosine = min(exact.feature_cosine, max(least_cosine, 1 - INTEGER_MARGIN * distance))
     if precision.decoder.startswith("int"):
-        logits = max(exact.error, min(logits, SAME * relative_error(gate.ours.logits, gate.reference.first)))
-    return Tolerance(features=features, feature_cosine=least, logits=logits)
+        error = relative_error(gate.graphs.logits, gate.reference.first_logits)
+        logits = max(exact.error, min(logits, INTEGER_MARGIN * error))
+    return Tolerance(features=features, feature_cosine=least_cosine, logits=logits)

@@ -5,13 +5,12 @@ What enters: uint8 `pixels` (B, H, W, 3), H = W = image size. What leaves: `imag
 rescaling, CLIP normalisation, patches in 2 x 2 merge groups, the window permutation, rotary
 tables, blocks, merger, and the permutation's inverse.
 
-Four things are cheaper here than in the checkpoint's own model, and exact: both temporal frames
-of a still image are the same, so the patch embedding is one product with the two frames'
-weights added; the divisors of rescaling and normalisation are part of its weights; windows
-of equal length are one batched attention; and all but full attention is done for a part of the
-image after the other, so that what passes between operators stays in a CPU's caches. The mean is
-subtracted from the pixels themselves: as a bias it would leave bars of that colour to
-cancellation.
+Four optimizations over the checkpoint's own model, all exact: both temporal frames of a still image
+are the same, so the patch embedding is one product with the sum of the two frames' weights; the
+divisors of rescaling and normalisation are part of its weights; windows of equal length are one
+batched attention; and everything but full attention runs on one part of the image after the other,
+so that intermediate results stay in a CPU's caches. The mean is subtracted from the pixels
+themselves: as a bias it would suffer cancellation in letterbox bars, which have that colour.
 
 This module knows nothing of tokens or of files.
 """
@@ -31,11 +30,11 @@ from qvl_batch.bundle.manifest import HALVES, Dtype
 
 #: Epsilon of the vision tower's norms, a constant of transformers' `Qwen2_5_VLVisionBlock`.
 NORM_EPS = 1e-6
-#: Patches of a part. With all 2304 at once the graph takes 3 to 10 % longer in fp32 and 8 % longer in int8.
+#: Patches in one part. With all 2304 at once the graph takes 3 to 10 % longer in fp32 and 8 % longer in int8.
 #: With half as many it runs up to 4 % faster still, but takes twice as long to load: ONNX Runtime packs the
-#: weights of each part's products. A GPU wants all of them at once.
+#: weights of each part's products. A GPU runs all of them at once.
 PATCHES_AT_ONCE = 576
-#: `(count, length in patches)` of windows that follow each other.
+#: `(count, length in patches)` of consecutive windows of equal length.
 Windows = list[tuple[int, int]]
 
 
@@ -44,9 +43,9 @@ class VisionTower(nn.Module):
 
     Args:
         visual: the checkpoint's vision tower.
-        image_size: pixels a side, a multiple of patch size x merge size.
+        image_size: side in pixels, a multiple of patch size x merge size.
         mean, std: normalisation of the checkpoint's image processor, for values in 0 to 1.
-        dtype: what its products will be in; the residual stream's unit follows, as in `export.decoder`.
+        dtype: of its matrix products; it determines the residual stream's unit, see `export.decoder`.
     """
 
     mean: Tensor
@@ -80,7 +79,7 @@ class VisionTower(nn.Module):
         self.register_buffer("cos", self._ordered_half(cos))
         self.register_buffer("sin", self._ordered_half(sin))
 
-        # Of a whole patch: subtracting three numbers again and again takes eight times as long.
+        # Repeated for a whole patch: broadcasting three numbers takes eight times as long.
         self.register_buffer("mean", (255 * torch.tensor(mean)).repeat(self.patch**2))
         self.patch_embed = nn.Parameter(patch_weights(visual.patch_embed, std, self.unit))
         self.blocks = nn.ModuleList(Block(block, self.heads, dtype) for block in visual.blocks)
@@ -107,11 +106,11 @@ class VisionTower(nn.Module):
             normed, hidden = map(list, zip(*done, strict=True))
         merged = [self._merge(x) for x in normed]
         features = torch.cat(merged, dim=1).index_select(1, self.inverse)
-        # A quotient, as those stay in fp32 where products do not.
+        # A Div, which stays in fp32 in a graph in half precision; a Mul would not.
         return features if self.unit == 1 else features / (1 / self.unit)
 
     def _within(self, windows: Windows, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention within windows, of (B, n, D) each; to (B, n, D)."""
+        """Attention within windows: queries, keys and values (B, n, D) each to (B, n, D)."""
         done: list[Tensor] = []
         start = 0
         for count, length in windows:
@@ -127,7 +126,7 @@ class VisionTower(nn.Module):
         return self.merger_out(F.gelu(self.merger_in(groups)))
 
     def _patches(self, pixels: Tensor) -> Tensor:
-        """(B, H, W, 3) uint8 to (B, N, patch * patch * 3) about the mean, in window order."""
+        """(B, H, W, 3) uint8 to (B, N, patch * patch * 3) minus the mean, in window order."""
         side, merge, patch = self.merged_side, self.merge, self.patch
         x = pixels.reshape(-1, side, merge, patch, side, merge, patch, 3)
         x = x.permute(0, 1, 4, 2, 5, 3, 6, 7).reshape(-1, side**2, merge**2 * patch**2 * 3)
@@ -141,7 +140,7 @@ class VisionTower(nn.Module):
 
 
 def patch_weights(patch_embed: Any, std: list[float], unit: int = 1) -> Tensor:
-    """Weights of the patch embedding, for pixels of 0 to 255 about the mean, to a residual stream in `unit`.
+    """Weights of the patch embedding, for pixels of 0 to 255 minus the mean and a residual stream divided by `unit`.
 
     (D, C, frames, h, w) to (h * w * C, D), the frames added: pixels stay in (h, w, C) order.
     """
@@ -153,7 +152,7 @@ def patch_weights(patch_embed: Any, std: list[float], unit: int = 1) -> Tensor:
 class Block(nn.Module):
     """One vision block: attention within windows or over the whole image, then a gated MLP.
 
-    Its products will be in `dtype`.
+    Its matrix products are in `dtype`.
     """
 
     def __init__(self, block: Any, heads: int, dtype: Dtype = "fp32") -> None:
@@ -163,7 +162,7 @@ class Block(nn.Module):
         q, k, v = Linear.parts(block.attn.qkv, 3)
         out = block.attn.proj
         self.qkv = nn.ModuleList((q, k, v.with_bias(None)))
-        # A bias of all values is one of their means too: it passes through attention as it is.
+        # Attention weights add up to 1, so the values' bias passes through attention unchanged.
         self.proj = Linear(out.weight, out.bias + out.weight @ v.bias).in_unit(unit)
         self.mlp = GatedMlp(block.mlp, unit)
 
@@ -174,7 +173,7 @@ class Block(nn.Module):
         return rotary_embedding(q, first, cos, sin, self.heads), rotary_embedding(k, first, cos, sin, self.heads), v
 
     def after_attention(self, attended: Tensor, hidden: Tensor, following: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """(B, n, D) of attention and of the residual stream to what the next block takes: normed, and plain."""
+        """Attention output and residual stream (B, n, D) to inputs of the next block: normed stream, and stream."""
         normed, hidden = skip_rms_norm(self.proj(attended), hidden, self.norm2, eps)
         return skip_rms_norm(self.mlp(normed), hidden, following, eps)
 
@@ -182,8 +181,8 @@ class Block(nn.Module):
 def window_order(grid: Tensor, config: Any) -> tuple[Tensor, Windows]:
     """Order of merge groups in which every window is contiguous, windows of equal length together.
 
-    Where the image is no whole number of windows wide, those at its edges are smaller, as in
-    transformers; their place among the windows does not matter to attention.
+    If the image's side is not a multiple of a window's, the windows at its edges are smaller, as in
+    transformers. The order of windows does not matter to attention.
 
     Args:
         grid: (1, 3) int64, frames, patch rows and patch columns.
@@ -204,7 +203,7 @@ def window_order(grid: Tensor, config: Any) -> tuple[Tensor, Windows]:
 
 
 def split_windows(windows: Windows, patches: int) -> list[Windows]:
-    """Windows in order, in parts of at most so many patches each, but of at least one window."""
+    """Split windows, in order, into parts of at most `patches` patches and at least one window."""
     parts: list[list[int]] = []
     for length in (length for count, length in windows for _ in range(count)):
         if not parts or sum(parts[-1]) + length > patches:

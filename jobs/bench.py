@@ -1,13 +1,13 @@
-"""Measure our engine and our Ray job against what else there is, side by side in one run.
+"""Measure our engine and our Ray job against peers, side by side in one run.
 
     python jobs/bench.py --bundle FP32 --reduced-bundle INT8 --checkpoint DIR [--against hf openvino]
     python jobs/bench.py --device cuda
 
-All answer the same rows with the same number of forced tokens, in rounds that alternate, each in a
-process of its own and at its best batch size; medians are reported. That rows are the same tokens
-for all, and that answers in fp32 are those of transformers' `generate`, is checked first. Writes
-`bench.json`, whose `ratios` are what the README quotes, and `bench.svg`. On a GPU it is
-`benchmark/gpu.py` that measures.
+All contenders answer the same rows with the same number of forced tokens, in alternating rounds, each
+in its own process, peers at their best batch size; medians are reported. First it checks that a row
+has the same number of tokens for all, and that answers in fp32 are those of transformers' `generate`.
+Writes `bench.json`, whose `ratios` jobs/README.md quotes, and `bench.svg`. With `--device cuda`,
+`benchmark/gpu.py` measures.
 """
 
 import argparse
@@ -46,12 +46,12 @@ from qvl_batch.pipeline.plan import DEFAULT_SLOTS
 OURS = FP32, REDUCED = "qvl-batch fp32", "qvl-batch reduced"
 HF_FP32, HF_BF16 = "transformers fp32", "transformers bf16"
 OV_FP32, OV_OWN = "OpenVINO GenAI fp32", "OpenVINO GenAI"
-#: Rows whose tokens up to the answer are compared: counting them takes a peer as long as answering.
+#: Rows whose numbers of tokens are compared: a peer takes as long to count them as to answer.
 CHECKED_ROWS = 4
-#: Answers of a peer in fp32 that must be those of the reference; of made-up weights, some are near ties.
-TIES = 0.9
+#: Share of a peer's answers in fp32 that must equal the reference's; with made-up weights some tokens are near ties.
+LEAST_EQUAL = 0.9
 #: Rows of the shorter of two jobs that differ by a factor of ten.
-TENTH = 64
+SHORT_JOB_ROWS = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,38 +61,40 @@ class BenchConfig:
     """
 
     device: Literal["cpu"] = "cpu"
-    """What to measure on."""
+    """Device to measure on."""
     bundle: Path
     """Folder of a bundle in fp32."""
     reduced_bundle: Path | None = None
     """Folder of a bundle of the same checkpoint in reduced precision."""
     checkpoint: Path
-    """Folder of the checkpoint that they were exported from."""
+    """Folder of the checkpoint that the bundles were exported from."""
     against: tuple[Literal["hf", "openvino"], ...] = ("hf",)
-    """Peers: transformers' `generate` in fp32 and bf16, OpenVINO GenAI in fp32 and as it chooses."""
+    """Peers to measure: transformers' `generate` in fp32 and bf16 (hf), OpenVINO GenAI in fp32 and in the precision
+    that it chooses (openvino)."""
     openvino: Path = Path("build/openvino")
-    """Folder with OpenVINO's environment, `venv`, and the checkpoint as it takes it, `model`."""
+    """Folder with OpenVINO's environment, `venv`, and the checkpoint converted for it, `model`."""
     input: Path = DEMO
     """Parquet file of `id`, `image` and `prompt`."""
     rows: int = 64
     """Rows to answer; the input is repeated if it has fewer."""
     new_tokens: int = 32
-    """Tokens of each answer; none ends sooner."""
+    """Tokens of each answer; end tokens are ignored."""
     rounds: int = 3
-    """Rounds of each, after one to warm up."""
+    """Rounds to measure, after one to warm up."""
     slots: int = DEFAULT_SLOTS
     """Rows that our decoder answers at a time."""
     ray_rows: int = 256
-    """Rows of the Ray job; 0 leaves it out."""
+    """Rows of the Ray job; 0 skips it."""
     ten_times: bool = True
-    """Measure what ten times the rows take of the Ray job, time and memory."""
+    """Also measure time and memory of a Ray job with ten times the rows."""
     situations: bool = True
-    """Measure also what our engine gains where features and caches are shared, kept, or refilled."""
+    """Also measure what our engine gains by sharing an image's features and KV cache between prompts, by keeping
+    features on disk, and by refilling slots."""
     output: Path = Path("build/bench")
     """Folder for the figures."""
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be measured.
+        """Refuse settings that cannot be measured.
 
         Raises:
             ConfigError: names the option and what to do.
@@ -149,7 +151,7 @@ def bench(config: BenchConfig, console: Console) -> dict[str, Any]:
 
 
 def _hosts(config: BenchConfig, stack: ExitStack) -> dict[str, Host]:
-    """All contenders, each in its process."""
+    """All contenders, each in its own process."""
     made: list[tuple[str, str, str, tuple[Any, ...], Path | None]] = [
         (name, "ours", "Ours", (bundle, config.slots, config.new_tokens), None)
         for name, bundle in config.bundles.items()
@@ -170,20 +172,22 @@ def _hosts(config: BenchConfig, stack: ExitStack) -> dict[str, Host]:
 
 
 def _check(hosts: dict[str, Host], rows: Rows) -> dict[str, list[int]]:
-    """Answer once to warm up; how many answers of each are those of the reference, and out of how many.
+    """Answer once to warm up; returns how many answers of each contender equal the reference's, and of how many.
 
     Raises:
         JobError: the contenders do not do the same work.
     """
     lengths = {name: host.call("prompt_tokens", rows.part(0, CHECKED_ROWS)) for name, host in hosts.items()}
     if any(found != lengths[FP32] for found in lengths.values()):
-        raise JobError(f"rows are not of the same tokens for all, there is nothing to compare: {lengths}")
+        raise JobError(
+            f"contenders count different numbers of tokens for the same rows, so they are not compared: {lengths}"
+        )
     answers = {name: host.call("answer", rows) for name, host in hosts.items()}
     reference = answers.get(HF_FP32, answers[FP32])
     equal = {name: sum(a == b for a, b in zip(found, reference, strict=True)) for name, found in answers.items()}
-    for name, least in ((FP32, len(rows)), (OV_FP32, TIES * len(rows))):
+    for name, least in ((FP32, len(rows)), (OV_FP32, LEAST_EQUAL * len(rows))):
         if equal.get(name, len(rows)) < least:
-            raise JobError(f"only {equal[name]} of {len(rows)} answers of {name} are those of the reference in fp32")
+            raise JobError(f"only {equal[name]} of {len(rows)} answers of {name} equal those of the reference in fp32")
     return {name: [count, len(rows)] for name, count in equal.items()}
 
 
@@ -200,15 +204,15 @@ def _ray(
     figures: dict[str, Any],
     config: BenchConfig,
     engine: Host,
-    made_of: tuple[Any, ...],
+    arguments: tuple[Any, ...],
     rows: Rows,
     console: Console,
 ) -> None:
-    """The whole job against the engine alone, before and after, start-up excluded; and ten times the rows."""
+    """The Ray job, without its start-up, against the engine alone, before and after it; and ten times the rows."""
 
     def job(count: int, *, memory: bool = False) -> dict[str, float]:
         console.print(f"Ray job of {count} rows")
-        with Host("Ray job", "benchmark.ours", "RayJob", *made_of) as host:
+        with Host("Ray job", "benchmark.ours", "RayJob", *arguments) as host:
             found: dict[str, float] = host.call("run", rows, count, memory)
             return found
 
@@ -218,7 +222,7 @@ def _ray(
     figures["ray"]["engine_images_per_second"] = alone
     figures["ratios"]["ray"] = found["steady_images_per_second"] / alone
     if config.ten_times:
-        few, many = job(TENTH, memory=True), job(10 * TENTH, memory=True)
+        few, many = job(SHORT_JOB_ROWS, memory=True), job(10 * SHORT_JOB_ROWS, memory=True)
         figures["ten_times"] = [few, many]
         taken = [found["seconds"] - found["workers_seconds"] for found in (few, many)]
         figures["ratios"] |= {
@@ -228,8 +232,8 @@ def _ray(
 
 
 def _against_limits(figures: dict[str, Any], config: BenchConfig, rows: Rows) -> None:
-    """Shares of the measured matrix peak and memory bandwidth, of each of our bundles."""
-    settings = AutoConfig.from_pretrained(config.checkpoint)
+    """Share of the measured matrix peak and memory bandwidth that each of our bundles reaches."""
+    model_config = AutoConfig.from_pretrained(config.checkpoint)
     bandwidth = limits.copy_bandwidth()
     found: dict[str, Any] = {"copy_gb_per_second": bandwidth / 1e9}
     for name, folder in config.bundles.items():
@@ -237,8 +241,8 @@ def _against_limits(figures: dict[str, Any], config: BenchConfig, rows: Rows) ->
         manifest, took = bundle.manifest, figures["stages_ms_per_image"][name]
         tokens = len(RowLayout(bundle).row_ids(rows.prompts[0]))
         peak = limits.gemm_peak(manifest.vision_dtype)
-        vision = limits.vision_operations(settings, manifest.layout) / (took["vision"] / 1e3)
-        prefill = limits.prefill_operations(settings, tokens) / (took["prefill"] / 1e3)
+        vision = limits.vision_operations(model_config, manifest.layout) / (took["vision"] / 1e3)
+        prefill = limits.prefill_operations(model_config, tokens) / (took["prefill"] / 1e3)
         live = min(config.slots, len(rows))
         step = took["decode"] / 1e3 * live / (config.new_tokens - 1)
         read = limits.step_bytes(bundle, live, tokens + config.new_tokens // 2) / step
@@ -263,7 +267,7 @@ def _situations(figures: dict[str, Any], engine: Ours, few: Rows) -> None:
 
 
 def work() -> int:
-    """Measure, show and write; the exit status."""
+    """Measure, write and show; returns the exit status."""
     console = Console(width=None if sys.stdout.isatty() else 120)
     on_gpu = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     on_gpu.add_argument("--device")

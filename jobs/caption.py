@@ -13,32 +13,32 @@ from qvl_batch.config import CaptionConfig
 
 
 def main() -> int:
-    """Run the job; 0 if every row was answered or has its error, 1 if the job could not be done or no row was answered,
-    130 if it was stopped.
+    """Run the job; 0 if every row has an answer or an error, 1 if the job failed or no row was answered, 130 if it was
+    stopped.
     """
     is_stopped = stop_as_by_ctrl_c()
-    going_on = "the same command"
+    resume_command = "the same command"
 
     def work() -> int:
-        nonlocal going_on
+        nonlocal resume_command
         config = settings(CaptionConfig)
-        going_on = config.going_on
+        resume_command = config.going_on
         from qvl_batch.pipeline.run import run  # noqa: PLC0415  (ray takes a second to import; --help need not)
 
         report = run(config, say=lambda line: print(line, file=sys.stderr, flush=True), is_stopped=is_stopped)
         print(report)
         if report.total.rows and report.total.rows == report.total.finish_reasons["error"]:
-            print("caption: no row was answered; why not is in the column error_message", file=sys.stderr)
+            print("caption: no row was answered; the reasons are in the column error_message", file=sys.stderr)
             return FAILED
         return 0
 
-    return exit_status("caption", work, stopped=lambda: f"{going_on} goes on")
+    return exit_status("caption", work, stopped=lambda: f"continue with {resume_command}")
 
 
 if __name__ == "__main__":
     status = main()
     if status == STOPPED:
-        # Ray's threads that were just starting may crash where the interpreter ends in order.
+        # In a regular exit of the interpreter, threads of Ray that are just starting can crash.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

@@ -1,8 +1,9 @@
-"""Check that this machine computes a bundle as PyTorch does, by the known answers that the bundle carries.
+"""Check that this machine computes a bundle as PyTorch does, by the known answers in the bundle.
 
     python jobs/check.py BUNDLE
 
-Prints each figure beside its bound. What runs a bundle does the same when it starts, and refuses what is wrong.
+Prints each figure beside its bound. Every process that runs a bundle makes the same check when it starts, and refuses
+to run if a figure is out of bounds.
 """
 
 import sys
@@ -29,7 +30,7 @@ from qvl_batch.vision.encoder import VisionEncoder
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckConfig:
-    """Check that this machine computes a bundle as PyTorch does, by the known answers that the bundle carries."""
+    """Check that this machine computes a bundle as PyTorch does, by the known answers in the bundle."""
 
     bundle: Annotated[Path, tyro.conf.Positional]
     """Folder of the bundle that `python -m export` made."""
@@ -41,7 +42,7 @@ class CheckConfig:
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """A graph, where it ran, what was found, and seconds to load it and to run it."""
+    """A graph, the machine it ran on, its figures, and seconds to load and to run it."""
 
     graph: str
     machine: str
@@ -51,7 +52,7 @@ class Checked:
 
 
 def check(config: CheckConfig, bundle: Bundle) -> list[Checked]:
-    """Run the known answers through both graphs, and through those in fp32 that the bundle may hold beside them.
+    """Run the known answers through both graphs, and through the ones in fp32 if the bundle has them too.
 
     Raises:
         BundleError: it has no known answers, or a graph cannot be loaded.
@@ -86,7 +87,7 @@ def _timed(graph: str, load: Callable[[], VisionEncoder | Decoder]) -> Checked:
 
 
 def show(config: CheckConfig, manifest: Manifest, found: list[Checked], console: Console) -> bool:
-    """Print a table and a verdict; whether all is as it should be."""
+    """Print a table and a verdict; returns whether all figures are within their bounds."""
     towers = f"vision in {manifest.vision_dtype}, decoder in {manifest.dtype}"
     versions = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
     for line in (
@@ -112,7 +113,7 @@ def show(config: CheckConfig, manifest: Manifest, found: list[Checked], console:
 
 
 def work() -> int:
-    """Check and show; the exit status."""
+    """Check and show; returns the exit status."""
     config = settings(CheckConfig)
     bundle = Bundle.load(config.bundle)
     found = check(config, bundle)
@@ -121,7 +122,7 @@ def work() -> int:
 
 
 def main() -> int:
-    """Run the command; 0 if all is right, 1 if something is wrong or it could not be checked, 130 if it was stopped."""
+    """Run the command; 0 if all is right, 1 if something is wrong or cannot be checked, 130 if it was stopped."""
     return exit_status("check", work)
 
 

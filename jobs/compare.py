@@ -13,7 +13,7 @@ from qvl_batch.command_line import FAILED, exit_status, settings, stop_as_by_ctr
 
 
 def work() -> int:
-    """Compare and show; the exit status."""
+    """Compare and show; returns the exit status."""
     config = settings(CompareConfig)
     from comparison.run import compare  # noqa: PLC0415  (takes seconds to import; --help need not)
 
@@ -25,11 +25,9 @@ def work() -> int:
 
 
 def main() -> int:
-    """Run the command; 0 if everything is within its bounds, 1 if not or if it could not be done, 130 if it was
-    stopped.
-    """
+    """Run the command; 0 if everything is within its bounds, 1 if not or if it failed, 130 if it was stopped."""
     stop_as_by_ctrl_c()
-    return exit_status("compare", work, stopped=lambda: "the same command goes on where it was")
+    return exit_status("compare", work, stopped=lambda: "continue with the same command")
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ class ShowConfig:
     """Rows to print."""
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be printed.
+        """Refuse values that cannot work.
 
         Raises:
             ConfigError: names the option, what it was, and what it may be.
@@ -68,7 +68,7 @@ def show(config: ShowConfig, console: Console) -> None:
 
 
 def _rows(table: pa.Table) -> list[dict[str, str | None]]:
-    """What is shown of each row; nulls for columns that are not there, or hold no text."""
+    """The shown columns of each row; null where a column is missing or cannot be shown as text."""
     held = {name: table[name] for name in COLUMNS if name in table.column_names}
     columns = {name: texts(column) for name, column in held.items() if is_textual(column.type)}
     return [{name: columns[name][row] if name in columns else None for name in COLUMNS} for row in range(len(table))]
@@ -89,7 +89,7 @@ def _is_right(row: dict[str, str | None]) -> bool:
 
 
 def work() -> int:
-    """Show; the exit status."""
+    """Show; returns the exit status."""
     show(settings(ShowConfig), Console())
     return 0
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Answer", "Bundle", "Captioner", "Failure", "JobError", "QvlBatchError", "RowError"]
 
-_HOMES = {
+_MODULES = {
     "Answer": "schema",
     "Bundle": "bundle.loading",
     "Captioner": "captioner",
@@ -29,7 +29,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is first asked for: tasks that only read need no tokenizer."""
-    if name not in _HOMES:
+    """Import a public name on first access, so that tasks that only read do not load the tokenizer."""
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

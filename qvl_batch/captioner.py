@@ -1,4 +1,4 @@
-"""Answers without Ray: one process, images and prompts in, answers out, in order."""
+"""Images and prompts to answers, in order, in one process and without Ray."""
 
 import os
 from collections.abc import Iterable
@@ -21,37 +21,37 @@ from qvl_batch.schema import Answer, Failure
 from qvl_batch.vision.encoder import VisionEncoder
 from qvl_batch.vision.features import ImageFeatures
 
-#: An image as a file's path, as a file's bytes, as pixels uint8 (H, W, 3), or as Pillow has it, where EXIF says
-#: which side is up as it does in a file.
+#: An image: path of a file, bytes of a file, pixels uint8 (H, W, 3), or a Pillow image, whose EXIF orientation is
+#: applied as for a file.
 ImageLike = str | Path | bytes | bytearray | NDArray[Any] | Image.Image
-#: Whole numbers beyond a byte that Pillow would take for shades of 16 or 32 bits.
-_WIDE = ("int16", "int32", "int64", "uint32", "uint64")
-#: Images in memory at a time, as pixels.
+#: Integer types that Pillow would take for 16-bit or 32-bit grey levels.
+_WIDE_INTEGERS = ("int16", "int32", "int64", "uint32", "uint64")
+#: Images held in memory as pixels at a time.
 WINDOW = 32
 
 
 class Captioner(Stoppable):
-    """A bundle ready to answer, in this process.
+    """A bundle loaded into this process, ready to answer.
 
         with Captioner("bundle") as captioner:
             answers = captioner.caption(images=["a.jpg"], prompts=["What is this?"])
             print(answers[0])
 
-    Leaving `with` by an exception, such as Ctrl-C, stops it at once.
+    An exception that leaves the `with` block, such as Ctrl-C, stops it at once.
 
     Args:
         bundle: folder of the bundle.
-        device: where the decoder runs; `auto` is what the bundle was made for.
+        device: where the decoder runs; `auto` is the device that the bundle was exported for.
         vision_device: where the vision tower runs; `auto` is a GPU for one in half precision, else the CPU.
         slots: rows answered at a time.
         fit: how an image that is not square becomes square.
-        max_image_pixels: most pixels of an image.
-        allow_truncated: show what there is of image files that are cut or damaged.
-        allow_repetition: an answer that repeats itself until it is cut is an answer, and no failure.
+        max_image_pixels: largest number of pixels of an image.
+        allow_truncated: use the intact part of image files that are truncated or damaged.
+        allow_repetition: accept an answer that repeats a phrase until it is cut off; without it, the row fails.
 
     Raises:
-        BundleError: no bundle, or a damaged one.
-        ConfigError: `slots` or `max_image_pixels` is less than 1, or there is no such fit or device.
+        BundleError: there is no bundle, or it is damaged.
+        ConfigError: `slots` or `max_image_pixels` is less than 1, or the fit or device is unknown.
         DeviceError: the device cannot be used here, or computes the bundle wrongly.
     """
 
@@ -71,7 +71,7 @@ class Captioner(Stoppable):
             if value < 1:
                 raise ConfigError(f"{name} must be at least 1, not {value}")
         if fit not in get_args(Fit):
-            raise ConfigError(f"fit {fit!r} is none of {', '.join(get_args(Fit))}")
+            raise ConfigError(f"fit must be one of {', '.join(get_args(Fit))}, not {fit!r}")
         self._bundle = Bundle.load(bundle)
         resolve_device(device, self._bundle.manifest)
         encoder_device = resolve_vision_device(vision_device, self._bundle.manifest)
@@ -81,7 +81,7 @@ class Captioner(Stoppable):
         threads = usable_cpus()
         features = ImageFeatures(VisionEncoder(self._bundle, threads, encoder_device))
         answerer = Answerer(self._bundle, slots, threads, allow_repetition=allow_repetition)
-        #: None once it is closed.
+        #: None once closed.
         self._parts: tuple[ImageFeatures, Answerer] | None = (features, answerer)
 
     def caption(
@@ -93,27 +93,27 @@ class Captioner(Stoppable):
     ) -> list[Answer]:
         """Answer each prompt about its image.
 
-        A row that fails has `finish_reason == "error"` and its `failure`; the others go on.
+        A failed row has `finish_reason == "error"` and a `failure`; other rows are not affected.
 
         Args:
             images: one for each row.
-            prompts: one for each row, or one for all of them.
+            prompts: one for each row, or one string for all rows.
             max_new_tokens: longest answer in tokens.
 
         Raises:
-            ConfigError: there are not as many prompts as images, one image is given in place of a list, or
+            ConfigError: the numbers of prompts and images differ, `images` is a single image and not a list, or
                 `max_new_tokens` is less than 1.
-            RuntimeError: it was closed, or made by the process that this one was forked from.
+            RuntimeError: this object was closed, or created before a fork.
         """
         if self._parts is None:
             raise RuntimeError("the captioner is closed")
         if os.getpid() != self._process:
-            raise RuntimeError("the captioner is another process's, whose threads a fork leaves behind: make one here")
+            raise RuntimeError("this Captioner was created before a fork: create one in this process")
         features, answerer = self._parts
         if max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
         if isinstance(images, str | Path | bytes | bytearray | Image.Image) or _is_pixels(images):
-            raise ConfigError(f"images is one {type(images).__name__}, not one for each row: give a list, [image]")
+            raise ConfigError(f"images is a single {type(images).__name__}, not one for each row: give a list, [image]")
         images = list(images)
         texts = [prompts] * len(images) if isinstance(prompts, str) else list(prompts)
         if len(texts) != len(images):
@@ -128,13 +128,13 @@ class Captioner(Stoppable):
         return answers
 
     def close(self) -> None:
-        """Stop when what was asked is answered, and let go of graphs and threads."""
+        """Finish pending rows, then release graphs and threads."""
         for part in self._parts or ():
             part.close()
         self._parts = None
 
     def stop(self) -> None:
-        """Stop at once: what is being answered fails. Let go of graphs and threads."""
+        """Stop at once: pending rows fail. Release graphs and threads."""
         for part in self._parts or ():
             part.stop()
         self._parts = None
@@ -147,7 +147,7 @@ class Captioner(Stoppable):
 
 
 def _is_pixels(images: object) -> bool:
-    """Whether it is pixels of one image; an array may also hold several, or paths."""
+    """Whether `images` is the pixels of one image; an array can also hold several images, or paths."""
     return isinstance(images, np.ndarray) and images.ndim in {2, 3}
 
 
@@ -160,20 +160,21 @@ def _picture(image: ImageLike, rules: ImageRules = DEFAULT_RULES) -> Image.Image
         except OSError as error:
             raise ImageError(f"{image}: {error.strerror}") from error
         except ValueError as error:
-            raise ImageError(f"{str(image)!r} is no path: {error}") from error
+            raise ImageError(f"{str(image)!r} is not a valid path: {error}") from error
         return decode_image(data, rules)
     if isinstance(image, Image.Image):
         return upright_rgb(image, rules)
     if not isinstance(image, np.ndarray):
         raise ImageError(
-            f"{type(image).__name__} is no image: give a path, a file's bytes, an array, or Pillow's image"
+            f"{type(image).__name__} is not an image: give a path, the bytes of a file, an array or a Pillow image"
         )
-    if image.dtype.name in _WIDE and image.size and 0 <= image.min() <= image.max() <= np.iinfo(np.uint8).max:
+    if image.dtype.name in _WIDE_INTEGERS and image.size and 0 <= image.min() <= image.max() <= np.iinfo(np.uint8).max:
         image = image.astype(np.uint8)
     try:
         picture = Image.fromarray(image)
     except (TypeError, ValueError, AttributeError, IndexError) as error:
         raise ImageError(
-            f"an array {image.shape} of {image.dtype} is no image: give uint8 (height, width, 3), or (height, width)"
+            f"a {image.dtype} array of shape {image.shape} is not an image: give uint8 (height, width, 3) or "
+            "(height, width)"
         ) from error
     return upright_rgb(picture, rules)

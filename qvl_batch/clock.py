@@ -1,4 +1,4 @@
-"""Seconds of work, added up by any number of threads and taken away in portions."""
+"""Busy thread-seconds, summed over any number of threads and drained in portions."""
 
 import threading
 import time
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 
 class Clock:
-    """Runs while somebody works, and twice as fast while two do."""
+    """Sums busy time over threads: two threads that work for a second add two seconds."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -15,7 +15,7 @@ class Clock:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Add the time that the block takes, whatever ends it."""
+        """Add the time that the block takes, also if it raises."""
         began = time.perf_counter()
         try:
             yield
@@ -25,7 +25,7 @@ class Clock:
                 self._seconds += took
 
     def take(self) -> float:
-        """Seconds since the last call; each second is given once."""
+        """Return the seconds added since the last call, and reset: each second is returned once."""
         with self._lock:
             seconds, self._seconds = self._seconds, 0.0
         return seconds

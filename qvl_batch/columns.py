@@ -1,11 +1,11 @@
-"""The record between the stages of the pipeline: every column that a row has on its way, and who deals with it.
+"""The record between the stages of the pipeline: every column, and which stages write, read and drop it.
 
     read ─ prepare ─ vision ─ decoder ─ driver
 
-Tables have one row for each row of the input: its id and kept columns, which no stage looks at, and the columns of
-`COLUMNS`, whose names begin with `OWN`. A stage adds and drops columns as that table says, and looks at no others. A
-row that failed keeps its place and carries its failure to the end. The decoder stage turns what is left into the
-columns of an answer, `schema.ANSWER_FIELDS`.
+Tables have one row for each row of the input: its id and kept columns, which the stages pass through, and the columns
+of `COLUMNS`, whose names begin with `OWN`. A stage adds and drops columns as `COLUMNS` says, and uses no others. A
+failed row keeps its place and carries its failure to the end. The decoder stage replaces features, prompts and failures
+by the columns of an answer, `schema.ANSWER_FIELDS`.
 
 This module knows nothing of what the stages do.
 """
@@ -22,32 +22,32 @@ from qvl_batch.schema import Failure
 
 Step = Literal["read", "prepare", "vision", "decoder", "driver"]
 
-#: Prefix of the columns below; no column of the user's may have it.
+#: Prefix of the columns below; reserved, no column of the input may have it.
 OWN = "__qvl_"
-#: Number of the row's file, and the row's index in it: together its place in the input.
+#: File number, and index of the row in that file: together the row's place in the input.
 FILE, ROW = f"{OWN}file", f"{OWN}row"
 PROMPT = f"{OWN}prompt"
-#: The image as a file's bytes; as pixels uint8 (H, W, 3); and as features float32 (T_img, D).
+#: The image as bytes of a file; as pixels, uint8 (H, W, 3); and as features, float32 (T_img, D).
 IMAGE, PIXELS, FEATURES = f"{OWN}image", f"{OWN}pixels", f"{OWN}features"
-#: The same for rows of one image.
+#: Hash of the image: equal for rows with the same image.
 IMAGE_KEY = f"{OWN}image_key"
-#: Of a row that failed: stage, type and message; null in all others.
+#: Stage, type and message of a failed row's error; null in all other rows.
 FAILURE = tuple(f"{OWN}error_{field.name}" for field in fields(Failure))
-#: Of a sampled row: a small JPEG of its pixels, and the beginning of its prompt; null in all others.
+#: Small JPEG of a sampled row's pixels, and the start of its prompt; null in all other rows.
 THUMBNAIL, ASKED = f"{OWN}thumbnail", f"{OWN}asked"
-#: Unix time at which the vision stage took the row.
+#: Unix time at which the vision stage started on the row's table.
 STARTED = f"{OWN}started"
-#: Names of the actors that had the row, by stage.
+#: Names of the actors that processed the row, by stage.
 WORKERS = {"vision": f"{OWN}vision_worker", "decoder": f"{OWN}decoder_worker"}
-#: Busy seconds, by kind of work: the first row of a table has those since the table before, the others 0, so that
-#: tables may be cut and joined, and the sum of a column is the work of its stage. What a worker that died had not
-#: handed on is lost.
+#: Busy thread-seconds, by kind of work. The first row of a table holds the seconds since the previous table, all other
+#: rows 0, so that tables can be split and concatenated, and the sum of a column is the busy time of its stage. Seconds
+#: that a worker has not passed on when it dies are lost.
 SECONDS = {work: f"{OWN}{work}_seconds" for work in ("read", "image", "vision", "prefill", "decode")}
 
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """Type of a column, the steps that write it and read it, and the last that has it."""
+    """Type of a column, the steps that write it and read it, and the step that drops it."""
 
     type: pa.DataType
     written_by: tuple[Step, ...]
@@ -81,7 +81,7 @@ COLUMNS: dict[str, Column] = {
 
 
 def array(name: str, values: Iterable[Any]) -> pa.Array:
-    """Values of a column of `COLUMNS`, in its type."""
+    """Arrow array of a column of `COLUMNS`, in its type."""
     return pa.array(values, COLUMNS[name].type)
 
 
@@ -93,32 +93,32 @@ def with_columns(table: pa.Table, columns: Mapping[str, pa.Array]) -> pa.Table:
 
 
 def place_columns(places: Sequence[Row]) -> dict[str, pa.Array]:
-    """Places of rows in the input as columns `FILE` and `ROW`."""
+    """Columns `FILE` and `ROW` of places in the input."""
     return {FILE: array(FILE, [file for file, _ in places]), ROW: array(ROW, [row for _, row in places])}
 
 
 def places_of(table: pa.Table) -> list[Row]:
-    """The columns `FILE` and `ROW` as places of rows again."""
+    """Places in the input of the rows of a table: the inverse of `place_columns`."""
     return list(zip(table[FILE].to_pylist(), table[ROW].to_pylist(), strict=True))
 
 
 def failure_columns(failures: Sequence[Failure | None]) -> dict[str, pa.Array]:
-    """Failures of rows, None where there is none, as the columns `FAILURE`."""
+    """Columns `FAILURE` of failures, None for rows without one."""
     parts = ([getattr(failure, field.name, None) for failure in failures] for field in fields(Failure))
     return {name: array(name, part) for name, part in zip(FAILURE, parts, strict=True)}
 
 
 def failures_of(table: pa.Table) -> list[Failure | None]:
-    """The columns `FAILURE` as failures again."""
+    """Failures of the rows of a table, None for rows without one: the inverse of `failure_columns`."""
     rows = zip(*(table[name].to_pylist() for name in FAILURE), strict=True)
     return [Failure(*row) if row[0] is not None else None for row in rows]
 
 
 def seconds_column(work: str, seconds: float, rows: int) -> dict[str, pa.Array]:
-    """The column of `SECONDS` that hands on busy seconds in a table of so many rows, at least one."""
+    """The column of `SECONDS` that passes on busy seconds in a table of `rows` rows, at least one."""
     return {SECONDS[work]: array(SECONDS[work], [seconds, *[0.0] * (rows - 1)])}
 
 
 def seconds_of(table: pa.Table) -> dict[str, float]:
-    """Busy seconds that a table hands on, by kind of work."""
+    """Busy seconds that a table passes on, by kind of work."""
     return {work: float(pc.sum(table[column]).as_py() or 0) for work, column in SECONDS.items()}

@@ -1,4 +1,4 @@
-"""Distances between what two sides compute, for the parity gate and for comparisons."""
+"""Distances between computed and reference values, for the parity gate and for comparisons."""
 
 from typing import Any
 
@@ -9,22 +9,22 @@ Array = NDArray[Any]
 
 
 def relative_error(found: Array, expected: Array) -> float:
-    """Largest absolute difference over the largest magnitude; NaN anywhere gives NaN."""
+    """Largest absolute difference, divided by the largest magnitude of `expected`; NaN if any value is NaN."""
     return float(np.abs(found - expected).max() / np.abs(expected).max())
 
 
 def divergence(reference: Array, candidate: Array) -> Array:
-    """Kullback-Leibler divergence (...) of two arrays of logits (..., V), reference first, in nats."""
+    """Kullback-Leibler divergence (...) in nats, KL(reference || candidate), of two arrays of logits (..., V)."""
     with np.errstate(invalid="ignore"):  # NaN gives NaN
-        p, q = (x - np.logaddexp.reduce(x, -1, keepdims=True) for x in map(_exact, (reference, candidate)))
+        p, q = (x - np.logaddexp.reduce(x, -1, keepdims=True) for x in map(_float64, (reference, candidate)))
         return np.asarray(np.maximum(0.0, (np.exp(p) * (p - q)).sum(-1)))
 
 
 def cosine(a: Array, b: Array) -> Array:
-    """Cosine (...) of the angle between vectors of two arrays (..., D)."""
-    a, b = _exact(a), _exact(b)
+    """Cosine similarity (...) of the vectors in two arrays (..., D)."""
+    a, b = _float64(a), _float64(b)
     return np.asarray((a * b).sum(-1) / (np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)))
 
 
-def _exact(values: Array) -> Array:
+def _float64(values: Array) -> Array:
     return values.astype(np.float64)

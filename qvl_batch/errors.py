@@ -6,18 +6,17 @@
     │   ├── InputError           the input is missing, unreadable, or lacks a column
     │   ├── OutputError          the output folder cannot be written, or holds other answers
     │   ├── BundleError          the bundle is missing, damaged, or breaks its layout contract
-    │   ├── DeviceError          the device asked for cannot be used here, or computes a bundle wrongly
+    │   ├── DeviceError          the requested device cannot be used here, or computes the bundle wrongly
     │   └── ExportError          the checkpoint cannot be exported, or the export is not exact
-    └── RowError                 goes into its own row; the job goes on
-        ├── RecordError          the row, or a value of it, cannot be read (stage `read`)
+    └── RowError                 fails one row and is written to its output; the job continues
+        ├── RecordError          the row, or one of its values, cannot be read (stage `read`)
         ├── ImageError           the image is missing or cannot be decoded (stage `image`)
-        ├── PromptError          the prompt is missing or does not fit the contract (stage `layout`)
-        ├── NumericError         the model produced values that mean nothing (stage `vision`, `decode`)
-        ├── RepetitionError      the answer says one thing over and over until it is cut (stage `decode`)
-        └── WorkerLostError      the row ends whatever process works on it (stage `read`, `image`, `vision`, `decode`)
+        ├── PromptError          the prompt is missing, or too long for the layout contract (stage `layout`)
+        ├── NumericError         the model computed unusable values (stage `vision`, `decode`)
+        ├── RepetitionError      the answer repeats a phrase until it is cut off (stage `decode`)
+        └── WorkerLostError      the row kills every worker process (stage `read`, `image`, `vision`, `decode`)
 
-Errors of the libraries below are translated where they are met, so that a caller needs to
-catch nothing else.
+Errors of third-party libraries are translated where they occur, so that a caller needs to catch nothing else.
 """
 
 import re
@@ -42,7 +41,7 @@ class InputError(JobError):
 
 
 class OutputError(JobError):
-    """The output folder cannot be written, or holds answers of another run."""
+    """The output folder cannot be written, or holds answers of another job."""
 
 
 class BundleError(JobError):
@@ -50,21 +49,21 @@ class BundleError(JobError):
 
 
 class DeviceError(JobError):
-    """The device asked for cannot be used on this machine, or computes a bundle wrongly."""
+    """The requested device cannot be used on this machine, or computes the bundle wrongly."""
 
 
 class ExportError(JobError):
-    """The checkpoint cannot be exported, or the exported graphs do not answer like it."""
+    """The checkpoint cannot be exported, or the exported graphs deviate from it."""
 
 
 class RowError(QvlBatchError):
-    """Fails one row. `stage` names where: `read`, `image`, `vision`, `layout` or `decode`."""
+    """Fails one row. `stage` is the stage that failed: `read`, `image`, `vision`, `layout` or `decode`."""
 
     stage = "read"
 
 
 class RecordError(RowError):
-    """The row, or a value of it, cannot be read: the file is damaged there, or it is of another type."""
+    """The row, or one of its values, cannot be read: the file is damaged there, or the type is wrong."""
 
 
 class ImageError(RowError):
@@ -80,7 +79,7 @@ class PromptError(RowError):
 
 
 class NumericError(RowError):
-    """The model produced values that mean nothing (not finite, or all the same)."""
+    """The model computed unusable values: not finite, or all the same."""
 
     stage = "decode"
 
@@ -90,13 +89,13 @@ class NumericError(RowError):
 
 
 class RepetitionError(RowError):
-    """The answer says one thing over and over until it is cut."""
+    """The answer repeats a phrase until it is cut off at the token limit."""
 
     stage = "decode"
 
 
 class WorkerLostError(RowError):
-    """The row ends whatever process works on it."""
+    """The row kills every process that works on it."""
 
     def __init__(self, message: str, *, stage: str) -> None:
         super().__init__(message)
@@ -104,5 +103,5 @@ class WorkerLostError(RowError):
 
 
 def stable_message(error: BaseException) -> str:
-    """Text of `error` without memory addresses, so that equal failures read equal in every run."""
+    """Text of `error` without memory addresses, so that the same failure has the same text in every run."""
     return _MEMORY_ADDRESS.sub("", str(error)) or type(error).__name__

@@ -1,7 +1,7 @@
-"""Rows of the input, known by where they stand: the number of their file, and their index in it.
+"""Rows of the input, identified by position: file number, and index in the file.
 
-Ids need not be unique. A set of rows is a bit for each: a hundred million rows take 12.5 MB, with ids of any length,
-and a row can be asked for as fast as it is added.
+Ids need not be unique. A set of rows is a bitmap with one bit for each row of the input: a hundred million rows take
+12.5 MB, whatever the length of their ids, and a lookup is as fast as an insertion.
 """
 
 from collections.abc import Iterable, Sequence
@@ -10,18 +10,18 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-#: Number of a row's file, and the row's index in it.
+#: File number, and index of the row in that file.
 Row = tuple[int, int]
-#: Rows `start` to `stop` - 1 of a file.
+#: `start` and `stop` of consecutive rows of a file, `stop` excluded.
 Span = tuple[int, int]
-#: Rows whose bits are spread out at a time: a file may have a hundred million.
+#: Rows whose bits are unpacked to bytes at a time: a file can have a hundred million.
 PIECE = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class InputFile:
-    """A file of the input: absolute path, bytes, rows, and SHA-256 of its footer, where sizes and bounds of columns
-    are.
+    """A file of the input: absolute path, size in bytes, number of rows, and SHA-256 of its footer, which holds sizes
+    and min/max statistics of its columns.
     """
 
     path: str
@@ -34,7 +34,7 @@ class RowSet:
     """A set of rows.
 
     Args:
-        rows: of each file, by its number.
+        rows: number of rows of each file, in order of file number.
     """
 
     def __init__(self, rows: Iterable[int]) -> None:
@@ -43,10 +43,10 @@ class RowSet:
         self.count = 0
 
     def add(self, file: int, start: int, stop: int) -> int:
-        """Add rows that follow each other.
+        """Add consecutive rows.
 
         Returns:
-            How many of them were in the set already.
+            How many of them were already in the set.
 
         Raises:
             IndexError: there is no such file, or it has no such rows.
@@ -56,7 +56,7 @@ class RowSet:
         return known
 
     def remove(self, file: int, row: int) -> None:
-        """Take out a row that is in the set.
+        """Remove a row that is in the set.
 
         Raises:
             IndexError: there is no such file, or it has no such row.
@@ -64,25 +64,29 @@ class RowSet:
         self.count -= self._set(file, row, row + 1, present=False)
 
     def held(self, file: int, start: int, stop: int) -> int:
-        """How many of some rows that follow each other are in the set."""
-        pieces = (self._around(file, at, min(at + PIECE, stop)) for at in range(start, stop, PIECE))
+        """How many of these consecutive rows are in the set."""
+        pieces = (self._unpack(file, at, min(at + PIECE, stop)) for at in range(start, stop, PIECE))
         return sum(int(bits[span].sum()) for *_, bits, span in pieces)
 
     def missing(self, file: int, start: int, stop: int) -> list[Span]:
-        """Those of some rows that follow each other that are not in the set, as few spans in order."""
-        *_, bits, span = self._around(file, start, stop)
+        """Those of these consecutive rows that are not in the set, as the fewest possible spans, in order."""
+        *_, bits, span = self._unpack(file, start, stop)
         return spans(start + np.flatnonzero(~bits[span]))
 
     def _set(self, file: int, start: int, stop: int, *, present: bool) -> int:
-        """How many of the rows were in the set, before."""
-        low, high, bits, span = self._around(file, start, stop)
+        """Add or remove consecutive rows; returns how many of them were in the set before."""
+        low, high, bits, span = self._unpack(file, start, stop)
         known = int(bits[span].sum())
         bits[span] = present
         self._bits[low:high] = np.packbits(bits, bitorder="little")
         return known
 
-    def _around(self, file: int, start: int, stop: int) -> tuple[int, int, NDArray[np.bool_], slice]:
-        """Bytes `low` to `high` - 1 that hold the rows, their bits, and which of those are the rows'."""
+    def _unpack(self, file: int, start: int, stop: int) -> tuple[int, int, NDArray[np.bool_], slice]:
+        """Unpack the bytes that hold the rows.
+
+        Returns:
+            First and last byte (excluded), their bits, and the slice of these bits that belongs to the rows.
+        """
         if not (0 <= file < len(self._first) - 1 and 0 <= start <= stop <= self._first[file + 1] - self._first[file]):
             raise IndexError(f"rows {start} to {stop} of file {file}")
         begin, end = int(self._first[file]) + start, int(self._first[file]) + stop
@@ -92,7 +96,7 @@ class RowSet:
 
 
 def spans(rows: Sequence[int] | NDArray[np.int64]) -> list[Span]:
-    """Rows in rising order as spans."""
+    """Group ascending row indices into spans."""
     rows = np.asarray(rows, np.int64)
     breaks = np.flatnonzero(np.diff(rows) != 1) + 1
     first, last = rows[np.r_[:1, breaks][: len(rows)]], rows[np.r_[breaks, len(rows)][: len(rows)] - 1]

@@ -1,6 +1,6 @@
 """Answers and failures, and the columns of the output that hold them.
 
-A row of the output has `id`, the kept columns, then `ANSWER_FIELDS`. One that failed has a null answer,
+A row of the output has `id`, the kept columns, then `ANSWER_FIELDS`. A failed row has a null answer,
 `finish_reason = error`, and the stage, type and message of its error.
 """
 
@@ -24,11 +24,11 @@ class Failure:
 
     @classmethod
     def of(cls, error: RowError) -> "Failure":
-        """The failure that an error of a row stands for."""
+        """Convert the error of a row."""
         return cls(error.stage, type(error).__name__, stable_message(error))
 
 
-#: Columns of the output that say why a row failed.
+#: Columns of the output that hold the error of a failed row.
 ERROR_FIELDS = tuple(pa.field(f"error_{part.name}", pa.string()) for part in fields(Failure))
 ID = "id"
 ANSWER_FIELDS = (
@@ -41,16 +41,16 @@ ANSWER_FIELDS = (
 
 
 def error_values(failure: Failure | None) -> dict[str, str | None]:
-    """Values of `ERROR_FIELDS`, by name."""
+    """Values of `ERROR_FIELDS` by column name, all None if there is no failure."""
     return {f"error_{part.name}": getattr(failure, part.name, None) for part in fields(Failure)}
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a row was answered, or its failure. `str()` gives the answer's text, or in brackets why there is none.
+    """The answer to a row, or its failure. `str()` gives the text of the answer, or in brackets why there is none.
 
-    `prompt_tokens` counts the whole row up to the answer, image included; `answer_tokens`
-    leaves out the token that ends it. Both are None where the row failed before they were known.
+    `prompt_tokens` counts all tokens before the answer, image included; `answer_tokens` leaves out the end token.
+    Both are None if the row failed.
     """
 
     answer: str | None
@@ -70,7 +70,7 @@ class Answer:
         return self.answer or ""
 
     def record(self) -> dict[str, str | int | None]:
-        """Values of `ANSWER_FIELDS`, by name."""
+        """Values of `ANSWER_FIELDS` by column name."""
         return {
             "answer": self.answer,
             "finish_reason": self.finish_reason,
@@ -81,7 +81,7 @@ class Answer:
 
 
 def readable(column: pa.ChunkedArray) -> list[Any]:
-    """Values to show: of a string that is no UTF-8, as ids and kept columns may be, what can be read."""
+    """Values for display. Ids and kept columns can hold invalid UTF-8; its invalid bytes are replaced."""
     if not is_text(column.type):
         return list(column.to_pylist())
     values = column.cast(pa.large_string()).cast(pa.large_binary()).to_pylist()
@@ -89,21 +89,21 @@ def readable(column: pa.ChunkedArray) -> list[Any]:
 
 
 def is_textual(kind: pa.DataType) -> bool:
-    """Whether `texts` takes columns of this type: strings, integers, dictionaries of them, nulls."""
+    """Whether `texts` accepts columns of this type: strings, integers, dictionaries of them, nulls."""
     kind = plain_type(kind)
     return bool(is_text(kind) or pa.types.is_integer(kind) or pa.types.is_null(kind))
 
 
 def texts(column: pa.ChunkedArray) -> list[str | None]:
-    """Values of a column as text, as far as it can be read."""
+    """Values of a column as text; invalid UTF-8 is replaced."""
     return readable(column.cast(pa.large_string()))
 
 
 def plain_type(kind: pa.DataType) -> pa.DataType:
-    """The type itself, or that of a dictionary's values."""
+    """The type itself, or the value type of a dictionary."""
     return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
 def is_text(kind: pa.DataType) -> bool:
-    """Whether a type is of strings, however they are laid out."""
+    """Whether a type is one of Arrow's string types: `string`, `large_string` or `string_view`."""
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))

@@ -107,7 +107,7 @@ def test_an_answer_that_runs_away_fails_unless_that_is_allowed(copied_bundle, qu
     assert failed
     for answer in failed:
         assert (answer.failure.stage, answer.failure.type) == ("decode", "RepetitionError")
-        assert answer.failure.message.startswith("the answer was cut at 60 tokens, the last of which say ")
+        assert answer.failure.message.startswith("the answer was cut off at 60 tokens and ends in ")
     assert all(f == k for f, k in zip(found, kept, strict=True) if f.finish_reason != "error")
 
 

@@ -404,7 +404,7 @@ def test_a_column_that_nobody_named_and_that_holds_no_answers_is_a_note(expected
     said = []
     asked = _asked(tmp_path, said.append, expected=expected)
     assert {each.expected for each in asked} == {None}
-    assert re.fullmatch(rf"note      no answers are expected: .*parquet: column 'expected' .*{why}", said[0])
+    assert re.fullmatch(rf"note      expected answers are not used: .*parquet: column 'expected' .*{why}", said[0])
     with pytest.raises(InputError, match=why):
         _asked(tmp_path, options={"expected_column": "expected"}, expected=expected)
 
@@ -468,7 +468,7 @@ def test_a_graph_without_such_layers_is_named(tiny_bundle):
         ({"max_new_tokens": 0}, ConfigError, "--max-new-tokens must be at least 1"),
         ({"expected_column": "right"}, InputError, r"no single column 'right' \(--expected-column\)"),
         ({"expected_column": "image"}, InputError, "it must be strings or integers"),
-        ({"checkpoint": ROOT / "tests"}, JobError, "no checkpoint"),
+        ({"checkpoint": ROOT / "tests"}, JobError, "is not a checkpoint"),
         ({"device": "cuda"}, DeviceError, "--device cuda: PyTorch finds no usable GPU"),
     ],
 )
@@ -578,7 +578,7 @@ def test_systematic_differences_are_found_by_their_group():
         ({"vision_error": 2e-3}, "vision drifts by 2.0e-03, over --max-drift 0.001"),
         ({"prefill_error": math.nan}, "prefill drifts by nan"),
         ({"decode_error": math.inf}, "decode drifts by inf"),
-        ({"input_equal": False}, "1 rows have other token ids"),
+        ({"input_equal": False}, "1 rows have different token ids"),
     ],
 )
 def test_every_way_to_fail_is_a_reason(changes, reason):

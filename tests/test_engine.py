@@ -155,7 +155,7 @@ def test_the_repetition_penalty_is_that_of_transformers(penalised, requests, que
 def test_a_manifest_with_another_penalty_is_refused(tiny_bundle):
     generation = dataclasses.replace(tiny_bundle.manifest.generation, repetition_penalty=1.7)
     bundle = Bundle(tiny_bundle.path, dataclasses.replace(tiny_bundle.manifest, generation=generation))
-    with pytest.raises(BundleError, match="has another repetition penalty: export the checkpoint again"):
+    with pytest.raises(BundleError, match="disagree on a repetition penalty: export the checkpoint again"):
         Decoder(bundle, 1, threads=1)
 
 

@@ -210,16 +210,20 @@ def _edit(path: Path, **changes) -> None:
 @pytest.mark.parametrize(
     ("damage", "options", "message"),
     [
-        (shutil.rmtree, {}, "is no directory"),
-        (lambda path: (path / "config.json").unlink(), {}, "is no checkpoint"),
-        (lambda path: (path / "config.json").write_text("{"), {}, "is no checkpoint"),
+        (shutil.rmtree, {}, "is not a directory"),
+        (lambda path: (path / "config.json").unlink(), {}, "is not a checkpoint"),
+        (lambda path: (path / "config.json").write_text("{"), {}, "is not a checkpoint"),
         (lambda path: _edit(path / "config.json", model_type="qwen2_vl"), {}, "is a qwen2_vl checkpoint"),
         (lambda path: _edit(path / "config.json", hidden_act="gelu"), {}, "hidden_act is gelu"),
         (lambda path: (path / "model.safetensors").unlink(), {}, "has no .*safetensors"),
         (lambda path: (path / "preprocessor_config.json").unlink(), {}, "image processor cannot be loaded"),
         (lambda path: _edit(path / "tokenizer_config.json", chat_template=None), {}, "has no chat template"),
         (lambda path: _edit(path / "tokenizer_config.json", chat_template="{{ messages }}"), {}, "chat template must"),
-        (lambda path: _edit(path / "tokenizer_config.json", clean_up_tokenization_spaces=True), {}, "clean up spaces"),
+        (
+            lambda path: _edit(path / "tokenizer_config.json", clean_up_tokenization_spaces=True),
+            {},
+            "clean_up_tokenization_spaces",
+        ),
         (
             lambda path: _edit(path / "config.json", quantization_config={"quant_method": "awq"}),
             {},
@@ -229,12 +233,12 @@ def _edit(path: Path, **changes) -> None:
         (
             lambda path: _edit(path / "generation_config.json", eos_token_id=[]),
             {},
-            "names no token that ends an answer",
+            "has no end token",
         ),
         (
             lambda path: _edit(path / "tokenizer_config.json", chat_template="{{ 1 + '' }}"),
             {},
-            "takes no turn of an image",
+            "fails on a turn of an image",
         ),
         (lambda path: (path / "chat_template.json").write_text("{}"), {}, "chat_template.json has no chat template"),
         (_nothing, {"image_size": 650}, "--image-size 650 is not a multiple of 28"),
@@ -243,7 +247,7 @@ def _edit(path: Path, **changes) -> None:
         (_nothing, {"max_seq_len": 600}, "--max-seq-len 600 leaves"),
         (_nothing, {"max_seq_len": 5000}, "is more than the 4096 positions"),
         (_nothing, {"system_prompt": "word " * 500}, "--max-seq-len 1024 leaves"),
-        (_nothing, {"system_prompt": "<|image_pad|>"}, "chat template must give one"),
+        (_nothing, {"system_prompt": "<|image_pad|>"}, "chat template must produce one"),
     ],
 )
 def test_wrong_input_is_refused_in_one_line_and_leaves_nothing(damage, options, message, tmp_path):
@@ -265,7 +269,7 @@ def test_wrong_input_is_refused_in_one_line_and_leaves_nothing(damage, options, 
 def test_settings_under_which_generate_is_not_greedy_are_refused(name, value, tmp_path):
     checkpoint = Path(shutil.copytree(TINY, tmp_path / "checkpoint"))
     _edit(checkpoint / "generation_config.json", **{name: value})
-    with pytest.raises(ExportError, match=f"the generation config sets {name} to .*: take it out"):
+    with pytest.raises(ExportError, match=f"the generation config sets {name} to .*: remove the setting"):
         load_checkpoint(checkpoint)
 
 
@@ -337,7 +341,7 @@ def test_an_existing_bundle_is_kept_unless_told_otherwise(copied_bundle):
 
 def test_a_folder_that_is_no_bundle_is_never_overwritten(tmp_path):
     (tmp_path / "precious").write_text("mine")
-    with pytest.raises(ExportError, match="is no bundle, so it is not overwritten"):
+    with pytest.raises(ExportError, match="is not a bundle, so it is not overwritten"):
         export_bundle(ExportConfig(checkpoint=TINY, output=tmp_path, overwrite=True))
     assert (tmp_path / "precious").read_text() == "mine"
 

@@ -196,7 +196,7 @@ def test_our_fp16_answers_it(overflowing, expected, tmp_path_factory):
 @pytest.mark.long
 def test_without_its_larger_unit_fp16_says_so_and_answers_nothing(overflowing, monkeypatch, tmp_path_factory):
     monkeypatch.setattr(export.half, "FP16_UNIT", 1)
-    with pytest.raises(ExportError, match="parity gate: numbers of the graphs are not finite"):
+    with pytest.raises(ExportError, match="parity gate: values in the graphs are not finite"):
         _bundle(tmp_path_factory, "fp16", overflowing, traces=None)
     bundle = _bundle(tmp_path_factory, "fp16", overflowing, traces=None, skip_parity=True)
     vision = VisionEncoder(bundle, 2, graph=emulated_graph(bundle.file(VISION)))

@@ -307,7 +307,7 @@ def test_a_job_that_is_stopped_keeps_its_answers_and_goes_on(sent, tiny_bundle, 
         assert stopped.wait(timeout=30) == 130
     before = _answers(output)
     last = rest.strip().splitlines()[-1]
-    assert last == f"caption: stopped; {len(before)} of 80 rows are answered; the same command goes on"
+    assert last == f"caption: stopped; {len(before)} of 80 rows are answered; continue with the same command"
     assert 0 < len(before) < 80
     assert not {"_run.json", "_report.html"} & {path.name for path in output.iterdir()}
 
@@ -351,7 +351,7 @@ def test_a_job_that_is_stopped_says_what_goes_on(option, command, monkeypatch, c
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     monkeypatch.setattr(sys, "argv", ["caption.py", "--bundle", "b", "--input", "i", "--output", "o", *option])
     assert caption.main() == 130
-    assert capsys.readouterr().err == f"caption: stopped; 2 of 9 rows are answered; {command} goes on\n"
+    assert capsys.readouterr().err == f"caption: stopped; 2 of 9 rows are answered; continue with {command}\n"
 
 
 @pytest.mark.long

@@ -82,7 +82,7 @@ def test_special_tokens_in_a_prompt_are_text(layout, tokenizer):
     ("prompt", "message"),
     [
         (None, "the prompt is null"),
-        (float("nan"), "the prompt is float and no text"),
+        (float("nan"), "the prompt is of type float, not text"),
         ("", "the prompt is empty"),
         (" \n", "the prompt is empty"),
         ("word " * 1000, r"has \d+ tokens; the bundle leaves 42\d beside the image"),

@@ -191,7 +191,7 @@ def test_towers_can_differ_and_fp32_can_be_held_beside(tmp_path):
 
 
 def test_fp32_beside_fp32_is_refused(tmp_path):
-    with pytest.raises(ExportError, match="--with-fp32 goes with a reduced --dtype or --vision-dtype"):
+    with pytest.raises(ExportError, match="--with-fp32 needs a reduced --dtype or --vision-dtype"):
         export_bundle(ExportConfig(checkpoint=TINY, output=tmp_path / "bundle", with_fp32=True))
 
 

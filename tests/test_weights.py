@@ -102,9 +102,9 @@ UP = "model.layers.1.mlp.up_proj.weight"
 @pytest.mark.parametrize(
     ("added", "message"),
     [
-        ({UP: torch.zeros(384, 128, dtype=torch.int8)}, rf"{UP} is I8: take weights that are not quantized"),
-        ({UP: torch.zeros(384, 128).to(torch.float8_e4m3fn)}, rf"{UP} is F8_E4M3: take weights that are not"),
-        ({f"{UP}_scale": torch.zeros(384)}, rf"holds 1 tensors that are no weights of the model, .* {UP}_scale: merge"),
+        ({UP: torch.zeros(384, 128, dtype=torch.int8)}, rf"{UP} is I8: use weights that are not quantized"),
+        ({UP: torch.zeros(384, 128).to(torch.float8_e4m3fn)}, rf"{UP} is F8_E4M3: use weights that are not"),
+        ({f"{UP}_scale": torch.zeros(384)}, rf"has 1 tensors that are not weights of the model, .* {UP}_scale: merge"),
         ({"model.layers.1.mlp.up_proj.lora_A.default.weight": torch.zeros(2, 128)}, r"lora_A.default.weight: merge an"),
     ],
     ids=["int8", "fp8", "scale", "adapter"],
@@ -159,7 +159,7 @@ def test_a_constant_that_was_computed_of_a_placeholder_is_refused(tiny_checkpoin
     tensor = ir.tensor(np.array([1, np.nan], np.float32), name="folded")
     value = ir.Value(name="folded", shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
     graph = ir.Graph([], [], nodes=[], initializers=[value], name="g", opset_imports={"": 21})
-    with pytest.raises(ExportError, match="the tracer computed folded of a weight"):
+    with pytest.raises(ExportError, match="the tracer computed folded from a weight"):
         LazyWeights(tiny_checkpoint.weights, []).fill(ir.Model(graph, ir_version=10))
 
 

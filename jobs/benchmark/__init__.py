@@ -1,5 +1,5 @@
-"""What `bench.py` is made of: who is measured, against which limits, and in which situations.
+"""Modules of `bench.py`: the contenders, limits of the machine, and situations to measure our engine in.
 
-Each contender answers in a process of its own, so that its memory can be told from the others' and
-its packages may differ from ours.
+Each contender answers in its own process, so that its memory is measured separately and its packages
+can differ from ours.
 """

@@ -1,4 +1,4 @@
-"""What a device can do at most, as PyTorch reaches it: matrix products, and copies within its memory."""
+"""Peak rates of a device, measured with PyTorch: matrix products, and copies within its memory."""
 
 import statistics
 import time
@@ -6,18 +6,18 @@ from collections.abc import Callable
 
 import torch
 
-#: Rows, inputs and outputs of products; the fastest counts.
+#: Rows, inputs and outputs of matrix products; the fastest counts.
 SHAPES = {
     "cuda": ((8192, 8192, 8192), (4096, 4096, 4096), (4808, 2048, 11008), (4608, 1280, 3420)),
     "cpu": ((1024, 1024, 1024),),
 }
 COPIED_BYTES = {"cuda": 1 << 32, "cpu": 1 << 26}
-#: Calls that are timed together, so that a GPU does not wait for the next, and times that this is done.
+#: Calls timed together, so that a GPU is not idle between them, and number of such timings.
 CALLS, REPEATS = 10, 5
 
 
 class DeviceLimits:
-    """Limits of a device.
+    """Measures the limits of a device.
 
     Args:
         device: as torch names it.
@@ -28,18 +28,18 @@ class DeviceLimits:
         torch.empty(1, device=device)
 
     def name(self) -> str:
-        """Of the card."""
+        """Name of the card."""
         return torch.cuda.get_device_name() if self._device == "cuda" else "CPU"
 
     def used_bytes(self) -> int:
-        """Bytes of a card's memory that all processes together have; none of a CPU's."""
+        """Bytes of the card's memory that all processes use; 0 for a CPU."""
         if self._device == "cpu":
             return 0
         free, total = torch.cuda.mem_get_info()
         return int(total - free)
 
     def matrix_rate(self, dtype: str) -> float:
-        """Operations a second of the matrix product in a type, as torch names it, at the best of `SHAPES`."""
+        """Operations per second of the matrix product in `dtype`, as torch names it, at the best of `SHAPES`."""
         speeds = []
         for rows, inputs, outputs in SHAPES[self._device]:
             a = torch.randn(rows, inputs, device=self._device, dtype=getattr(torch, dtype))
@@ -49,7 +49,7 @@ class DeviceLimits:
         return max(speeds)
 
     def copy_bandwidth(self) -> float:
-        """Bytes a second, read and written, of one copy that no cache holds."""
+        """Bytes per second, read and written, of a copy that is larger than any cache."""
         source = torch.ones(COPIED_BYTES[self._device], dtype=torch.uint8, device=self._device)
         target = torch.empty_like(source)
         return 2 * source.nbytes / self._seconds(lambda: target.copy_(source))

@@ -1,4 +1,4 @@
-"""What all benches read and write: rows, circumstances, a table, a plot and a file of figures."""
+"""Shared by the benches on CPU and GPU: input rows, rounds, a table, a plot and the file of figures."""
 
 import itertools
 import json
@@ -32,7 +32,7 @@ DEMO = Path(__file__).parents[2] / "datasets" / "demo" / "questions.parquet"
 
 
 class Contender(Protocol):
-    """What answers rows, in a process of its own: see `Host`."""
+    """Answers rows in its own process: see `Host`."""
 
     def call(self, method: str, *args: Any) -> Any: ...  # noqa: D102
     def seconds(self, method: str, *args: Any) -> float: ...  # noqa: D102
@@ -50,16 +50,16 @@ def check_positive(config: Any, *names: str) -> None:
 
 
 def read_rows(bundle: Path, path: Path, count: int, output: Path) -> Rows:
-    """The first rows of a file that have an image and a prompt, repeated if there are fewer.
+    """The first `count` rows of a file that have an image and a prompt, repeated if there are fewer.
 
     Args:
-        bundle: that answers them.
-        path: of the file.
-        count: rows to give.
-        output: folder for the figures; as of a job, it is no input.
+        bundle: folder of the bundle that answers them.
+        path: the parquet file.
+        count: number of rows to return.
+        output: folder for the figures, which is never input, like the output of a job.
 
     Raises:
-        JobError: there is none.
+        JobError: no row has both.
     """
     source = open_source(CaptionConfig(bundle=bundle, input=(str(path),), output=str(output)))
     tables = (table for unit in source.units() for table in read_unit(unit, source.columns, None, count, Fetcher(())))
@@ -78,7 +78,7 @@ def read_rows(bundle: Path, path: Path, count: int, output: Path) -> Rows:
 def measure(
     hosts: Mapping[str, Contender], rows: Rows, rounds: int, console: Console
 ) -> tuple[dict[str, list[float]], dict[str, list[dict[str, float]]]]:
-    """Answer rows and measure stages in rounds that alternate: seconds and stages of each contender and round."""
+    """Answer rows and measure stages in alternating rounds; returns seconds and stages of each contender and round."""
     seconds: dict[str, list[float]] = {name: [] for name in hosts}
     stages: dict[str, list[dict[str, float]]] = {name: [] for name in hosts}
     for number in range(rounds):
@@ -91,9 +91,9 @@ def measure(
 
 
 def choose_batch(name: str, host: Contender, rows: Rows, console: Console) -> dict[int, float]:
-    """Let a peer try batch sizes and keep the fastest; images/s of each."""
+    """Let a peer try batch sizes and keep the fastest; returns images/s of each."""
     tried: dict[int, float] = host.call("choose_batch", rows)
-    console.print(f"{name}: best at {best_batch(tried)} rows of {', '.join(map(str, tried))}")
+    console.print(f"{name}: best batch size {best_batch(tried)} of {', '.join(map(str, tried))}")
     return tried
 
 
@@ -108,7 +108,7 @@ def medians(taken: list[dict[str, float]]) -> dict[str, float]:
 
 
 def circumstances(config: Any, packages: Collection[str], **more: str) -> dict[str, Any]:
-    """Machine, versions and settings that figures were taken with."""
+    """Machine, versions and settings of a measurement."""
     return {
         "machine": f"{platform.machine()}, {usable_cpus()} CPUs, {processor()}",
         **more,
@@ -124,13 +124,13 @@ def keep(figures: dict[str, Any], output: Path) -> None:
 
 
 def write(figures: dict[str, Any], ours: Collection[str], output: Path) -> None:
-    """`bench.json` and `bench.svg`, in which our bars have a colour of their own."""
+    """Write `bench.json`, and `bench.svg`, in which bars of the contenders `ours` have another colour."""
     keep(figures, output)
     (output / "bench.svg").write_text(_plot(figures["images_per_second"], ours))
 
 
 def show(figures: dict[str, Any], console: Console) -> None:
-    """Contenders as a table, ratios as lines."""
+    """Print a table of contenders, and ratios as lines."""
     stages = figures["stages_ms_per_image"]
     names = list(next(iter(stages.values())))
     table = Table("", "images/s", "tokens/s", *(f"{name} ms" for name in names), "peak GB")
@@ -143,7 +143,7 @@ def show(figures: dict[str, Any], console: Console) -> None:
 
 
 def show_ratios(ratios: dict[str, float], console: Console) -> None:
-    """A line each."""
+    """Print a line for each ratio."""
     for name, ratio in ratios.items():
         console.print(f"{name:<18} {ratio:.2f}")
 

@@ -1,8 +1,8 @@
 """The bench on a GPU: engine against transformers' `generate` on the same card, and against the card's limits.
 
-A model of real shape is made and exported where none is given. The engine runs without Ray, as one
-decoder's actor does: images are decoded by the CPUs, encoded on the GPU, or first by the CPUs too,
-and answered.
+Without a given bundle, a made-up model of real shape is exported. The engine runs without Ray, like the
+actor of one decoder: CPUs decode the images, the vision tower runs on the GPU, or on the CPUs for
+comparison, and the decoder on the GPU.
 """
 
 import shutil
@@ -42,12 +42,12 @@ from qvl_batch.runtime.devices import open_cuda, require_cuda
 OURS = CUDA_VISION, CPU_VISION = "qvl-batch", "qvl-batch, CPU vision"
 DYNAMIC = "transformers"
 PEERS = {"dynamic": DYNAMIC, "static": "transformers, static cache"}
-#: Ratios to the best peer, and whose they are.
+#: Names of the ratios to the best peer, and the contender of each.
 HF_RATIOS = {"hf": CUDA_VISION, "hf_cpu_vision": CPU_VISION}
 TORCH_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-#: Rows of a batch that `generate` is tried with.
+#: Batch sizes that `generate` is tried with.
 BATCHES = (1, 8, 32, 64, 128)
-#: Steps, and runs of other stages, whose median time counts.
+#: Decode steps, and runs of other stages, to take the median time of.
 STEPS, RUNS = 32, 5
 
 T = TypeVar("T")
@@ -58,41 +58,41 @@ class GpuBenchConfig:
     """Measure the engine on a GPU against transformers' `generate` on the same card, and against the card's limits."""
 
     device: Literal["cuda"] = "cuda"
-    """What to measure on."""
+    """Device to measure on."""
     bundle: Path | None = None
     """Folder of a bundle in half precision. Without it, a made-up model is exported into --output."""
     cpu_vision_bundle: Path | None = None
-    """Folder of one with the vision tower in fp32, for the CPU. Exported too, if --bundle is not given."""
+    """Folder of a bundle with the vision tower in fp32, for the CPU. Without --bundle, it is exported too."""
     checkpoint: Path | None = None
-    """Folder of the checkpoint that they were exported from. Without it, a made-up one is written into --output."""
+    """Folder of the bundles' checkpoint. Without it, a made-up one is written into --output."""
     shape: str = "3b"
-    """Shape of the made-up model, as datasets/make_model.py names it."""
+    """Shape of the made-up model, one of those in datasets/make_model.py."""
     dtype: Literal["bf16", "fp16"] = "bf16"
-    """What the made-up model is exported in."""
+    """Precision of the made-up model's bundle."""
     against: tuple[Literal["dynamic", "static"], ...] = ("dynamic", "static")
-    """Caches of transformers' `generate`. With a static one it compiles its decode step; it is tried at the best
-    batch size of the other."""
+    """Kinds of KV cache to measure transformers' `generate` with. With a static cache it compiles its decode step, and
+    is tried only at the best batch size of the dynamic one."""
     input: Path = DEMO
     """Parquet file of `id`, `image` and `prompt`."""
     rows: int = 256
     """Rows to answer; the input is repeated if it has fewer."""
     cpu_vision_rows: int = 32
-    """Rows to answer with the vision tower on the CPU; 0 leaves it out."""
+    """Rows to answer with the vision tower on the CPU; 0 skips it."""
     new_tokens: int = 64
-    """Tokens of each answer; none ends sooner."""
+    """Tokens of each answer; end tokens are ignored."""
     rounds: int = 3
-    """Rounds of each, after one to warm up."""
+    """Rounds to measure, after one to warm up."""
     slots: int = 128
     """Rows that our decoder answers at a time."""
     step_rows: tuple[int, ...] = (1, 8, 32, 128)
-    """Rows of the decode steps whose time is held against what they must read."""
+    """Numbers of rows to measure a decode step with, against the bytes that it must read."""
     at_once: tuple[int, ...] = (1, 2, 4, 8)
-    """Images of a vision run, and rows of a prefill, that are timed beside what the engine takes."""
+    """Further batch sizes to time the vision graph and the prefill with, beside those that the engine uses."""
     output: Path = Path("build/bench-gpu")
     """Folder for model, bundles and figures."""
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be measured.
+        """Refuse settings that cannot be measured.
 
         Raises:
             ConfigError: names the option and what to do.
@@ -107,27 +107,27 @@ class GpuBenchConfig:
 
 
 class OnCard:
-    """A contender in its process; `held` are bytes that it has on the card, of which it gives none back.
+    """A contender in its own process; `held` counts the bytes that it allocates on the card. It frees none.
 
     Args:
-        card: process with the card's limits.
-        name, module, kind, args: of the contender, as `Host` takes them.
-        stack: closes it.
+        card: process that measures the card.
+        stack: closes the contender's process.
+        name, module, kind, args: of the contender, as for `Host`.
     """
 
     def __init__(self, card: Host, stack: ExitStack, name: str, module: str, kind: str, *args: Any) -> None:
         self._card, self.held = card, 0
-        self._host = self._noted(lambda: stack.enter_context(Host(name, f"benchmark.{module}", kind, *args)))
+        self._host = self._counting(lambda: stack.enter_context(Host(name, f"benchmark.{module}", kind, *args)))
 
     def call(self, method: str, *args: Any) -> Any:
         """As `Host.call`."""
-        return self._noted(lambda: self._host.call(method, *args))
+        return self._counting(lambda: self._host.call(method, *args))
 
     def seconds(self, method: str, *args: Any) -> float:
         """As `Host.seconds`."""
-        return self._noted(lambda: self._host.seconds(method, *args))
+        return self._counting(lambda: self._host.seconds(method, *args))
 
-    def _noted(self, work: Callable[[], T]) -> T:
+    def _counting(self, work: Callable[[], T]) -> T:
         before = self._card.call("used_bytes")
         result = work()
         self.held += self._card.call("used_bytes") - before
@@ -155,9 +155,10 @@ def bench(config: GpuBenchConfig, console: Console) -> dict[str, Any]:
 def measured(
     config: GpuBenchConfig, checkpoint: Path, folder: Path, cpu_vision: Path | None, console: Console
 ) -> dict[str, Any]:
-    """What `bench` returns, on whatever the bundles are made for.
+    """The measurements of `bench`, for bundles of either device.
 
-    The engine alone comes first, and what is known is in `bench.json` after each part: time on a card may end.
+    The engine alone is measured first, and `bench.json` is written after each part, so that a run that is cut short
+    leaves figures.
 
     Raises:
         JobError: the contenders do not do the same work.
@@ -171,7 +172,7 @@ def measured(
         )
         with ExitStack() as stack:
             engine = OnCard(card, stack, CUDA_VISION, "ours", "Overlapped", folder, *ours)
-            engine.call("stages", rows)  # captures its steps
+            engine.call("stages", rows)  # warms up: captures its decode steps
             found, ratios = _against_limits(card, config, engine, AutoConfig.from_pretrained(checkpoint), bundle, rows)
             figures |= {"ratios": ratios, "limits": found}
             console.print(f"against the limits of {figures['card']}: {found}")
@@ -192,14 +193,7 @@ def measured(
         }
         keep(figures, config.output)
         if cpu_vision is not None:
-            few = rows.part(0, config.cpu_vision_rows)
-            console.print(f"{CPU_VISION}: {len(few)} rows")
-            with ExitStack() as stack:
-                contenders[CPU_VISION] = slower = OnCard(
-                    card, stack, CPU_VISION, "ours", "Overlapped", cpu_vision, *ours
-                )
-                slower.call("answer", few.part(0, 2))
-                speed[CPU_VISION] = len(few) / slower.seconds("answer", few)
+            contenders[CPU_VISION], speed[CPU_VISION] = _with_cpu_vision(config, card, cpu_vision, rows, console)
     theirs = max((each for name, each in speed.items() if name not in OURS), default=None)
     if theirs:
         figures["ratios"] |= {key: speed[name] / theirs for key, name in HF_RATIOS.items() if name in speed}
@@ -209,12 +203,24 @@ def measured(
     }
 
 
+def _with_cpu_vision(
+    config: GpuBenchConfig, card: Host, folder: Path, rows: Rows, console: Console
+) -> tuple[OnCard, float]:
+    """Answer with the vision tower on the CPU: the contender, which has ended by then, and its images/s."""
+    rows = rows.part(0, config.cpu_vision_rows)
+    console.print(f"{CPU_VISION}: {len(rows)} rows")
+    with ExitStack() as stack:
+        engine = OnCard(card, stack, CPU_VISION, "ours", "Overlapped", folder, config.slots, config.new_tokens)
+        engine.call("answer", rows.part(0, 2))  # warms up
+        return engine, len(rows) / engine.seconds("answer", rows)
+
+
 def _prepare(config: GpuBenchConfig, console: Console) -> tuple[Path, Path, Path | None]:
-    """Checkpoint, bundle, and the one with vision on the CPU if that is measured; made if none was given.
+    """Checkpoint, bundle, and bundle with vision on the CPU if that is measured; made-up ones if none are given.
 
     Raises:
-        DeviceError: there is no GPU to make them for.
-        JobError: they cannot be made.
+        DeviceError: there is no GPU.
+        JobError: making up a model or exporting it failed.
     """
     if config.bundle is not None and config.checkpoint is not None:
         return config.checkpoint, config.bundle, config.cpu_vision_bundle if config.cpu_vision_rows else None
@@ -225,17 +231,17 @@ def _prepare(config: GpuBenchConfig, console: Console) -> tuple[Path, Path, Path
     bundle = output / f"{config.shape}-{config.dtype}"
     cpu_vision = output / f"{config.shape}-{config.dtype}-vision-fp32"
     export = ["-m", "export", model, "--dtype", config.dtype, "--skip-parity", "--output"]
-    # By the file that is written last.
-    made: dict[Path, list[Any]] = {
+    # Each command by the last file that it writes.
+    commands: dict[Path, list[Any]] = {
         model / "model.safetensors.index.json": ["datasets/make_model.py", model, "--shape", config.shape],
         bundle / MANIFEST: [*export, bundle],
     }
     if config.cpu_vision_rows:
-        made[cpu_vision / MANIFEST] = [*export, cpu_vision, "--vision-dtype", "fp32"]
-    for file, command in made.items():
+        commands[cpu_vision / MANIFEST] = [*export, cpu_vision, "--vision-dtype", "fp32"]
+    for file, command in commands.items():
         if not file.is_file():
-            console.print(f"{file.parent} is made")
-            shutil.rmtree(file.parent, ignore_errors=True)  # what was begun
+            console.print(f"making {file.parent}")
+            shutil.rmtree(file.parent, ignore_errors=True)  # an incomplete one
             if subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, check=False).returncode:  # noqa: S603
                 raise JobError(f"{file.parent} could not be made: see above")
     return model, bundle, cpu_vision if config.cpu_vision_rows else None
@@ -244,7 +250,7 @@ def _prepare(config: GpuBenchConfig, console: Console) -> tuple[Path, Path, Path
 def _peers(
     config: GpuBenchConfig, card: Host, stack: ExitStack, of: tuple[Path, Bundle], rows: Rows, console: Console
 ) -> tuple[dict[str, OnCard], dict[str, dict[int, float]], dict[str, str]]:
-    """Peers, images/s by batch size of each, and why some could not be measured."""
+    """Peers, images/s by batch size of each, and the errors of those that could not be measured."""
     checkpoint, bundle = of
     dtype, device = TORCH_NAMES[bundle.manifest.dtype], bundle.manifest.device
     peers: dict[str, OnCard] = {}
@@ -254,9 +260,9 @@ def _peers(
         name = PEERS[kind]
         sizes = BATCHES if kind == "dynamic" or DYNAMIC not in tried else (best_batch(tried[DYNAMIC]),)
         cache = "static" if kind == "static" else None
-        made_of = (checkpoint, dtype, bundle.path, config.new_tokens, sizes, device, cache)
+        arguments = (checkpoint, dtype, bundle.path, config.new_tokens, sizes, device, cache)
         try:
-            peer = OnCard(card, stack, name, "transformers_generate", "Ahead", *made_of)
+            peer = OnCard(card, stack, name, "transformers_generate", "Ahead", *arguments)
             tried[name] = choose_batch(name, peer, rows, console)
         except RuntimeError as error:
             if kind == "dynamic":
@@ -277,24 +283,26 @@ def _check(contenders: dict[str, OnCard], rows: Rows, new_tokens: int) -> None:
     few = rows.part(0, 4)
     lengths = {name: contender.call("prompt_tokens", few) for name, contender in contenders.items()}
     if any(found != lengths[CUDA_VISION] for found in lengths.values()):
-        raise JobError(f"rows are not of the same tokens for all, there is nothing to compare: {lengths}")
+        raise JobError(
+            f"contenders count different numbers of tokens for the same rows, so they are not compared: {lengths}"
+        )
     for name, contender in contenders.items():
         short = sum(len(answer) != new_tokens for answer in contender.call("answer", rows))
         if short:
-            raise JobError(f"{short} answers of {name} are not of {new_tokens} tokens, there is nothing to compare")
+            raise JobError(f"{short} answers of {name} do not have {new_tokens} tokens, so contenders are not compared")
 
 
 def _against_limits(
-    card: Host, config: GpuBenchConfig, engine: OnCard, settings: Any, bundle: Bundle, rows: Rows
+    card: Host, config: GpuBenchConfig, engine: OnCard, model_config: Any, bundle: Bundle, rows: Rows
 ) -> tuple[dict[str, Any], dict[str, float]]:
-    """The card's measured limits with times of stages and steps, and the shares of the limits that these reach."""
+    """The card's measured limits with the times of stages and steps, and the share of a limit that each reaches."""
     rate, bandwidth = card.call("matrix_rate", TORCH_NAMES[bundle.manifest.dtype]), card.call("copy_bandwidth")
     took = medians([engine.call("stages", rows) for _ in range(config.rounds)])
     found: dict[str, Any] = {"matrix_tflops": rate / 1e12, "copy_gb_per_second": bandwidth / 1e9, "stages_ms": took}
     tokens = len(RowLayout(bundle).row_ids(rows.prompts[0]))
     operations = {
-        "vision": limits.vision_operations(settings, bundle.manifest.layout),
-        "prefill": limits.prefill_operations(settings, tokens),
+        "vision": limits.vision_operations(model_config, bundle.manifest.layout),
+        "prefill": limits.prefill_operations(model_config, tokens),
     }
     ratios = {f"{stage}_peak": count / (took[stage] / 1e3) / rate for stage, count in operations.items()}
     for stage in ("vision", "prefill"):

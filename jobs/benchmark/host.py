@@ -1,10 +1,10 @@
-"""A contender in a process of its own.
+"""A contender in its own process.
 
     with Host("fp32", "benchmark.ours", "Ours", bundle, slots, new_tokens) as host:
         answers = host.call("answer", rows)
 
-The child is this module run as a script by whatever Python the contender needs; it imports nothing
-but the standard library before the contender.
+The child runs this module as a script, with the interpreter that the contender needs. Before the
+contender it imports only the standard library.
 """
 
 import importlib
@@ -22,12 +22,12 @@ ROOT = Path(__file__).parents[2]
 
 
 class Host:
-    """Parent's end.
+    """The parent's side.
 
     Args:
         name: of the contender, for messages.
-        module, kind: where its class is.
-        args: what it is made of.
+        module, kind: module and name of its class.
+        args: arguments of its constructor.
         python: interpreter to run it with.
 
     Raises:
@@ -53,11 +53,11 @@ class Host:
         return self._exchange((method, args))
 
     def seconds(self, method: str, *args: Any) -> float:
-        """Time of a call, measured beside the contender."""
+        """Seconds that a call takes, measured in the child."""
         return float(self._exchange(("seconds of", method, args)))
 
     def peak_memory(self) -> int:
-        """Bytes of memory that the process has had at most."""
+        """Peak resident memory of the process in bytes."""
         return int(self._exchange(("peak memory",)))
 
     def close(self) -> None:
@@ -84,8 +84,8 @@ class Host:
 
 
 def serve(connection: "Connection[Any, Any]") -> None:
-    """Child's end: make the contender, then do as told until the parent hangs up."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to handle
+    """The child's side: create the contender, then serve calls until the parent closes the connection."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles it
     contender: Any = None
     while True:
         try:
@@ -93,16 +93,16 @@ def serve(connection: "Connection[Any, Any]") -> None:
         except EOFError:
             return
         try:
-            result = _do(contender, message)
+            result = _handle(contender, message)
             if contender is None:
                 contender, result = result, None
-        except Exception:  # whatever it is, the parent says it
+        except Exception:  # the parent reports it, whatever it is
             connection.send((traceback.format_exc(), None))
         else:
             connection.send((None, result))
 
 
-def _do(contender: Any, message: tuple[Any, ...]) -> Any:
+def _handle(contender: Any, message: tuple[Any, ...]) -> Any:
     if contender is None:
         module, kind, args = message
         return getattr(importlib.import_module(module), kind)(*args)

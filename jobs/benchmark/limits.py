@@ -1,7 +1,6 @@
-"""What the machine can do at most, and how much of it a model needs.
+"""Peak rates of the machine, and the operations and bytes that a model needs.
 
-A multiplication and an addition count as two operations. Attention counts in full, without what
-causality would save.
+A multiplication and an addition count as two operations. Causal attention counts as full attention.
 """
 
 from typing import Any
@@ -19,21 +18,21 @@ from qvl_batch.bundle.manifest import DECODER, Dtype
 from qvl_batch.decoder.kv_cache import slot_bytes
 from qvl_batch.runtime.devices import usable_cpus
 
-#: Rows, inputs and outputs of products to find the peak with: large, but within the cache.
+#: Rows, inputs and outputs of the products that find the peak: large, but within the cache.
 SHAPES = ((2304, 384, 1152), (2304, 1152, 384), (600, 512, 1408), (1200, 1408, 512))
-#: Operators that read a few rows of a table.
+#: Operators that read only a few rows of a table.
 LOOKUPS = {"Gather", "RotaryEmbedding"}
 REPEATS = 15
 COPIED_BYTES = 1 << 28
 
 
 def gemm_peak(dtype: Dtype) -> float:
-    """Operations a second of ONNX Runtime's matrix product, at the best of `SHAPES`."""
+    """Operations per second of ONNX Runtime's matrix product, at the best of `SHAPES`."""
     return max(_product_speed(dtype, *shape) for shape in SHAPES)
 
 
 def copy_bandwidth() -> float:
-    """Bytes a second, read and written, of one copy that no cache holds."""
+    """Bytes per second, read and written, of a copy that is larger than any cache."""
     source = np.ones(COPIED_BYTES, np.uint8)
     target = np.empty_like(source)
     return 2 * COPIED_BYTES / median_seconds(lambda: np.copyto(target, source), REPEATS)
@@ -53,7 +52,7 @@ def vision_operations(config: Any, layout: Layout) -> float:
 
 
 def prefill_operations(config: Any, tokens: int) -> float:
-    """Operations of the decoder for a row of so many tokens."""
+    """Operations of the decoder to prefill a row of `tokens` tokens."""
     text = config.text_config
     head_dim = text.hidden_size // text.num_attention_heads
     projections = 2 * text.hidden_size**2 + 2 * text.hidden_size * text.num_key_value_heads * head_dim
@@ -62,9 +61,10 @@ def prefill_operations(config: Any, tokens: int) -> float:
 
 
 def step_bytes(bundle: Bundle, rows: int, tokens: int) -> float:
-    """Bytes that a decode step must read: the decoder's weights, and the cache of so many rows and tokens.
+    """Bytes that a decode step must read: the decoder's weights, and the KV cache of `rows` rows of `tokens` tokens.
 
-    Tables of which a step looks up a few rows are left out: those of rotation, an embedding that is no tied head.
+    Tables from which a step reads only a few rows are left out: rotary tables, and an embedding that is not tied to
+    the head.
     """
     manifest = bundle.manifest
     values = ir.load(bundle.file(DECODER)).graph.initializers.values()

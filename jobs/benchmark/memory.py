@@ -6,19 +6,19 @@ import threading
 from pathlib import Path
 from typing import Self
 
-#: Between two looks.
-SECONDS = 0.5
+#: Seconds between two samples.
+INTERVAL = 0.5
 
 
 def peak_memory() -> int:
-    """Bytes of physical memory that this process has had at most."""
+    """Peak resident memory of this process in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 class PeakMemory:
-    """Bytes of physical memory, `peak`, that this process and all it started had at most, as a context manager.
+    """Context manager that samples the memory of this process and its descendants; `peak` is in bytes.
 
-    What processes share counts once: it is the sum of their proportional set sizes.
+    Shared memory counts once: a sample is the sum of the processes' proportional set sizes.
     """
 
     def __init__(self) -> None:
@@ -35,22 +35,22 @@ class PeakMemory:
         self._thread.join()
 
     def _watch(self) -> None:
-        while not self._done.wait(SECONDS):
+        while not self._done.wait(INTERVAL):
             self.peak = max(self.peak, sum(map(_proportional_set_size, family(os.getpid()))))
 
 
 def family(root: int) -> list[int]:
-    """A process and all it started."""
+    """Ids of a process and its descendants."""
     parents: dict[int, int] = {}
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
             try:
-                # The name before it may hold spaces and brackets.
+                # The process name before it can contain spaces and brackets.
                 parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
             except OSError:
                 continue  # it has just ended
     members = [root]
-    for member in members:  # which grows meanwhile
+    for member in members:  # the list grows while it is read
         members += [process for process, parent in parents.items() if parent == member]
     return members
 

@@ -1,6 +1,6 @@
 """OpenVINO GenAI's continuous batching, in its own environment (see `make openvino`).
 
-Of ours it needs what decodes images: NumPy, Pillow and pyarrow.
+Of our code it imports only the decoding of images, which needs NumPy, Pillow and pyarrow.
 """
 
 from pathlib import Path
@@ -15,13 +15,13 @@ from qvl_batch.images.pixels import decode_image, fit_image
 
 
 class OpenVino(Peer):
-    """`ContinuousBatchingPipeline` on images that are fitted as ours are.
+    """`ContinuousBatchingPipeline` on images that our code has fitted.
 
     Args:
         model: folder that `optimum-cli export openvino` made of the checkpoint.
         precision: OpenVINO's `INFERENCE_PRECISION_HINT`; None for its own choice.
-        image_size: pixels a side.
-        new_tokens: tokens of each answer; none ends sooner.
+        image_size: side of the square in pixels.
+        new_tokens: tokens of each answer; end tokens are ignored.
     """
 
     def __init__(self, model: Path, precision: str | None, image_size: int, new_tokens: int) -> None:
@@ -32,7 +32,7 @@ class OpenVino(Peer):
 
     @property
     def batch(self) -> int:
-        """Rows that are answered at a time."""
+        """Batch size: rows that are answered at a time."""
         return self._batch
 
     @batch.setter

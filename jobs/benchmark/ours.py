@@ -1,4 +1,4 @@
-"""Vision encoder and engine in one process, without Ray, and the whole job with it."""
+"""Our contenders: vision encoder and engine in one process without Ray, and the whole Ray job."""
 
 import itertools
 import tempfile
@@ -30,12 +30,12 @@ from qvl_batch.vision.encoder import VisionEncoder
 class Ours:
     """Vision encoder and engine in this process, on the devices that the bundle is for.
 
-    On a CPU all threads are for either: as in the job, an image takes one.
+    On a CPU the two take turns, each with all threads. As in a job, one image takes one thread.
 
     Args:
         bundle: folder of the bundle.
         slots: rows that the decoder answers at a time.
-        new_tokens: tokens of each answer; none ends sooner.
+        new_tokens: tokens of each answer; end tokens are ignored.
     """
 
     def __init__(self, bundle: Path, slots: int, new_tokens: int) -> None:
@@ -46,9 +46,9 @@ class Ours:
         self.images_at_once = CUDA_VISION_THREADS if device == "cuda" else threads
         self._pool = ThreadPoolExecutor(self.images_at_once)
         self.decoder = Decoder(loaded, slots, threads, memory=memory_on(loaded.manifest.device))
-        #: Seconds of what the engine has its decoder do.
+        #: The decoder's busy seconds by kind of work.
         self.clocks = decoder_clocks()
-        # One for all answers: a GPU captures its steps for each thread anew.
+        # One engine for all answers: on a GPU, steps are captured once for each thread.
         self._engine = Engine(self.decoder, (), self.clocks)
 
     def answer(self, rows: Rows) -> list[list[int]]:
@@ -68,7 +68,7 @@ class Ours:
         return list(self._pool.map(self.vision.encode, pixels))
 
     def requests(self, rows: Rows, features: Sequence[Features]) -> list[Request]:
-        """What the engine takes, nothing shared between rows."""
+        """Requests to the engine; rows share no prefix."""
         pairs = zip(rows.prompts, features, strict=True)
         return [Request(self.layout.row_ids(prompt), row, self.new_tokens) for prompt, row in pairs]
 
@@ -88,7 +88,7 @@ class Ours:
         return np.concatenate([self.decoder.prefill(at, batch[at : at + width]) for at in groups])
 
     def stages(self, rows: Rows) -> dict[str, float]:
-        """Milliseconds an image of each stage, alone; decode is all of an answer's steps."""
+        """Milliseconds per image of each stage by itself; `decode` is all steps of an answer."""
         count = min(len(rows), self.slots)
         rows = rows.part(0, count)
         took: dict[str, float] = {}
@@ -107,7 +107,7 @@ class Ours:
 
 
 class Overlapped(Ours):
-    """As in a job, images are decoded by all CPUs while others are encoded and rows are answered."""
+    """As in a job: all CPUs decode images while others are encoded and rows are answered."""
 
     def answer(self, rows: Rows) -> list[list[int]]:
         """Answer all rows; tokens of each."""
@@ -123,7 +123,7 @@ class Overlapped(Ours):
             return [future.result().token_ids for future in list(pool.map(ask, rows.files, rows.prompts))]
 
     def step_seconds(self, rows: Rows, live: int, steps: int) -> float:
-        """Median time of a decode step of so many rows."""
+        """Median seconds of a decode step of `live` rows."""
         tokens = self.prefill(self._prefill_rows(rows, live))
 
         def step() -> None:
@@ -133,17 +133,17 @@ class Overlapped(Ours):
         return median_seconds(step, steps)
 
     def vision_seconds(self, rows: Rows, at_once: int, times: int) -> float:
-        """Median time an image of the vision graph, so many images in one run."""
+        """Median seconds per image of the vision graph, with `at_once` images in one run."""
         pixels = np.stack((self.fit(rows.part(0, at_once)) * at_once)[:at_once])
         return median_seconds(lambda: self.vision.run(pixels), times) / at_once
 
     def prefill_seconds(self, rows: Rows, at_once: int, times: int) -> float:
-        """Median time a row of a prefill, so many rows in one run."""
+        """Median seconds per row of a prefill, with `at_once` rows in one run."""
         batch = self._prefill_rows(rows, at_once)
         return median_seconds(lambda: self.decoder.prefill(0, batch), times) / at_once
 
     def _prefill_rows(self, rows: Rows, count: int) -> list[PrefillRow]:
-        """So many rows, repeated if there are fewer."""
+        """`count` rows, repeated if there are fewer."""
         rows = rows.part(0, count)
         made = [PrefillRow(self.layout.row_ids(p), f) for p, f in zip(rows.prompts, self.encode(rows), strict=True)]
         return list(itertools.islice(itertools.cycle(made), count))
@@ -162,9 +162,9 @@ class RayJob:
         self.bundle, self.slots, self.new_tokens = bundle, slots, new_tokens
 
     def run(self, rows: Rows, count: int, memory: bool) -> dict[str, float]:
-        """Answer the rows again and again until there are `count`: figures of the job.
+        """Answer `count` rows, by repeating the given ones; returns figures of the job.
 
-        Its peak memory is among them if asked for: to look at it takes a twentieth of two cores.
+        With `memory`, its peak memory is among them; sampling it takes a twentieth of two cores.
         """
         from qvl_batch.pipeline.run import run  # noqa: PLC0415  (starts what only the job needs)
 
@@ -176,7 +176,7 @@ class RayJob:
                 input=(str(path),),
                 output=str(Path(folder) / "answers"),
                 max_new_tokens=self.new_tokens,
-                allow_repetition=True,  # a made-up model says what it says
+                allow_repetition=True,  # a made-up model may repeat itself
                 slots=self.slots,
             )
             with PeakMemory() if memory else nullcontext() as watch:
@@ -193,7 +193,7 @@ class RayJob:
 
 
 def _repeated(rows: Rows, count: int) -> pa.Table:
-    """Equal images would share their features: each repetition has bytes behind its own that no decoder reads."""
+    """`count` rows. Equal files would share features, so each repetition ends in bytes that no image decoder reads."""
     places = [(n % len(rows), n // len(rows)) for n in range(count)]
     files = [rows.files[place] + number.to_bytes(4, "little") for place, number in places]
     return pa.table(

@@ -1,4 +1,4 @@
-"""What a contender gets and gives. Every environment that a contender runs in can import this."""
+"""Input of contenders, and base class of peers. Can be imported in the environment of every contender."""
 
 import statistics
 import time
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
-#: Rows of a batch that a peer is tried with, and rows that it is tried on at least.
+#: Batch sizes that a peer is tried with, and least number of rows to try each on.
 BATCHES, LEAST_TRIED = (1, 4, 8, 16, 32), 16
 
 T = TypeVar("T")
@@ -33,7 +33,7 @@ class Peer(ABC):
     """A peer that answers rows with a fixed number of tokens each, a batch at a time.
 
     Args:
-        new_tokens: tokens of each answer; none ends sooner.
+        new_tokens: tokens of each answer; end tokens are ignored.
         batches: sizes of a batch to try; the fastest counts.
     """
 
@@ -46,18 +46,18 @@ class Peer(ABC):
 
     @abstractmethod
     def _images(self, rows: Rows) -> Any:
-        """Images decoded, fitted, and as the peer takes them."""
+        """Images, decoded and fitted, in the format of the peer."""
 
     @abstractmethod
     def _vision(self, rows: Rows, images: Any) -> float:
-        """Milliseconds an image of the vision tower."""
+        """Milliseconds per image of the vision tower."""
 
     @abstractmethod
     def _answer(self, rows: Rows, images: Any, new_tokens: int) -> list[list[int]]:
         """Answer a batch."""
 
     def choose_batch(self, rows: Rows) -> dict[int, float]:
-        """Try batch sizes on a few rows and keep the fastest; images/s of each."""
+        """Try batch sizes on a few rows and keep the fastest; returns images/s of each."""
         speeds: dict[int, float] = {}
         for size in (size for size in self.batches if size <= len(rows)):
             self.batch = size
@@ -78,7 +78,7 @@ class Peer(ABC):
         return [tokens for part in parts for tokens in self._answer(part, self._images(part), self.new_tokens)]
 
     def stages(self, rows: Rows) -> dict[str, float]:
-        """Milliseconds an image of each stage: an answer of one token less the vision tower is the prefill."""
+        """Milliseconds per image of each stage; the prefill is an answer of one token minus the vision tower."""
         rows = rows.part(0, self.batch)
         count, took = len(rows), dict[str, float]()
         images = timed(took, "decode+fit", count, lambda: self._images(rows))
@@ -92,7 +92,7 @@ class Peer(ABC):
 
 
 def timed(took: dict[str, float], stage: str, count: int, work: Callable[[], T]) -> T:
-    """Do the work, and note milliseconds an image of its stage."""
+    """Run `work`, and add its milliseconds per image to `took`."""
     began = time.perf_counter()
     result = work()
     took[stage] = (time.perf_counter() - began) * 1000 / count
@@ -100,13 +100,13 @@ def timed(took: dict[str, float], stage: str, count: int, work: Callable[[], T])
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """Time that the work takes."""
+    """Seconds that `work` takes."""
     began = time.perf_counter()
     work()
     return time.perf_counter() - began
 
 
 def median_seconds(work: Callable[[], object], times: int) -> float:
-    """Median time of the work, done so many times after once to warm up."""
+    """Median seconds of `times` runs of `work`, after one to warm up."""
     work()
     return statistics.median(seconds(work) for _ in range(times))

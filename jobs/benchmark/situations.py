@@ -1,4 +1,4 @@
-"""Ratios of our engine to itself, where its design should pay: what is shared, kept, refilled."""
+"""Ratios of our engine to itself where its design should pay off: shared images, features on disk, refilled slots."""
 
 import tempfile
 from dataclasses import replace
@@ -17,9 +17,9 @@ from qvl_batch.runtime.devices import usable_cpus
 from qvl_batch.vision.cache import VisionCache
 from qvl_batch.vision.features import ImageFeatures
 
-#: Answers' lengths in tokens: mostly short, a few as long as may be.
+#: Mean and maximum answer length in tokens: most answers are short, a few have the maximum.
 MEAN_TOKENS, MOST_TOKENS = 16, 128
-#: Rows of skewed lengths: many to a slot, since the longest alone would otherwise set the time.
+#: Rows and slots for these lengths: many rows for each slot, or the longest answer alone would determine the time.
 SKEW_ROWS, SKEW_SLOTS = 256, 16
 SEED = 3
 PROMPTS = ("Describe the image.", "How many shapes are there?", "Is there a star?", "What color is the circle?")
@@ -29,8 +29,8 @@ OTHER_PROMPT = "What is in the picture?"
 def skew(ours: Ours, rows: Rows) -> dict[str, float]:
     """Answers of skewed lengths: time of static batches over that of refilled slots of the same number.
 
-    `skew` is that of the decode steps, `skew_with_prefill` of both, in which what no order of rows
-    can spare weighs as much as this model's prefill.
+    `skew` is that of the decode steps alone. `skew_with_prefill` includes the prefill, which is the same for
+    both, so that it depends on how long the model's prefill takes.
     """
     ours = Ours(ours.bundle.path, SKEW_SLOTS, MOST_TOKENS)
     features = ours.encode(rows)
@@ -49,7 +49,7 @@ def skew(ours: Ours, rows: Rows) -> dict[str, float]:
 
 
 def _static(ours: Ours, batch: list[Request]) -> None:
-    """Steps of a batch that was prefilled, all of its rows until the longest ends."""
+    """Decode steps of a prefilled batch, with all of its rows until the longest ends."""
     tokens = np.zeros(len(batch), np.int64)
     for _ in range(max(request.max_new_tokens for request in batch) - 1):
         tokens = ours.decoder.step(tokens)
@@ -62,7 +62,7 @@ def four_prompts(ours: Ours, rows: Rows) -> float:
 
 
 def second_prompt(ours: Ours, rows: Rows) -> float:
-    """Time of another prompt over the same images, their features kept on disk, over the first run."""
+    """Time of another prompt on the same images, with their features kept on disk, over that of the first prompt."""
     manifest = ours.bundle.manifest
     with tempfile.TemporaryDirectory() as folder:
 

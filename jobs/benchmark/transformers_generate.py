@@ -18,16 +18,16 @@ from qvl_batch.runtime.devices import usable_cpus
 
 
 class HuggingFace(Peer):
-    """`Qwen2_5_VLForConditionalGeneration.generate` on token ids and pixels as our layout has them.
+    """`Qwen2_5_VLForConditionalGeneration.generate` on the token ids and pixels of our layout.
 
     Args:
         checkpoint: folder of the checkpoint.
-        dtype: of weights and computation, as torch names it.
+        dtype: type of weights and computation, as torch names it.
         bundle: folder of a bundle of it, for the layout.
-        new_tokens: tokens of each answer; none ends sooner.
+        new_tokens: tokens of each answer; end tokens are ignored.
         batches: sizes of a batch to try.
         device: where the model is, as torch names it.
-        cache: its kind, as `generate` names it; with a static one it compiles its decode step on a GPU.
+        cache: kind of KV cache, as `generate` names it; with a static one it compiles its decode step on a GPU.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class HuggingFace(Peer):
         took: dict[str, float] = {}
         with torch.inference_mode():
             on_device = self._on_device(images)
-            # What comes back is read, so that a GPU has made it.
+            # Reads the result, which waits for the GPU.
             encode = lambda: self.model.model.get_image_features(**on_device).pooler_output[-1].sum().item()  # noqa: E731
             timed(took, "vision", len(rows), encode)
         return took["vision"]
@@ -93,7 +93,7 @@ class HuggingFace(Peer):
 
 
 class Ahead(HuggingFace):
-    """The same, with all CPUs decoding the images of the batches to come while one is answered."""
+    """The same, with all CPUs decoding the images of later batches while one is answered."""
 
     def answer(self, rows: Rows) -> list[list[int]]:
         """Answer all rows; tokens of each."""

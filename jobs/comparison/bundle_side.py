@@ -1,8 +1,8 @@
 """A bundle's side of a comparison: the worker's own vision encoder, layout and engine.
 
-Answers go through the engine with several rows in its slots, as in a job; only the decoder is
-one that also remembers the logits each token was chosen from. What is made for a GPU runs there if
-there is one, and else on the CPU, where half precision is emulated.
+Answers go through the engine with several rows in its slots, as in a job, but with a decoder that
+also records the logits of each token. Graphs that are made for a GPU run there if there is one, and
+else on the CPU, where half precision is emulated.
 """
 
 from collections.abc import Sequence
@@ -37,10 +37,10 @@ class _Record:
 
 
 class RecordingDecoder(Decoder):
-    """A decoder that keeps, for each row, its tokens and their logits.
+    """A decoder that records the tokens of each row and their logits.
 
-    `records` are in the order of prefill, which is the order in which rows were submitted to an
-    engine that does not run anything else.
+    `records` are in the order of prefill. That is the order in which rows were submitted, if the engine runs
+    nothing else.
     """
 
     def __init__(
@@ -53,9 +53,9 @@ class RecordingDecoder(Decoder):
     def prefill(self, first: int, rows: Sequence[PrefillRow]) -> Tokens:
         """As `Decoder.prefill`."""
         tokens = super().prefill(first, rows)
-        opened = [_Record() for _ in rows]
-        self.records += opened
-        self._in_slot[first : first + len(rows)] = opened
+        records = [_Record() for _ in rows]
+        self.records += records
+        self._in_slot[first : first + len(rows)] = records
         self._record(first, tokens)
         return tokens
 
@@ -77,14 +77,14 @@ class RecordingDecoder(Decoder):
 
 
 class BundleSide:
-    """A bundle that answers, however wrongly this machine may compute it: that is what a comparison is to find.
+    """A bundle as a side. It skips the check of known answers: a comparison measures errors instead of refusing them.
 
     Args:
         bundle: the bundle.
         max_new_tokens: longest answer in tokens.
         max_seq_len: longest row in tokens, at most the contract's.
         layers: also load what `states` and `probe` need.
-        device: where what is made for a GPU runs.
+        device: where graphs that are made for a GPU run.
 
     Raises:
         DeviceError: CUDA was asked for and cannot be used.
@@ -106,13 +106,13 @@ class BundleSide:
         memory = memory_on("cuda" if bundle.manifest.device == "cuda" and on_gpu else "cpu")
         self._vision = VisionEncoder(bundle, threads, where, graph=graphs[VISION], prove=False)
         self._decoder = RecordingDecoder(bundle, SLOTS, threads, memory, graphs[DECODER])
-        # One for all questions: a GPU captures its steps for each thread anew.
+        # One engine for all questions: on a GPU, steps are captured once for each thread.
         self._engine = Engine(self._decoder, bundle.manifest.generation.eos_token_ids)
         self._probe = LayerProbe(bundle, self._decoder, threads) if layers else None
 
     @property
     def probe(self) -> LayerProbe:
-        """What looks into this bundle's layers."""
+        """The probe of this bundle's layers."""
         assert self._probe is not None
         return self._probe
 

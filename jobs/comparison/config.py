@@ -12,7 +12,7 @@ class CompareConfig(JobConfig):
     """Answer the same questions with a bundle and with PyTorch (or another bundle), and report the differences."""
 
     bundle: Path
-    """Folder of the bundle in question."""
+    """Folder of the bundle to compare."""
     output: str
     """Folder for `comparison.parquet`, `summary.json` and `report.html`."""
     id_column: str = "id"
@@ -20,13 +20,13 @@ class CompareConfig(JobConfig):
     max_new_tokens: int = 64
     """Longest answer in tokens."""
     limit: int | None = None
-    """Compare only the first so many rows."""
+    """Compare only this many rows, from the first on."""
     retry_errors: bool = False
-    """Ask again about the rows that failed on a side or could not be asked about."""
+    """Ask again about the rows that failed on a side or could not be compared."""
     overwrite: bool = False
-    """Delete what the output folder holds of another comparison."""
+    """Delete the comparison that the output folder already holds. Without it, the same comparison is continued."""
     checkpoint: Path | None = None
-    """Folder of the checkpoint it was exported from, which answers in PyTorch, fp32."""
+    """Folder of the checkpoint that the bundle was exported from; it answers in PyTorch, in fp32."""
     against_bundle: Path | None = None
     """Another bundle to compare with, in place of a checkpoint."""
     expected_column: str | None = None
@@ -39,12 +39,12 @@ class CompareConfig(JobConfig):
     min_agreement: float = 1.0
     """Share of answers that must be equal, token for token."""
     max_drift: float = 1e-3
-    """Largest error of features and logits, over their largest magnitude, that rounding explains."""
+    """Largest error of features and logits, relative to their largest magnitude, that rounding explains."""
     tie_margin: float = 1e-3
-    """Two tokens are tied if neither side's logits set them further apart than this."""
+    """Two tokens are tied if their scores differ by at most this on both sides."""
     device: DeviceOption = "auto"
-    """Where PyTorch runs, and bundles that are made for a GPU: `auto` takes a GPU if there is one. Bundles in half
-    precision are emulated on a CPU."""
+    """Where PyTorch runs, and graphs that are made for a GPU: `auto` takes a GPU if there is one. On a CPU, half
+    precision is emulated."""
     gallery: int = 200
     """Rows to show on the page: those that differ or failed first, then others at random."""
 

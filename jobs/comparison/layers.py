@@ -1,15 +1,15 @@
-"""Layer by layer: hidden states out of a bundle's graphs, and into them.
+"""Layer by layer: reads hidden states from a bundle's graphs, and replaces them.
 
-The residual stream runs through the `SkipSimplifiedLayerNormalization` nodes that both graphs
-have two of in every layer, for every part of the image where they work on it in parts. On a copy of
-a graph in memory (its weights stay where they are) each state between two layers becomes an output,
-and gets an input that can take its place:
+The residual stream passes through `SkipSimplifiedLayerNormalization` nodes. Both graphs have two of
+them in every layer; a vision graph that processes the image in parts has two for each part. In a copy
+of a graph in memory (its weights stay on disk) each state between two layers becomes an output, and
+gets an input that can replace it:
 
     part p of state k ──┬───────────────► output
                         └─ Where(use_given, given.k.p, part p of state k) ─► layer k + 1
 
-So one run gives the states as they come, errors added up; and another, with the reference's
-states given to every layer, the error that each layer makes by itself.
+So one run gives the states with accumulated errors; another, with the reference's states given to
+every layer, gives each layer's own error.
 
 What enters: pixels and token ids. What leaves: `States`, and drift at each depth.
 """
@@ -42,8 +42,8 @@ class Drift:
     """Error at each depth of both towers, from the input of the first layer to the last tower's output.
 
     Args:
-        total: of the states as they come, all errors before them included.
-        own: that each step makes by itself, from the reference's own state before it.
+        total: accumulated error, that of all depths before it included.
+        own: error of the step to this depth alone, from the reference's state before it.
     """
 
     total: list[float]
@@ -51,7 +51,7 @@ class Drift:
 
 
 class LayerProbe:
-    """Looks into the graphs of a bundle.
+    """Reads and replaces hidden states in the graphs of a bundle.
 
     Args:
         bundle: whose graphs.
@@ -71,7 +71,7 @@ class LayerProbe:
         self._language = _Tower(bundle.file(DECODER), threads, bundle.manifest.dtype)
 
     def states(self, pixels: NDArray[np.uint8], input_ids: list[int]) -> States:
-        """States as they come, of one row."""
+        """Hidden states of one row."""
         *vision, features = self._vision.run({"pixels": pixels[None]}, "image_features", given=None)
         *decoder, logits = self._language.run(self._row(input_ids, features), "logits", given=None)
         return States(vision, features, decoder, logits)
@@ -80,14 +80,14 @@ class LayerProbe:
         """Drift of one row from the reference's states."""
         found = self.states(pixels, input_ids)
         vision = self._vision.run({"pixels": pixels[None]}, "image_features", given=reference.vision)
-        # The decoder's own error is that with the right features.
+        # The decoder's own error is measured with the reference's features.
         row = self._row(input_ids, reference.features)
         decoder = self._language.run(row, "logits", given=reference.decoder)
         expected = [*reference.vision, reference.features, *reference.decoder, reference.logits]
-        come = [*found.vision, found.features, *found.decoder, found.logits]
+        accumulated = [*found.vision, found.features, *found.decoder, found.logits]
         own = [*vision, *decoder]
         return Drift(
-            total=[state_error(a, b) for a, b in zip(come, expected, strict=True)],
+            total=[state_error(a, b) for a, b in zip(accumulated, expected, strict=True)],
             own=[state_error(a, b) for a, b in zip(own, expected, strict=True)],
         )
 
@@ -109,24 +109,24 @@ class _Tower:
         self._session = Session(path, threads, model.SerializeToString())
 
     def run(self, inputs: dict[str, Array], output: str, given: list[Array] | None) -> list[Array]:
-        """States of the single row in `inputs`, and `output` last; `given` states take their places."""
+        """States of the single row in `inputs`, then `output`; states that are `given` replace them in the graph."""
         feeds: dict[str, Any] = {USE_GIVEN: np.array(given is not None)}
         for depth, names in enumerate(self._states):
-            nothing = [np.zeros((1,), np.float32)] * len(names)
-            parts = nothing if given is None else self._split(given[depth] / self._unit, names)
+            unused = [np.zeros((1,), np.float32)] * len(names)
+            parts = unused if given is None else self._split(given[depth] / self._unit, names)
             feeds |= {f"given.{depth}.{part}": state[None] for part, state in enumerate(parts)}
         found = iter(self._session.run([*chain(*self._states), output], inputs | feeds))
         states = [self._unit * np.concatenate([next(found)[0] for _ in names]) for names in self._states]
         return [*states, next(found)[0]]
 
     def _split(self, state: Array, names: list[str]) -> list[Array]:
-        """A state in the parts that the graph has it in, whose sizes it knows if there are several."""
+        """Split a state into the parts that the graph has it in; if there are several, their sizes are static."""
         sizes = [self._session.outputs[name][1] for name in names[:-1]]
         return np.split(state, np.cumsum(sizes, dtype=np.int64))
 
 
 def depth_names(depths: int, decoder: int) -> list[str]:
-    """Names of so many depths of a `Drift`, for a decoder of so many layers."""
+    """Names of the depths of a `Drift`, of which there are `depths`, for a decoder with `decoder` layers."""
     # Both towers have a depth before their first layer and one after their last.
     return part_names(depths - decoder - 4, decoder)
 
@@ -144,17 +144,17 @@ def state_error(found: Array, expected: Array) -> float:
 
 
 def instrument(model: onnx.ModelProto, path: Path) -> list[list[str]]:
-    """Add the outputs and inputs to a graph; returns the outputs' names, by depth and part.
+    """Add the outputs and inputs for hidden states to a graph; returns the outputs' names, by depth and part.
 
     Raises:
-        BundleError: the graph has no such residual stream.
+        BundleError: the graph does not have the norm nodes that this relies on.
     """
     graph = model.graph
     norms = [node for node in graph.node if node.op_type == NORM]
     parts = _parts(graph, norms)
     if not norms or len(norms) % (2 * parts):
         raise BundleError(
-            f"{path}: --layers follows two {NORM} nodes in every layer, and this graph has {len(norms)}: "
+            f"{path}: --layers needs two {NORM} nodes in every layer, and this graph has {len(norms)}: "
             "export the checkpoint again, or leave out --layers"
         )
     graph.input.append(onnx.helper.make_tensor_value_info(USE_GIVEN, onnx.TensorProto.BOOL, []))
@@ -175,11 +175,11 @@ def instrument(model: onnx.ModelProto, path: Path) -> list[list[str]]:
 
 
 def _parts(graph: onnx.GraphProto, norms: list[onnx.NodeProto]) -> int:
-    """How many streams there are: first norms of layers until one goes on where an earlier one ended."""
+    """Number of parts: how many first norms of layers precede one whose input is the output of another layer."""
     ends = {norm.output[TOTAL] for norm in norms[1::2] if len(norm.output) > TOTAL}
     for place, norm in enumerate(norms[::2]):
         state = norm.input[1]
-        # A decoder's last layer goes on with some tokens of the state.
+        # A decoder's last layer selects tokens of the state before it.
         if not ends.isdisjoint([state, *_producer(graph, state).input]):
             return max(place, 1)
     return 1
@@ -188,7 +188,7 @@ def _parts(graph: onnx.GraphProto, norms: list[onnx.NodeProto]) -> int:
 def _divert(
     model: onnx.ModelProto, place: str, state: str, after: onnx.NodeProto, normed: onnx.NodeProto | None
 ) -> None:
-    """Let a given state take the place of `state` in all that reads it, and in its norm `normed`."""
+    """Let a given state replace `state` for all its consumers, and in the norm node `normed` that computed it."""
     graph, given, chosen = model.graph, f"given.{place}", f"chosen.{place}"
     _redirect(graph, state, chosen)
     graph.input.append(onnx.helper.make_tensor_value_info(given, onnx.TensorProto.FLOAT, None))

@@ -1,8 +1,8 @@
-"""What is measured of a question: one side's trace against the other's.
+"""Measures of one question: one side's trace against the other's.
 
-`reference` is PyTorch or the bundle that is compared against, `candidate` the bundle in
-question. As long as their tokens are equal, both choose the next one from the same row, so that
-their logits can be compared up to and with the first token that differs, and no further.
+`reference` is PyTorch or the bundle that is compared against, `candidate` the bundle to compare.
+While their tokens are equal, both sides choose the next token for the same row. So their logits can
+be compared up to and including the first token that differs, and no further.
 """
 
 from dataclasses import dataclass
@@ -19,9 +19,9 @@ from qvl_batch.distances import cosine, divergence, relative_error
 class Measures:
     """Differences between two traces; errors are largest difference over largest magnitude.
 
-    `first_difference` and what goes with it is None where all tokens are equal. A margin is how
-    much more a side's own token scored than the other side's, the repetition penalty applied; it
-    is None where that side had ended by its limit.
+    `first_difference` and the fields about that token are None if all tokens are equal. A margin is the
+    score of a side's own token minus that of the other side's token, after the repetition penalty; it is
+    None if that side had reached its limit before.
     """
 
     equal: bool
@@ -72,7 +72,7 @@ class Measures:
 
 
 def _margin(trace: Trace, index: int | None, other: int | None, penalty: float) -> float | None:
-    """How much more the token at `index` scored than `other`."""
+    """Score of the token at `index` minus that of the token `other`."""
     if index is None or other is None or index >= len(trace.token_ids):
         return None
     seen = {*trace.input_ids, *trace.token_ids[:index]}
@@ -84,7 +84,7 @@ def _margin(trace: Trace, index: int | None, other: int | None, penalty: float) 
 
 
 def _penalised(logit: float, penalty: float) -> float:
-    """Score of a token that a row holds already: see `export.decoder`."""
+    """Score of a token that is in the row already: see `export.decoder`."""
     return float(logit * penalty if logit < 0 else logit / penalty)
 
 
@@ -93,5 +93,5 @@ def _at(tokens: list[int], index: int | None) -> int | None:
 
 
 def measured(measures: Measures | None) -> dict[str, Any]:
-    """Values by name, all None for a row that was not measured."""
+    """Measures by name; all None for a row that was not measured."""
     return {name: getattr(measures, name, None) for name in Measures.__slots__}

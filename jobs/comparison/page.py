@@ -19,9 +19,9 @@ from qvl_batch.report.page import printable, template
 
 Row = dict[str, Any]
 TEMPLATE = "page.html.jinja"
-#: Dots of one stage in the drift plot, and prompts to choose from.
+#: Most dots of one stage in the drift plot, and most prompts in the filter.
 MOST_DOTS, MOST_PROMPTS = 400, 100
-#: Rows that are shown before those that are equal, in this order.
+#: Kinds of rows that are shown in preference to equal ones, in this order.
 NOTABLE: tuple[Kind, ...] = ("real", "failed", "tie", "not compared")
 _WORDS = re.compile(r"\s+|\w+|[^\w\s]")
 
@@ -49,20 +49,20 @@ def render(rows: Sequence[Row], summary: dict[str, Any], gallery: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class LogAxis:
-    """A logarithmic axis across a box, 0 to 100 %; whole decades, every other one labelled."""
+    """A logarithmic axis over whole decades, across a box from 0 to 100 %."""
 
     low: int
     high: int
 
     @classmethod
     def of(cls, values: Sequence[float], bound: float) -> "LogAxis":
-        """An axis that shows `values`, those that have a logarithm, and `bound` with a decade before it."""
+        """An axis for the positive finite `values`, and for `bound` with a decade before it."""
         shown = [math.log10(value) for value in [*values, bound / 10, bound] if 0 < value < math.inf]
         low, high = math.floor(min(shown, default=-8)), math.ceil(max(shown, default=0))
         return cls(low, max(high, low + 1))
 
     def place(self, value: float) -> float:
-        """Where a value stands, in %; 0 stands at the left, what is not finite at the right."""
+        """Position of a value in %: 0 is at the left, values that are not finite at the right."""
         if not math.isfinite(value):
             return 100.0
         at = (math.log10(value) - self.low) / (self.high - self.low) if value > 0 else 0.0
@@ -82,7 +82,7 @@ def _stages(rows: Sequence[Row], max_drift: float) -> dict[str, Any]:
     chance = random.Random(0)  # noqa: S311  (which dots are drawn, and how they are spread)
     lanes = []
     for name, lane in values.items():
-        # The worst is among those that are drawn.
+        # The worst value is always drawn.
         drawn = lane if len(lane) <= MOST_DOTS else [max(lane, key=_badness), *chance.sample(lane, MOST_DOTS)]
         dots = [(axis.place(v), round(chance.uniform(15, 85)), not v <= max_drift) for v in drawn]
         lanes.append({"name": name, "dots": dots, "rows": len(lane)})
@@ -90,7 +90,7 @@ def _stages(rows: Sequence[Row], max_drift: float) -> dict[str, Any]:
 
 
 def _depths(summary: dict[str, Any]) -> dict[str, Any] | None:
-    """Lines of the layer plot: median drift as it comes, and of each depth by itself."""
+    """Lines of the layer plot: median accumulated drift and median own error of each depth."""
     if not summary["layers"]:
         return None
     bound = summary["bounds"]["max_drift"]
@@ -106,7 +106,7 @@ def _depths(summary: dict[str, Any]) -> dict[str, Any] | None:
             "own": axis.place(own),
             "over": not total <= bound,
             "own_over": not own <= bound,
-            "title": f"{name}: {total:.1e} as it comes, {own:.1e} by itself",
+            "title": f"{name}: accumulated {total:.1e}, own {own:.1e}",
         }
         for name, total, own in depths
     ]
@@ -114,7 +114,7 @@ def _depths(summary: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _chosen(rows: Sequence[Row], gallery: int) -> list[Row]:
-    """What is notable, as far as it fits, then others at random; in the order of the input."""
+    """At most `gallery` rows: notable ones first, then others at random; in the order of the input."""
     kinds = {kind: [index for index, row in enumerate(rows) if row["difference"] == kind] for kind in NOTABLE}
     notable = list(chain.from_iterable(kinds.values()))[:gallery]
     others = [index for index, row in enumerate(rows) if row["difference"] == "equal"]

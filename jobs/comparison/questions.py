@@ -23,7 +23,7 @@ from qvl_batch.rows import Row, RowSet
 from qvl_batch.schema import ID, Failure, is_textual, readable, texts
 
 EXPECTED = "expected"
-#: Pixels a side of the images on the page.
+#: Side in pixels of the images on the page.
 SIDE = 336
 
 
@@ -66,7 +66,7 @@ class Questions:
         return self.source.rows * len(self.fits)
 
     def without(self, rows: Iterable[Row]) -> "Questions":
-        """The questions less those about some rows of the input."""
+        """The questions except those about `rows` of the input."""
         done = RowSet(file.rows for file in self.source.files)
         for file, row in rows:
             done.add(file, row, row + 1)
@@ -96,9 +96,11 @@ class Questions:
                 image = decode_image(data, self.rules)
             except ImageError as error:
                 failure = Failure.of(error)
-        bare = Question(**record, fit=self.fits[0], size=image.size if image else None, pixels=None, failure=failure)
+        unfitted = Question(
+            **record, fit=self.fits[0], size=image.size if image else None, pixels=None, failure=failure
+        )
         for fit in self.fits:
-            yield replace(bare, fit=fit, pixels=fit_image(image, self.image_size, fit) if image else None)
+            yield replace(unfitted, fit=fit, pixels=fit_image(image, self.image_size, fit) if image else None)
 
 
 def open_questions(config: CompareConfig, image_size: int, say: Callable[[str], None]) -> Questions:
@@ -106,12 +108,12 @@ def open_questions(config: CompareConfig, image_size: int, say: Callable[[str], 
 
     Args:
         config: what to ask.
-        image_size: pixels a side that both sides see.
+        image_size: side in pixels of the square that both sides see.
         say: receives a line if the input has a column of right answers that cannot be used.
 
     Raises:
         InputError: nothing is there, a file is no parquet, or its columns cannot be used.
-        ConfigError: the expected column has a name that is taken.
+        ConfigError: the expected column has the name of the id column in the results.
     """
     source, expected = open_source(config), config.expected_column
     if expected is None:
@@ -122,7 +124,7 @@ def open_questions(config: CompareConfig, image_size: int, say: Callable[[str], 
         except InputError as error:
             if config.expected_column:
                 raise
-            say(f"note      no answers are expected: {error}")
+            say(f"note      expected answers are not used: {error}")
             expected = ""
         else:
             source = replace(source, columns=replace(source.columns, kept=(kept,)))
@@ -131,9 +133,11 @@ def open_questions(config: CompareConfig, image_size: int, say: Callable[[str], 
 
 
 def _expected_field(source: Source, name: str) -> pa.Field:
-    """The column of right answers, as the first file has it; others may have text of another type."""
+    """The column of right answers with its type in the first file; in others it can be another type of text."""
     if name == ID:
-        raise ConfigError(f"--expected-column {ID}: rows have what identifies them under that name; rename the column")
+        raise ConfigError(
+            f"--expected-column {ID}: the results have the id of a row under that name; rename the column"
+        )
     fields: list[pa.Field] = []
     for file in source.files:
         schema = pq.read_schema(file.path)
@@ -148,7 +152,7 @@ def _expected_field(source: Source, name: str) -> pa.Field:
 
 
 def _records(table: pa.Table, expected: str | None) -> list[dict[str, Any]]:
-    """Rows of a table as what a `Question` is made of."""
+    """Rows of a table as fields of a `Question`, and the image file's bytes."""
     values = {
         "file": table[FILE].to_pylist(),
         "row": table[ROW].to_pylist(),

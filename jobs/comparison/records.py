@@ -1,11 +1,11 @@
-"""What a comparison has found so far, on disk: a part for each chunk of questions.
+"""Results of a comparison so far, on disk: a part for each chunk of questions.
 
     DIR/_parts/settings.json        what the parts depend on
-    DIR/_parts/part-000000.parquet  what was asked first, whole or not there
+    DIR/_parts/part-000000.parquet  the first chunk; parts are written atomically
 
-A comparison that was stopped goes on with what no part has. Parts of another comparison are not
-mixed with: whatever changes a row of them stands in `settings.json`. A row of the input that was
-asked about again stands in several parts, of which the last counts.
+A comparison that was stopped resumes with the questions that are in no part. Parts of different
+comparisons are never mixed: everything that changes their rows is in `settings.json`. A row of the
+input that was asked about again is in several parts, of which the last counts.
 """
 
 import json
@@ -32,7 +32,7 @@ from qvl_batch.schema import ERROR_FIELDS, Failure, error_values
 COMPARISON, SUMMARY, PAGE = "comparison.parquet", "summary.json", "report.html"
 PARTS, SETTINGS = "_parts", "settings.json"
 
-#: Columns of `comparison.parquet` after `id`; parts have `thumbnail` besides.
+#: Columns of `comparison.parquet` after `id`; parts also have `thumbnail`.
 FIELDS = (
     pa.field("file", pa.int32()),
     pa.field("row", pa.int64()),
@@ -82,8 +82,8 @@ def record(
 
     Args:
         question: what was asked.
-        reference: what the other side made of it; None where it was not asked.
-        candidate: what the bundle made of it; None where the input had failed.
+        reference: result of the other side; None if it was not asked.
+        candidate: result of the bundle; None if the input had failed.
         measures: of the two traces, if there are two.
         drift: by layer, if it was measured.
         texts: of the first tokens that differ, reference first.
@@ -120,10 +120,10 @@ def record(
 def _failure(
     question: Question, reference: Trace | Failure | None, candidate: Trace | Failure | None
 ) -> tuple[str | None, Failure | None]:
-    """Whose failure a row has, `input` where neither side is to blame, and the failure."""
+    """The side that failed, or `input` if the failure is due to the input; and the failure. Both None without one."""
     sides = {"input": question.failure, "bundle": candidate, "reference": reference}
     failed = {side: failure for side, failure in sides.items() if isinstance(failure, Failure)}
-    # Whichever side has the shorter contract: what it cannot take is compared with nothing.
+    # Including a row that is too long for only one side's contract: there is nothing to compare it with.
     before = (("input", failure) for failure in failed.values() if failure.stage in INPUT_STAGES)
     return next(before, next(iter(failed.items()), (None, None)))
 
@@ -133,8 +133,8 @@ class Records:
     """The parts of one comparison.
 
     Args:
-        output: the folder.
-        schema: of the parts.
+        output: the output folder.
+        schema: schema of the parts.
     """
 
     output: Path
@@ -142,13 +142,13 @@ class Records:
 
     @classmethod
     def open(cls, output: Path, id_type: pa.DataType, settings: dict[str, Any], *, overwrite: bool) -> "Records":
-        """Find the parts of a comparison with these settings, or begin one.
+        """Open the parts of a comparison with these settings, or create them.
 
         Raises:
             OutputError: the folder holds a comparison with other settings, or cannot be written.
         """
         parts = output / PARTS
-        # As it will be read back: tuples are lists in JSON.
+        # As they are read back: JSON turns tuples into lists.
         settings = json.loads(json.dumps(settings))
         try:
             if Job.of(folder_at(str(output))):
@@ -166,12 +166,12 @@ class Records:
         return cls(output, pa.schema([pa.field("id", id_type), *FIELDS, THUMBNAIL]))
 
     def failures(self) -> dict[Row, int]:
-        """How many questions about each row failed, of all rows that were asked about."""
+        """Number of failed questions for each row that was asked about."""
         asked = self._latest(["file", "row", "error_side"])
         return {row: sum(each["error_side"] is not None for each in found) for row, found in asked.items()}
 
     def add(self, rows: list[dict[str, Any]]) -> None:
-        """Write a part; what it says of a row of the input replaces what others said."""
+        """Write a part; its results for a row of the input replace those of earlier parts."""
         name = f"part-{len(self._files()):06d}.parquet"
         LocalFolder(self.output / PARTS).write(name, parquet(pa.Table.from_pylist(rows, self.schema)))
 
@@ -181,7 +181,7 @@ class Records:
         return [each for row in sorted(latest) for each in latest[row]]
 
     def _latest(self, columns: list[str] | None) -> dict[Row, list[dict[str, Any]]]:
-        """What the last part that has a row of the input says of it."""
+        """Results for each row of the input, from the last part that has it."""
         latest: dict[Row, list[dict[str, Any]]] = {}
         for path in self._files():
             found: dict[Row, list[dict[str, Any]]] = {}
@@ -194,7 +194,7 @@ class Records:
         return sorted((self.output / PARTS).glob("part-*.parquet"))
 
     def publish(self, rows: list[dict[str, Any]], summary: dict[str, Any], page: str) -> None:
-        """Write the three files that a comparison is for."""
+        """Write `comparison.parquet`, `summary.json` and `report.html`."""
         schema = self.schema.remove(self.schema.get_field_index(THUMBNAIL.name)).append(
             pa.field("difference", pa.string())
         )

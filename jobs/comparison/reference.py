@@ -1,10 +1,10 @@
 """The checkpoint's side of a comparison: transformers, in PyTorch, fp32.
 
 Template, tokenizer, image processor, M-RoPE positions and greedy decoding are all transformers'
-own; nothing of the worker is used but the fitted square of pixels, which both sides start from.
+own; of the worker, only the fitted square of pixels is used, which both sides start from.
 
-Rows are batched where they have the same number of tokens, so that there is no padding and a
-row is computed as it is alone (a test compares them).
+Only rows with the same number of tokens are batched, so that there is no padding and a row gives the
+same result as alone (a test compares them).
 """
 
 from collections import defaultdict
@@ -32,7 +32,7 @@ BATCH = 8
 
 
 class PyTorch:
-    """A checkpoint that answers.
+    """A checkpoint as a side.
 
     Args:
         checkpoint: what `export.checkpoint.load_checkpoint` gives.
@@ -76,7 +76,9 @@ class PyTorch:
             if len(ids) < self._max_seq_len:
                 by_length[len(ids)].append(index)
             else:
-                message = f"the row has {len(ids)} tokens; the bundle leaves room for {self._max_seq_len}"
+                message = (
+                    f"the row has {len(ids)} tokens before its answer; the bundle takes {self._max_seq_len} with it"
+                )
                 results[index] = Failure.of(PromptError(message))
         for indices in by_length.values():
             for start in range(0, len(indices), BATCH):
@@ -98,7 +100,7 @@ class PyTorch:
             logits = self.model(**inputs, logits_to_keep=1).logits[0, -1]
         order = self._graph_order(inputs["image_grid_thw"])
         return States(
-            # (N, D_vision) as merge groups, those in order, and as patches again
+            # (N, D_vision) to merge groups, in the graph's order, and back to patches
             vision=[_array(state.reshape(len(order), -1, state.shape[-1])[order].flatten(0, 1)) for state in vision],
             features=_array(features[0]),
             decoder=[*(_array(state[0]) for state in decoder[:-1]), _array(decoder[-1][0, -1:])],
@@ -109,7 +111,7 @@ class PyTorch:
         """Token ids of a row up to its answer, the image's token repeated for each merged patch."""
         pad, image_token_id = self._image_token, self.config.image_token_id
         if any(token in prompt for token in self._added_tokens):
-            # Tokenized as a whole, a special token spelled in the prompt would be one; it is text.
+            # A special token spelled out in the prompt is text; tokenizing the row as a whole would make it special.
             head, bridge, tail = chat_turn(self.tokenizer, image_token_id, self._system_prompt)
             spelled = self.tokenizer(prompt, add_special_tokens=False, split_special_tokens=True).input_ids
             return [*head, *[image_token_id] * self.image_tokens, *bridge, *spelled, *tail]
@@ -159,7 +161,7 @@ class PyTorch:
         return Trace(text, tokens, input_ids, features, logits[: len(tokens)])
 
     def _graph_order(self, grid: Tensor) -> Tensor:
-        """Where transformers' windows have each merge group of the exported graph, int64 (T_img,)."""
+        """Index in transformers' window order of each merge group in the graph's order, int64 (T_img,)."""
         vision = self.config.vision_config
         index, _ = get_vision_window_index(grid, vision.spatial_merge_size, vision.window_size, vision.patch_size)
         order, _ = window_order(grid, vision)
@@ -205,6 +207,6 @@ def _torch_device(device: DeviceOption) -> torch.device:
         raise DeviceError("--device cuda: PyTorch finds no usable GPU here; use --device cpu")
     if device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    # fp32 is to be fp32: TF32 keeps ten bits of the mantissa.
+    # Full fp32: TF32 would keep ten bits of the mantissa.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     return torch.device("cuda")

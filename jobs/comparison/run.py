@@ -24,7 +24,7 @@ from qvl_batch.report.progress import ProgressLine, progress_line
 from qvl_batch.report.summary import installed_versions
 from qvl_batch.schema import Failure
 
-#: Questions in one chunk, and the memory that its logits may take on both sides together.
+#: Most questions in one chunk, and most bytes of its logits on both sides together.
 CHUNK, LOGITS_BYTES = 32, 1 << 30
 PACKAGES = ("qvl-batch", "onnxruntime-gpu", "onnxruntime", "torch", "transformers")
 
@@ -71,11 +71,11 @@ class Outcome:
 
 
 def compare(config: CompareConfig, say: Callable[[str], None] = lambda _: None) -> Outcome:
-    """Compare, from the beginning or from where it was stopped, and write the report.
+    """Start or resume a comparison, and write the report.
 
     Args:
         config: what to compare.
-        say: receives a line about what was found at the start.
+        say: receives lines about the comparison when it starts.
 
     Raises:
         JobError: input, output, bundle, checkpoint or settings make the comparison impossible.
@@ -98,7 +98,7 @@ def compare(config: CompareConfig, say: Callable[[str], None] = lambda _: None) 
 def _answer(
     questions: Questions, sides: "_Sides", records: Records, rows_per_chunk: int, progress: ProgressLine
 ) -> None:
-    """Answer what is not answered yet, a chunk at a time."""
+    """Answer the questions, a chunk at a time."""
     done, failed, started = 0, 0, time.monotonic()
     for chunk in questions.chunks(rows_per_chunk):
         rows = _rows(chunk, sides)
@@ -109,7 +109,7 @@ def _answer(
 
 
 def _rows(chunk: Sequence[Question], sides: "_Sides") -> list[dict[str, Any]]:
-    """Answer a chunk on both sides and measure."""
+    """Answer a chunk on both sides and measure it; rows of `comparison.parquet`."""
     candidates = _answers(sides.candidate, chunk, [question.failure is None for question in chunk])
     asked = [
         isinstance(answer, Trace) or (isinstance(answer, Failure) and answer.stage not in INPUT_STAGES)
@@ -120,7 +120,7 @@ def _rows(chunk: Sequence[Question], sides: "_Sides") -> list[dict[str, Any]]:
 
 
 def _answers(side: Side, chunk: Sequence[Question], asked: Sequence[bool]) -> list[Trace | Failure | None]:
-    """Answers of one side, None where it is not asked."""
+    """Answers of one side; None for questions that it is not asked."""
     answers = iter(side.answer([question for question, ask in zip(chunk, asked, strict=True) if ask]))
     return [next(answers) if ask else None for ask in asked]
 
@@ -144,7 +144,7 @@ def _row(
 
 
 class _Sides:
-    """The two sides; each is loaded when it is first asked."""
+    """The two sides; each is loaded when it is first used."""
 
     def __init__(self, config: CompareConfig, bundle: Bundle) -> None:
         self.config, self.bundle = config, bundle
@@ -154,7 +154,7 @@ class _Sides:
 
     @cached_property
     def candidate(self) -> BundleSide:
-        """The bundle in question."""
+        """The bundle to compare."""
         return self._side_of(self.bundle)
 
     @cached_property
@@ -164,7 +164,7 @@ class _Sides:
         if self.other:
             return self._side_of(self.other)
         assert config.checkpoint is not None
-        from comparison.reference import PyTorch  # noqa: PLC0415  (bundles are compared without torch)
+        from comparison.reference import PyTorch  # noqa: PLC0415  (two bundles are compared without torch)
         from export.checkpoint import load_checkpoint  # noqa: PLC0415
 
         return PyTorch(
@@ -182,7 +182,7 @@ class _Sides:
 
     @cached_property
     def reference_source(self) -> CheckpointSource:
-        """Name and hash of what the bundle is compared with."""
+        """Name and hash of the other side."""
         if self.other:
             return CheckpointSource(self.other.path.name, self.other.sha256)
         assert self.config.checkpoint is not None
@@ -192,13 +192,13 @@ class _Sides:
 
     @property
     def max_seq_len(self) -> int:
-        """Longest row that both sides may have."""
+        """Longest row in tokens that both sides take."""
         lengths = [bundle.manifest.layout.max_seq_len for bundle in (self.bundle, self.other) if bundle]
         return min(lengths)
 
 
 def _check_comparable(bundle: Bundle, other: Bundle) -> None:
-    """Refuse bundles whose numbers do not stand for the same things."""
+    """Refuse bundles whose outputs cannot be compared number by number."""
     a, b = bundle.manifest, other.manifest
     for what, ours, theirs in (
         ("image size", a.layout.image_size, b.layout.image_size),
@@ -243,7 +243,7 @@ def _first_error(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _settings(config: CompareConfig, sides: _Sides, questions: Questions) -> dict[str, Any]:
-    """What the rows of the comparison depend on, and what else must be as it was to go on."""
+    """Everything that the results depend on; a resumed comparison must have the same."""
     files = questions.source.files
     return {
         "bundle": sides.bundle.sha256,

@@ -1,4 +1,4 @@
-"""From the rows of a comparison to its figures and its verdict. Nothing here reads or runs anything."""
+"""Computes a comparison's figures and verdict from its rows. Nothing here reads files or runs a model."""
 
 import math
 from collections import Counter
@@ -14,16 +14,16 @@ Row = dict[str, Any]
 Kind = Literal["equal", "tie", "real", "failed", "not compared"]
 #: Stages of a row with their columns, in the order of the work.
 STAGES = {"vision": "vision_error", "prefill": "prefill_error", "decode": "decode_error"}
-#: A group is named as systematic if chance gives its share of differences with less than this
-#: probability, divided by the number of groups looked at (Bonferroni).
+#: A group is systematic if chance explains its share of differences with less than this probability, divided by the
+#: number of groups that are tested (Bonferroni).
 SIGNIFICANCE = 0.01
-#: More prompts than this are no groups.
+#: A property with more values than this, such as the prompt, does not form groups.
 MOST_GROUPS = 50
 
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """What a comparison must keep to be called equal; see `CompareConfig` for each."""
+    """Bounds within which a comparison passes; see `CompareConfig` for each."""
 
     min_agreement: float
     max_drift: float
@@ -31,7 +31,7 @@ class Bounds:
 
 
 def difference(row: Row, tie_margin: float) -> Kind:
-    """What a row is: equal, a tie within noise, a real difference, or failed.
+    """Kind of a row: equal, a tie within noise, a real difference, failed, or not compared.
 
     A tie needs both sides' margins: if one side is sure of its token, the other is wrong or drifted.
     """
@@ -46,12 +46,12 @@ def difference(row: Row, tie_margin: float) -> Kind:
 
 
 def summarize(rows: Sequence[Row], depths: Sequence[str], bounds: Bounds) -> dict[str, Any]:
-    """Figures of a whole comparison, ready for JSON: floats that are not finite are text.
+    """Figures of a whole comparison, for JSON: floats that are not finite become text.
 
     Args:
         rows: of `comparison.parquet`, each with its `difference`.
         depths: names of the depths of `layer_error`.
-        bounds: what the verdict depends on.
+        bounds: bounds of the verdict.
     """
     compared = [row for row in rows if row["difference"] != "not compared"]
     measured = [row for row in compared if row["difference"] != "failed"]
@@ -84,7 +84,7 @@ def summarize(rows: Sequence[Row], depths: Sequence[str], bounds: Bounds) -> dic
 
 
 def _verdict(summary: dict[str, Any], bounds: Bounds) -> dict[str, Any]:
-    """Whether everything was kept, and each thing that was not, as a sentence."""
+    """Whether the comparison passes, and a sentence for each reason why it does not."""
     reasons: list[str] = []
     agreement = summary["agreement"]
     if agreement["share"] < bounds.min_agreement:
@@ -94,10 +94,10 @@ def _verdict(summary: dict[str, Any], bounds: Bounds) -> dict[str, Any]:
             f"{under:.2f} points under --min-agreement {bounds.min_agreement:g}{_explained(agreement)}"
         )
     if summary["inputs_differ"]:
-        reasons.append(f"{summary['inputs_differ']:,} rows have other token ids: template or tokenizer differ")
+        reasons.append(f"{summary['inputs_differ']:,} rows have different token ids: template or tokenizer differ")
     for stage in STAGES:
         worst = summary["drift"][stage]["max"]
-        # Not finite is text, or no number at all.
+        # Values that are not finite are text here.
         if worst is not None and not (isinstance(worst, float) and worst <= bounds.max_drift):
             shown = worst if isinstance(worst, str) else f"{worst:.1e}"
             reasons.append(f"{stage} drifts by {shown}, over --max-drift {bounds.max_drift:g}")
@@ -114,7 +114,7 @@ def _explained(agreement: dict[str, Any]) -> str:
 
 
 def _expected(rows: list[Row]) -> dict[str, Any] | None:
-    """How often each side gave the expected answer; McNemar's exact test where they differ in it."""
+    """How often each side gave the expected answer, with McNemar's exact test of the difference."""
     if not rows:
         return None
     right = [(row["reference"] == row["expected"], row["answer"] == row["expected"]) for row in rows]
@@ -125,13 +125,13 @@ def _expected(rows: list[Row]) -> dict[str, Any] | None:
         "bundle": _share(sum(bundle for _, bundle in right), len(right)),
         "only_reference_right": only[0],
         "only_bundle_right": only[1],
-        # McNemar 1947, exact: of the rows where only one is right, either is as likely.
+        # McNemar 1947, exact. Null hypothesis: where only one side is right, each is equally likely to be.
         "mcnemar_p": float(binomtest(only[0], sum(only)).pvalue) if sum(only) else None,
     }
 
 
 def _layers(rows: list[Row], depths: Sequence[str], max_drift: float) -> dict[str, Any] | None:
-    """Median and largest error at each depth; where drift begins, and which step adds most by itself."""
+    """Error at each depth; where drift begins, and the depth with the largest own error."""
     rows = [row for row in rows if row["layer_error"] is not None]
     if not rows:
         return None
@@ -158,9 +158,9 @@ def _groups(rows: list[Row]) -> dict[str, list[dict[str, Any]]]:
         "answer_length": _length_group,
     }
     groups = {name: _grouped(rows, key) for name, key in keys.items()}
-    looked_at = sum(map(len, groups.values()))
+    tested = sum(map(len, groups.values()))
     for group in (group for kind in groups.values() for group in kind):
-        group["systematic"] = bool(group["p"] < SIGNIFICANCE / looked_at)
+        group["systematic"] = bool(group["p"] < SIGNIFICANCE / tested)
     return groups
 
 
@@ -179,7 +179,7 @@ def _grouped(rows: list[Row], key: Callable[[Row], str | None]) -> list[dict[str
 
 
 def _size_group(row: Row) -> str | None:
-    """Longer side to the next power of two, and shape."""
+    """Shape of the image, and its longer side as a range between powers of two."""
     width, height = row["image_width"], row["image_height"]
     if width is None:
         return None
@@ -210,7 +210,7 @@ def _share(count: int, of: int) -> dict[str, Any]:
 
 
 def _weighted(rows: list[Row]) -> float | None:
-    """Tokens before the first difference over all tokens, of the longer answer of each row."""
+    """Share of tokens before the first difference; a row has as many tokens as its longer answer."""
     tokens = [max(row["reference_tokens"], row["answer_tokens"]) for row in rows]
     agreed = sum(row["token_agreement"] * count for row, count in zip(rows, tokens, strict=True))
     return agreed / sum(tokens) if tokens else None
@@ -221,7 +221,7 @@ def _mean(values: list[float]) -> float | None:
 
 
 def _median(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Of each column; not a number is larger than any number."""
+    """Median of each column; NaN counts as larger than any number."""
     return np.asarray(np.median(np.where(np.isnan(values), np.inf, values), axis=0))
 
 

@@ -1,4 +1,4 @@
-"""What a side leaves of a question: its answer, and everything the answer was made from."""
+"""What a side returns for a question: its answer, and the features and logits behind it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from comparison.questions import Question
 from qvl_batch.schema import Failure
 
 Array = NDArray[Any]
-#: Failures before the two sides part: of the input, or of a prompt that one of the contracts has no room for.
+#: Stages whose failures are due to the input: it cannot be read, or its prompt is too long for one of the contracts.
 INPUT_STAGES = ("read", "image", "layout")
 
 
@@ -21,10 +21,10 @@ class Trace:
 
     Args:
         text: the answer, special tokens left out.
-        token_ids: its tokens; the one that ends it is the last, unless a limit ended it.
+        token_ids: its tokens; the last is the end token, unless a limit ended the answer.
         input_ids: tokens of the row up to the answer.
         features: float32 (T_img, D) of the image.
-        logits: float32 (len(token_ids), V), from which each token was chosen; no penalty applied.
+        logits: float32 (len(token_ids), V), from which each token was chosen; before the repetition penalty.
     """
 
     text: str
@@ -39,7 +39,7 @@ class States:
     """Hidden states of one row: before the first layer, then after each, as in transformers.
 
     Args:
-        vision: float32 (N, D_vision) each, patches in the order that the graph has them in.
+        vision: float32 (N, D_vision) each, patches in the order of the exported graph.
         features: float32 (T_img, D).
         decoder: float32 (S, D) each, of the row up to its answer; the last (1, D), of its last token alone.
         logits: float32 (V,) of the first token.
@@ -52,7 +52,7 @@ class States:
 
 
 class Side(Protocol):
-    """A checkpoint or a bundle that answers."""
+    """One side of a comparison: a checkpoint or a bundle."""
 
     def answer(self, questions: Sequence[Question]) -> list[Trace | Failure]:
         """Answer questions that have pixels, in order."""
@@ -64,7 +64,7 @@ class Side(Protocol):
 def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
     """Index of the first token that differs, None if all are equal.
 
-    Neither sequence is the beginning of the other, since both end with an end token or at one limit.
+    Neither sequence is a prefix of the other, since both end with an end token or at the same limit.
     """
     length = min(len(a), len(b))
     different = np.flatnonzero(np.array(a[:length]) != np.array(b[:length]))

@@ -1,1 +1,1 @@
-"""The bundle: one directory with everything a worker needs, as `python -m export` writes it."""
+"""The bundle: one directory with everything that a worker needs, written by `python -m export`."""

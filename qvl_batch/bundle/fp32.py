@@ -1,4 +1,4 @@
-"""The twin in fp32 that a bundle in reduced precision may hold, loaded when a row first needs it."""
+"""The fp32 bundle that a bundle in reduced precision can contain, loaded when a row first needs it."""
 
 import threading
 from collections.abc import Callable
@@ -6,27 +6,27 @@ from typing import Generic, TypeVar
 
 from qvl_batch.bundle.loading import Bundle
 
-Made = TypeVar("Made")
+Runner = TypeVar("Runner")
 
 
-class InFp32(Generic[Made]):
-    """What is made of a bundle in fp32, when it is first asked for; threads may share it.
+class Fp32Fallback(Generic[Runner]):
+    """An encoder or engine over the bundle's fp32 graphs, loaded on first use. Thread-safe.
 
     Args:
-        bundle: that may hold its checkpoint in fp32 too.
-        make: of the bundle in fp32.
+        bundle: a bundle, with or without its checkpoint in fp32.
+        load: makes the encoder or engine from the fp32 bundle.
     """
 
-    def __init__(self, bundle: Bundle, make: Callable[[Bundle], Made]) -> None:
-        self._bundle, self._make = bundle, make
-        #: None until it is asked for, and where there is no bundle in fp32.
-        self.made: Made | None = None
+    def __init__(self, bundle: Bundle, load: Callable[[Bundle], Runner]) -> None:
+        self._bundle, self._load = bundle, load
+        #: None before the first use, and if there is no fp32 bundle.
+        self.loaded: Runner | None = None
         self._lock = threading.Lock()
 
-    def get(self) -> Made | None:
-        """The same for all who ask; None where there is no bundle in fp32."""
+    def get(self) -> Runner | None:
+        """Load it if it is not loaded yet; None if there is no fp32 bundle."""
         with self._lock:
-            bundle = self._bundle.in_fp32() if self.made is None else None
+            bundle = self._bundle.in_fp32() if self.loaded is None else None
             if bundle is not None:
-                self.made = self._make(bundle)
-            return self.made
+                self.loaded = self._load(bundle)
+            return self.loaded

@@ -1,5 +1,5 @@
-"""The layout contract between exporter, vision graph and decoder: where the image stands in a row of token ids, and how
-long a row may be. The exporter derives it from the checkpoint's chat template; the manifest carries it.
+"""The layout contract between exporter, vision graph and decoder: the position of the image in a row of token ids, and
+the longest row. The exporter derives it from the checkpoint's chat template; the manifest holds it.
 
 Letters used for dimensions, here and everywhere:
 
@@ -16,14 +16,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-#: An image as the vision graph takes it, (H, W, 3) RGB, and as the decoder takes it, (T_img, D).
+#: An image as input of the vision graph, RGB (H, W, 3), and as input of the decoder, (T_img, D).
 Pixels = NDArray[np.uint8]
 Features = NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where everything stands in a row of token ids.
+    """Positions in a row of token ids.
 
         head_ids | image_token_id x image_tokens | bridge_ids | prompt | tail_ids | answer
                  ^ image_start (P)                                     row <= max_seq_len (S)
@@ -47,11 +47,11 @@ class Layout:
 
     @property
     def room(self) -> int:
-        """Tokens that are left for a prompt and its answer together."""
+        """Tokens left for prompt and answer together."""
         fixed = len(self.head_ids) + self.image_tokens + len(self.bridge_ids) + len(self.tail_ids)
         return self.max_seq_len - fixed
 
     def row_ids(self, prompt_ids: Iterable[int]) -> list[int]:
-        """Token ids of a whole row up to the point where the answer begins."""
+        """Token ids of a row up to its answer."""
         image = [self.image_token_id] * self.image_tokens
         return [*self.head_ids, *image, *self.bridge_ids, *prompt_ids, *self.tail_ids]

@@ -1,7 +1,7 @@
-"""A bundle on disk: read, and checked file by file.
+"""Loads a bundle from disk and checks it.
 
-What enters: a directory written by `python -m export`. What leaves: a `Bundle`, whose manifest has been checked field
-by field and whose files are there and whole.
+What enters: a directory written by `python -m export`. What leaves: a `Bundle` with a validated manifest, whose files
+are complete.
 
 This module runs no graph and imports neither torch, transformers nor onnxruntime.
 """
@@ -18,7 +18,7 @@ from qvl_batch.errors import BundleError
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """A bundle on disk whose manifest has been read and checked."""
+    """A bundle on disk, with its validated manifest."""
 
     path: Path
     manifest: Manifest
@@ -29,11 +29,11 @@ class Bundle:
 
         Args:
             path: the bundle's directory.
-            verify: also hash every file, and see that the graphs read no other. A job does so once; its
-                workers need not.
+            verify: also hash every file, and check that the graphs load weights from no other file. A job does
+                this once; its workers skip it.
 
         Raises:
-            BundleError: no bundle, of another format, incomplete, or damaged.
+            BundleError: there is no bundle, or it is of another format, incomplete, or damaged.
         """
         path = Path(path).resolve()
         manifest = read_manifest(path)
@@ -45,11 +45,11 @@ class Bundle:
 
     @property
     def sha256(self) -> str:
-        """Identifies what the bundle answers with: a hash of its files' hashes."""
+        """Identifies the contents of the bundle: a hash of its files' hashes."""
         return combined_sha256((name, file.sha256) for name, file in self.manifest.files.items())
 
     def in_fp32(self) -> "Bundle | None":
-        """The same checkpoint in fp32, if it was exported too: for rows whose numbers fail here."""
+        """The bundle of the same checkpoint in fp32, for rows that fail in reduced precision; None if there is none."""
         if f"{FP32}/{MANIFEST}" not in self.manifest.files:
             return None
         return Bundle.load(self.path / FP32, verify=False)
@@ -78,11 +78,11 @@ def _check_file(bundle: Path, name: str, file: File, *, verify: bool) -> None:
 
 
 def _check_weights(bundle: Path, name: str, files: Container[str]) -> None:
-    """Hashes say that files are those of the export; only this says that a graph reads no others."""
+    """Check that a graph loads weights from listed files only; hashes cover only the files that are listed."""
     try:
         locations = external_locations((bundle / name).read_bytes())
     except ValueError as error:
-        raise BundleError(f"{bundle / name} is no ONNX graph ({error}): export the checkpoint again") from error
+        raise BundleError(f"{bundle / name} is not an ONNX graph ({error}): export the checkpoint again") from error
     for location in sorted(locations):
         if (PurePosixPath(name).parent / location).as_posix() not in files:
             raise BundleError(

@@ -1,6 +1,6 @@
-"""`bundle.json`: what a bundle is, and which files it has.
+"""`bundle.json`, the manifest of a bundle: contract, sizes, precision, measured parity, and its files.
 
-What enters: the file's text. What leaves: a `Manifest`, checked field by field. The exporter makes one and writes it.
+What enters: the file's text. What leaves: a validated `Manifest`. The exporter creates one and writes it.
 """
 
 import hashlib
@@ -23,17 +23,18 @@ DECODER = "decoder.onnx"
 DECODER_FULL = "decoder_full.onnx"
 TOKENIZER = "tokenizer.json"
 KNOWN_ANSWERS = "known_answers.npz"
-#: Folder of a bundle in reduced precision that may hold the same checkpoint as a bundle in fp32.
+#: Optional folder of a bundle in reduced precision: the same checkpoint as a bundle in fp32.
 FP32 = "fp32"
 
-#: Of weights and products: fp32; half precision; int8 weights and activations; int8 or int4 weights only.
+#: Precision of weights and matrix products: fp32; half precision; int8 weights and activations; int8 or int4 weights
+#: only.
 Dtype = Literal["fp32", "bf16", "fp16", "int8", "int8wo", "int4wo"]
 HALVES: tuple[Dtype, ...] = ("bf16", "fp16")
 
 
 @dataclass(frozen=True, slots=True)
 class DecoderShape:
-    """Sizes of the decoder; the KV cache of a row is 2 x layers x kv_heads x S x head_dim."""
+    """Sizes of the decoder. The KV cache of a row has 2 x layers x kv_heads x S x head_dim values."""
 
     layers: int
     hidden_size: int
@@ -46,7 +47,7 @@ class DecoderShape:
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """What the checkpoint's generation config says of greedy decoding."""
+    """Settings for greedy decoding, from the checkpoint's generation config."""
 
     eos_token_ids: tuple[int, ...]
     pad_token_id: int
@@ -71,7 +72,7 @@ class File:
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """Element type and shape of a graph's input or output; a dynamic dimension has a name."""
+    """Element type and shape of a graph's input or output; dynamic dimensions are names."""
 
     dtype: str
     shape: tuple[int | str, ...]
@@ -79,7 +80,7 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class GraphSpec:
-    """Tensors of one graph, by name."""
+    """Inputs and outputs of one graph, by name."""
 
     inputs: dict[str, TensorSpec]
     outputs: dict[str, TensorSpec]
@@ -87,11 +88,11 @@ class GraphSpec:
 
 @dataclass(frozen=True, slots=True)
 class Parity:
-    """What the parity gate measured.
+    """Measurements of the parity gate, graphs against PyTorch.
 
-    Of features and logits the largest error over the largest magnitude; of greedy tokens, how many are
-    PyTorch's; the largest Kullback-Leibler divergence of PyTorch's first token from the graph's, in nats;
-    and the smallest cosine between an image token's features on both sides.
+    `features` and `logits` are the largest absolute error over the largest magnitude; `tokens_equal` of `tokens` greedy
+    tokens are PyTorch's; `first_token_kl` is the largest Kullback-Leibler divergence, in nats, of PyTorch's first token
+    from the graph's; `feature_cosine` is the smallest cosine similarity of an image token's features.
     """
 
     features: float
@@ -109,7 +110,7 @@ class Parity:
 
 @dataclass(frozen=True, slots=True)
 class Tolerance:
-    """How near a machine must come to the known answers, by the names of `Parity`."""
+    """Bounds for the known answers; the names are those of `Parity`."""
 
     features: float
     feature_cosine: float
@@ -118,13 +119,14 @@ class Tolerance:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """Contents of `bundle.json`; `dtype` is the decoder's, but for `fp32_layers` of either tower.
+    """Contents of `bundle.json`.
 
-    `device` is what the decoder is made for. The vision tower in fp32 runs on either. Without the parity gate there
-    is no `parity`, no `tolerance` and no file of known answers.
+    `dtype` is the precision of the decoder, `vision_dtype` of the vision tower; `fp32_layers` of either tower are in
+    fp32. `device` is the device that the decoder was exported for; a vision tower in fp32 runs on any. Without the
+    parity gate there is no `parity`, no `tolerance` and no file of known answers.
     """
 
-    #: Of all that is in it too: a key that nobody knows is refused.
+    #: Unknown keys are refused, in nested objects too.
     __pydantic_config__ = ConfigDict(extra="forbid")
     format_version: int
     source: CheckpointSource
@@ -144,11 +146,11 @@ class Manifest:
 
     @property
     def feature_shape(self) -> tuple[int, int]:
-        """Of an image's features, (T_img, D)."""
+        """Shape of an image's features, (T_img, D)."""
         return self.layout.image_tokens, self.decoder.hidden_size
 
     def bytes_of(self, graph: str) -> int:
-        """Size of a graph with its weights."""
+        """Size in bytes of a graph with its weights."""
         return sum(file.size for name, file in self.files.items() if name in (graph, f"{graph}.data"))
 
     @property
@@ -164,7 +166,7 @@ class Manifest:
 
 
 def part_names(vision: int, decoder: int) -> list[str]:
-    """Names of what the states of a row pass, for towers of so many layers, in order."""
+    """Names of the model's parts, in the order of the forward pass, for towers of `vision` and `decoder` layers."""
     return [
         "patch embedding", *(f"vision block {k}" for k in range(vision)), "merger",
         "embedding", *(f"decoder layer {k}" for k in range(decoder)), "head",
@@ -178,16 +180,16 @@ def file_sha256(path: Path) -> str:
 
 
 def combined_sha256(hashes: Iterable[tuple[str, str]]) -> str:
-    """One hash of many named hashes, whatever their order."""
+    """One hash of many named hashes, independent of their order."""
     lines = "".join(f"{name} {digest}\n" for name, digest in sorted(hashes))
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def read_manifest(path: Path) -> Manifest:
-    """The manifest of a bundle's directory.
+    """Read the manifest in a bundle's directory.
 
     Raises:
-        BundleError: there is none, or it is of another format, or not as it should be.
+        BundleError: there is none, or it is of another format, or invalid.
     """
     try:
         text = (path / MANIFEST).read_bytes()

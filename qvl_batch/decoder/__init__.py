@@ -1,1 +1,1 @@
-"""Features and prompts to answers: tokens, the KV cache, prefill and decode steps, continuous batching."""
+"""Features and prompts to answers: tokenizer, KV cache, prefill and decode steps, continuous batching."""

@@ -1,9 +1,8 @@
-"""From features and prompts to answers: an engine, the tokenizer, and a watch on what comes out.
+"""Features and prompts to answers: the engine, the tokenizer, and checks of the answers.
 
-What enters: image features or failures, prompts, keys of images. What leaves: an `Answer` for
-each, in order. A row whose logits are not finite, or whose answer repeats itself until it is cut,
-is run again in fp32 where the bundle holds the checkpoint in fp32 too; if that does not help, it
-fails.
+What enters: image features or failures, prompts, keys of images. What leaves: an `Answer` for each row, in order. A row
+whose logits are not finite, or whose answer repeats a phrase until it is cut off, is run again in fp32, provided that
+the bundle contains the checkpoint in fp32; if that does not help, it fails.
 
 This module knows nothing of where rows come from.
 """
@@ -12,7 +11,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
-from qvl_batch.bundle.fp32 import InFp32
+from qvl_batch.bundle.fp32 import Fp32Fallback
 from qvl_batch.bundle.layout import Features
 from qvl_batch.bundle.loading import Bundle
 from qvl_batch.clock import Clock
@@ -23,18 +22,18 @@ from qvl_batch.errors import NumericError, RepetitionError, RowError
 from qvl_batch.runtime.devices import memory_on
 from qvl_batch.schema import Answer, Failure
 
-#: Slots of the engine that runs rows again.
+#: Slots of the engine that runs failed rows again in fp32.
 FP32_SLOTS = 4
-#: An answer that was cut repeats itself if it ends in a phrase of at most so many tokens, at least
-#: so many times, and over at least so many tokens.
+#: An answer that was cut off counts as repetitive if it ends in a phrase of at most `PHRASE_TOKENS` tokens, repeated at
+#: least `PHRASE_TIMES` times and over at least `REPEATED_TOKENS` tokens.
 PHRASE_TOKENS, PHRASE_TIMES, REPEATED_TOKENS = 16, 4, 32
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedRow:
-    """A row with its image's features, float32 (T_img, D), or why it has none.
+    """A prompt and the features of its image, float32 (T_img, D), or why there are none.
 
-    Questions of one `image` (any key, None for none) have the same features.
+    Rows with the same key `image` must have the same features; rows with None share nothing.
     """
 
     features: Features | Failure
@@ -43,28 +42,32 @@ class EncodedRow:
 
 
 class Answerer:
-    """Answers rows by an engine of its own until it is closed; threads may share it.
+    """Answers rows with an engine of its own, until it is closed. Thread-safe.
 
     Args:
         bundle: the bundle.
-        slots: rows that are answered at a time.
-        threads: threads that one operator may use.
-        allow_repetition: an answer that repeats itself until it is cut is an answer.
+        slots: rows answered at a time.
+        threads: threads for one operator.
+        allow_repetition: accept answers that repeat a phrase until they are cut off.
+
+    Raises:
+        BundleError: graph or tokenizer cannot be loaded, or break the contract.
+        DeviceError: the device cannot be used, is out of memory, or computes the graph wrongly.
     """
 
     def __init__(self, bundle: Bundle, slots: int, threads: int, *, allow_repetition: bool = False) -> None:
         self._layout = RowLayout(bundle)
         self._allow_repetition = allow_repetition
-        #: Seconds of the decoder's work, by kind.
+        #: Busy thread-seconds of the decoder, by kind of work.
         self.clocks = clocks = decoder_clocks()
         self._engine = _new_engine(bundle, slots, threads, clocks)
-        self._fp32 = InFp32(bundle, lambda exact: _new_engine(exact, FP32_SLOTS, threads, clocks))
+        self._fp32 = Fp32Fallback(bundle, lambda exact: _new_engine(exact, FP32_SLOTS, threads, clocks))
 
     def answer(self, questions: Sequence[EncodedRow], max_new_tokens: int) -> list[Answer]:
-        """Answer questions, in order; all of them are in the engine at once.
+        """Answer rows, in order; all of them are submitted to the engine at once.
 
         Args:
-            questions: rows.
+            questions: the rows.
             max_new_tokens: longest answer in tokens.
         """
         requests = [self._request(question, max_new_tokens) for question in questions]
@@ -77,17 +80,17 @@ class Answerer:
         ]
 
     def close(self) -> None:
-        """Stop when what was asked is answered."""
+        """Finish pending rows, then stop."""
         for engine in self._engines():
             engine.close()
 
     def stop(self) -> None:
-        """Stop at once; what is left fails."""
+        """Stop at once; pending rows fail."""
         for engine in self._engines():
             engine.stop()
 
     def _engines(self) -> list[Engine]:
-        return [self._engine, self._fp32.made] if self._fp32.made else [self._engine]
+        return [self._engine, self._fp32.loaded] if self._fp32.loaded else [self._engine]
 
     def _request(self, question: EncodedRow, max_new_tokens: int) -> Request | Failure:
         if isinstance(question.features, Failure):
@@ -101,10 +104,10 @@ class Answerer:
     def _complete(self, requests: Sequence[Request]) -> list[Completion | RowError]:
         outcomes = self._run(self._engine, requests)
         failed = [index for index, outcome in enumerate(outcomes) if isinstance(outcome, RowError)]
-        engine = self._fp32.get() if failed else None
-        if engine:
-            again = self._run(engine, [requests[index] for index in failed])
-            for index, outcome in zip(failed, again, strict=True):
+        fallback = self._fp32.get() if failed else None
+        if fallback:
+            retried = self._run(fallback, [requests[index] for index in failed])
+            for index, outcome in zip(failed, retried, strict=True):
                 outcomes[index] = outcome
         return outcomes
 
@@ -112,7 +115,7 @@ class Answerer:
         futures = [engine.submit(request) for request in requests]
         try:
             return [self._outcome(future) for future in futures]
-        finally:  # after an interrupt, nobody waits for the others
+        finally:  # after an interrupt, cancel the rest; finished futures are not affected
             for future in futures:
                 future.cancel()
 
@@ -125,8 +128,8 @@ class Answerer:
             phrase, times = repeated_phrase(completion.token_ids)
             if phrase:
                 return RepetitionError(
-                    f"the answer was cut at {len(completion.token_ids)} tokens, the last of which say "
-                    f"{self._layout.text(phrase)!r} {times} times (--allow-repetition keeps such answers)"
+                    f"the answer was cut off at {len(completion.token_ids)} tokens and ends in {times} repetitions of "
+                    f"{self._layout.text(phrase)!r} (--allow-repetition keeps such answers)"
                 )
         return completion
 
@@ -143,11 +146,11 @@ def _new_engine(bundle: Bundle, slots: int, threads: int, clocks: dict[str, Cloc
 
 
 def repeated_phrase(tokens: list[int]) -> tuple[list[int], int]:
-    """The phrase that an answer ends in again and again, and how many times in full; nothing and 0 if it does not."""
+    """The phrase that an answer repeats at its end, and how many times in full; ([], 0) if it repeats none."""
     for length in range(1, PHRASE_TOKENS + 1):
-        same = 0
-        while same < len(tokens) - length and tokens[-1 - same] == tokens[-1 - same - length]:
-            same += 1
-        if same + length >= max(REPEATED_TOKENS, PHRASE_TIMES * length):
-            return tokens[-length:], (same + length) // length
+        matches = 0
+        while matches < len(tokens) - length and tokens[-1 - matches] == tokens[-1 - matches - length]:
+            matches += 1
+        if matches + length >= max(REPEATED_TOKENS, PHRASE_TIMES * length):
+            return tokens[-length:], (matches + length) // length
     return [], 0

@@ -1,10 +1,10 @@
-"""The decoder graph over the KV cache: prefill rows into slots, step all live slots.
+"""The decoder graph over the KV cache: prefills rows into slots, and runs decode steps over all live slots.
 
-What enters: token ids and image features of rows. What leaves: the next token of each, by
-argmax after the repetition penalty, or -1 where something is not finite. Arrays are allocated once
-and bound by address, in whichever memory the graph runs. A machine that computes it wrongly is refused.
+What enters: token ids and image features of rows. What leaves: the next token of each row, by argmax after the
+repetition penalty, or -1 if a logit or hidden state of the row is not finite. Arrays are allocated once, in the memory
+of the device, and bound by address. A machine that computes the graph wrongly is refused.
 
-This module knows nothing of prompts as text, of when to stop, or of who is waiting.
+This module knows nothing of prompts as text, of when an answer ends, or of waiting rows.
 """
 
 from collections.abc import Sequence
@@ -14,10 +14,10 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from qvl_batch.bundle.known_answers import Figure, KnownAnswers, refuse_wrong, repeated
+from qvl_batch.bundle.known_answers import Figure, KnownAnswers, known_figures, refuse_wrong, repeated
 from qvl_batch.bundle.layout import Features
 from qvl_batch.bundle.loading import Bundle
-from qvl_batch.bundle.manifest import DECODER, HALVES, Manifest
+from qvl_batch.bundle.manifest import DECODER, HALVES, MANIFEST, Manifest, Tolerance
 from qvl_batch.config import Device
 from qvl_batch.decoder.kv_cache import KvCache
 from qvl_batch.errors import BundleError
@@ -26,40 +26,42 @@ from qvl_batch.runtime.memory import Buffer, HostMemory, Memory, on_this_machine
 from qvl_batch.runtime.session import NO_GRAPH, Binding, Session
 
 Tokens = NDArray[np.int64]
-#: In place of a next token where a logit or a hidden state is not finite.
+#: The next token of a row with a logit or hidden state that is not finite.
 NO_TOKEN = -1
-#: Images whose beginnings of rows are kept for other rows of theirs.
+#: Number of prefix-cache entries.
 PREFIX_ENTRIES = 2
-#: Rows that are best prefilled together, by device. More keep live rows waiting. On a CPU they cost no less
-#: time each; a GPU is not busy with one.
+#: Largest prefill batch, by device. A larger one delays live rows. On a CPU, batching saves no time for each row; a
+#: single row does not fill a GPU.
 PREFILL_ROWS: dict[Device, int] = {"cpu": 2, "cuda": 8}
 
 
 @dataclass(frozen=True, slots=True)
 class PrefillRow:
-    """Token ids of a row up to its answer, and float32 features (T_img, D) of its image."""
+    """Token ids of a row up to its answer, and features of its image, float32 (T_img, D)."""
 
     input_ids: Sequence[int]
     features: Features
 
 
 class Decoder:
-    """A decoder session and its arena of `slots` slots; rows live in slots 0 to B - 1.
+    """A decoder session and its KV cache. Live rows occupy slots 0 to B - 1. Not thread-safe.
 
     Args:
-        bundle: where the graph is.
-        slots: rows that can be alive at a time.
-        threads: threads that one operator may use.
-        keep_logits: leave each call's logits in `logits`, float32 (B, V), until the next call.
-        memory: of the device that it runs on. On a GPU all arrays are there, and tokens alone cross the bus in a
-            step. In half precision the step of each number of rows is captured as a CUDA graph when it first
-            runs; in fp32 products of attention copy addresses to the GPU, which a captured step would repeat.
-        graph: contents to load in place of the bundle's graph.
-        prove: hold the graph to the bundle's known answers, which costs a prefill and a few steps of one row.
+        bundle: contains the graph.
+        slots: number of slots: rows that can be live at a time.
+        threads: threads for one operator.
+        keep_logits: keep each call's logits in `logits`, float32 (B, V), until the next call.
+        memory: memory of the device that the graph runs on; by default of the host. On a GPU it holds all arrays, and
+            only tokens, positions and lengths are copied to and from the host in a step. In half precision, the step
+            of each number of rows is captured as a CUDA graph when it first runs. In fp32 it is not: attention copies
+            addresses from the host to the GPU, and a captured step would copy the same ones again.
+        graph: ONNX file contents to load in place of the bundle's graph.
+        prove: check the graph against the bundle's known answers, which takes a prefill and a few steps of one row.
 
     Raises:
-        BundleError: the graph cannot be loaded, or is in half precision throughout.
-        DeviceError: the device has no room for weights or cache, or computes the graph wrongly.
+        BundleError: the graph cannot be loaded, is in half precision throughout, or differs from the manifest in its
+            repetition penalty.
+        DeviceError: the device is out of memory for weights or cache, or computes the graph wrongly.
     """
 
     def __init__(
@@ -77,7 +79,7 @@ class Decoder:
         self.logits = np.zeros((0, manifest.decoder.vocab_size), np.float32)
         self.layout, self.slots = manifest.layout, slots
         self.memory: Memory = memory or HostMemory()
-        #: Rows that are best given to `prefill` at a time.
+        #: Largest number of rows that a caller should give to `prefill`.
         self.prefill_rows = PREFILL_ROWS[self.memory.device]
         self._captures = self.memory.device == "cuda" and manifest.dtype in HALVES
         self._session = Session(bundle.file(DECODER), threads, graph, self.memory, captures=self._captures)
@@ -88,81 +90,84 @@ class Decoder:
         self._hidden_size, self._feature_shape = manifest.decoder.hidden_size, manifest.feature_shape
         self._seen = SeenTokens(manifest, slots, self.memory) if "past_seen" in kinds else None
         if (self._seen is None) != (manifest.generation.repetition_penalty == 1):
-            raise BundleError(f"{bundle.path / DECODER} has another repetition penalty: export the checkpoint again")
+            raise BundleError(
+                f"{bundle.path / DECODER} and {MANIFEST} disagree on a repetition penalty: export the checkpoint again"
+            )
         self._lengths = np.zeros(slots, np.int32)
-        self._buffers = {
+        self._step_inputs = {
             "input_ids": self.memory.zeros((slots, 1), "int64"),
             "cache_position": self.memory.zeros((slots, 1), "int64"),
             "seqlens_k": self.memory.zeros((slots,), "int32"),
-            # No image goes into a decode step.
+            # A decode step has no image tokens: the graph ignores these values.
             "image_embeds": self.memory.zeros((slots, 1, self._hidden_size), "float", on_host=False),
         }
-        self._prefilled = self._room_for(self.prefill_rows)
-        self._total = np.zeros((), np.int32)
+        self._prefill_storage = self._allocate_prefill(self.prefill_rows)
+        self._total_length = np.zeros((), np.int32)
         self._outputs = {"next_token": self.memory.zeros((slots,), "int64")}
         if keep_logits:
             self._outputs["logits"] = self.memory.zeros((slots, manifest.decoder.vocab_size), "float")
         if self.memory.device == "cuda":
-            self._take_memory()
+            self._reserve_memory()
         if prove:
             refuse_wrong(self.figures(), "the decoder graph", self.machine, bundle.path)
 
     @property
     def machine(self) -> str:
-        """What computes it."""
+        """Processor or card, and version of ONNX Runtime."""
         return machine_of(self.memory)
 
     def figures(self) -> list[Figure]:
-        """What the graph makes of the bundle's known answers, in slot 0; nothing where it has none."""
-        known, tolerance = KnownAnswers.of(self._bundle), self._bundle.manifest.tolerance
-        if known is None or tolerance is None:
-            return []
+        """Figures of the graph on the bundle's known answers, computed in slot 0; empty if it has none."""
+        return known_figures(self._bundle, self._figures)
+
+    def _figures(self, known: KnownAnswers, tolerance: Tolerance) -> list[Figure]:
         row = PrefillRow(known.input_ids.tolist(), repeated(known.embeds, self.layout.image_tokens))
         logits = self.memory.zeros((1, len(known.logits)), "float")
-        tokens = [self._fill(0, [row], 0, self._nothing_seen(1), logits)]
-        step = self._bind_step(1)  # not captured, which a GPU would do for this thread alone
+        tokens = [self._run_prefill(0, [row], 0, self._nothing_seen(1), logits)]
+        # Not captured: a captured step belongs to the thread that captured it, and the engine has a thread of its own.
+        step = self._bind_step(1)
         tokens += [self._run_step(step, token) for token in known.given[:, None]]
         return known.of_decoder(logits.values[0], [int(each[0]) for each in tokens], tolerance)
 
     def prefill(self, first: int, rows: Sequence[PrefillRow]) -> Tokens:
-        """Fill slots `first`, `first + 1`, ... with `rows`; returns int64 (B,) of first tokens."""
-        return self._fill(first, rows, 0, self._nothing_seen(len(rows)))
+        """Prefill `rows` into slots `first`, `first + 1`, ...; returns the first token of each answer, int64 (B,)."""
+        return self._run_prefill(first, rows, 0, self._nothing_seen(len(rows)))
 
     @property
     def prefix_tokens(self) -> int:
-        """Tokens at the beginning of a row that follow from its image alone."""
+        """Length of the prefix that all rows of an image share: head tokens (system text) and image."""
         return self.layout.image_start + self.layout.image_tokens
 
     def store_prefix(self, slot: int, entry: int) -> None:
-        """Keep the prefix of the row in `slot` on a entry, 0 to `PREFIX_ENTRIES` - 1."""
+        """Copy the prefix of the row in `slot` to a prefix-cache entry, 0 to `PREFIX_ENTRIES` - 1."""
         self._cache.move(slot, self.slots + entry, self.prefix_tokens)
 
     def prefill_after_prefix(self, slot: int, entry: int, row: PrefillRow) -> Tokens:
-        """Fill a slot with a row whose prefix is on a entry; returns int64 (1,) of its first token.
+        """Prefill a row whose prefix is in a prefix-cache entry; returns the first token of its answer, int64 (1,).
 
-        The same tokens go through the same products as in `prefill`, so that the cache is the same.
+        Every token goes through the same products as in `prefill`, so the resulting cache is the same.
         """
         self._cache.move(self.slots + entry, slot, self.prefix_tokens)
-        return self._fill(slot, [row], self.prefix_tokens, seen=self._seen.prefix if self._seen else None)
+        return self._run_prefill(slot, [row], self.prefix_tokens, seen=self._seen.prefix if self._seen else None)
 
     def step(self, tokens: Tokens) -> Tokens:
-        """Append `tokens` int64 (B,) to slots 0 to B - 1; returns the tokens that follow."""
+        """Append `tokens`, int64 (B,), to the rows in slots 0 to B - 1; returns the next tokens, int64 (B,)."""
         return self._run_step(self._steps[len(tokens) - 1], tokens)
 
     def _run_step(self, step: Binding, tokens: Tokens) -> Tokens:
         rows = len(tokens)
         lengths = self._lengths[:rows]
-        self._buffers["input_ids"].values[:rows, 0] = tokens
-        self._buffers["cache_position"].values[:rows, 0] = lengths
-        self._buffers["seqlens_k"].values[:rows] = lengths
+        self._step_inputs["input_ids"].values[:rows, 0] = tokens
+        self._step_inputs["cache_position"].values[:rows, 0] = lengths
+        self._step_inputs["seqlens_k"].values[:rows] = lengths
         lengths += 1
-        # A captured step keeps the length that it was captured with; each row's own is in `seqlens_k`.
-        self._total[...] = self.layout.max_seq_len if self._captures else lengths.max()
+        # A captured step replays the total length of its capture; the length of each row is in `seqlens_k`.
+        self._total_length[...] = self.layout.max_seq_len if self._captures else lengths.max()
         step.run()
-        return self._pick(rows)
+        return self._next_tokens(rows)
 
     def move(self, source: int, target: int) -> None:
-        """Let the row in slot `source` go on in slot `target`."""
+        """Move the row in slot `source` to slot `target`."""
         self._cache.move(source, target, int(self._lengths[source]))
         self._lengths[target] = self._lengths[source]
         if self._seen:
@@ -170,16 +175,17 @@ class Decoder:
 
     @cached_property
     def _steps(self) -> list[Binding]:
-        """A decode step of each number of rows, bound once."""
+        """Decode steps of 1 to `slots` rows, bound once."""
         return [self._bind_step(rows, graph=rows) for rows in range(1, self.slots + 1)]
 
     def _bind_step(self, rows: int, graph: int = NO_GRAPH) -> Binding:
-        inputs = {name: each.rows(0, rows) for name, each in self._buffers.items()}
-        return self._bind(0, rows, inputs | {"total_sequence_length": on_this_machine(self._total)}, graph=graph)
+        inputs = {name: each.rows(0, rows) for name, each in self._step_inputs.items()}
+        return self._bind(0, rows, inputs | {"total_sequence_length": on_this_machine(self._total_length)}, graph=graph)
 
     def prefill_inputs(self, rows: Sequence[PrefillRow], start: int = 0) -> dict[str, Buffer]:
-        """What the graph takes for `rows` from token `start` on, the cache aside, right-padded to the longest row.
-        The next call writes to the same buffers.
+        """Inputs of the graph, without the cache, for `rows` from token `start` on, right-padded to the longest row.
+
+        The next call overwrites the same buffers.
         """
         lengths = np.array([len(row.input_ids) for row in rows], np.int32)
         inputs = self._prefill_buffers(len(rows), int(lengths.max()) - start)
@@ -190,21 +196,21 @@ class Decoder:
         image = slice(self.layout.image_start, self.layout.image_start + self.layout.image_tokens)
         for index, row in enumerate(rows):
             ids[index, : len(row.input_ids) - start] = row.input_ids[start:]
-            if not start:  # elsewhere, what an embedding is does not matter
+            if not start:  # the graph uses embeddings at image tokens only, and these are in the prefix
                 embeds[index, image] = row.features
         return inputs | {"total_sequence_length": on_this_machine(np.array(lengths.max(), np.int32))}
 
     def _prefill_buffers(self, rows: int, length: int) -> dict[str, Buffer]:
-        """Buffers of so many rows and tokens."""
-        if rows > self._prefilled["seqlens_k"].shape[0]:
-            self._prefilled = self._room_for(rows)
+        """Views of the prefill buffers for `rows` rows of `length` tokens."""
+        if rows > self._prefill_storage["seqlens_k"].shape[0]:
+            self._prefill_storage = self._allocate_prefill(rows)
         return {
             name: each.shaped((rows, length, *each.shape[2:])[: len(each.shape)])
-            for name, each in self._prefilled.items()
+            for name, each in self._prefill_storage.items()
         }
 
-    def _room_for(self, rows: int) -> dict[str, Buffer]:
-        """Buffers for rows as long as they may be, so that none is made twice."""
+    def _allocate_prefill(self, rows: int) -> dict[str, Buffer]:
+        """Prefill buffers for `rows` rows of the maximum length, so that they are allocated once."""
         size = (rows, self.layout.max_seq_len)
         return {
             "input_ids": self.memory.zeros(size, "int64"),
@@ -216,12 +222,13 @@ class Decoder:
     def _nothing_seen(self, rows: int) -> Buffer | None:
         return self._seen.nothing.rows(0, rows) if self._seen else None
 
-    def _fill(
+    def _run_prefill(
         self, first: int, rows: Sequence[PrefillRow], start: int, seen: Buffer | None, logits: Buffer | None = None
     ) -> Tokens:
+        """Prefill `rows` from token `start` on; `seen` and `logits` are as in `_bind`."""
         self._lengths[first : first + len(rows)] = [len(row.input_ids) for row in rows]
         self._bind(first, len(rows), self.prefill_inputs(rows, start), seen=seen, logits=logits).run()
-        return self._pick(len(rows))
+        return self._next_tokens(len(rows))
 
     def _bind(
         self,
@@ -233,8 +240,15 @@ class Decoder:
         logits: Buffer | None = None,
         graph: int = NO_GRAPH,
     ) -> Binding:
-        """Bind a run of so many rows, from slot `first` on; `seen` are tokens before it, if not the slots' own, and
-        `logits` is where its logits go, if not to those that are kept.
+        """Bind a run of `rows` rows, from slot `first` on.
+
+        Args:
+            first: first slot.
+            rows: number of rows.
+            inputs: inputs of the graph, without the cache.
+            seen: tokens that the rows contain before the run; by default those of the slots.
+            logits: receives the logits; by default those of `keep_logits` do, if requested.
+            graph: number of the CUDA graph, see `Session.bind`.
         """
         outputs = {name: each.rows(0, rows) for name, each in self._outputs.items()}
         outputs |= {"logits": logits} if logits else {}
@@ -245,13 +259,16 @@ class Decoder:
             outputs["present_seen"] = self._seen.of_slots.rows(first, rows)
         return self._session.bind(inputs, outputs, graph)
 
-    def _take_memory(self) -> None:
-        """Run the largest prefill, so that what it takes of a card is one piece that others use too, and is there."""
+    def _reserve_memory(self) -> None:
+        """Run the largest prefill, so that ONNX Runtime allocates its memory on the card now, in one piece that smaller
+        runs reuse.
+        """
         nothing = np.zeros(self._feature_shape, np.float32)
         row = PrefillRow([self.layout.image_token_id] * self.layout.max_seq_len, nothing)
         self.prefill(0, [row] * min(self.prefill_rows, self.slots))
 
-    def _pick(self, rows: int) -> Tokens:
+    def _next_tokens(self, rows: int) -> Tokens:
+        """Copy the next tokens out of the outputs, and publish the logits if they are kept."""
         found = {name: each.values[:rows] for name, each in self._outputs.items()}
         self.logits = found.get("logits", self.logits)
         tokens: Tokens = found["next_token"].copy()
@@ -259,24 +276,24 @@ class Decoder:
 
 
 class SeenTokens:
-    """Which tokens the row in each slot holds, for the repetition penalty; graphs read and write them.
+    """Which tokens the row in each slot contains, for the repetition penalty. The graph reads and writes them.
 
     Args:
-        manifest: of the bundle.
-        slots: rows that can be alive at a time.
-        memory: of the device that the graph runs on.
+        manifest: manifest of the bundle.
+        slots: number of slots.
+        memory: memory of the device that the graph runs on.
     """
 
     def __init__(self, manifest: Manifest, slots: int, memory: Memory) -> None:
         size, layout = manifest.decoder.vocab_size, manifest.layout
         self._memory = memory
-        #: bool (N, V).
+        #: Tokens of the row in each slot, bool (N, V).
         self.of_slots = memory.zeros((slots, size), "bool", on_host=False)
-        #: Before any token (N, V), and after those at the beginning of every row (1, V).
+        #: No tokens, bool (N, V); and those of the prefix that all rows of an image share, bool (1, V).
         self.nothing = memory.zeros((slots, size), "bool", on_host=False)
         self.prefix = memory.zeros((1, size), "bool")
         self.prefix.values[0, [*layout.head_ids, layout.image_token_id]] = True
 
     def move(self, source: int, target: int) -> None:
-        """Copy one slot's tokens to another."""
+        """Copy the tokens of one slot to another."""
         self._memory.move(self.of_slots, source, target)

@@ -1,12 +1,11 @@
 """Continuous batching: a thread that keeps the decoder's slots full.
 
-What enters: requests, from any thread. What leaves: a future for each, with the tokens of its
-answer, or a `NumericError` if its logits are not finite. Rows join as soon as a slot is free and
-leave as soon as they end, so a long answer holds up nobody. Rows of one image that wait together
-share what the cache holds of it.
+What enters: requests, from any thread. What leaves: a future for each, with the tokens of its answer, or a
+`NumericError` if its logits are not finite. Rows are admitted as soon as a slot is free and retired as soon as they
+end, so a long answer does not delay others. Waiting rows of one image share a prefix-cache entry.
 
-The loop is a thread of its own and not a coroutine, since Ray blocks its actors' event loops
-for seconds under back-pressure.
+The loop runs in a thread and not as a coroutine, since Ray blocks its actors' event loops for seconds under
+back-pressure.
 
 This module knows nothing of text, images or Ray.
 """
@@ -34,15 +33,15 @@ logger = logging.getLogger(__name__)
 
 
 def decoder_clocks() -> dict[str, Clock]:
-    """For the seconds of each kind of work that a decoder does."""
+    """One clock for each kind of work of a decoder."""
     return {"prefill": Clock(), "decode": Clock()}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Request:
-    """Token ids of a row up to its answer, float32 features (T_img, D), and the answer's limit.
+    """Token ids of a row up to its answer, features of its image, float32 (T_img, D), and the longest answer in tokens.
 
-    Requests of one `image` (any key, None for none) have the same features.
+    Requests with the same key `image` must have the same features; requests with None share no prefix.
     """
 
     input_ids: Sequence[int]
@@ -53,18 +52,18 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """Tokens of an answer, the end token left out, and why it ended."""
+    """Tokens of an answer, without the end token, and why it ended."""
 
     token_ids: list[int]
     finish_reason: Literal["stop", "length"]
 
 
-_Item = tuple[Request, "Future[Completion]"]
+_Pending = tuple[Request, "Future[Completion]"]
 
 
 @dataclass(slots=True)
-class _Live:
-    """A row in a slot; it may take `budget` tokens, and the last of `tokens` is not in the cache yet."""
+class _LiveRow:
+    """A row in a slot, its answer so far, and its longest answer `budget`. The KV cache lacks the last of `tokens`."""
 
     budget: int
     future: "Future[Completion]"
@@ -72,15 +71,15 @@ class _Live:
 
 
 class Stoppable(ABC):
-    """A context manager that is closed at its end, and stopped where an exception ends it."""
+    """A context manager: closed at its end, stopped if an exception leaves it."""
 
     @abstractmethod
     def close(self) -> None:
-        """Finish what was asked, then stop."""
+        """Finish pending work, then stop."""
 
     @abstractmethod
     def stop(self) -> None:
-        """Stop at once; what is left fails."""
+        """Stop at once; pending work fails."""
 
     def __enter__(self) -> Self:
         return self
@@ -93,15 +92,14 @@ class Stoppable(ABC):
 
 
 class Engine(Stoppable):
-    """Runs a decoder until it is closed or nobody holds it any more; use it as a context manager.
+    """Runs a decoder until it is closed or garbage-collected; use it as a context manager.
 
-    Leaving that by an exception stops it. So does the end of the interpreter.
+    An exception that leaves the context stops it, and so does the exit of the interpreter.
 
     Args:
-        decoder: whose slots the engine fills. Nobody else may use it while there are requests.
+        decoder: the decoder; not to be used by others while there are requests.
         eos_token_ids: tokens that end an answer.
-        clocks: as `decoder_clocks` makes them. They run while the decoder does, and have a row's last step
-            before its future has a result.
+        clocks: from `decoder_clocks`, for busy time. A row's last step is counted before its future has a result.
     """
 
     def __init__(
@@ -109,12 +107,14 @@ class Engine(Stoppable):
     ) -> None:
         self._loop = _Loop(decoder, frozenset(eos_token_ids), clocks or decoder_clocks())
         self._loop.start()
-        # The thread holds the loop, and nothing in it holds the engine.
+        # The thread references the loop but not the engine, so an engine that is dropped is collected.
         weakref.finalize(self, self._loop.submitted.put, None).atexit = False
 
     def submit(self, request: Request) -> "Future[Completion]":
-        """Queue a request. Its future fails if the row's logits are not finite, or if the engine fails or is stopped.
-        One that is cancelled while it waits for a slot is dropped.
+        """Queue a request.
+
+        Its future fails if the row's logits are not finite, or if the engine fails or is stopped. A request whose
+        future is cancelled while it waits for a slot is dropped.
 
         Raises:
             RuntimeError: the engine was closed or has failed.
@@ -122,28 +122,30 @@ class Engine(Stoppable):
         return self._loop.submit(request)
 
     def close(self) -> None:
-        """Finish what was submitted, then stop."""
-        self._loop.refuse()
+        """Finish submitted requests, then stop."""
+        self._loop.drain()
         self._loop.join()
 
     def stop(self) -> None:
-        """Stop after the step that is being run; what is left fails."""
+        """Stop after the current step; pending requests fail."""
         self._loop.stop()
         self._loop.join()
 
 
 class _Loop(threading.Thread):
-    """The thread of an engine, and all that it works on."""
+    """The thread of an engine, and its state."""
 
     def __init__(self, decoder: Decoder, eos: frozenset[int], clocks: Mapping[str, Clock]) -> None:
         super().__init__(name="qvl-engine", daemon=True)
-        #: Requests; None if no more will come.
-        self.submitted: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
+        #: Submitted requests, in order; None after the last one.
+        self.submitted: queue.SimpleQueue[_Pending | None] = queue.SimpleQueue()
         self._decoder, self._eos, self._clocks = decoder, eos, clocks
-        self._waiting: deque[_Item] = deque()
+        self._waiting: deque[_Pending] = deque()
+        #: Prefix-cache entry of each cached image, the oldest first.
         self._prefixes: dict[bytes, int] = {}
-        self._live: list[_Live] = []
-        self._refusing = self._stopping = False
+        #: Rows by slot.
+        self._live: list[_LiveRow] = []
+        self._draining = self._stopping = False
         self._failure: BaseException | None = None
         self._lock = threading.Lock()
 
@@ -151,52 +153,52 @@ class _Loop(threading.Thread):
         """As `Engine.submit`."""
         future: Future[Completion] = Future()
         with self._lock:
-            if self._refusing or self._failure:
+            if self._draining or self._failure:
                 raise RuntimeError("the engine no longer runs") from self._failure
             self.submitted.put((request, future))
         return future
 
-    def refuse(self) -> None:
-        """End when all that was submitted is done."""
+    def drain(self) -> None:
+        """Accept no more requests, and end when those submitted are done."""
         with self._lock:
-            self._refusing = True
+            self._draining = True
             self.submitted.put(None)
 
     def stop(self) -> None:
-        """End after the step that is being run."""
+        """End after the current step."""
         self._stopping = True
-        self.refuse()
+        self.drain()
 
     def run(self) -> None:
-        """Admit rows and step them until there are no more."""
+        """Admit rows and run decode steps until all requests are done."""
         try:
             while not self._stopping and self._admit():
                 self._step()
             if self._stopping:
-                self._fail(RuntimeError("the engine was stopped"))
+                self._fail_all(RuntimeError("the engine was stopped"))
         except BaseException as error:
             logger.exception("the decoder failed")
-            self._fail(error)
+            self._fail_all(error)
 
     def _admit(self) -> bool:
-        """Prefill waiting rows into free slots; wait for one if none is live. False when all is done."""
+        """Prefill waiting rows into free slots; if no row is live, wait for one. False when all requests are done."""
         if not self._receive():
             return False
         free = min(self._decoder.slots - len(self._live), self._decoder.prefill_rows)
         if not free:
             return True
-        rest = [item for item in self._waiting if item[0].image in self._prefixes][:free]
-        for item in rest:
+        cached = [item for item in self._waiting if item[0].image in self._prefixes][:free]
+        for item in cached:
             self._waiting.remove(item)
             if item[1].set_running_or_notify_cancel():
                 self._prefill_after_prefix(item)
-        if not rest and (whole := self._whole_rows(free)):
-            self._prefill(whole)
+        if not cached and (uncached := self._take_uncached(free)):
+            self._prefill(uncached)
         return True
 
-    def _whole_rows(self, count: int) -> "list[_Item]":
-        """Up to `count` waiting rows, no two of one image: the second can have the first one's beginning."""
-        chosen: list[_Item] = []
+    def _take_uncached(self, count: int) -> "list[_Pending]":
+        """Take up to `count` waiting rows, no two of one image: the second can reuse the prefix of the first."""
+        chosen: list[_Pending] = []
         for item in self._waiting:
             image = item[0].image
             if len(chosen) < count and (image is None or all(image != request.image for request, _ in chosen)):
@@ -206,7 +208,7 @@ class _Loop(threading.Thread):
         return [item for item in chosen if item[1].set_running_or_notify_cancel()]
 
     def _receive(self) -> bool:
-        """Take what was submitted, waiting for it if there is nothing else to do."""
+        """Receive submitted requests; block if there is nothing else to do. False when all requests are done."""
         while True:
             idle = not self._live and not self._waiting
             try:
@@ -216,38 +218,38 @@ class _Loop(threading.Thread):
             if item is not None:
                 self._waiting.append(item)
             elif idle:
-                # Nothing comes after it: `submit` refuses, or there is nobody who could call it.
+                # Nothing follows None: `submit` refuses, or the engine was collected.
                 return False
             else:
                 self.submitted.put(None)
                 return True
 
-    def _prefill(self, admitted: "list[_Item]") -> None:
-        """Whole rows into the next slots; beginnings that other rows wait for are kept."""
+    def _prefill(self, admitted: "list[_Pending]") -> None:
+        """Prefill whole rows into the next slots, and cache the prefixes that waiting rows share with them."""
         first = len(self._live)
-        self._open(admitted)
+        self._occupy_slots(admitted)
         rows = [PrefillRow(request.input_ids, request.features) for request, _ in admitted]
         with self._clocks["prefill"].running():
             tokens = self._decoder.prefill(first, rows)
-        wanted = {request.image for request, _ in self._waiting}
+        awaited = {request.image for request, _ in self._waiting}
         for slot, (request, _) in enumerate(admitted, start=first):
             image = request.image
-            if image is not None and image in wanted and image not in self._prefixes:
+            if image is not None and image in awaited and image not in self._prefixes:
                 self._decoder.store_prefix(slot, self._prefix_entry_for(image))
-        self._extend(first, tokens.tolist())
+        self._append_tokens(first, tokens.tolist())
 
-    def _prefill_after_prefix(self, item: "_Item") -> None:
-        """One row whose beginning is on a entry into the next slot."""
+    def _prefill_after_prefix(self, item: "_Pending") -> None:
+        """Prefill a row whose prefix is cached into the next slot."""
         request, slot = item[0], len(self._live)
-        self._open([item])
+        self._occupy_slots([item])
         row = PrefillRow(request.input_ids, request.features)
         assert request.image is not None
         with self._clocks["prefill"].running():
             tokens = self._decoder.prefill_after_prefix(slot, self._prefixes[request.image], row)
-        self._extend(slot, tokens.tolist())
+        self._append_tokens(slot, tokens.tolist())
 
     def _prefix_entry_for(self, image: bytes) -> int:
-        """A free entry, or that of the image that came first."""
+        """Assign a prefix-cache entry to an image: a free one, or that of the image cached first, which is evicted."""
         entry = (
             len(self._prefixes)
             if len(self._prefixes) < PREFIX_ENTRIES
@@ -256,21 +258,21 @@ class _Loop(threading.Thread):
         self._prefixes[image] = entry
         return entry
 
-    def _open(self, admitted: "list[_Item]") -> None:
+    def _occupy_slots(self, admitted: "list[_Pending]") -> None:
         for request, future in admitted:
             budget = min(request.max_new_tokens, self._decoder.layout.max_seq_len - len(request.input_ids))
-            self._live.append(_Live(budget, future))
+            self._live.append(_LiveRow(budget, future))
 
     def _step(self) -> None:
         if self._live:
             tokens = np.array([row.tokens[-1] for row in self._live], np.int64)
             with self._clocks["decode"].running():
                 following = self._decoder.step(tokens)
-            self._extend(0, following.tolist())
+            self._append_tokens(0, following.tolist())
 
-    def _extend(self, first: int, tokens: list[int]) -> None:
-        """Give rows `first`, `first + 1`, ... their next tokens, and retire those that end."""
-        # Backwards, so that the last slot, which moves into a gap, has been seen already.
+    def _append_tokens(self, first: int, tokens: list[int]) -> None:
+        """Append the next tokens to the rows in slots `first`, `first + 1`, ..., and retire rows that end."""
+        # From the last slot down: the row that `_retire` moves into a gap then has its token already.
         for slot in reversed(range(first, first + len(tokens))):
             row, token = self._live[slot], tokens[slot - first]
             if token == NO_TOKEN:
@@ -285,6 +287,7 @@ class _Loop(threading.Thread):
                     self._retire(slot, Completion(row.tokens, "length"))
 
     def _retire(self, slot: int, outcome: Completion | NumericError) -> None:
+        """Move the last live row into the slot of a row that ended, and set the result of that row's future."""
         row, last = self._live[slot], self._live[-1]
         if last is not row:
             self._decoder.move(len(self._live) - 1, slot)
@@ -295,8 +298,8 @@ class _Loop(threading.Thread):
         else:
             row.future.set_exception(outcome)
 
-    def _fail(self, error: BaseException) -> None:
-        """Fail everything that waits, so that nobody waits for ever."""
+    def _fail_all(self, error: BaseException) -> None:
+        """Fail all live, waiting and submitted requests, so that no caller waits for ever."""
         with self._lock:
             self._failure = error
         waiting = [future for _, future in self._waiting]
@@ -310,7 +313,7 @@ class _Loop(threading.Thread):
 
 @atexit.register
 def _stop_all() -> None:
-    """A process that ends while a graph runs in another thread aborts, so engines that nobody closed are stopped."""
+    """Stop engines that were not closed: a process that exits while a graph runs in another thread aborts."""
     loops = [thread for thread in threading.enumerate() if isinstance(thread, _Loop)]
     for loop in loops:
         loop.stop()

@@ -1,13 +1,6 @@
-"""Rows of token ids, as the bundle's layout contract has them.
+"""Prompts to token ids, by the bundle's layout contract, and token ids of answers to text.
 
-Letters used for dimensions, here and everywhere:
-
-    B   rows of a batch            T_img  image tokens (576 at 672 x 672)
-    S   tokens of a row            P      index of the first image token
-    D   hidden size of the decoder V      vocabulary
-    N   slots of the KV cache      L_max  tokens that a slot holds (= the contract's S)
-
-What enters: prompts. What leaves: token ids of whole rows, and back again, answers from ids.
+What enters: prompts, or the token ids of answers. What leaves: token ids of rows up to the answer, or text.
 
 This module knows nothing of images or of graphs.
 """
@@ -18,19 +11,22 @@ from qvl_batch.bundle.loading import Bundle
 from qvl_batch.bundle.manifest import TOKENIZER
 from qvl_batch.errors import BundleError, PromptError
 
-#: What a prompt's bytes may shrink by: the tokenizer brings text into Unicode's NFC, which makes 2 bytes of 7 where
-#: it shortens most (U+1FBE U+0308 U+0301).
+#: Bound on how many times shorter a prompt's UTF-8 becomes by Unicode's NFC, to which the tokenizer normalizes: at most
+#: 7 bytes become 2 (U+1FBE U+0308 U+0301).
 NFC_SHORTENS = 4
 
 
 class RowLayout:
-    """Turns prompts into rows and answer ids into text, with a bundle's tokenizer; threads may share it.
+    """Converts prompts to rows of token ids, and answers to text, with a bundle's tokenizer. Thread-safe.
 
-    The tokenizer is the one that transformers made of the checkpoint, without transformers: to
-    import that takes a worker two seconds and, where there is a torch, 250 MB.
+    The tokenizer file is the one that transformers wrote for the checkpoint. It is loaded without transformers, whose
+    import takes two seconds, and 250 MB if torch is installed.
+
+    Args:
+        bundle: the bundle.
 
     Raises:
-        BundleError: the tokenizer cannot be loaded, or its tokens are not those of the contract.
+        BundleError: the tokenizer cannot be loaded, or does not reproduce the tokens of the layout contract.
     """
 
     def __init__(self, bundle: Bundle) -> None:
@@ -38,20 +34,23 @@ class RowLayout:
         path = bundle.file(TOKENIZER)
         try:
             self._tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # tokenizers has no class of its own for it
+        except Exception as error:  # tokenizers raises no class of its own
             raise BundleError(f"{path} cannot be loaded: {error}") from error
         parts = (layout.head_ids, (layout.image_token_id,), layout.bridge_ids, layout.tail_ids)
-        if layout.image_start != len(layout.head_ids) or any(self._again(ids) != ids for ids in parts):
-            raise BundleError(f"{bundle.path}: the tokens of the contract are not the tokenizer's: export again")
-        # A token is spelled with a character for each byte, or as itself.
+        if layout.image_start != len(layout.head_ids) or any(self._retokenize(ids) != ids for ids in parts):
+            raise BundleError(
+                f"{bundle.path}: the tokenizer does not reproduce the tokens of the layout contract: "
+                "export the checkpoint again"
+            )
+        # The vocabulary spells a token with one character for each byte, a special token as its own text.
         longest = max(len(token.encode()) for token in self._tokenizer.get_vocab())
-        #: Bytes of a prompt that may fit; the tokenizer takes 300 bytes of memory for each.
-        self._most_bytes = layout.room * longest * NFC_SHORTENS
-        # A special token spelled in a prompt is text like any other.
+        #: Longer prompts, in bytes of UTF-8, are not tokenized, which would take 300 bytes of memory for each byte.
+        self._max_bytes = layout.room * longest * NFC_SHORTENS
+        # The spelling of a special token in a prompt is tokenized as plain text.
         self._tokenizer.encode_special_tokens = True
 
-    def _again(self, ids: tuple[int, ...]) -> tuple[int, ...]:
-        """What the text of these tokens is tokenized to, special tokens and all."""
+    def _retokenize(self, ids: tuple[int, ...]) -> tuple[int, ...]:
+        """Decode tokens to text and tokenize it again, special tokens included."""
         text = self._tokenizer.decode(list(ids), skip_special_tokens=False)
         return tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
@@ -59,15 +58,15 @@ class RowLayout:
         """Token ids of a row up to its answer.
 
         Raises:
-            PromptError: no prompt, none that is text, or one that leaves no room for an answer.
+            PromptError: the prompt is missing, empty, not text, or leaves no room for an answer.
         """
         if not isinstance(prompt, str):
-            what = "null" if prompt is None else f"{type(prompt).__name__} and no text"
+            what = "null" if prompt is None else f"of type {type(prompt).__name__}, not text"
             raise PromptError(f"the prompt is {what}")
         if not prompt.strip():
             raise PromptError("the prompt is empty")
         try:
-            if len(prompt.encode()) > self._most_bytes:
+            if len(prompt.encode()) > self._max_bytes:
                 raise self._too_long("too many")
             ids = self._tokenizer.encode(prompt, add_special_tokens=False).ids
         except (TypeError, UnicodeError) as error:
@@ -83,12 +82,12 @@ class RowLayout:
         )
 
     def text(self, token_ids: list[int]) -> str:
-        """Text of an answer, special tokens left out."""
+        """Text of an answer, without special tokens."""
         text: str = self._tokenizer.decode(token_ids, skip_special_tokens=True)
         return text
 
     def token_text(self, token_id: int | None) -> str | None:
-        """One token as the vocabulary spells it, special tokens too."""
+        """Text of one token, also of a special one; None for None."""
         if token_id is None:
             return None
         text: str = self._tokenizer.decode([token_id], skip_special_tokens=False)

@@ -1,1 +1,1 @@
-"""Graphs on devices: the only room that talks to ONNX Runtime and CUDA."""
+"""Graphs on devices: the only folder that uses ONNX Runtime and CUDA."""

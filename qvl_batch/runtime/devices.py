@@ -1,7 +1,7 @@
-"""Which device a graph runs on, and what machine that is.
+"""Which device a graph runs on, and the names of this machine's processor and card.
 
-What enters: the option that a user gave, and what the bundle was made for. What leaves: a device that was really
-found and its memory, or a `DeviceError` that says what is missing.
+What enters: a device option, and the device that the bundle was exported for. What leaves: a device that is present,
+and its memory; or a `DeviceError` that says what is missing.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from qvl_batch.runtime.cuda import Cuda
 from qvl_batch.runtime.memory import CudaMemory, HostMemory, Memory
 from qvl_batch.runtime.session import CUDA, ORT_VERSION
 
-#: As Linux names them, and as people do.
+#: Instruction sets with kernels for matrix products in ONNX Runtime: Linux's name of the CPU flag, and the usual name.
 INSTRUCTIONS = {
     "avx2": "AVX2", "avx512f": "AVX-512", "avx_vnni": "AVX-VNNI", "avx512_vnni": "VNNI", "amx_int8": "AMX",
     "asimddp": "dot product", "i8mm": "int8 matrix products",
@@ -30,32 +30,32 @@ INSTRUCTIONS = {
 
 
 def usable_cpus() -> int:
-    """Processors that this process may use."""
+    """CPUs that this process is allowed to use."""
     return len(os.sched_getaffinity(0))
 
 
 def resolve_device(requested: DeviceOption, manifest: Manifest) -> Device:
-    """The device that a bundle's decoder runs on: the one that it was made for, if that is what was asked for.
+    """The device that a bundle's decoder runs on, which is the one that it was exported for.
 
     Raises:
-        DeviceError: the bundle is not for the device asked for.
+        DeviceError: another device was requested.
         ConfigError: there is no such device.
     """
     _check_option(requested, "device")
     if requested not in ("auto", manifest.device):
-        made, wanted = manifest.device, "--dtype bf16" if requested == "cuda" else "--dtype fp32 or int8"
+        dtypes = "--dtype bf16" if requested == "cuda" else "--dtype fp32 or int8"
         raise DeviceError(
-            f"--device {requested}: this bundle's decoder is in {manifest.dtype} and made for {made}; "
-            f"export the checkpoint with {wanted}, or leave out --device"
+            f"--device {requested}: this bundle's decoder is in {manifest.dtype} and made for {manifest.device}; "
+            f"export the checkpoint with {dtypes}, or leave out --device"
         )
     return manifest.device
 
 
 def resolve_vision_device(requested: DeviceOption, manifest: Manifest) -> Device:
-    """The device that a bundle's vision tower runs on; one in fp32 runs on any.
+    """The device that a bundle's vision tower runs on. A tower in fp32 runs on any; `auto` takes the CPU for it.
 
     Raises:
-        DeviceError: the tower does not run on the device asked for.
+        DeviceError: the tower does not run on the requested device.
         ConfigError: there is no such device.
     """
     _check_option(requested, "vision device")
@@ -73,13 +73,13 @@ def resolve_vision_device(requested: DeviceOption, manifest: Manifest) -> Device
 
 
 def machine_of(memory: Memory) -> str:
-    """What computes where such memory is, card or processor, and the version of ONNX Runtime that it does so with."""
+    """Name of the card or processor that `memory` belongs to, and version of ONNX Runtime."""
     name = memory.card.name if isinstance(memory, CudaMemory) and memory.device == "cuda" else processor()
     return f"{name}, onnxruntime {ORT_VERSION}"
 
 
 def processor() -> str:
-    """Model of this machine's processor, and which of its instructions for products ONNX Runtime has kernels for."""
+    """Model of this machine's processor, and those of `INSTRUCTIONS` that it has."""
     name, flags = platform.machine(), ""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -92,17 +92,17 @@ def processor() -> str:
 
 def _check_option(requested: DeviceOption, what: str) -> None:
     if requested not in get_args(DeviceOption):
-        raise ConfigError(f"{what} {requested!r} is none of {', '.join(get_args(DeviceOption))}")
+        raise ConfigError(f"{what} must be one of {', '.join(get_args(DeviceOption))}, not {requested!r}")
 
 
 def require_cuda(option: str) -> int:
-    """Major version of the CUDA runtime that ONNX Runtime was built for, if there is a driver.
+    """Check that CUDA can be used; returns the major version of the CUDA runtime that ONNX Runtime was built for.
 
     Args:
-        option: what asked for it, for the error.
+        option: the option that requests CUDA, for the error.
 
     Raises:
-        DeviceError: it cannot be used; the message says what is missing.
+        DeviceError: there is no CUDA provider or no driver.
     """
     if CUDA not in ort.get_available_providers():
         raise DeviceError(f"{option}: this onnxruntime has no CUDA provider: pip install onnxruntime-gpu")
@@ -129,10 +129,10 @@ def open_cuda(option: str) -> Cuda:
     """The GPU of this process.
 
     Args:
-        option: what asked for it, for the error.
+        option: the option that requests CUDA, for the error.
 
     Raises:
-        DeviceError: it cannot be used; the message says what is missing.
+        DeviceError: the GPU cannot be used; the message says what is missing.
     """
     version = require_cuda(option)
     _preload()
@@ -143,14 +143,14 @@ def open_cuda(option: str) -> Cuda:
 
 
 def _preload() -> None:
-    """Load CUDA's libraries where they were installed by pip, so that whoever asks for them later finds them.
+    """Load CUDA's libraries from pip's `nvidia` packages, so that later lookups by name find them.
 
-    ONNX Runtime looks beside itself alone. It may be elsewhere on the path than they are.
+    ONNX Runtime only searches the folder of its own package; theirs can be another one on `sys.path`.
     """
     nvidia = importlib.util.find_spec("nvidia")
     roots = nvidia.submodule_search_locations if nvidia else None
     folders = [str(folder) for root in roots or () for folder in sorted(Path(root).glob("*/lib"))]
-    # It prints what it cannot find; what is really missing is said by whoever needs it.
+    # `preload_dlls` prints every library that it cannot find; one that is needed raises an error of its own later.
     with contextlib.redirect_stdout(io.StringIO()):
         for folder in [*folders, None]:
             ort.preload_dlls(directory=folder)

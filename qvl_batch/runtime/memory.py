@@ -1,8 +1,7 @@
-"""Arrays where graphs read and write them: in host memory, or on a GPU.
+"""Arrays that graphs read and write in place, in host memory or on a GPU.
 
-What enters: shapes and element types. What leaves: `Buffer`s, to be bound to a graph by address.
-A buffer on a GPU may have a side in host memory, which is copied there before a run and back after
-it; the KV cache has none, and never leaves the card.
+What enters: shapes and element types. What leaves: `Buffer`s, to be bound to a graph by address. A buffer on a GPU can
+have a host mirror, which is copied to the GPU before a run and back after it. The KV cache is device-only.
 
 This module knows nothing of graphs.
 """
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 
 from qvl_batch.config import Device
 
-#: Element types as ONNX names them, as NumPy holds them: bfloat16, which it does not know, as bits.
+#: NumPy's types of ONNX's element types; NumPy has no bfloat16, whose bits are stored as uint16.
 ELEMENTS: dict[str, Any] = {
     "float": np.float32,
     "float16": np.float16,
@@ -30,7 +29,10 @@ ELEMENTS: dict[str, Any] = {
 
 @dataclass(frozen=True, slots=True)
 class Buffer:
-    """An array, contiguous, of `element` type at an `address`; `host` are its values in host memory, if any."""
+    """A contiguous array of type `element` at `address` on `device`.
+
+    `host` is the array itself in host memory, the host mirror of an array on a GPU, or None if that is device-only.
+    """
 
     shape: tuple[int, ...]
     element: str
@@ -40,7 +42,7 @@ class Buffer:
 
     @property
     def values(self) -> NDArray[Any]:
-        """Its side in host memory, of one that has it."""
+        """The values in host memory; not for device-only buffers."""
         assert self.host is not None
         return self.host
 
@@ -60,14 +62,14 @@ class Buffer:
         return math.prod(self.shape) * self.itemsize
 
     def rows(self, first: int, count: int) -> "Buffer":
-        """Some of the rows, in place."""
+        """View of `count` rows from row `first` on."""
         assert first + count <= self.shape[0]
         host = None if self.host is None else self.host[first : first + count]
         shape = (count, *self.shape[1:])
         return Buffer(shape, self.element, self.device, self.address + first * self.row_bytes, host)
 
     def shaped(self, shape: tuple[int, ...]) -> "Buffer":
-        """As many of the first elements as a shape has, in place."""
+        """View of the first elements in another shape, which can be smaller."""
         count = math.prod(shape)
         assert count * self.itemsize <= self.size
         host = None if self.host is None else self.host.reshape(-1)[:count].reshape(shape)
@@ -75,41 +77,41 @@ class Buffer:
 
 
 class Memory(Protocol):
-    """Where a graph's arrays are. The first two methods are all that a decoder needs to know."""
+    """Memory of a device: allocation, and copies between the device and host mirrors."""
 
     @property
     def device(self) -> Device:
-        """Where it is."""
+        """The device."""
         ...
 
     def zeros(self, shape: tuple[int, ...], element: str, *, on_host: bool = True) -> Buffer:
-        """A new array; without `on_host`, one that nobody but graphs will look into."""
+        """Allocate an array of zeros, on a GPU with a host mirror unless `on_host` is false (device-only)."""
         ...
 
     def move(self, buffer: Buffer, source: int, target: int, length: int | None = None) -> None:
-        """Copy row `source` to row `target`; of an array (N, A, L, ...), if asked for only the first `length` of L."""
+        """Copy row `source` to row `target`; of an array (N, A, L, ...), if given, only the first `length` of L."""
         ...
 
     def upload(self, buffer: Buffer) -> None:
-        """Let the device have the values that the host has."""
+        """Copy the host mirror, if any, to the device."""
         ...
 
     def download(self, buffer: Buffer) -> None:
-        """Let the host have the values that the device has, once `synchronize` returns."""
+        """Copy from the device to the host mirror, if any; complete when `synchronize` returns."""
         ...
 
     def synchronize(self) -> None:
-        """Wait for all of the above."""
+        """Wait for all copies."""
         ...
 
 
 class HostMemory:
-    """Memory of this machine. Nothing is copied."""
+    """Host memory, where the graph reads and writes the values themselves: there are no mirrors to copy."""
 
     device: Device = "cpu"
 
     def zeros(self, shape: tuple[int, ...], element: str, *, on_host: bool = True) -> Buffer:
-        """A new array, written at once, so that memory runs out at the start and not in the middle of a night."""
+        """Allocate an array of zeros, written at once: if memory is too small, this fails at the start of a job."""
         del on_host
         return on_this_machine(np.full(shape, 0, ELEMENTS[element]), element)
 
@@ -119,17 +121,17 @@ class HostMemory:
         buffer.values[target][part] = buffer.values[source][part]
 
     def upload(self, buffer: Buffer) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def download(self, buffer: Buffer) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def synchronize(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 class Gpu(Protocol):
-    """What is asked of a GPU: see `cuda.Cuda`."""
+    """The part of `cuda.Cuda` that is used here and by `session`."""
 
     stream: int
 
@@ -144,23 +146,23 @@ class Gpu(Protocol):
 
 
 class CudaMemory:
-    """Memory of a GPU; what has a side in host memory has it where the GPU copies from it directly."""
+    """Memory of a GPU. Host mirrors are in pinned memory, which the GPU copies from directly."""
 
     def __init__(self, card: Gpu, device: Device = "cuda") -> None:
         self.card, self.device = card, device
 
     def zeros(self, shape: tuple[int, ...], element: str, *, on_host: bool = True) -> Buffer:
-        """A new array on the GPU.
+        """Allocate an array of zeros on the GPU.
 
         Raises:
-            DeviceError: the card has no more memory.
+            DeviceError: the card is out of memory.
         """
         dtype = np.dtype(ELEMENTS[element])
         size = max(math.prod(shape) * dtype.itemsize, 1)
         host = None
         if on_host:
             data = (ctypes.c_char * size).from_address(self.card.allocate_host(size))
-            data.card = self.card  # whose memory lives as long as it does
+            data.card = self.card  # keeps the card alive, which frees the memory
             host = np.frombuffer(data, dtype, math.prod(shape)).reshape(shape)
             host[...] = 0
         return Buffer(shape, element, self.device, self.card.allocate(size), host)
@@ -168,33 +170,33 @@ class CudaMemory:
     def move(self, buffer: Buffer, source: int, target: int, length: int | None = None) -> None:
         """As `Memory.move`."""
         size = buffer.row_bytes
-        begins, goes = buffer.address + source * size, buffer.address + target * size
+        addresses = buffer.address + target * size, buffer.address + source * size
         if length is None:
-            self.card.copy(goes, begins, size)
+            self.card.copy(*addresses, size)
         else:
             pitch = size // buffer.shape[1]
-            self.card.copy_rows(goes, begins, pitch, pitch // buffer.shape[2] * length, buffer.shape[1])
+            self.card.copy_rows(*addresses, pitch, pitch // buffer.shape[2] * length, buffer.shape[1])
 
     def upload(self, buffer: Buffer) -> None:
-        """Copy the host's side, if there is one."""
+        """As `Memory.upload`."""
         if buffer.host is not None and buffer.host.ctypes.data != buffer.address:
             self.card.copy(buffer.address, buffer.host.ctypes.data, buffer.size)
 
     def download(self, buffer: Buffer) -> None:
-        """Copy to the host's side, if there is one."""
+        """As `Memory.download`."""
         if buffer.host is not None and buffer.host.ctypes.data != buffer.address:
             self.card.copy(buffer.host.ctypes.data, buffer.address, buffer.size)
 
     def synchronize(self) -> None:
-        """Wait for the card."""
+        """As `Memory.synchronize`."""
         self.card.synchronize()
 
 
 def on_this_machine(values: NDArray[Any], element: str | None = None) -> Buffer:
-    """Values where they are, in host memory, for a graph to read there."""
+    """Wrap an array in host memory, without a copy."""
     return Buffer(values.shape, element or element_of(values), "cpu", values.ctypes.data, values)
 
 
 def element_of(values: NDArray[Any]) -> str:
-    """ONNX's name of the type of an array's elements."""
+    """ONNX's name of an array's element type."""
     return next(name for name, dtype in ELEMENTS.items() if values.dtype == dtype)

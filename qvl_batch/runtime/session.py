@@ -1,8 +1,7 @@
-"""The only module that talks to ONNX Runtime.
+"""Sessions of ONNX Runtime, and arrays bound to them.
 
-What leaves: sessions on a device that was really found, and bindings of arrays by address, so
-that a run copies nothing that is where it is needed already. Failures of ONNX Runtime become
-`BundleError` or `DeviceError`.
+What enters: ONNX files, the memory of a device, arrays. What leaves: sessions on that device, and bindings of arrays by
+address, so that a run copies only host mirrors. Errors of ONNX Runtime become `BundleError` or `DeviceError`.
 """
 
 import contextlib
@@ -21,13 +20,15 @@ from qvl_batch.runtime.subnormals import subnormals_flushed
 
 ORT_VERSION: str = ort.__version__
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
-#: Numbers of ONNX's types that NumPy does not have, and of all halves.
+#: Half precision types as numbers of `TensorProto.DataType`, since NumPy does not have both.
 ONNX_TYPES = {"float16": 10, "bfloat16": 16}
+#: Log severity: errors and worse.
 _ERRORS_ONLY = 3
+#: How long an idle thread of a session spins before it sleeps.
 SPIN_MICROSECONDS = 50
-#: Of a run that is not captured, nor played back, as a CUDA graph.
+#: `gpu_graph_id` of a run that is neither captured nor replayed as a CUDA graph.
 NO_GRAPH = -1
-# Of what belongs to no session: it warns of an unknown kind of plug-in whenever CUDA is asked for.
+# The default logger, used outside of sessions, warns of an unknown kind of plug-in whenever CUDA is requested.
 ort.set_default_logger_severity(_ERRORS_ONLY)
 _OUT_OF_MEMORY = re.compile(r"out of memory|Failed to allocate memory|CUBLAS_STATUS_ALLOC_FAILED", re.IGNORECASE)
 
@@ -37,14 +38,14 @@ class Session:
 
     Args:
         path: the ONNX file.
-        threads: threads that one operator may use.
-        model: contents to load in place of the file's; its weights are still those beside `path`.
-        memory: of the device that it runs on.
-        captures: runs may be captured as CUDA graphs, so nothing may run beside the GPU.
+        threads: threads for one operator.
+        model: contents to load in place of the file; weights are still read from the folder of `path`.
+        memory: memory of the device that the graph runs on; by default of the host.
+        captures: allow runs to be captured as CUDA graphs; all nodes must then run on the GPU, but for shapes.
 
     Raises:
         BundleError: the graph cannot be loaded.
-        DeviceError: not on that device, or it does not fit there.
+        DeviceError: the device cannot be used, or is out of memory.
     """
 
     def __init__(
@@ -59,26 +60,26 @@ class Session:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = _ERRORS_ONLY
-        # Several sessions share the cores: a waiting thread may spin on one from operator to operator
-        # (without that a decode step takes a quarter longer), but not from run to run.
+        # Several sessions share the cores: an idle thread spins between operators (without that, a decode step takes
+        # a quarter longer), but not between runs.
         options.add_session_config_entry("session.intra_op.spin_duration_us", str(SPIN_MICROSECONDS))
-        # Of its own threads; the calling one, which works as hard, is up to each run.
+        # For the session's own threads; each run sets it for the calling thread, which computes too.
         options.add_session_config_entry("session.set_denormal_as_zero", "1")
-        # A plan of memory for each shape of inputs takes room of its own on a card, and keeps it.
+        # On a GPU, the memory pattern of every input shape would allocate memory of its own and never free it.
         options.enable_mem_pattern = memory is None or memory.device == "cpu"
         if model is not None:
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
         self.memory: Memory = memory or HostMemory()
         providers = _providers(self.memory, captures=captures)
-        with _on(self.memory):
+        with _allocating(self.memory):
             try:
-                with subnormals_flushed():  # or the first session would set this thread for good
+                with subnormals_flushed():  # the first session changes the mode of this thread; this restores it
                     self._session = ort.InferenceSession(model or path, options, providers=providers)
-            except Exception as error:  # ONNX Runtime's own classes, which differ between its builds
+            except Exception as error:  # ONNX Runtime's error classes differ between its builds
                 raise BundleError(f"{path} cannot be loaded: {error}") from error
         if providers[0] != CPU and CUDA not in self._session.get_providers():
             raise DeviceError(
-                "ONNX Runtime could not start its CUDA provider (its own lines above say why): "
+                "ONNX Runtime could not start its CUDA provider (its log lines above say why): "
                 "install its libraries with pip install 'onnxruntime-gpu[cuda,cudnn]'"
             )
 
@@ -93,25 +94,25 @@ class Session:
         return {value.name: value.shape for value in self._session.get_outputs()}
 
     def run(self, outputs: Sequence[str], inputs: dict[str, NDArray[Any]]) -> list[NDArray[Any]]:
-        """Run once, outputs in arrays of their own."""
-        with subnormals_flushed(), _on(self.memory):
+        """Run once; returns the outputs in new arrays."""
+        with subnormals_flushed(), _allocating(self.memory):
             results: list[NDArray[Any]] = self._session.run(list(outputs), inputs)
         return results
 
     def bind(self, inputs: dict[str, Buffer], outputs: dict[str, Buffer], graph: int = NO_GRAPH) -> "Binding":
-        """Bind arrays for running again and again; an output may be an input's own memory.
+        """Bind arrays for repeated runs. An output can share memory with an input.
 
         Args:
-            inputs: by name.
-            outputs: by name.
-            graph: number under which a GPU captures the run, and plays it back from then on. The same arrays must
-                be bound whenever it is given.
+            inputs: arrays by input name.
+            outputs: arrays by output name.
+            graph: number under which the first run on a GPU is captured as a CUDA graph; later runs replay it. All
+                bindings with the same number must have the same arrays.
         """
         return Binding(self._session, self.memory, inputs, outputs, graph)
 
 
 class Binding:
-    """Arrays bound to a session by address. It keeps them alive and reads them anew each run."""
+    """Arrays bound to a session by address. It keeps them alive, and each run reads their current values."""
 
     def __init__(
         self,
@@ -131,15 +132,15 @@ class Binding:
         self._options = ort.RunOptions()
         if memory.device == "cuda":
             self._options.add_run_config_entry("gpu_graph_id", str(graph))
-            # Outputs are copied in the same stream before anybody waits for it.
+            # `run` copies the outputs in the same stream, then waits for it once.
             self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
 
     def run(self) -> None:
-        """Read the inputs as they are now, write the outputs in place."""
+        """Read the current inputs, and write the outputs in place."""
         inputs, outputs = self._arrays
         for array in inputs.values():
             self._memory.upload(array)
-        with subnormals_flushed(), _on(self._memory):
+        with subnormals_flushed(), _allocating(self._memory):
             self._session.run_with_iobinding(self._binding, self._options)
         for array in outputs.values():
             self._memory.download(array)
@@ -152,22 +153,22 @@ def _providers(memory: Memory, *, captures: bool) -> list[Any]:
     options = {
         "device_id": "0",
         "user_compute_stream": str(memory.card.stream),
-        # Memory beyond what graphs ask for is the cache's.
+        # Allocate no more than graphs request: the rest of the card's memory is for the KV cache.
         "arena_extend_strategy": "kSameAsRequested",
-        # What is in fp32 is meant to be.
+        # Products in fp32 must not be rounded to TF32.
         "use_tf32": "0",
-        # Flash (1) or memory-efficient (2) attention. Of its own accord, ONNX Runtime takes cuDNN's on new cards, which
-        # needs a plan for every shape (tens of milliseconds each), and on others none that is fused for bf16 windows.
+        # Flash (1) or memory-efficient (2) attention. By default, ONNX Runtime uses cuDNN's on new cards, which needs a
+        # plan for every shape (tens of milliseconds each), and on others no fused kernel for windows in bf16.
         "sdpa_kernel": "3",
         "enable_cuda_graph": str(int(captures)),
     }
-    # Shapes are computed on the host.
+    # The CPU provider computes shapes.
     return [(CUDA, options), CPU]
 
 
 @contextlib.contextmanager
-def _on(memory: Memory) -> Iterator[None]:
-    """Where ONNX Runtime may ask for memory, whatever is captured meanwhile; a full card is named."""
+def _allocating(memory: Memory) -> Iterator[None]:
+    """For calls in which ONNX Runtime allocates: allow it during captures, and translate out-of-memory errors."""
     if isinstance(memory, CudaMemory) and memory.device == "cuda":
         memory.card.ignore_captures()
     try:

@@ -1,8 +1,8 @@
-"""Arithmetic that takes numbers below the smallest normal one for zero, in the calling thread.
+"""Flush-to-zero mode of the calling thread: subnormal numbers are treated as zeros.
 
-Softmax gives masked and very unlikely tokens probabilities of about 1e-39, and some processors take a
-hundred times longer for a product with such a number: on an Intel Xeon, attention in prefill took 2.3
-times as long. Flushed to zero, they change a sum by less than its rounding.
+Softmax gives masked and very unlikely tokens probabilities of about 1e-39, and on some processors a product with such a
+subnormal takes a hundred times longer: on an Intel Xeon, attention in prefill took 2.3 times as long. Flushing them
+to zero changes a sum by less than its rounding error.
 """
 
 import ctypes
@@ -10,7 +10,7 @@ import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-#: C's `fenv_t` on x86-64 (glibc and musl), and in it the register MXCSR: 28 bytes of x87 come before.
+#: Size of C's `fenv_t` on x86-64 (glibc and musl), and offset of the register MXCSR in it, after 28 bytes of x87 state.
 _SIZE, _MXCSR = 32, 28
 #: Flush-to-zero and denormals-are-zero: Intel 64 and IA-32 Architectures, volume 1, section 10.2.3.
 _FLUSH = 1 << 15 | 1 << 6
@@ -19,7 +19,7 @@ _C = ctypes.PyDLL(None) if platform.system() == "Linux" and platform.machine() =
 
 @contextmanager
 def subnormals_flushed() -> Iterator[None]:
-    """Within it, this thread's subnormal inputs and results are zeros. Elsewhere than on x86-64 Linux, nothing."""
+    """Treat subnormal inputs and results of this thread as zeros; no effect on other systems than x86-64 Linux."""
     if _C is None:
         yield
         return

@@ -1,1 +1,1 @@
-"""Pixels to features: the vision graph, each image once, and features kept on disk."""
+"""Pixels to features: the vision graph, one run for each image, and a cache of features on disk."""

@@ -1,13 +1,13 @@
-"""Image features kept on disk, so that a second prompt over the same images runs no vision.
+"""Image features cached on disk, so that a second prompt over the same images runs no vision graph.
 
-    DIR/<maker>/<first byte of key>/<key>.f32     float32 (T_img, D), then CRC-32
+    DIR/<producer>/<first byte of key>/<key>.f32     float32 (T_img, D), then CRC-32
 
-A key stands for an image's bytes and how it is fitted; the folder for what made features of them. What is
-found is therefore what would be made again, bit for bit on the same kind of processor. Files appear whole
-(temporary name, rename), so several workers may share a folder and be killed at any time; a file that is
-damaged all the same is taken for missing. The oldest, by last use, go when the folder is full.
+The key identifies an image's bytes and fit, `<producer>` what computed its features (see `open_vision_cache`). So
+cached features are those that would be computed again, bit for bit on the same kind of processor. Files are written
+under a temporary name and renamed, so several workers can share a folder and be killed at any time; a damaged file
+counts as a miss. When the folder is full, the least recently used features are evicted.
 
-This module knows nothing of how features are made.
+This module knows nothing of how features are computed.
 """
 
 import contextlib
@@ -27,30 +27,31 @@ from qvl_batch.errors import OutputError
 from qvl_batch.runtime.session import ORT_VERSION
 
 SUFFIX, PARTIAL = ".f32", ".partial-"
-#: A file that is still being written after so long has no writer any more.
+#: Age at which a temporary file counts as left behind by a killed worker.
 ABANDONED_SECONDS = 3600
-#: Features written between two looks at the size of the folder.
+#: Files written by this process between two checks of the folder's size.
 WRITES_PER_SWEEP = 256
-#: A sweep leaves this part of the bound, so that the next is not due at once.
-KEPT = 0.9
+#: An eviction goes down to this fraction of the bound, so that the next is not due at once.
+EVICT_TO = 0.9
 _CRC_BYTES = 4
 
 
 class VisionCache:
-    """A folder of features, bounded in size.
+    """A folder of features, bounded in size, with LRU eviction.
 
     Args:
-        folder: shared by workers and runs; it is made if it is missing.
-        maker: identifies what makes the features: the vision graph, and what decodes images for it and runs it.
-        shape: of an image's features, (T_img, D).
+        folder: shared by workers and runs; created if missing.
+        producer: hash that identifies what computes the features: the vision graph, and the libraries that decode
+            images and run the graph.
+        shape: shape of an image's features, (T_img, D).
         max_bytes: bound on the size of all files under `folder`.
 
     Raises:
         OutputError: the folder cannot be written.
     """
 
-    def __init__(self, folder: Path, maker: str, shape: tuple[int, int], max_bytes: int) -> None:
-        self._root, self._folder = folder, folder / maker[:16]
+    def __init__(self, folder: Path, producer: str, shape: tuple[int, int], max_bytes: int) -> None:
+        self._root, self._folder = folder, folder / producer[:16]
         self._shape, self._max_bytes = shape, max_bytes
         self._writes = 0
         try:
@@ -61,7 +62,7 @@ class VisionCache:
             raise OutputError(f"--vision-cache {folder} cannot be used: {error.strerror}") from error
 
     def get(self, key: bytes) -> Features | None:
-        """Features of an image, None if they are not there."""
+        """Cached features of an image, float32 (T_img, D), or None. Marks them as recently used."""
         path = self._path(key)
         try:
             data = path.read_bytes()
@@ -69,16 +70,16 @@ class VisionCache:
         except OSError:
             return None
         body = data[:-_CRC_BYTES]
-        whole = len(body) == 4 * self._shape[0] * self._shape[1]
-        if not whole or zlib.crc32(body).to_bytes(_CRC_BYTES, "little") != data[-_CRC_BYTES:]:
+        is_complete = len(body) == 4 * self._shape[0] * self._shape[1]
+        if not is_complete or zlib.crc32(body).to_bytes(_CRC_BYTES, "little") != data[-_CRC_BYTES:]:
             return None
         return np.frombuffer(body, np.float32).reshape(self._shape)
 
     def put(self, key: bytes, features: Features) -> None:
-        """Keep features.
+        """Write the features of an image, float32 (T_img, D).
 
         Raises:
-            OutputError: they cannot be written.
+            OutputError: the file cannot be written.
         """
         path = self._path(key)
         body = features.tobytes()
@@ -98,10 +99,10 @@ class VisionCache:
             raise OutputError(f"--vision-cache {self._root} cannot be written: {error.strerror}") from error
 
     def sweep(self) -> None:
-        """Delete what killed workers left, and the features used longest ago, until the bound is kept."""
+        """Delete temporary files of killed workers, and evict least recently used features if the bound is exceeded."""
         found: list[tuple[float, int, Path]] = []
         for path in self._root.glob("*/*/*"):
-            with contextlib.suppress(FileNotFoundError):  # another worker sweeps too
+            with contextlib.suppress(FileNotFoundError):  # another worker deleted it
                 status = path.stat()
                 if path.suffix == SUFFIX:
                     found.append((status.st_mtime, status.st_size, path))
@@ -113,7 +114,7 @@ class VisionCache:
         for _, each, path in sorted(found):
             path.unlink(missing_ok=True)
             size -= each
-            if size <= KEPT * self._max_bytes:
+            if size <= EVICT_TO * self._max_bytes:
                 return
 
     def _path(self, key: bytes) -> Path:
@@ -122,14 +123,19 @@ class VisionCache:
 
 
 def open_vision_cache(folder: Path, gigabytes: float, manifest: Manifest) -> VisionCache:
-    """Features that are kept of a bundle's vision graph, and of these versions of Pillow and ONNX Runtime; of a bundle
-    with known answers, they are apart from those that were made without.
+    """The cache of a bundle's vision graph with the installed versions of Pillow and ONNX Runtime. Features of bundles
+    with and without known answers are separate, since only the former come from a checked machine.
+
+    Args:
+        folder: shared by workers and runs; created if missing.
+        gigabytes: bound on the size of the folder.
+        manifest: manifest of the bundle.
 
     Raises:
         OutputError: the folder cannot be written.
     """
     proved = "by nobody" if manifest.tolerance is None else "by known answers"
-    maker = combined_sha256(
+    producer = combined_sha256(
         [
             ("vision", manifest.vision_sha256),
             ("pillow", PIL.__version__),
@@ -137,4 +143,4 @@ def open_vision_cache(folder: Path, gigabytes: float, manifest: Manifest) -> Vis
             ("proved", proved),
         ]
     )
-    return VisionCache(folder, maker, manifest.feature_shape, int(gigabytes * 1e9))
+    return VisionCache(folder, producer, manifest.feature_shape, int(gigabytes * 1e9))

@@ -1,8 +1,9 @@
 """An image to features: the vision graph of a bundle.
 
-What enters: uint8 pixels (H, W, 3), as `images.fit_image` makes them. What leaves: float32
-features (T_img, D), never such as mean nothing: an image that gets such is encoded again in fp32
-where the bundle holds the checkpoint in fp32 too. Nor of a machine that computes the graph wrongly.
+What enters: pixels, uint8 (H, W, 3), from `images.pixels.fit_image`. What leaves: features, float32 (T_img, D), finite
+and not all the same. If they are not, the image is encoded again in fp32, provided that the bundle contains the
+checkpoint in fp32; if that does not help, it fails with a `NumericError`. A machine that computes the graph wrongly is
+refused.
 
 This module knows nothing of prompts or of where images come from.
 """
@@ -10,31 +11,30 @@ This module knows nothing of prompts or of where images come from.
 import numpy as np
 from numpy.typing import NDArray
 
-from qvl_batch.bundle.fp32 import InFp32
-from qvl_batch.bundle.known_answers import Figure, KnownAnswers, refuse_wrong
+from qvl_batch.bundle.fp32 import Fp32Fallback
+from qvl_batch.bundle.known_answers import Figure, KnownAnswers, known_figures, refuse_wrong
+from qvl_batch.bundle.layout import Features
 from qvl_batch.bundle.loading import Bundle
-from qvl_batch.bundle.manifest import VISION
+from qvl_batch.bundle.manifest import VISION, Tolerance
 from qvl_batch.config import Device
 from qvl_batch.errors import BundleError, NumericError
 from qvl_batch.runtime.devices import machine_of, memory_on
 from qvl_batch.runtime.session import Session
 
-Features = NDArray[np.float32]
-
 
 class VisionEncoder:
-    """The vision graph of a bundle; threads may share it.
+    """The vision graph of a bundle. Thread-safe.
 
     Args:
-        bundle: where the graph is.
-        threads: threads that one operator may use.
-        device: where it runs.
-        graph: contents to load in place of the bundle's graph.
-        prove: hold the graph to the bundle's known answers, which costs the time of an image.
+        bundle: contains the graph.
+        threads: threads for one operator.
+        device: where the graph runs.
+        graph: ONNX file contents to load in place of the bundle's graph.
+        prove: check the graph against the bundle's known answers, which takes the time of one image.
 
     Raises:
         BundleError: the graph cannot be loaded, or breaks the contract.
-        DeviceError: the device cannot be used, has no room, or computes the graph wrongly.
+        DeviceError: the device cannot be used, is out of memory, or computes the graph wrongly.
     """
 
     def __init__(
@@ -47,51 +47,52 @@ class VisionEncoder:
         prove: bool = True,
     ) -> None:
         self.layout, self._bundle = bundle.manifest.layout, bundle
-        self._fp32 = InFp32(bundle, lambda exact: VisionEncoder(exact, threads))
+        self._fp32 = Fp32Fallback(bundle, lambda exact: VisionEncoder(exact, threads))
         self._session = Session(bundle.file(VISION), threads, graph, memory_on(device, "--vision-device cuda"))
         expected = list(bundle.manifest.feature_shape)
         found = self._session.outputs.get("image_features", [])[1:]
         if found != expected:
-            raise BundleError(f"{bundle.path / VISION} gives features of shape {found}, the contract says {expected}")
+            raise BundleError(f"{bundle.path / VISION} has features of shape {found}, the contract says {expected}")
         if prove:
             refuse_wrong(self.figures(), "the vision graph", self.machine, bundle.path)
 
     @property
     def machine(self) -> str:
-        """What computes it."""
+        """Processor or card, and version of ONNX Runtime."""
         return machine_of(self._session.memory)
 
     def figures(self) -> list[Figure]:
-        """What the graph makes of the bundle's known answers; nothing where it has none."""
-        known, tolerance = KnownAnswers.of(self._bundle), self._bundle.manifest.tolerance
-        if known is None or tolerance is None:
-            return []
-        return known.of_vision(self.run(known.pixels[None])[0], tolerance)
+        """Figures of the graph on the bundle's known answers; empty if it has none."""
+        return known_figures(self._bundle, self._figures)
 
     def encode(self, image: NDArray[np.uint8]) -> Features:
-        """Features of an image. One a run: on a CPU, more in one take more memory and longer each, and
-        one is work enough for a GPU.
+        """Features of an image.
+
+        One image a run: on a CPU, a batch takes more memory and more time for each image; a GPU is busy with one.
 
         Raises:
-            NumericError: the features mean nothing.
+            NumericError: the features are not finite, or all the same.
         """
         try:
             return self._encode(image)
         except NumericError:
-            again = self._fp32.get()
-            if again is None:
+            fallback = self._fp32.get()
+            if fallback is None:
                 raise
-        return again.encode(image)
+        return fallback.encode(image)
 
     def run(self, images: NDArray[np.uint8]) -> Features:
-        """Whatever the graph makes of images (B, H, W, 3) in one run, float32 (B, T_img, D)."""
+        """Features of images (B, H, W, 3) in one run, float32 (B, T_img, D), unchecked."""
         features: Features = self._session.run(["image_features"], {"pixels": images})[0]
         return features
 
+    def _figures(self, known: KnownAnswers, tolerance: Tolerance) -> list[Figure]:
+        return known.of_vision(self.run(known.pixels[None])[0], tolerance)
+
     def _encode(self, image: NDArray[np.uint8]) -> Features:
         features: Features = self.run(image[None])[0]
-        if not np.isfinite(features).all():  # something overflowed
+        if not np.isfinite(features).all():  # an activation overflowed
             raise NumericError("the image features are not finite", stage="vision")
-        if features.min() == features.max():  # a norm lost everything
+        if features.min() == features.max():  # a norm scaled everything to zero
             raise NumericError("the image features are all the same", stage="vision")
         return features

@@ -1,7 +1,7 @@
-"""Features of images: each image goes through the vision graph once, however many rows ask about it.
+"""Features of images: each image runs through the vision graph once, however many rows ask about it.
 
-What enters: pixels and keys of images, from any thread. What leaves: features, from the latest in
-memory, from a folder of kept ones, or from the graph; or a `Failure`.
+What enters: pixels and keys of images, from any thread. What leaves: features, float32 (T_img, D), from the most recent
+in memory, from the cache on disk, or from the graph; or a `Failure`.
 
 This module knows nothing of rows but their images.
 """
@@ -11,47 +11,43 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import cast
 
-import numpy as np
-from numpy.typing import NDArray
-
-from qvl_batch.bundle.layout import Features
+from qvl_batch.bundle.layout import Features, Pixels
 from qvl_batch.clock import Clock
 from qvl_batch.errors import NumericError
 from qvl_batch.schema import Failure
 from qvl_batch.vision.cache import VisionCache
 from qvl_batch.vision.encoder import VisionEncoder
 
-Pixels = NDArray[np.uint8]
-#: Images whose features are kept in memory, for rows of one image that are near each other.
+#: Images whose features stay in memory, for rows of one image that are close together in the input.
 RECENT = 16
 
 
 class ImageFeatures:
-    """Features of images; threads may share it.
+    """Features of images. Thread-safe.
 
     Args:
-        vision: the graph.
-        kept: folder of features that outlive this process, None for none.
-        at_once: images that are encoded at a time.
+        vision: the vision graph.
+        cache: features on disk, None for none.
+        at_once: images encoded at a time, each in a thread of its own.
     """
 
-    def __init__(self, vision: VisionEncoder, kept: VisionCache | None = None, at_once: int = 1) -> None:
-        self._vision, self._kept = vision, kept
-        self._runs = ThreadPoolExecutor(at_once, "qvl-vision")
+    def __init__(self, vision: VisionEncoder, cache: VisionCache | None = None, at_once: int = 1) -> None:
+        self._vision, self._cache = vision, cache
+        self._pool = ThreadPoolExecutor(at_once, "qvl-vision")
         self._recent: dict[bytes, Future[Features]] = {}
         self._lock = threading.Lock()
-        #: Runs while a thread works on an image.
+        #: Busy thread-seconds of encoding and cache access.
         self.clock = Clock()
 
     def of(self, images: Sequence[Pixels | Failure], keys: Sequence[bytes | None]) -> list[Features | Failure]:
-        """Float32 features (T_img, D) of each image, in order; failures stay where they are.
+        """Features of each image, float32 (T_img, D), in order; failures are passed through.
 
         Args:
-            images: uint8 pixels (H, W, 3), or why there are none.
-            keys: of images, None for failures.
+            images: pixels, uint8 (H, W, 3), or why there are none.
+            keys: keys of the images, None for failures.
 
         Raises:
-            OutputError: the folder cannot be written.
+            OutputError: the cache on disk cannot be written.
         """
         begun = [
             image if isinstance(image, Failure) else self._begin(image, cast("bytes", key))
@@ -59,44 +55,44 @@ class ImageFeatures:
         ]
         try:
             return [_features_or_failure(row) if isinstance(row, Future) else row for row in begun]
-        except KeyboardInterrupt:  # the interpreter would encode what is queued before it ends
+        except KeyboardInterrupt:  # the interpreter would encode all queued images before it exits
             for row, key in zip(begun, keys, strict=True):
                 if isinstance(row, Future) and row.cancel():
                     self._forget(cast("bytes", key))
             raise
 
     def close(self) -> None:
-        """Let go of the threads when what was asked is encoded."""
-        self._runs.shutdown()
+        """Encode what is queued, then end the threads."""
+        self._pool.shutdown()
 
     def stop(self) -> None:
-        """Let go of the threads when the images that they work on are encoded; others are cancelled."""
-        self._runs.shutdown(cancel_futures=True)
+        """Cancel what is queued, and end the threads after the images that they are encoding."""
+        self._pool.shutdown(cancel_futures=True)
 
     def _begin(self, image: Pixels, key: bytes) -> "Future[Features]":
         with self._lock:
             if key not in self._recent:
                 if len(self._recent) == RECENT:
                     self._recent.pop(next(iter(self._recent)))
-                self._recent[key] = self._runs.submit(self._find, image, key)
+                self._recent[key] = self._pool.submit(self._look_up_or_encode, image, key)
             return self._recent[key]
 
     def _forget(self, key: bytes) -> None:
         with self._lock:
             self._recent.pop(key, None)
 
-    def _find(self, image: Pixels, key: bytes) -> Features:
+    def _look_up_or_encode(self, image: Pixels, key: bytes) -> Features:
         try:
             with self.clock.running():
-                found = self._kept.get(key) if self._kept else None
-                if found is None:
-                    found = self._vision.encode(image)
-                    if self._kept:
-                        self._kept.put(key, found)
-                return found
+                features = self._cache.get(key) if self._cache else None
+                if features is None:
+                    features = self._vision.encode(image)
+                    if self._cache:
+                        self._cache.put(key, features)
+                return features
         except NumericError:
             raise
-        except BaseException:  # a full disk or memory, which says nothing of the image
+        except BaseException:  # such as a full disk or no memory: not the image's fault, so it can be tried again
             self._forget(key)
             raise
 
