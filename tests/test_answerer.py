@@ -1,17 +1,16 @@
 """Numbers that mean nothing and answers that run away are found row by row, and run again in fp32 if it is there."""
 
 import dataclasses
-import shutil
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from conftest import QUESTIONS
-from faults import edit_manifest, forget_known_answers, seal, spoil
+from faults import add_fp32, edit_manifest, forget_known_answers, spoil
 from reference import letterboxed
 
 from qvl_batch.bundle.loading import Bundle
-from qvl_batch.bundle.manifest import DECODER, FP32, VISION
+from qvl_batch.bundle.manifest import DECODER, VISION
 from qvl_batch.decoder.answerer import Answerer, EncodedRow, repeated_phrase
 from qvl_batch.errors import NumericError
 from qvl_batch.vision.encoder import VisionEncoder
@@ -43,14 +42,6 @@ def _never_ends(manifest):
     manifest["generation"]["eos_token_ids"] = []
 
 
-def _with_fp32(path, exact):
-    """Let a bundle hold another one for rows that fail."""
-    shutil.copytree(exact.path, path / FP32)
-    edit_manifest(path, lambda m: m["files"].update({f"{FP32}/bundle.json": {"size": 0, "sha256": ""}}))
-    seal(path)
-    return Bundle.load(path)
-
-
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_a_row_whose_logits_are_not_finite_fails_alone(value, tiny_bundle, questions):
     whole = _answers(tiny_bundle, questions)
@@ -68,7 +59,7 @@ def test_rows_that_fail_in_the_decoder_are_run_again_in_fp32(copied_bundle, tiny
     forget_known_answers(copied_bundle)  # with them, it would be refused
     damaged = _answers(Bundle.load(copied_bundle), questions)
     assert {answer.failure.type for answer in damaged} == {"NumericError"}
-    assert _answers(_with_fp32(copied_bundle, tiny_bundle), questions) == expected
+    assert _answers(add_fp32(copied_bundle, tiny_bundle), questions) == expected
 
 
 def test_images_that_fail_in_the_vision_graph_are_encoded_again_in_fp32(copied_bundle, tiny_bundle, questions):
@@ -78,14 +69,14 @@ def test_images_that_fail_in_the_vision_graph_are_encoded_again_in_fp32(copied_b
     with pytest.raises(NumericError, match="the image features are not finite") as failure:
         VisionEncoder(Bundle.load(copied_bundle), threads=2).encode(image)
     assert failure.value.stage == "vision"
-    vision = VisionEncoder(_with_fp32(copied_bundle, tiny_bundle), threads=2)
+    vision = VisionEncoder(add_fp32(copied_bundle, tiny_bundle), threads=2)
     assert np.array_equal(vision.encode(image), questions[0].features)
 
 
 def test_an_image_that_fails_in_fp32_too_has_failed(copied_bundle):
     spoil(copied_bundle, VISION, "blocks.1.mlp.down")
     forget_known_answers(copied_bundle)  # with them, it would be refused
-    bundle = _with_fp32(copied_bundle, Bundle.load(copied_bundle))
+    bundle = add_fp32(copied_bundle, Bundle.load(copied_bundle))
     with pytest.raises(NumericError, match="not finite"):
         VisionEncoder(bundle, threads=2).encode(letterboxed(ROWS[0]["image"]["bytes"]))
 
@@ -113,7 +104,7 @@ def test_an_answer_that_runs_away_fails_unless_that_is_allowed(copied_bundle, qu
 
 def test_an_answer_that_runs_away_is_run_again_in_fp32(copied_bundle, tiny_bundle, questions, expected):
     edit_manifest(copied_bundle, _never_ends)
-    found = _answers(_with_fp32(copied_bundle, tiny_bundle), questions, 60)
+    found = _answers(add_fp32(copied_bundle, tiny_bundle), questions, 60)
     again = [index for index, answer in enumerate(found) if answer.finish_reason == "stop"]
     assert again
     assert all(found[index] == expected[index] for index in again)
