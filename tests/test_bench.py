@@ -59,8 +59,7 @@ class _Fake:
         return self._results[method]
 
 
-# What a bench makes of its figures is asked for by itself here: to take figures is minutes of work, of which nobody
-# knows beforehand how it ends.
+# Private functions of the bench are called here: a whole run takes minutes, and its figures cannot be chosen.
 def test_only_equal_work_is_compared():
     rows = Rows([b""], ["x"])
     equal = {name: _Fake([9], [[1, 2]]) for name in (bench.FP32, bench.HF_FP32)}
@@ -91,7 +90,7 @@ def test_the_fastest_batch_stays(monkeypatch):
 
 
 def test_skewed_lengths_are_what_they_are_called():
-    # Answers of such lengths are hours of work.
+    # Private, since answering rows of these lengths takes hours.
     lengths = _skewed_lengths(SKEW_ROWS)
     assert lengths.max() == MOST_TOKENS
     assert 0.8 * MEAN_TOKENS < lengths.mean() < 1.2 * MEAN_TOKENS
@@ -184,7 +183,7 @@ def test_a_step_reads_weights_and_cache_and_no_table(tiny_bundle):
 def test_the_model_for_a_gpu_is_made_and_exported_once(tmp_path, monkeypatch):
     monkeypatch.setattr("benchmark.gpu.require_cuda", lambda _: 13)
     config = gpu.GpuBenchConfig(shape="bench", output=tmp_path)
-    checkpoint, bundle, cpu_vision = gpu._prepare(config, Console())  # what follows needs a GPU
+    checkpoint, bundle, cpu_vision = gpu._prepare(config, Console())  # private: `bench` then needs a GPU
     assert {checkpoint.parent, bundle.parent, cpu_vision.parent} == {tmp_path}
     towers = [(m.dtype, m.vision_dtype) for m in (Bundle.load(path).manifest for path in (bundle, cpu_vision))]
     assert towers == [("bf16", "bf16"), ("bf16", "fp32")]
@@ -224,7 +223,7 @@ def test_what_was_measured_of_a_card_is_kept_if_a_peer_fails(tiny_bundle, tmp_pa
     def fail(*_):
         raise JobError("out of memory")
 
-    monkeypatch.setattr(gpu, "_peers", fail)  # which says by itself of most that it cannot be measured
+    monkeypatch.setattr(gpu, "_peers", fail)  # no option makes it fail
     config = gpu.GpuBenchConfig(rows=4, new_tokens=4, rounds=1, slots=4, step_rows=(1,), at_once=(1,), output=tmp_path)
     with pytest.raises(JobError, match="out of memory"):
         gpu.measured(config, TINY, tiny_bundle.path, None, Console())

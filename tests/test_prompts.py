@@ -106,7 +106,7 @@ def test_the_longest_prompt_that_fits_leaves_room_for_one_token(layout, tokenize
 
 def test_a_prompt_that_cannot_fit_is_not_tokenized(layout, monkeypatch):
     asked = []
-    # Of the tokenizer's own class, which is not Python's, no method can be watched.
+    # Private, since methods of the tokenizer's class, which is written in Rust, cannot be replaced.
     monkeypatch.setattr(layout, "_tokenizer", SimpleNamespace(encode=lambda *_, **__: asked.append(1)))
     with pytest.raises(PromptError, match="too many tokens"):
         layout.row_ids("a.b," * 1_250_000)

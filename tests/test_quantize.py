@@ -107,7 +107,7 @@ def test_weights_of_any_kind_are_rounded_so(inputs, kind):
         "outliers": lambda: chance.normal(size=(inputs, 40)) * chance.choice([1, 1e3], (inputs, 40)),
         "zero": lambda: np.zeros((inputs, 40)),
     }[kind]().astype(np.float32)
-    made = _to_int8(matrix)  # itself: an export of each would take a checkpoint with such weights
+    made = _to_int8(matrix)  # private: an export needs a checkpoint with such weights
     assert _most_of_a_pair(made["int8"]) <= 2**15 - 1
     assert np.abs(made["int8"] * made["scale"] - matrix).max() <= 0.51 * made["scale"].max()
 
@@ -241,7 +241,7 @@ def test_weights_that_saturate_without_vnni_are_refused_there(tmp_path, monkeypa
         zeros = np.zeros(len(scale), np.int8)
         return {"int8": np.rint(matrix / scale).astype(np.int8), "scale": scale, "zero_points": zeros}
 
-    monkeypatch.setattr("export.quantize._to_int8", plain)  # nobody can ask for such weights
+    monkeypatch.setattr("export.quantize._to_int8", plain)  # no option asks for such weights
     config = ExportConfig(checkpoint=TINY, output=tmp_path / "bundle", dtype="int8", image_size=224)
     if not has_vnni():
         with pytest.raises(ExportError, match="parity gate"):

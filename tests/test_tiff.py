@@ -171,7 +171,7 @@ def test_deep_samples_of_a_file_that_is_cut_are_refused(cut, compression, planar
 
 @pytest.fixture
 def _not_said_yet():
-    # It is said once in a process, and other tests may have had it said.
+    # Private: it is logged once per process, maybe in an earlier test.
     bit_depth._say_that_range_is_unused.cache_clear()
     yield
     bit_depth._say_that_range_is_unused.cache_clear()

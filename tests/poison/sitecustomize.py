@@ -17,7 +17,7 @@ def _die():
 
 
 def _poison_reader(module):
-    # The first that looks at one image; what is public looks at a whole table.
+    # The only function of the reader that gets a single image; public ones get whole row groups.
     image = module._bytes_or_location
 
     def poisoned(value):
