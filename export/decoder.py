@@ -106,7 +106,8 @@ class _Decoder(nn.Module):
 
 
 class CachedDecoder(_Decoder):
-    """Prefill of whole rows (S > 1, empty cache) or one decode step (S = 1).
+    """Prefill of whole rows (S > 1, empty cache), prefill of the rest of one row whose prefix is cached, or one decode
+    step (S = 1).
 
     Args:
         weights: of both graphs.

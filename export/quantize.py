@@ -19,7 +19,7 @@ stream, norms, rotary tables, softmax, embedding) stays in fp32.
 4. Its kernels for x86 without VNNI add the products of inputs 2 i and 2 i + 1 in 16 bits (`VPMADDUBSW`),
    which saturates at 32,767. So each output's scale is chosen so that no two such weights of the same
    sign add up to more than 128: with activations of at most 255 that is 32,640, and the product is exact
-   on any processor. This costs 0.4 of the 8 bits of a weight; weights of at most 64 would cost one.
+   on any processor. This costs 0.4 of the 8 bits of a weight; weights of at most 63 would cost one.
 
 `int8wo`, `int4wo` (weights only): `MatMulNBits` in blocks along the input. Activations are in fp32 in
 the graph; the kernel rounds them to 8 bits in the same blocks (`accuracy_level` 4).

@@ -35,9 +35,9 @@ class CheckConfig:
     bundle: Annotated[Path, tyro.conf.Positional]
     """Folder of the bundle that `python -m export` made."""
     device: DeviceOption = "auto"
-    """Where the decoder runs: `auto` takes what the bundle was made for, another is refused."""
+    """Where the decoder runs. `auto` is the device that the bundle was exported for; another is refused."""
     vision_device: DeviceOption = "auto"
-    """Where the vision tower runs: `auto` takes a GPU for one in half precision, else the CPU."""
+    """Where the vision tower runs. `auto` is a GPU for a tower in half precision, else the CPU."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,24 +48,23 @@ class JobConfig:
     id_column: str = "id"
     """Column that identifies a row, of strings or integers; it becomes `id`."""
     image_column: str = "image"
-    """Column of images: struct of bytes and path, bytes, or paths and addresses."""
+    """Column of images: a struct of bytes and path, bytes, or paths and addresses."""
     prompt_column: str = "prompt"
     """Column of prompts."""
     allow_images_from: tuple[str, ...] = ()
-    """Folders and addresses (s3://, gs://, http://, https://) from which images may be read. Without them, images
-    must be in the input itself."""
+    """Folders and addresses (s3://, gs://, http://, https://) that images may be read from. By default, none."""
     max_image_pixels: int = MAX_IMAGE_PIXELS
-    """Most pixels of an image; a larger one fails. Memory and time of the largest grow with it."""
+    """Most pixels of an image; a row with a larger one fails. Memory and time of the largest images grow with it."""
     allow_truncated: bool = False
-    """Show what there is of an image file that is cut or damaged. Without it, one that lacks pixels fails."""
+    """Use what is left of a truncated or damaged image file. Without it, a row whose image lacks pixels fails."""
     max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS
     """Longest answer in tokens; the bundle's contract may end it sooner."""
     limit: int | None = None
-    """Answer only the first so many rows."""
+    """Answer only the first LIMIT rows."""
     retry_errors: bool = False
-    """Answer again the rows that failed; a new answer takes the error's place."""
+    """Answer rows that failed again; a new answer replaces the error."""
     overwrite: bool = False
-    """Delete the results that the output folder already holds. Without it, the job goes on where it stopped."""
+    """Delete the results in the output folder first. Without it, the job resumes where it stopped."""
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work on any machine.
@@ -102,29 +101,29 @@ class CaptionConfig(JobConfig):
     output: str
     """Folder for the answers, on the machine that runs this script, or an address: s3://... or gs://..."""
     overwrite: bool = False
-    """Delete the answers that the output folder already holds. Without it, the job goes on where it stopped."""
+    """Delete the answers in the output folder first. Without it, the job resumes where it stopped."""
     keep_columns: tuple[str, ...] = ()
     """Columns of the input to copy to the output."""
     fit: Fit = "letterbox"
     """How an image that is not square becomes square."""
     allow_repetition: bool = False
-    """Keep an answer that says one thing over and over until it is cut. Without it, such a row fails."""
+    """Keep an answer that repeats one phrase until it is cut off. Without it, such a row fails."""
     device: DeviceOption = "auto"
-    """Where the decoder runs: `auto` takes what the bundle was made for, another is refused."""
+    """Where the decoder runs. `auto` is the device that the bundle was exported for; another is refused."""
     vision_device: DeviceOption = "auto"
-    """Where the vision tower runs: `auto` takes a GPU for one in half precision, else the CPU."""
+    """Where the vision tower runs. `auto` is a GPU for a tower in half precision, else the CPU."""
     vision_workers: int | None = None
-    """Processes that run the vision graph. Without it, as many as the machine has work for."""
+    """Processes that run the vision graph. By default, as many as the cores are enough for."""
     decoder_workers: int | None = None
-    """Processes that run the decoder. Without it, one."""
+    """Processes that run the decoder. By default one, or one for each GPU."""
     slots: int | None = None
-    """Rows that a decoder answers at a time. Without it, as many as memory allows, up to 32, on a GPU up to 128."""
+    """Rows that a decoder answers at a time. By default, as many as fit into memory, up to 32, on a GPU up to 128."""
     vision_cache: Path | None = None
-    """Folder to keep image features in, for other prompts over the same images. Every node must see it."""
+    """Folder that caches image features, for other prompts over the same images. Every node must see it."""
     vision_cache_gb: float = 20.0
-    """Largest size of that folder in gigabytes; the least recently used features go first."""
+    """Largest size of that folder in gigabytes; the least recently used features are evicted first."""
     price_per_hour: float | None = None
-    """Price of the machine or cluster an hour, in any currency; the report then says what a million images cost."""
+    """Price of the machine or cluster per hour, in any currency; the report then says what a million images cost."""
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work on any machine.

@@ -17,7 +17,7 @@ from markupsafe import Markup, escape
 from comparison.summary import STAGES, Kind
 from qvl_batch.report.page import printable, template
 
-Row = dict[str, Any]
+Record = dict[str, Any]
 TEMPLATE = "page.html.jinja"
 #: Most dots of one stage in the drift plot, and most prompts in the filter.
 MOST_DOTS, MOST_PROMPTS = 400, 100
@@ -26,7 +26,7 @@ NOTABLE: tuple[Kind, ...] = ("real", "failed", "tie", "not compared")
 _WORDS = re.compile(r"\s+|\w+|[^\w\s]")
 
 
-def render(rows: Sequence[Row], summary: dict[str, Any], gallery: int) -> str:
+def render(rows: Sequence[Record], summary: dict[str, Any], gallery: int) -> str:
     """The page.
 
     Args:
@@ -75,7 +75,7 @@ class LogAxis:
         return [(self.place(10.0**power), f"1e{power}") for power in range(self.low, self.high + 1, step)]
 
 
-def _stages(rows: Sequence[Row], max_drift: float) -> dict[str, Any]:
+def _stages(rows: Sequence[Record], max_drift: float) -> dict[str, Any]:
     """Lanes of dots, one for each row that has the stage."""
     values = {name: [row[column] for row in rows if row[column] is not None] for name, column in STAGES.items()}
     axis = LogAxis.of([value for lane in values.values() for value in lane], max_drift)
@@ -113,7 +113,7 @@ def _depths(summary: dict[str, Any]) -> dict[str, Any] | None:
     return {"lines": lines, "ticks": axis.ticks, "bound": axis.place(bound)}
 
 
-def _chosen(rows: Sequence[Row], gallery: int) -> list[Row]:
+def _chosen(rows: Sequence[Record], gallery: int) -> list[Record]:
     """At most `gallery` rows: notable ones first, then others at random; in the order of the input."""
     kinds = {kind: [index for index, row in enumerate(rows) if row["difference"] == kind] for kind in NOTABLE}
     notable = list(chain.from_iterable(kinds.values()))[:gallery]
@@ -122,7 +122,7 @@ def _chosen(rows: Sequence[Row], gallery: int) -> list[Row]:
     return [rows[index] for index in sorted([*notable, *chosen])]
 
 
-def _card(row: Row) -> dict[str, Any]:
+def _card(row: Record) -> dict[str, Any]:
     thumbnail = base64.b64encode(row["thumbnail"]).decode() if row["thumbnail"] else None
     reference, answer = marked(*(str(printable(row[side] or "")) for side in ("reference", "answer")))
     return {**row, "thumbnail": thumbnail, "reference_marked": reference, "answer_marked": answer}

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import binomtest, fisher_exact
 
-Row = dict[str, Any]
+Record = dict[str, Any]
 Kind = Literal["equal", "tie", "real", "failed", "not compared"]
 #: Stages of a row with their columns, in the order of the work.
 STAGES = {"vision": "vision_error", "prefill": "prefill_error", "decode": "decode_error"}
@@ -30,7 +30,7 @@ class Bounds:
     tie_margin: float
 
 
-def difference(row: Row, tie_margin: float) -> Kind:
+def difference(row: Record, tie_margin: float) -> Kind:
     """Kind of a row: equal, a tie within noise, a real difference, failed, or not compared.
 
     A tie needs both sides' margins: if one side is sure of its token, the other is wrong or drifted.
@@ -45,7 +45,7 @@ def difference(row: Row, tie_margin: float) -> Kind:
     return "tie" if all(margin is not None and margin <= tie_margin for margin in margins) else "real"
 
 
-def summarize(rows: Sequence[Row], depths: Sequence[str], bounds: Bounds) -> dict[str, Any]:
+def summarize(rows: Sequence[Record], depths: Sequence[str], bounds: Bounds) -> dict[str, Any]:
     """Figures of a whole comparison, for JSON: floats that are not finite become text.
 
     Args:
@@ -113,7 +113,7 @@ def _explained(agreement: dict[str, Any]) -> str:
     return f"; {', '.join(parts)}" if parts else ""
 
 
-def _expected(rows: list[Row]) -> dict[str, Any] | None:
+def _expected(rows: list[Record]) -> dict[str, Any] | None:
     """How often each side gave the expected answer, with McNemar's exact test of the difference."""
     if not rows:
         return None
@@ -130,7 +130,7 @@ def _expected(rows: list[Row]) -> dict[str, Any] | None:
     }
 
 
-def _layers(rows: list[Row], depths: Sequence[str], max_drift: float) -> dict[str, Any] | None:
+def _layers(rows: list[Record], depths: Sequence[str], max_drift: float) -> dict[str, Any] | None:
     """Error at each depth; where drift begins, and the depth with the largest own error."""
     rows = [row for row in rows if row["layer_error"] is not None]
     if not rows:
@@ -149,9 +149,9 @@ def _layers(rows: list[Row], depths: Sequence[str], max_drift: float) -> dict[st
     }
 
 
-def _groups(rows: list[Row]) -> dict[str, list[dict[str, Any]]]:
+def _groups(rows: list[Record]) -> dict[str, list[dict[str, Any]]]:
     """Share of differences by prompt, image size, fit and answer length, worst first."""
-    keys: dict[str, Callable[[Row], str | None]] = {
+    keys: dict[str, Callable[[Record], str | None]] = {
         "prompt": lambda row: row["prompt"],
         "image_size": _size_group,
         "fit": lambda row: row["fit"],
@@ -164,7 +164,7 @@ def _groups(rows: list[Row]) -> dict[str, list[dict[str, Any]]]:
     return groups
 
 
-def _grouped(rows: list[Row], key: Callable[[Row], str | None]) -> list[dict[str, Any]]:
+def _grouped(rows: list[Record], key: Callable[[Record], str | None]) -> list[dict[str, Any]]:
     asked = Counter(key(row) for row in rows)
     different = Counter(key(row) for row in rows if row["difference"] != "equal")
     if len(asked) > MOST_GROUPS:
@@ -178,7 +178,7 @@ def _grouped(rows: list[Row], key: Callable[[Row], str | None]) -> list[dict[str
     return sorted(groups, key=lambda group: (-group["share"], -group["rows"]))
 
 
-def _size_group(row: Row) -> str | None:
+def _size_group(row: Record) -> str | None:
     """Shape of the image, and its longer side as a range between powers of two."""
     width, height = row["image_width"], row["image_height"]
     if width is None:
@@ -187,7 +187,7 @@ def _size_group(row: Row) -> str | None:
     return f"{shape}, {_up_to(max(width, height))} px"
 
 
-def _length_group(row: Row) -> str | None:
+def _length_group(row: Record) -> str | None:
     tokens = row["reference_tokens"]
     return None if tokens is None else f"{_up_to(tokens)} tokens"
 
@@ -197,7 +197,7 @@ def _up_to(number: int) -> str:
     return f"{power // 2 + 1} to {power}" if power > 2 else f"up to {power}"  # noqa: PLR2004
 
 
-def _errors(rows: Iterable[Row]) -> dict[str, int]:
+def _errors(rows: Iterable[Record]) -> dict[str, int]:
     return dict(Counter(f"{row['error_side']} {row['error_stage']}: {row['error_type']}" for row in rows).most_common())
 
 
@@ -209,7 +209,7 @@ def _share(count: int, of: int) -> dict[str, Any]:
     return {"count": count, "of": of, "share": count / of, "interval": [float(interval.low), float(interval.high)]}
 
 
-def _weighted(rows: list[Row]) -> float | None:
+def _weighted(rows: list[Record]) -> float | None:
     """Share of tokens before the first difference; a row has as many tokens as its longer answer."""
     tokens = [max(row["reference_tokens"], row["answer_tokens"]) for row in rows]
     agreed = sum(row["token_agreement"] * count for row, count in zip(rows, tokens, strict=True))
