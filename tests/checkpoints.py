@@ -10,6 +10,14 @@ from conftest import TINY
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 
+def penalised_checkpoint(path: Path, penalty: float) -> Path:
+    """The tiny checkpoint with a repetition penalty."""
+    shutil.copytree(TINY, path)
+    settings = json.loads((path / "generation_config.json").read_text())
+    (path / "generation_config.json").write_text(json.dumps(settings | {"repetition_penalty": penalty}))
+    return path
+
+
 def make_checkpoint(
     path: Path, *, text: dict[str, Any], vision: dict[str, Any], generation: dict[str, Any] | None = None
 ) -> Path:

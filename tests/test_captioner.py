@@ -11,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime
-import pyarrow.parquet as pq
 import pytest
-from conftest import QUESTIONS, ROOT
+from answers import demo_rows
+from conftest import ROOT
+from image_files import image_file
 from interrupts import press_ctrl_c
 from PIL import Image
 
@@ -25,7 +26,7 @@ from qvl_batch.errors import ConfigError, DeviceError
 from qvl_batch.images.pixels import decode_image
 from qvl_batch.vision.encoder import VisionEncoder
 
-ROWS = pq.read_table(QUESTIONS).slice(0, 8).to_pylist()
+ROWS = demo_rows(8)
 
 
 @pytest.fixture(scope="module")
@@ -81,9 +82,7 @@ def test_a_file_that_is_not_there_fails_its_row(captioner):
 
 
 def _truncated():
-    buffer = io.BytesIO()
-    Image.new("RGB", (64, 64), "red").save(buffer, "AVIF")
-    return Image.open(io.BytesIO(buffer.getvalue()[:-20]))
+    return Image.open(io.BytesIO(image_file(Image.new("RGB", (64, 64), "red"), "AVIF")[:-20]))
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ class Died(BaseException):
     """Stands for the end of a process."""
 
 
-def _table(rows):
+def _rows_without_failures(rows):
     own = {FILE: pa.array([0] * len(rows), pa.int32()), ROW: pa.array(rows, pa.int64())}
     return pa.table(own | failure_columns([None] * len(rows)))
 
@@ -77,14 +77,14 @@ def _work(tables, poison):
 
 
 def test_rows_that_do_no_harm_stay_together():
-    result, deaths, seen = _work([_table([1, 2]), _table([3])], poison=set())
+    result, deaths, seen = _work([_rows_without_failures([1, 2]), _rows_without_failures([3])], poison=set())
     assert (result[ROW].to_pylist(), deaths, seen) == ([1, 2, 3], 0, [[1, 2], [3]])
     assert failures_of(result) == [None] * 3
 
 
 @pytest.mark.parametrize("poison", [{2}, {1}, {1, 3}, {1, 2, 3}])
 def test_rows_that_end_their_worker_fail_and_no_others(poison):
-    result, deaths, _ = _work([_table([1, 2, 3]), _table([4, 5])], poison)
+    result, deaths, _ = _work([_rows_without_failures([1, 2, 3]), _rows_without_failures([4, 5])], poison)
     assert result[ROW].to_pylist() == [1, 2, 3, 4, 5]
     failures = dict(zip(result[ROW].to_pylist(), failures_of(result), strict=True))
     assert {row for row, failure in failures.items() if failure} == poison
@@ -105,8 +105,8 @@ def test_a_worker_that_is_killed_now_and_then_costs_no_row():
     guarded = Guarded(work, "vision", attempts)
     for _ in range(4):
         with pytest.raises(Died):
-            guarded(_table([1, 2, 3]))
-    result = guarded(_table([1, 2, 3]))
+            guarded(_rows_without_failures([1, 2, 3]))
+    result = guarded(_rows_without_failures([1, 2, 3]))
     assert failures_of(result) == [None] * 3
 
 
@@ -139,7 +139,7 @@ def test_nothing_goes_on_beside_a_row_that_is_begun_alone():
 
     guarded = Guarded(work, "vision", attempts)
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda row: guarded(_table([row])), range(200)))
+        list(pool.map(lambda row: guarded(_rows_without_failures([row])), range(200)))
     assert most["beside alone"] == 1
     assert most["together"] > 1
 
@@ -149,9 +149,9 @@ def test_a_call_that_fails_lets_the_others_go_on():
     guarded = Guarded(Worker({1}, seen), "vision", AttemptsInMemory())
     for _ in range(TOGETHER + ALONE):
         with pytest.raises(Died):
-            guarded(_table([1]))
-        guarded(_table([2]))
-    guarded(_table([1]))
+            guarded(_rows_without_failures([1]))
+        guarded(_rows_without_failures([2]))
+    guarded(_rows_without_failures([1]))
     assert seen == [[1], [2]] * (TOGETHER + ALONE) + [[1]]
 
 

@@ -13,13 +13,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from answers import complete, demo_rows, requests_of
-from conftest import ROOT, TINY, TRACES
+from checkpoints import penalised_checkpoint
+from conftest import ROOT, exported
 from shallow import make_shallow
 from stand_in.build import PROVIDER, build, build_nvml
 
 from export.half import emulated_graph
 from export.package import ExportConfig, export_bundle
-from qvl_batch.bundle.loading import Bundle
 from qvl_batch.bundle.manifest import DECODER, VISION
 from qvl_batch.config import CaptionConfig
 from qvl_batch.decoder.decoder import PREFIX_ENTRIES, Decoder
@@ -71,13 +71,11 @@ class CardOfHostMemory:
 
 @pytest.fixture(scope="module")
 def half_bundle(tmp_path_factory):
-    output = tmp_path_factory.mktemp("cuda") / "bf16"
-    export_bundle(ExportConfig(checkpoint=TINY, output=output, dtype="bf16", skip_parity=True), traces=TRACES)
-    return Bundle.load(output)
+    return exported(tmp_path_factory.mktemp("cuda") / "bf16", dtype="bf16", skip_parity=True)
 
 
 @pytest.fixture(scope="module")
-def requests(tiny_bundle):
+def paired_requests(tiny_bundle):
     images = requests_of(tiny_bundle, demo_rows(6), 24)
     # Two prompts about each image, so that beginnings are kept and moved.
     return [
@@ -118,20 +116,20 @@ def test_libraries_of_cuda_are_found_wherever_pip_installed_them(libraries, tmp_
     assert set(map(str, found)) <= set(loaded.split())
 
 
-def test_rows_in_memory_apart_are_answered_the_same(half_bundle, requests):
+def test_rows_in_memory_apart_are_answered_the_same(half_bundle, paired_requests):
     graph = emulated_graph(half_bundle.file(DECODER))
-    expected = complete(Decoder(half_bundle, 3, 2, graph=graph), half_bundle, requests)
+    expected = complete(Decoder(half_bundle, 3, 2, graph=graph), half_bundle, paired_requests)
     memory = CudaMemory(CardOfHostMemory(), device="cpu")
     decoder = Decoder(half_bundle, 3, 2, graph=graph, memory=memory)
-    assert complete(decoder, half_bundle, requests) == expected
+    assert complete(decoder, half_bundle, paired_requests) == expected
     assert len({completion.token_ids[0] for completion in expected}) > 1
 
 
-def test_a_step_copies_tokens_and_their_places_and_nothing_else(half_bundle, requests):
+def test_a_step_copies_tokens_and_their_places_and_nothing_else(half_bundle, paired_requests):
     card = CardOfHostMemory()
     memory = CudaMemory(card, device="cpu")
     decoder = Decoder(half_bundle, 4, 2, graph=emulated_graph(half_bundle.file(DECODER)), memory=memory)
-    decoder.prefill(0, requests[:1])
+    decoder.prefill(0, paired_requests[:1])
     before, blocks = card.copied, len(card.blocks)
     decoder.step(np.array([5]))
     assert card.copied - before == 8 + 8 + 4 + 8  # token, place, length, next token
@@ -157,16 +155,14 @@ def test_slots_of_the_cache_are_where_they_should_be(half_bundle):
 
 @pytest.fixture(scope="module")
 def fp32_bundle(tmp_path_factory):
-    output = tmp_path_factory.mktemp("cuda") / "fp32"
-    export_bundle(ExportConfig(checkpoint=TINY, output=output, device="cuda", skip_parity=True), traces=TRACES)
-    return Bundle.load(output)
+    return exported(tmp_path_factory.mktemp("cuda") / "fp32", device="cuda", skip_parity=True)
 
 
 @pytest.mark.long
-def test_a_decoder_in_fp32_for_a_gpu_answers_as_the_one_for_a_cpu(tiny_bundle, fp32_bundle, requests):
+def test_a_decoder_in_fp32_for_a_gpu_answers_as_the_one_for_a_cpu(tiny_bundle, fp32_bundle, paired_requests):
     assert fp32_bundle.manifest.device == "cuda"
-    expected = complete(Decoder(tiny_bundle, 3, 2), tiny_bundle, requests)
-    assert complete(Decoder(fp32_bundle, 3, 2), fp32_bundle, requests) == expected
+    expected = complete(Decoder(tiny_bundle, 3, 2), tiny_bundle, paired_requests)
+    assert complete(Decoder(fp32_bundle, 3, 2), fp32_bundle, paired_requests) == expected
 
 
 def test_sessions_ask_for_one_stream_no_tf32_and_captured_steps(half_bundle, monkeypatch):
@@ -272,7 +268,7 @@ def test_without_a_driver_no_card_is_found_and_the_driver_is_named(tmp_path):
     assert "is the NVIDIA driver installed?" in said
 
 
-def _plan(bundle, cards, vision_device="cpu", **options):
+def _plan_on_cards(bundle, cards, vision_device="cpu", **options):
     config = CaptionConfig(bundle=bundle.path, input=("x",), output=str(ROOT), **options)
     return make_plan(config, bundle.manifest, [16], cards, vision_device)
 
@@ -284,10 +280,10 @@ def test_slots_are_what_a_card_holds_beside_weights_and_work(half_bundle):
     held = taken + (slots + PREFIX_ENTRIES) * slot_bytes(manifest)
     assert held <= card.free - 0.05 * card.total < held + slot_bytes(manifest)
     assert slots_on_card(card, manifest, vision_too=False) > slots
-    plan = _plan(half_bundle, [Card("H100", 70 * GIB, 80 * GIB), card])
+    plan = _plan_on_cards(half_bundle, [Card("H100", 70 * GIB, 80 * GIB), card])
     assert (plan.slots, plan.decoder_workers, plan.card) == (128, 2, card)
     assert "a GPU (H100, 3.2 of 4.3 GB free) and 128 slots of 1.0 MB" in str(plan)
-    joined = _plan(half_bundle, [card], "cuda")
+    joined = _plan_on_cards(half_bundle, [card], "cuda")
     assert joined.is_joined
     assert "vision on the same GPU" in str(joined)
     assert joined.threads["vision"] == 2
@@ -296,11 +292,11 @@ def test_slots_are_what_a_card_holds_beside_weights_and_work(half_bundle):
 def test_too_much_for_a_card_is_refused_with_what_would_do(half_bundle):
     small = Card("T4", 2 * GIB, 2 * GIB)
     with pytest.raises(DeviceError, match=r"the GPU .T4, 1.1 of 2.1 GB free. is too small: .*--vision-device cpu"):
-        _plan(half_bundle, [dataclasses.replace(small, free=GIB)], "cuda")
+        _plan_on_cards(half_bundle, [dataclasses.replace(small, free=GIB)], "cuda")
     with pytest.raises(ConfigError, match=r"--slots 9999: beside weights and activations, \d+ fit on the GPU .T4, "):
-        _plan(half_bundle, [small], slots=9999)
+        _plan_on_cards(half_bundle, [small], slots=9999)
     with pytest.raises(ConfigError, match="--decoder-workers 2: a decoder takes a GPU, and there are 1"):
-        _plan(half_bundle, [small], decoder_workers=2)
+        _plan_on_cards(half_bundle, [small], decoder_workers=2)
 
 
 @pytest.mark.parametrize(
@@ -396,13 +392,9 @@ def _attention_is_fused(report, in_steps="flash_fwd_splitkv", in_vision="attenti
 
 @pytest.mark.long
 def test_so_they_do_with_a_repetition_penalty_in_fp16(tmp_path, asked_of_a_gpu):
-    checkpoint = shutil.copytree(TINY, tmp_path / "checkpoint")
-    settings = json.loads((checkpoint / "generation_config.json").read_text()) | {"repetition_penalty": 1.05}
-    (checkpoint / "generation_config.json").write_text(json.dumps(settings))
-    export_bundle(
-        ExportConfig(checkpoint=checkpoint, output=tmp_path / "bundle", dtype="fp16", skip_parity=True), traces=TRACES
-    )
-    _stays_on_the_gpu(asked_of_a_gpu(tmp_path / "bundle"))
+    checkpoint = penalised_checkpoint(tmp_path / "checkpoint", 1.05)
+    bundle = exported(tmp_path / "bundle", checkpoint=checkpoint, dtype="fp16", skip_parity=True)
+    _stays_on_the_gpu(asked_of_a_gpu(bundle.path))
 
 
 @pytest.mark.long

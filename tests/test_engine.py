@@ -1,8 +1,6 @@
 """However rows meet in the engine, each gets the answer it would get alone."""
 
 import dataclasses
-import json
-import shutil
 import subprocess
 import sys
 import threading
@@ -10,17 +8,16 @@ import time
 import weakref
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import suppress
-from pathlib import Path
 
 import numpy as np
 import pytest
 from answers import complete, demo_rows, requests_of
-from conftest import ROOT, TINY, TRACES
+from checkpoints import penalised_checkpoint
+from conftest import ROOT, exported
 from reference import question
 
 from comparison.reference import PyTorch
 from export.checkpoint import load_checkpoint
-from export.package import ExportConfig, export_bundle
 from qvl_batch.bundle.loading import Bundle
 from qvl_batch.decoder.decoder import Decoder, PrefillRow
 from qvl_batch.decoder.engine import Engine, Request
@@ -40,24 +37,24 @@ def requests(tiny_bundle, questions):
     return requests_of(tiny_bundle, questions, 64)
 
 
-def _run(bundle, requests, slots):
+def _completions(bundle, requests, slots):
     return complete(Decoder(bundle, slots, threads=2), bundle, requests)
 
 
 @pytest.fixture(scope="module")
 def alone(tiny_bundle, requests):
-    return _run(tiny_bundle, requests, slots=1)
+    return _completions(tiny_bundle, requests, slots=1)
 
 
 @pytest.mark.parametrize("slots", [2, 3, 5, 8, 16])
 def test_answers_do_not_depend_on_how_many_share_the_decoder(slots, tiny_bundle, requests, alone):
-    assert _run(tiny_bundle, requests, slots) == alone
+    assert _completions(tiny_bundle, requests, slots) == alone
 
 
 def test_answers_do_not_depend_on_the_order_of_rows(tiny_bundle, requests, alone):
     order = list(range(ROWS))
     np.random.default_rng(3).shuffle(order)
-    shuffled = _run(tiny_bundle, [requests[i] for i in order], slots=4)
+    shuffled = _completions(tiny_bundle, [requests[i] for i in order], slots=4)
     assert [shuffled[order.index(i)] for i in range(ROWS)] == alone
 
 
@@ -90,10 +87,10 @@ def test_rows_of_one_image_share_its_beginning_and_are_answered_the_same(
         plain = getattr(Decoder, name)
         counted = lambda self, *args, name=name, plain=plain: calls.append(name) or plain(self, *args)  # noqa: E731
         monkeypatch.setattr(Decoder, name, counted)
-    shared = _run(tiny_bundle, rows, slots)
+    shared = _completions(tiny_bundle, rows, slots)
     rest = calls.count("prefill_after_prefix")
     calls.clear()
-    assert shared == _run(tiny_bundle, [dataclasses.replace(row, image=None) for row in rows], slots)
+    assert shared == _completions(tiny_bundle, [dataclasses.replace(row, image=None) for row in rows], slots)
     assert "prefill_after_prefix" not in calls
     assert rest >= 6 * (prompts - 1) - 6  # what was submitted while the first were prefilled may miss
 
@@ -129,13 +126,11 @@ def test_a_row_may_fill_the_contract_to_its_last_token(tiny_bundle, requests):
 def penalised(request, tmp_path_factory):
     """A checkpoint with a repetition penalty, and its bundle."""
     folder = tmp_path_factory.mktemp("penalised")
-    checkpoint = Path(shutil.copytree(TINY, folder / "checkpoint"))
-    settings = json.loads((TINY / "generation_config.json").read_text())
-    (checkpoint / "generation_config.json").write_text(json.dumps(settings | {"repetition_penalty": request.param}))
-    parity = export_bundle(ExportConfig(checkpoint=checkpoint, output=folder / "bundle"), traces=TRACES).parity
-    assert parity is not None
-    assert parity.agreement == 1
-    return load_checkpoint(checkpoint), Bundle.load(folder / "bundle")
+    checkpoint = penalised_checkpoint(folder / "checkpoint", request.param)
+    bundle = exported(folder / "bundle", checkpoint=checkpoint)
+    assert bundle.manifest.parity is not None
+    assert bundle.manifest.parity.agreement == 1
+    return load_checkpoint(checkpoint), bundle
 
 
 def test_the_repetition_penalty_is_that_of_transformers(penalised, requests, questions, alone):
@@ -143,13 +138,13 @@ def test_the_repetition_penalty_is_that_of_transformers(penalised, requests, que
     rows = list(zip(questions, requests, strict=True))[:6]
     # The same image twice, so that some rows begin where another one's beginning was kept.
     asked = [dataclasses.replace(request, max_new_tokens=12, image=b"%d" % k) for k, (_, request) in enumerate(rows)]
-    found = _run(bundle, asked + asked, slots=4)
+    found = _completions(bundle, asked + asked, slots=4)
     pytorch = PyTorch(checkpoint, 576, max_new_tokens=12)
     expected = [trace.text for trace in pytorch.answer([question(row) for row, _ in rows])]
     layout = RowLayout(bundle)
     assert [layout.text(result.token_ids) for result in found] == expected * 2
     if bundle.manifest.generation.repetition_penalty > 1.5:
-        assert _run(bundle, requests, slots=4) != alone
+        assert _completions(bundle, requests, slots=4) != alone
 
 
 def test_a_manifest_with_another_penalty_is_refused(tiny_bundle):

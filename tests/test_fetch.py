@@ -14,6 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
 import pytest
+from image_files import image_file
 from PIL import Image
 
 from qvl_batch.errors import ConfigError, ImageError
@@ -134,9 +135,7 @@ def test_a_path_that_is_empty_is_said_to_be_so(location, images):
 
 
 def _as_text(kind, size=80, **options):
-    buffer = io.BytesIO()
-    Image.effect_noise((size, size), 90).save(buffer, kind, **options)
-    return base64.b64encode(buffer.getvalue()).decode()
+    return base64.b64encode(image_file(Image.effect_noise((size, size), 90), kind, **options)).decode()
 
 
 @pytest.mark.parametrize(

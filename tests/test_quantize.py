@@ -10,9 +10,9 @@ import sys
 
 import numpy as np
 import onnx
-import pyarrow.parquet as pq
 import pytest
-from conftest import QUESTIONS, ROOT, TINY, TRACES
+from answers import demo_rows
+from conftest import QUESTIONS, ROOT, TINY, TRACES, exported
 from onnx import numpy_helper
 from reference import letterboxed
 
@@ -38,9 +38,7 @@ COSTS = {
 
 @pytest.fixture(scope="module", params=["int8", "int4wo", pytest.param("int8wo", marks=pytest.mark.long)])
 def reduced(request, tmp_path_factory):
-    output = tmp_path_factory.mktemp("reduced") / request.param
-    export_bundle(ExportConfig(checkpoint=TINY, output=output, dtype=request.param), traces=TRACES)
-    return Bundle.load(output)
+    return exported(tmp_path_factory.mktemp("reduced") / request.param, dtype=request.param)
 
 
 def _operators(bundle, name):
@@ -114,7 +112,7 @@ def test_weights_of_any_kind_are_rounded_so(inputs, kind):
 
 @pytest.fixture(scope="module")
 def rows():
-    return pq.read_table(QUESTIONS).slice(0, 4).to_pylist()
+    return demo_rows(4)
 
 
 def test_a_row_does_not_depend_on_its_neighbours(reduced, rows):

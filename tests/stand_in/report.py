@@ -40,7 +40,7 @@ def report(bundle: Bundle) -> dict[str, Any]:
     memory = CudaMemory(open_cuda("--device cuda"))
     nodes = {name: _nodes(bundle.file(name), memory, captures=name == DECODER) for name in (DECODER, VISION)}
     decoder = Decoder(bundle, 4, 1, memory=memory, prove=False)  # they compute nothing
-    rows = [PrefillRow(bundle.manifest.layout.row_ids([5] * n), _features(bundle)) for n in (2, 3)]
+    rows = [PrefillRow(bundle.manifest.layout.row_ids([5] * n), _zero_features(bundle)) for n in (2, 3)]
     _kernels()  # of the largest prefill, which the decoder has run
     decoder.prefill(0, rows)
     kernels = {"prefill": _kernels()}
@@ -59,7 +59,7 @@ def report(bundle: Bundle) -> dict[str, Any]:
         encoded = other.submit(vision.run, ["image_features"], pixels).result()
     _runtime().cudaStreamEndCapture(None, ctypes.byref(ctypes.c_void_p()))
     kernels["vision"] = _kernels()
-    memory_taken = _memory(bundle)
+    memory_taken = _memory_taken(bundle)
     full = memory.card.memory()[1] * 2
     with contextlib.suppress(DeviceError):
         memory.card.allocate(full)
@@ -79,7 +79,7 @@ def report(bundle: Bundle) -> dict[str, Any]:
     }
 
 
-def _memory(bundle: Bundle) -> dict[str, int]:
+def _memory_taken(bundle: Bundle) -> dict[str, int]:
     """Bytes of a card that a decoder takes when it starts, and what many rows of many lengths add to them; the same
     of a vision tower with two threads; and both by plan.
     """
@@ -96,7 +96,7 @@ def _memory(bundle: Bundle) -> dict[str, int]:
     started = taken()
     for _ in range(40):
         lengths = chance.integers(2, 300, size=chance.integers(1, slots, endpoint=True))
-        decoder.prefill(0, [PrefillRow(manifest.layout.row_ids([5] * n), _features(bundle)) for n in lengths])
+        decoder.prefill(0, [PrefillRow(manifest.layout.row_ids([5] * n), _zero_features(bundle)) for n in lengths])
         decoder.step(np.array([5] * len(lengths)))
     answered = taken()
     vision, size = Session(bundle.file(VISION), 1, memory=memory), manifest.layout.image_size
@@ -135,7 +135,7 @@ def _nodes(path: Path, memory: CudaMemory, *, captures: bool) -> dict[str, dict[
     return {provider: dict(counts) for provider, counts in found.items()}
 
 
-def _features(bundle: Bundle) -> Any:
+def _zero_features(bundle: Bundle) -> Any:
     return np.zeros(bundle.manifest.feature_shape, np.float32)
 
 
