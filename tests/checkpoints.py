@@ -10,6 +10,14 @@ from conftest import TINY
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 
+def penalised_checkpoint(path: Path, penalty: float) -> Path:
+    """The tiny checkpoint with a repetition penalty."""
+    shutil.copytree(TINY, path)
+    settings = json.loads((path / "generation_config.json").read_text())
+    (path / "generation_config.json").write_text(json.dumps(settings | {"repetition_penalty": penalty}))
+    return path
+
+
 def make_checkpoint(
     path: Path, *, text: dict[str, Any], vision: dict[str, Any], generation: dict[str, Any] | None = None
 ) -> Path:
@@ -24,6 +32,7 @@ def make_checkpoint(
         settings = json.loads((path / "generation_config.json").read_text())
         (path / "generation_config.json").write_text(json.dumps(settings | generation))
     torch.manual_seed(len(str(text)) + len(str(vision)))
+    # transformers makes a model with random weights only through a private name.
     model = Qwen2_5_VLForConditionalGeneration._from_config(Qwen2_5_VLConfig.from_pretrained(path), dtype=torch.float32)
     for name, parameter in model.named_parameters():
         # Norms and biases too: left at one and zero, they would hide a graph that drops them.

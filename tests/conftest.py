@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -81,12 +82,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: first.index(item.path.name) if item.path.name in first else len(first))
 
 
+def exported(output: Path, checkpoint: Path = TINY, traces: Traces | None = TRACES, **options: Any) -> Bundle:
+    """A bundle of the tiny checkpoint, or of another one."""
+    export_bundle(ExportConfig(checkpoint=checkpoint, output=output, **options), traces=traces)
+    return Bundle.load(output)
+
+
+@pytest.fixture(scope="session")
+def demo() -> list[dict[str, Any]]:
+    """All rows of the demo."""
+    rows: list[dict[str, Any]] = pq.read_table(QUESTIONS).to_pylist()
+    return rows
+
+
 @pytest.fixture(scope="session")
 def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The tiny checkpoint, exported once."""
-    output = tmp_path_factory.mktemp("bundles") / "tiny"
-    export_bundle(ExportConfig(checkpoint=TINY, output=output), traces=TRACES)
-    return Bundle.load(output)
+    return exported(tmp_path_factory.mktemp("bundles") / "tiny")
 
 
 @pytest.fixture(scope="session")

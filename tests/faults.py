@@ -1,6 +1,7 @@
 """Damage done to a bundle, so that a comparison can be seen to find it."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,8 @@ import onnx
 from onnx import numpy_helper
 
 from comparison.run import Outcome
-from qvl_batch.bundle.manifest import DECODER, MANIFEST, VISION, file_sha256
+from qvl_batch.bundle.loading import Bundle
+from qvl_batch.bundle.manifest import DECODER, FP32, MANIFEST, VISION, file_sha256
 
 
 def assert_points_at(outcome: Outcome, begins_at: str, own: set[str]) -> None:
@@ -115,6 +117,14 @@ def seal(bundle: Path) -> None:
         path = bundle / name
         manifest["files"][name] = {"size": path.stat().st_size, "sha256": file_sha256(path)}
     (bundle / MANIFEST).write_text(json.dumps(manifest))
+
+
+def add_fp32(bundle: Path, exact: Bundle) -> Bundle:
+    """Let a bundle hold another one for rows that fail, as one exported with --with-fp32 does."""
+    shutil.copytree(exact.path, bundle / FP32)
+    edit_manifest(bundle, lambda m: m["files"].update({f"{FP32}/{MANIFEST}": {"size": 0, "sha256": ""}}))
+    seal(bundle)
+    return Bundle.load(bundle)
 
 
 def forget_known_answers(bundle: Path) -> None:

@@ -38,7 +38,7 @@ def export(checkpoint: Path, dtype: str, output: Path, most: float) -> bool:
     with subprocess.Popen([*map(str, command)], cwd=ROOT) as process:
         own = mapped = 0
         while process.poll() is None:
-            now = _memory(process.pid)
+            now = _resident_bytes(process.pid)
             own, mapped = max(own, now.get("RssAnon", 0)), max(mapped, now.get("RssFile", 0))
             time.sleep(0.2)
     if process.returncode:
@@ -83,7 +83,7 @@ def _wrong(graph: ir.Model, parts: list[Part], model: Any) -> list[str]:
     ]
 
 
-def _memory(process: int) -> dict[str, int]:
+def _resident_bytes(process: int) -> dict[str, int]:
     """Bytes of a process's memory, by kind; nothing if it has just ended."""
     try:
         lines = (Path("/proc") / str(process) / "status").read_text().splitlines()

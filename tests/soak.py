@@ -24,6 +24,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from conftest import QUESTIONS, ROOT
+from output_folders import read_answers
 
 from benchmark.memory import family
 from qvl_batch import Captioner
@@ -66,7 +67,7 @@ def soak(bundle: Path, kills: int, seed: int, folder: Path, env: dict[str, str],
     demo = pq.read_table(QUESTIONS)
     repeats = max(2, math.ceil(kills * latest * ROWS_PER_SECOND / demo.num_rows))
     source, output = folder / "input", folder / "answers"
-    _write_input(source, demo, repeats)
+    _write_two_files(source, demo, repeats)
     command = [sys.executable, "jobs/caption.py", "--bundle", bundle, "--input", source, "--output", output]
     killed: Counter[str] = Counter()
     starts = 0
@@ -97,7 +98,7 @@ def soak(bundle: Path, kills: int, seed: int, folder: Path, env: dict[str, str],
     return _compare(bundle, demo, repeats, output, killed, starts)
 
 
-def _write_input(folder: Path, demo: pa.Table, repeats: int) -> None:
+def _write_two_files(folder: Path, demo: pa.Table, repeats: int) -> None:
     """Two files, of row groups that are no multiple of anything else."""
     folder.mkdir(parents=True)
     for number in range(2):
@@ -117,7 +118,7 @@ def _compare(bundle: Path, demo: pa.Table, repeats: int, output: Path, killed: C
         for again in range(repeats)
         for id_, answer in zip(demo["id"].to_pylist(), answers, strict=True)
     }
-    table = pa.concat_tables([pq.read_table(path) for path in sorted(output.glob("part-*.parquet"))])
+    table = read_answers(output)
     found = list(zip(table["id"].to_pylist(), table["answer"].to_pylist(), strict=True))
     times = Counter(id_ for id_, _ in found)
     return Outcome(

@@ -1,40 +1,38 @@
 """Numbers that mean nothing and answers that run away are found row by row, and run again in fp32 if it is there."""
 
 import dataclasses
-import shutil
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
-from conftest import QUESTIONS
-from faults import edit_manifest, forget_known_answers, seal, spoil
+from answers import demo_rows
+from faults import add_fp32, edit_manifest, forget_known_answers, spoil
 from reference import letterboxed
 
 from qvl_batch.bundle.loading import Bundle
-from qvl_batch.bundle.manifest import DECODER, FP32, VISION
+from qvl_batch.bundle.manifest import DECODER, VISION
 from qvl_batch.decoder.answerer import Answerer, EncodedRow, repeated_phrase
 from qvl_batch.errors import NumericError
 from qvl_batch.vision.encoder import VisionEncoder
 
-ROWS = pq.read_table(QUESTIONS).slice(0, 6).to_pylist()
+ROWS = demo_rows(6)
 
 
 @pytest.fixture(scope="module")
-def questions(tiny_bundle):
+def encoded_rows(tiny_bundle):
     vision = VisionEncoder(tiny_bundle, threads=2)
     return [EncodedRow(vision.encode(letterboxed(row["image"]["bytes"])), row["prompt"]) for row in ROWS]
 
 
-def _answers(bundle, questions, max_new_tokens=64, **options):
+def _answer_all(bundle, encoded_rows, max_new_tokens=64, **options):
     answerer = Answerer(bundle, 4, 2, **options)
-    answers = answerer.answer(questions, max_new_tokens)
+    answers = answerer.answer(encoded_rows, max_new_tokens)
     answerer.close()
     return answers
 
 
 @pytest.fixture(scope="module")
-def expected(tiny_bundle, questions):
-    answers = _answers(tiny_bundle, questions)
+def expected(tiny_bundle, encoded_rows):
+    answers = _answer_all(tiny_bundle, encoded_rows)
     assert {answer.finish_reason for answer in answers} == {"stop"}
     return answers
 
@@ -43,49 +41,43 @@ def _never_ends(manifest):
     manifest["generation"]["eos_token_ids"] = []
 
 
-def _with_fp32(path, exact):
-    """Let a bundle hold another one for rows that fail."""
-    shutil.copytree(exact.path, path / FP32)
-    edit_manifest(path, lambda m: m["files"].update({f"{FP32}/bundle.json": {"size": 0, "sha256": ""}}))
-    seal(path)
-    return Bundle.load(path)
-
-
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_a_row_whose_logits_are_not_finite_fails_alone(value, tiny_bundle, questions):
-    whole = _answers(tiny_bundle, questions)
-    broken = questions[2].features.copy()
+def test_a_row_whose_logits_are_not_finite_fails_alone(value, tiny_bundle, encoded_rows):
+    whole = _answer_all(tiny_bundle, encoded_rows)
+    broken = encoded_rows[2].features.copy()
     broken[100, 5] = value
-    found = _answers(tiny_bundle, [*questions[:2], dataclasses.replace(questions[2], features=broken), *questions[3:]])
+    found = _answer_all(
+        tiny_bundle, [*encoded_rows[:2], dataclasses.replace(encoded_rows[2], features=broken), *encoded_rows[3:]]
+    )
     failure = found[2].failure
     assert (found[2].finish_reason, failure.stage, failure.type) == ("error", "decode", "NumericError")
     assert failure.message == "logits or hidden states are not finite at answer token 1"
     assert [*found[:2], *found[3:]] == [*whole[:2], *whole[3:]]
 
 
-def test_rows_that_fail_in_the_decoder_are_run_again_in_fp32(copied_bundle, tiny_bundle, questions, expected):
+def test_rows_that_fail_in_the_decoder_are_run_again_in_fp32(copied_bundle, tiny_bundle, encoded_rows, expected):
     spoil(copied_bundle, DECODER, "weights.stack.1.mlp.down")
     forget_known_answers(copied_bundle)  # with them, it would be refused
-    damaged = _answers(Bundle.load(copied_bundle), questions)
+    damaged = _answer_all(Bundle.load(copied_bundle), encoded_rows)
     assert {answer.failure.type for answer in damaged} == {"NumericError"}
-    assert _answers(_with_fp32(copied_bundle, tiny_bundle), questions) == expected
+    assert _answer_all(add_fp32(copied_bundle, tiny_bundle), encoded_rows) == expected
 
 
-def test_images_that_fail_in_the_vision_graph_are_encoded_again_in_fp32(copied_bundle, tiny_bundle, questions):
+def test_images_that_fail_in_the_vision_graph_are_encoded_again_in_fp32(copied_bundle, tiny_bundle, encoded_rows):
     spoil(copied_bundle, VISION, "blocks.1.mlp.down")
     forget_known_answers(copied_bundle)  # with them, it would be refused
     image = letterboxed(ROWS[0]["image"]["bytes"])
     with pytest.raises(NumericError, match="the image features are not finite") as failure:
         VisionEncoder(Bundle.load(copied_bundle), threads=2).encode(image)
     assert failure.value.stage == "vision"
-    vision = VisionEncoder(_with_fp32(copied_bundle, tiny_bundle), threads=2)
-    assert np.array_equal(vision.encode(image), questions[0].features)
+    vision = VisionEncoder(add_fp32(copied_bundle, tiny_bundle), threads=2)
+    assert np.array_equal(vision.encode(image), encoded_rows[0].features)
 
 
 def test_an_image_that_fails_in_fp32_too_has_failed(copied_bundle):
     spoil(copied_bundle, VISION, "blocks.1.mlp.down")
     forget_known_answers(copied_bundle)  # with them, it would be refused
-    bundle = _with_fp32(copied_bundle, Bundle.load(copied_bundle))
+    bundle = add_fp32(copied_bundle, Bundle.load(copied_bundle))
     with pytest.raises(NumericError, match="not finite"):
         VisionEncoder(bundle, threads=2).encode(letterboxed(ROWS[0]["image"]["bytes"]))
 
@@ -97,12 +89,12 @@ def test_features_that_are_all_the_same_mean_nothing(copied_bundle):
         VisionEncoder(Bundle.load(copied_bundle), threads=2).encode(letterboxed(ROWS[0]["image"]["bytes"]))
 
 
-def test_an_answer_that_runs_away_fails_unless_that_is_allowed(copied_bundle, questions):
+def test_an_answer_that_runs_away_fails_unless_that_is_allowed(copied_bundle, encoded_rows):
     edit_manifest(copied_bundle, _never_ends)
     bundle = Bundle.load(copied_bundle)
-    kept = _answers(bundle, questions, 60, allow_repetition=True)
+    kept = _answer_all(bundle, encoded_rows, 60, allow_repetition=True)
     assert {answer.finish_reason for answer in kept} == {"length"}
-    found = _answers(bundle, questions, 60)
+    found = _answer_all(bundle, encoded_rows, 60)
     failed = [answer for answer in found if answer.finish_reason == "error"]
     assert failed
     for answer in failed:
@@ -111,9 +103,9 @@ def test_an_answer_that_runs_away_fails_unless_that_is_allowed(copied_bundle, qu
     assert all(f == k for f, k in zip(found, kept, strict=True) if f.finish_reason != "error")
 
 
-def test_an_answer_that_runs_away_is_run_again_in_fp32(copied_bundle, tiny_bundle, questions, expected):
+def test_an_answer_that_runs_away_is_run_again_in_fp32(copied_bundle, tiny_bundle, encoded_rows, expected):
     edit_manifest(copied_bundle, _never_ends)
-    found = _answers(_with_fp32(copied_bundle, tiny_bundle), questions, 60)
+    found = _answer_all(add_fp32(copied_bundle, tiny_bundle), encoded_rows, 60)
     again = [index for index, answer in enumerate(found) if answer.finish_reason == "stop"]
     assert again
     assert all(found[index] == expected[index] for index in again)

@@ -1,6 +1,8 @@
 """The bench compares equal work only, and says who failed; the whole of it is a long test."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from contextlib import ExitStack
@@ -14,7 +16,7 @@ import bench
 from benchmark import gpu, limits
 from benchmark.figures import read_rows
 from benchmark.host import Host
-from benchmark.memory import PeakMemory
+from benchmark.memory import PeakMemory, family
 from benchmark.rows import Peer, Rows
 from benchmark.situations import MEAN_TOKENS, MOST_TOKENS, SKEW_ROWS, _skewed_lengths
 from qvl_batch.bundle.loading import Bundle
@@ -30,7 +32,8 @@ def test_a_contender_answers_from_its_own_process():
         with pytest.raises(RuntimeError, match=r"rows failed: (.|\n)*no attribute 'nothing'"):
             host.call("nothing")
         assert host.call("part", 0, 1) == Rows([b"a"], ["x"])
-        host._process.kill()
+        *_, contender = family(os.getpid())
+        os.kill(contender, signal.SIGKILL)
         with pytest.raises(RuntimeError, match="rows ended: exit status -9"):
             host.call("part", 0, 1)
 
@@ -56,6 +59,7 @@ class _Fake:
         return self._results[method]
 
 
+# Private functions of the bench are called here: a whole run takes minutes, and its figures cannot be chosen.
 def test_only_equal_work_is_compared():
     rows = Rows([b""], ["x"])
     equal = {name: _Fake([9], [[1, 2]]) for name in (bench.FP32, bench.HF_FP32)}
@@ -86,6 +90,7 @@ def test_the_fastest_batch_stays(monkeypatch):
 
 
 def test_skewed_lengths_are_what_they_are_called():
+    # Private, since answering rows of these lengths takes hours.
     lengths = _skewed_lengths(SKEW_ROWS)
     assert lengths.max() == MOST_TOKENS
     assert 0.8 * MEAN_TOKENS < lengths.mean() < 1.2 * MEAN_TOKENS
@@ -178,7 +183,7 @@ def test_a_step_reads_weights_and_cache_and_no_table(tiny_bundle):
 def test_the_model_for_a_gpu_is_made_and_exported_once(tmp_path, monkeypatch):
     monkeypatch.setattr("benchmark.gpu.require_cuda", lambda _: 13)
     config = gpu.GpuBenchConfig(shape="bench", output=tmp_path)
-    checkpoint, bundle, cpu_vision = gpu._prepare(config, Console())
+    checkpoint, bundle, cpu_vision = gpu._prepare(config, Console())  # private: `bench` then needs a GPU
     assert {checkpoint.parent, bundle.parent, cpu_vision.parent} == {tmp_path}
     towers = [(m.dtype, m.vision_dtype) for m in (Bundle.load(path).manifest for path in (bundle, cpu_vision))]
     assert towers == [("bf16", "bf16"), ("bf16", "fp32")]
@@ -218,7 +223,7 @@ def test_what_was_measured_of_a_card_is_kept_if_a_peer_fails(tiny_bundle, tmp_pa
     def fail(*_):
         raise JobError("out of memory")
 
-    monkeypatch.setattr(gpu, "_peers", fail)
+    monkeypatch.setattr(gpu, "_peers", fail)  # no option makes it fail
     config = gpu.GpuBenchConfig(rows=4, new_tokens=4, rounds=1, slots=4, step_rows=(1,), at_once=(1,), output=tmp_path)
     with pytest.raises(JobError, match="out of memory"):
         gpu.measured(config, TINY, tiny_bundle.path, None, Console())

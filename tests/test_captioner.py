@@ -5,24 +5,28 @@ import os
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
+import onnxruntime
 import pytest
-from conftest import QUESTIONS, ROOT
+from answers import demo_rows
+from conftest import ROOT
+from image_files import image_file
+from interrupts import press_ctrl_c
 from PIL import Image
 
 from qvl_batch import Captioner, JobError
-from qvl_batch.captioner import _picture
 from qvl_batch.decoder.answerer import Answerer
 from qvl_batch.decoder.decoder import Decoder
 from qvl_batch.decoder.engine import Engine
 from qvl_batch.errors import ConfigError, DeviceError
 from qvl_batch.images.pixels import decode_image
+from qvl_batch.vision.encoder import VisionEncoder
 
-ROWS = pq.read_table(QUESTIONS).slice(0, 8).to_pylist()
+ROWS = demo_rows(8)
 
 
 @pytest.fixture(scope="module")
@@ -78,9 +82,7 @@ def test_a_file_that_is_not_there_fails_its_row(captioner):
 
 
 def _truncated():
-    buffer = io.BytesIO()
-    Image.new("RGB", (64, 64), "red").save(buffer, "AVIF")
-    return Image.open(io.BytesIO(buffer.getvalue()[:-20]))
+    return Image.open(io.BytesIO(image_file(Image.new("RGB", (64, 64), "red"), "AVIF")[:-20]))
 
 
 @pytest.mark.parametrize(
@@ -112,10 +114,30 @@ def test_one_image_in_place_of_a_list_is_refused(image, captioner):
         captioner.caption(image, "What?")
 
 
+@pytest.fixture
+def encoded(monkeypatch):
+    """Pixels that went through the vision graph."""
+    images, encode = [], VisionEncoder.encode
+    monkeypatch.setattr(VisionEncoder, "encode", lambda self, image: images.append(image) or encode(self, image))
+    return images
+
+
 @pytest.mark.parametrize("kind", ["int16", "int32", "int64", "uint64"])
-def test_shades_of_a_byte_may_be_in_wider_integers(kind):
-    shades = np.arange(0, 256, 17).reshape(4, 4)
-    assert np.array_equal(np.asarray(_picture(shades.astype(kind)))[..., 0], shades)
+def test_shades_of_a_byte_may_be_in_wider_integers(kind, tiny_bundle, encoded):
+    size = tiny_bundle.manifest.layout.image_size
+    shades = np.resize(np.arange(0, 256, 17), (size, size))
+    with Captioner(tiny_bundle.path, slots=1) as captioner:
+        captioner.caption([shades.astype(kind)], "What?", max_new_tokens=1)
+    (pixels,) = encoded
+    assert np.array_equal(pixels[..., 0], shades)
+
+
+def test_pixels_pass_through_unchanged(tiny_bundle, encoded):
+    size = tiny_bundle.manifest.layout.image_size
+    one, other = np.random.default_rng(0).integers(0, 256, (2, size, size, 3), dtype=np.uint8)
+    with Captioner(tiny_bundle.path, slots=1) as captioner:
+        captioner.caption([one, Image.fromarray(other)], "What?", max_new_tokens=1)
+    assert np.array_equal(encoded, [one, other])
 
 
 def test_a_process_that_was_forked_is_told_to_make_its_own(captioner):
@@ -179,14 +201,18 @@ def test_a_device_that_the_bundle_is_not_for_is_an_error(tiny_bundle):
 
 
 @pytest.mark.parametrize("end", ["close", "stop", None])
-def test_a_captioner_that_is_closed_or_gone_lets_go_of_its_graphs_and_threads(end, tiny_bundle):
-    before = set(threading.enumerate())
+def test_a_captioner_that_is_closed_or_gone_lets_go_of_its_graphs_and_threads(end, tiny_bundle, monkeypatch):
+    graphs, before = [], set(threading.enumerate())
+
+    class Session(onnxruntime.InferenceSession):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            graphs.append(weakref.ref(self))
+
+    monkeypatch.setattr("onnxruntime.InferenceSession", Session)
     captioner = Captioner(tiny_bundle.path, slots=2)
     captioner.caption([ROWS[0]["image"]["bytes"]], "What?", max_new_tokens=1)
     threads = set(threading.enumerate()) - before
-    features, answerer = captioner._parts
-    graphs = [weakref.ref(features._vision), weakref.ref(answerer._engine._loop._decoder)]
-    del features, answerer
     if end:
         getattr(captioner, end)()
         getattr(captioner, end)()
@@ -208,17 +234,26 @@ def test_an_exception_within_it_stops_it_at_once(tiny_bundle, monkeypatch):
     assert stopped
 
 
-def test_rows_of_an_interrupted_call_are_not_answered(captioner, monkeypatch):
-    _, answerer = captioner._parts
+def test_rows_of_an_interrupted_call_are_not_answered(tiny_bundle, monkeypatch):
     futures, go = [], threading.Event()
-    decoder, submit, step = answerer._engine._loop._decoder, Engine.submit, Decoder.step
+    submit, step = Engine.submit, Decoder.step
+
+    def interrupting(decoder, tokens):
+        if not go.is_set():
+            while len(futures) < 24:
+                time.sleep(0.001)
+            press_ctrl_c()
+            go.wait(timeout=60)
+        return step(decoder, tokens)
+
     monkeypatch.setattr(Engine, "submit", lambda self, request: futures.append(submit(self, request)) or futures[-1])
-    monkeypatch.setattr(decoder, "step", lambda tokens: go.wait(timeout=60) and step(decoder, tokens))
-    monkeypatch.setattr(answerer, "_outcome", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(Decoder, "step", interrupting)
+    captioner = Captioner(tiny_bundle.path, slots=8)
     with pytest.raises(KeyboardInterrupt):
         captioner.caption([ROWS[0]["image"]["bytes"]] * 24, "Describe the image.")
     go.set()
-    assert sum(future.cancelled() for future in futures) >= 24 - decoder.slots
+    captioner.close()
+    assert sum(future.cancelled() for future in futures) >= 24 - 8
 
 
 def test_no_bundle_is_one_line(tmp_path):
@@ -238,9 +273,3 @@ assert answer.finish_reason == "stop", answer
 assert "onnx" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, capture_output=True)
-
-
-def test_pixels_pass_through_pillow_unchanged():
-    pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
-    assert np.array_equal(_picture(pixels), pixels)
-    assert np.array_equal(_picture(Image.fromarray(pixels)), pixels)

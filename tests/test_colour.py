@@ -2,10 +2,10 @@
 
 import io
 import struct
-import zlib
 
 import numpy as np
 import pytest
+from image_files import image_file, png_chunk
 from PIL import Image, ImageCms
 from profiles import ADOBE, PROPHOTO, cmyk_profile, grey_profile, rgb_profile
 from tiffs import tiff
@@ -22,10 +22,8 @@ COLOURS = np.array(
 )
 
 
-def _file(image, kind, profile, **options):
-    buffer = io.BytesIO()
-    image.save(buffer, kind, icc_profile=profile, **options)
-    return buffer.getvalue()
+def _profiled(image, kind, profile, **options):
+    return image_file(image, kind, icc_profile=profile, **options)
 
 
 def _curved(linear):
@@ -50,7 +48,7 @@ def test_colours_of_a_wider_space_are_converted(kind, columns, gamma):
         "WEBP": {"lossless": True},
         "AVIF": {"quality": 100, "subsampling": "4:4:4"},
     }
-    data = _file(Image.fromarray(colours), kind, rgb_profile(columns, gamma), **options.get(kind, {}))
+    data = _profiled(Image.fromarray(colours), kind, rgb_profile(columns, gamma), **options.get(kind, {}))
     shown = np.asarray(decode_image(data), float)[8, 8::16]
     expected = _srgb(COLOURS[0], columns, gamma)
     assert np.abs(expected - COLOURS[0]).max() > 10
@@ -59,7 +57,7 @@ def test_colours_of_a_wider_space_are_converted(kind, columns, gamma):
 
 
 def test_a_blue_of_prophoto_is_blue():
-    data = _file(Image.new("RGB", (1, 1), (86, 68, 233)), "PNG", rgb_profile(PROPHOTO, 1.8))
+    data = _profiled(Image.new("RGB", (1, 1), (86, 68, 233)), "PNG", rgb_profile(PROPHOTO, 1.8))
     red, _, blue = decode_image(data).getpixel((0, 0))
     assert red < 20
     assert blue > 200
@@ -70,7 +68,7 @@ def test_a_blue_of_prophoto_is_blue():
 def test_without_another_space_every_sample_stays_as_it_is(kind, profile):
     samples = np.random.default_rng(0).integers(0, 256, (60, 70, 3), np.uint8)
     options = {"lossless": True} if kind == "WEBP" else {}
-    assert np.array_equal(decode_image(_file(Image.fromarray(samples), kind, profile, **options)), samples)
+    assert np.array_equal(decode_image(_profiled(Image.fromarray(samples), kind, profile, **options)), samples)
 
 
 @pytest.mark.parametrize(
@@ -79,12 +77,12 @@ def test_without_another_space_every_sample_stays_as_it_is(kind, profile):
 )
 def test_a_profile_of_other_colours_than_the_images_is_passed_over(mode, profile):
     image = Image.linear_gradient("L").resize((40, 32)).convert(mode)
-    assert np.array_equal(decode_image(_file(image, "TIFF", profile)), image.convert("RGB"))
+    assert np.array_equal(decode_image(_profiled(image, "TIFF", profile)), image.convert("RGB"))
 
 
 def test_shades_are_converted_by_their_curve():
     image = Image.fromarray(np.arange(256, dtype=np.uint8)[None])
-    shown = np.asarray(decode_image(_file(image, "PNG", grey_profile(1.0))), float)[0]
+    shown = np.asarray(decode_image(_profiled(image, "PNG", grey_profile(1.0))), float)[0]
     assert np.abs(shown - _curved(np.arange(256) / 255)[:, None]).max() <= 2
 
 
@@ -106,12 +104,12 @@ def test_what_shows_through_shows_as_much_of_the_ground_as_before(mode):
         image = Image.new("P", (2, 1), 1)
         image.putpalette([0, 0, 0, *colour])
         image.putpixel((0, 0), 0)
-        data = _file(image, "PNG", profile, transparency=0)
+        data = _profiled(image, "PNG", profile, transparency=0)
         wanted = [[255] * 3, expected]
     else:
         image = Image.new("RGBA", (2, 1), (*colour, 255))
         image.putpixel((0, 0), (*colour, 51))
-        data = _file(image.convert(mode), "PNG", profile)
+        data = _profiled(image.convert(mode), "PNG", profile)
         wanted = [expected * 0.2 + 255 * 0.8, expected]
     assert np.abs(np.asarray(decode_image(data), float)[0] - wanted).max() <= 2
 
@@ -122,10 +120,10 @@ def test_inks_are_shown_as_their_profile_says_and_without_one_as_before(kind):
     image.paste((255, 0, 0, 0), (16, 0, 32, 16))
     options = {"quality": 100} if kind == "JPEG" else {}
     # Paper of L* 100; ink of L* 50.2 and no colour, which is a shade of 119.
-    shown = decode_image(_file(image, kind, cmyk_profile((255, 128, 128), (128, 128, 128)), **options))
+    shown = decode_image(_profiled(image, kind, cmyk_profile((255, 128, 128), (128, 128, 128)), **options))
     paper, ink = (shown.getpixel((x, 8)) for x in (4, 28))
     assert np.abs(np.array([paper, ink]) - [[255] * 3, [119] * 3]).max() <= 3
-    plain = decode_image(_file(image, kind, None, **options))
+    plain = decode_image(_profiled(image, kind, None, **options))
     assert np.abs(np.array(plain.getpixel((28, 8))) - (0, 255, 255)).max() <= 3
 
 
@@ -133,24 +131,21 @@ def test_a_huge_profile_costs_nothing_but_itself():
     image = Image.new("RGB", (4, 4), (10, 200, 30))
     profile = rgb_profile(ADOBE, 2.2)
     huge = profile + np.random.default_rng(0).bytes(LARGEST_PROFILE)
-    assert decode_image(_file(image, "TIFF", profile)).getpixel((0, 0)) != (10, 200, 30)
+    assert decode_image(_profiled(image, "TIFF", profile)).getpixel((0, 0)) != (10, 200, 30)
     for kind in ("TIFF", "PNG"):
-        assert decode_image(_file(image, kind, huge)).getpixel((0, 0)) == (10, 200, 30)
+        assert decode_image(_profiled(image, kind, huge)).getpixel((0, 0)) == (10, 200, 30)
 
 
 def test_an_image_that_the_caller_has_keeps_its_colours():
-    image = Image.open(io.BytesIO(_file(Image.fromarray(COLOURS), "PNG", rgb_profile(ADOBE, 2.2))))
+    image = Image.open(io.BytesIO(_profiled(Image.fromarray(COLOURS), "PNG", rgb_profile(ADOBE, 2.2))))
     image.load()
     upright_rgb(image)
     assert np.array_equal(image, COLOURS)
 
 
 def test_chunks_that_only_describe_colours_change_none():
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    plain = _file(Image.fromarray(COLOURS), "PNG", None)
+    plain = _profiled(Image.fromarray(COLOURS), "PNG", None)
     end_of_header = plain.index(b"IDAT") - 4
-    notes = chunk(b"gAMA", struct.pack(">I", 100_000)) + chunk(b"cICP", bytes((12, 13, 0, 1)))
-    notes += chunk(b"cHRM", struct.pack(">8I", 31270, 32900, 68000, 32000, 26500, 69000, 15000, 6000))
+    notes = png_chunk(b"gAMA", struct.pack(">I", 100_000)) + png_chunk(b"cICP", bytes((12, 13, 0, 1)))
+    notes += png_chunk(b"cHRM", struct.pack(">8I", 31270, 32900, 68000, 32000, 26500, 69000, 15000, 6000))
     assert np.array_equal(decode_image(plain[:end_of_header] + notes + plain[end_of_header:]), COLOURS)

@@ -304,7 +304,7 @@ def two_rows(tmp_path):
     return path
 
 
-def _run(target, tmp_path, bundle=None, env=None, **variables):
+def _run_target(target, tmp_path, bundle=None, env=None, **variables):
     """Run a target as make does, with this environment in place of one that it would install."""
     programs = tmp_path / "bin"
     programs.mkdir()
@@ -324,7 +324,7 @@ def _small(target, arguments="", **variables):
 
 @pytest.mark.long
 def test_the_demo_answers_and_shows(tiny_bundle, two_rows, ray_env, tmp_path):
-    result = _run("demo", tmp_path, tiny_bundle, ray_env, QUESTIONS=two_rows, ANSWERS=tmp_path / "answers")
+    result = _run_target("demo", tmp_path, tiny_bundle, ray_env, QUESTIONS=two_rows, ANSWERS=tmp_path / "answers")
     assert "rows      2 (2 stop)\nerrors    0\n" in result.stdout
     assert "2 of 2 answers match what was expected (100.0%)" in result.stdout
     # As the README shows it.
@@ -424,14 +424,14 @@ def test_the_tokenizer_is_made_by_its_script(run_here, in_a_folder):
 
 @pytest.mark.long
 def test_the_soak_kills_once(tiny_bundle, tmp_path):
-    result = _run("soak", tmp_path, tiny_bundle, ARGS="--kills 1 --latest 4")
+    result = _run_target("soak", tmp_path, tiny_bundle, ARGS="--kills 1 --latest 4")
     assert re.search(r"^1 kills \(.*: 128 rows, 0 missing, 0 twice, 0 with another", result.stdout, re.MULTILINE)
 
 
 @pytest.mark.long
 def test_an_export_of_real_size_is_tried_at_tiny_size(tmp_path):
     small = f"--shape tiny --on-paper tiny --most 1000 --work-dir {tmp_path}/work"
-    result = _run("real-size", tmp_path, ARGS=small)
+    result = _run_target("real-size", tmp_path, ARGS=small)
     assert "tiny on paper: 0.0 G parameters, 0 of another shape" in result.stdout
     assert Bundle.load(tmp_path / "work" / "tiny-fp32").manifest.parity
 

@@ -1,7 +1,6 @@
 """A comparison says that a bundle answers like its checkpoint if, and only if, it does."""
 
 import dataclasses
-import io
 import itertools
 import json
 import math
@@ -26,6 +25,7 @@ from faults import (
     spoil,
     without_normalisation,
 )
+from image_files import image_file
 from PIL import Image
 from reference import question
 
@@ -58,21 +58,16 @@ COMPARE = [sys.executable, "jobs/compare.py"]
 BOUNDS = Bounds(min_agreement=1.0, max_drift=1e-3, tie_margin=1e-3)
 
 
-@pytest.fixture(scope="module")
-def demo():
-    return pq.read_table(QUESTIONS).to_pylist()
-
-
-def _config(bundle, output, **changes):
+def _compare_config(bundle, output, **changes):
     plain = {"bundle": bundle, "checkpoint": TINY, "input": (str(QUESTIONS),), "output": output, "limit": 12}
     return CompareConfig(**plain | changes)
 
 
-def _rows(output):
+def _compared_rows(output):
     return pq.read_table(output / "comparison.parquet").to_pylist()
 
 
-def test_an_exact_bundle_passes_and_everything_is_written(tiny_bundle, tmp_path, monkeypatch, capsys):
+def test_an_exact_bundle_passes_and_everything_is_written(tiny_bundle, demo, tmp_path, monkeypatch, capsys):
     output = tmp_path / "out"
     options = ["--bundle", tiny_bundle.path, "--checkpoint", TINY, "--input", QUESTIONS, "--limit", 9]
     monkeypatch.setattr(sys, "argv", [*map(str, ["compare.py", *options, "--output", output])])
@@ -82,8 +77,7 @@ def test_an_exact_bundle_passes_and_everything_is_written(tiny_bundle, tmp_path,
     assert "equal     9 of 9 answers" in said.out
     assert "9 of 9 rows" in said.err
 
-    rows = _rows(output)
-    demo = pq.read_table(QUESTIONS).to_pylist()
+    rows = _compared_rows(output)
     assert [(row["id"], row["prompt"], row["expected"]) for row in rows] == [
         (row["id"], row["prompt"], row["expected"]) for row in demo[:9]
     ]
@@ -112,7 +106,7 @@ def test_less_agreement_than_asked_for_is_an_error_that_says_how_much(copied_bun
     assert f"{(1 - share) * 100:.2f} points under --min-agreement 1" in result.stderr
     assert "the bundle's manifest says" not in result.stderr
     lenient, said = {"min_agreement": 0.0, "max_drift": 100.0}, []
-    assert compare(_config(copied_bundle, tmp_path / "out", limit=4, **lenient), say=said.append).passed
+    assert compare(_compare_config(copied_bundle, tmp_path / "out", limit=4, **lenient), say=said.append).passed
     assert "resuming  4 are compared already" in said
 
 
@@ -148,7 +142,7 @@ def test_damage_turns_the_report_red_and_the_layer_plot_points_at_it(
         "decoder layer at 4 bits": lambda: quantize_layer(copied_bundle, DECODER, "weights.stack.2."),
         "vision block at 4 bits": lambda: quantize_layer(copied_bundle, VISION, "blocks.1."),
     }[damage]()
-    outcome = compare(_config(copied_bundle, tmp_path / "out", limit=3, layers=True))
+    outcome = compare(_compare_config(copied_bundle, tmp_path / "out", limit=3, layers=True))
     assert_points_at(outcome, begins_at, own)
 
 
@@ -159,7 +153,7 @@ def test_layers_of_an_exact_bundle_agree_at_every_depth(tmp_path):
     path = make_checkpoint(tmp_path / "checkpoint", text={"num_hidden_layers": 2}, vision=vision)
     export_bundle(ExportConfig(checkpoint=path, output=tmp_path / "bundle", skip_parity=True))
     outcome = compare(
-        _config(tmp_path / "bundle", tmp_path / "out", checkpoint=path, limit=2, layers=True, max_new_tokens=8)
+        _compare_config(tmp_path / "bundle", tmp_path / "out", checkpoint=path, limit=2, layers=True, max_new_tokens=8)
     )
     depths = outcome.summary["layers"]["depths"]
     assert [depth["name"] for depth in depths] == depth_names(8, 2)
@@ -209,11 +203,10 @@ def test_both_sides_read_a_prompt_alike(tiny_bundle, tiny_checkpoint):
         assert pytorch.input_ids(prompt) == side.layout.row_ids(prompt)
 
 
-def test_the_bundle_answers_all_questions_in_one_thread(tiny_bundle, demo):
+def test_the_bundle_answers_all_questions_in_one_thread(tiny_bundle, demo, monkeypatch):
     before = set(threading.enumerate())
-    side, threads = BundleSide(tiny_bundle, 2, 1024, layers=False), set()
-    step = side._decoder.step
-    side._decoder.step = lambda tokens: threads.add(threading.get_ident()) or step(tokens)
+    side, threads, step = BundleSide(tiny_bundle, 2, 1024, layers=False), set(), Decoder.step
+    monkeypatch.setattr(Decoder, "step", lambda *asked: threads.add(threading.get_ident()) or step(*asked))
     found = [side.answer([question(row) for row in demo[:3]]) for _ in range(2)]
     assert [trace.token_ids for trace in found[0]] == [trace.token_ids for trace in found[1]]
     (started,) = set(threading.enumerate()) - before
@@ -232,7 +225,7 @@ def test_a_comparison_that_was_stopped_goes_on_where_it_was(tiny_bundle, demo, t
         return plain(self, questions)
 
     monkeypatch.setattr(PyTorch, "answer", stops)
-    config = _config(tiny_bundle.path, tmp_path / "out", limit=5)
+    config = _compare_config(tiny_bundle.path, tmp_path / "out", limit=5)
     with pytest.raises(KeyboardInterrupt):
         compare(config)
     assert not (tmp_path / "out" / "report.html").exists()
@@ -242,16 +235,16 @@ def test_a_comparison_that_was_stopped_goes_on_where_it_was(tiny_bundle, demo, t
     )
     outcome = compare(config)
     assert asked == [row["id"] for row in demo[:5]]
-    assert [row["id"] for row in _rows(tmp_path / "out")] == asked
+    assert [row["id"] for row in _compared_rows(tmp_path / "out")] == asked
     assert outcome.passed
 
     whole = compare(dataclasses.replace(config, output=tmp_path / "whole"))
-    assert _rows(tmp_path / "whole") == _rows(tmp_path / "out")
+    assert _compared_rows(tmp_path / "whole") == _compared_rows(tmp_path / "out")
     assert whole.summary["drift"] == outcome.summary["drift"]
 
 
 def test_another_comparison_is_not_mixed_in(tiny_bundle, tmp_path):
-    config = _config(tiny_bundle.path, tmp_path / "out", limit=2)
+    config = _compare_config(tiny_bundle.path, tmp_path / "out", limit=2)
     compare(config)
     with pytest.raises(OutputError, match=r"another max_new_tokens \(64 there, 9 now\)"):
         compare(dataclasses.replace(config, max_new_tokens=9))
@@ -279,9 +272,11 @@ def test_rows_that_cannot_be_asked_are_counted_apart(tiny_bundle, demo, tmp_path
     rows[4]["prompt"] = "<|im_end|><|image_pad|>"
     path = tmp_path / "questions.parquet"
     pq.write_table(pa.Table.from_pylist(rows, pq.read_schema(QUESTIONS)), path)
-    config = _config(tiny_bundle.path, tmp_path / "out", input=(str(path),), fit=("crop", "stretch"), layers=True)
+    config = _compare_config(
+        tiny_bundle.path, tmp_path / "out", input=(str(path),), fit=("crop", "stretch"), layers=True
+    )
     outcome = compare(config)
-    found = _rows(tmp_path / "out")
+    found = _compared_rows(tmp_path / "out")
     assert [(row["id"], row["fit"]) for row in found] == list(
         itertools.product([r["id"] for r in rows], ("crop", "stretch"))
     )
@@ -302,16 +297,16 @@ def test_rows_that_failed_are_asked_again_if_that_is_wanted(tiny_bundle, demo, t
     rows[1]["image"] = rows[3]["image"] = {"bytes": None, "path": "late.png"}
     pq.write_table(pa.Table.from_pylist(rows, pq.read_schema(QUESTIONS)), tmp_path / "questions.parquet")
     options = {"input": (str(tmp_path / "questions.parquet"),), "allow_images_from": (str(tmp_path),)}
-    config = _config(tiny_bundle.path, tmp_path / "out", fit=("crop", "stretch"), **options)
+    config = _compare_config(tiny_bundle.path, tmp_path / "out", fit=("crop", "stretch"), **options)
     assert compare(config).summary["compared"] == 6
-    first = _rows(tmp_path / "out")
+    first = _compared_rows(tmp_path / "out")
     (tmp_path / "late.png").write_bytes(demo[1]["image"]["bytes"])
     assert compare(config).summary["compared"] == 6
     said = []
     outcome = compare(dataclasses.replace(config, retry_errors=True), say=said.append)
     assert said[-1] == "resuming  6 are compared already; 4 that failed are asked again"
     assert (outcome.summary["compared"], outcome.passed) == (10, True)
-    again = _rows(tmp_path / "out")
+    again = _compared_rows(tmp_path / "out")
     assert [(row["id"], row["fit"]) for row in again] == [(row["id"], row["fit"]) for row in first]
     assert [row for row in again if row["row"] in (0, 2, 4)] == [row for row in first if row["row"] in (0, 2, 4)]
     compare(dataclasses.replace(config, retry_errors=True), say=said.append)
@@ -331,8 +326,8 @@ LAYOUT, DECODE = Failure("layout", "PromptError", "no room"), Failure("decode", 
         (TRACE, DECODE, ("bundle", "reference")),
     ],
 )
-def test_what_one_side_cannot_take_counts_alike_in_both_directions(one, other, sides):
-    asked = question(pq.read_table(QUESTIONS).slice(0, 1).to_pylist()[0])
+def test_what_one_side_cannot_take_counts_alike_in_both_directions(one, other, sides, demo):
+    asked = question(demo[0])
     rows = [record(asked, *pair, None, None, (None, None)) for pair in ((one, other), (other, one))]
     assert tuple(row["error_side"] for row in rows) == sides
     for row in rows:
@@ -347,16 +342,13 @@ def _asked(folder, say=lambda _: None, options=(), **columns):
     for at in range(max(map(len, columns.values()))):
         table = pa.table(plain | {name: values[at] for name, values in columns.items()})
         pq.write_table(table, folder / f"{at}.parquet")
-    questions = open_questions(_config(TINY, folder / "out", input=(str(folder),), **dict(options)), 336, say)
+    questions = open_questions(_compare_config(TINY, folder / "out", input=(str(folder),), **dict(options)), 336, say)
     return [asked for chunk in questions.chunks(8) for asked in chunk]
 
 
 def test_both_sides_see_the_images_that_a_job_with_these_options_shows(tmp_path):
-    files = []
-    for image in (Image.new("RGB", (100, 80), "red"), Image.new("RGB", (300, 200), "blue")):
-        buffer = io.BytesIO()
-        image.save(buffer, "BMP")
-        files.append(buffer.getvalue())
+    pictures = (Image.new("RGB", (100, 80), "red"), Image.new("RGB", (300, 200), "blue"))
+    files = [image_file(picture, "BMP") for picture in pictures]
     images = [[files[0][:-9000], files[1]]]
     refused = _asked(tmp_path, options={"max_image_pixels": 59_999}, image=images)
     assert "--allow-truncated" in refused[0].failure.message
@@ -421,16 +413,16 @@ def test_ids_and_expected_answers_that_are_no_text_are_read_all_the_same(tmp_pat
 )
 def test_numbers_that_mean_nothing_are_the_bundles_failure(stage, graph, weights, copied_bundle, tmp_path):
     spoil(copied_bundle, graph, weights, value=np.nan)
-    outcome = compare(_config(copied_bundle, tmp_path / "out", limit=3))
+    outcome = compare(_compare_config(copied_bundle, tmp_path / "out", limit=3))
     assert not outcome.passed
     assert outcome.summary["agreement"]["failures"] == {f"bundle {stage}: NumericError": 3}
-    assert all(row["reference"] and row["answer"] is None for row in _rows(tmp_path / "out"))
+    assert all(row["reference"] and row["answer"] is None for row in _compared_rows(tmp_path / "out"))
 
 
 def test_two_bundles_can_be_compared_with_each_other(tiny_bundle, copied_bundle, tmp_path):
     quantize_layer(copied_bundle, DECODER, "weights.stack.1.", bits=3)
     sides = {"checkpoint": None, "against_bundle": tiny_bundle.path}
-    config = _config(tiny_bundle.path, tmp_path / "same", **sides, layers=True, limit=3)
+    config = _compare_config(tiny_bundle.path, tmp_path / "same", **sides, layers=True, limit=3)
     same = compare(config)
     assert same.passed
     assert same.summary["drift"]["decode"]["max"] == 0
@@ -446,7 +438,7 @@ def test_bundles_of_other_numbers_are_refused(tiny_bundle, copied_bundle, tmp_pa
     manifest["generation"]["repetition_penalty"] = 1.5
     (copied_bundle / "bundle.json").write_text(json.dumps(manifest))
     with pytest.raises(ConfigError, match="differ in generation settings"):
-        compare(_config(tiny_bundle.path, tmp_path / "out", checkpoint=None, against_bundle=copied_bundle))
+        compare(_compare_config(tiny_bundle.path, tmp_path / "out", checkpoint=None, against_bundle=copied_bundle))
 
 
 def test_a_graph_without_such_layers_is_named(tiny_bundle):
@@ -478,14 +470,16 @@ def test_what_cannot_be_compared_is_refused(changes, error, message, tiny_bundle
         pytest.skip("there is a GPU here")
     with pytest.raises(error, match=message):
         compare(
-            _config(tiny_bundle.path, tmp_path / "out", limit=1, **{k: v for k, v in changes.items() if k != "limit"})
+            _compare_config(
+                tiny_bundle.path, tmp_path / "out", limit=1, **{k: v for k, v in changes.items() if k != "limit"}
+            )
         )
 
 
 def test_an_input_without_rows_is_an_error(tiny_bundle, tmp_path):
     pq.write_table(pq.read_table(QUESTIONS).slice(0, 0), tmp_path / "empty.parquet")
     with pytest.raises(JobError, match="the input is empty"):
-        compare(_config(tiny_bundle.path, tmp_path / "out", input=(str(tmp_path / "empty.parquet"),)))
+        compare(_compare_config(tiny_bundle.path, tmp_path / "out", input=(str(tmp_path / "empty.parquet"),)))
 
 
 def _trace(tokens, logits=None, text="some words"):
@@ -529,7 +523,7 @@ def test_measures_follow_the_definitions():
     assert state_error(np.zeros((2, 2)), np.zeros((3, 2))) == math.inf
 
 
-def _row(**changes):
+def _compared_row(**changes):
     plain = {
         "difference": "equal", "error_side": None, "error_stage": None, "error_type": None, "input_equal": True,
         "token_agreement": 1.0, "edit_similarity": 1.0, "reference_tokens": 4, "answer_tokens": 4, "prompt": "What?",
@@ -541,19 +535,19 @@ def _row(**changes):
 
 
 def test_expected_answers_are_judged_on_both_sides_with_mcnemars_test():
-    rows = [_row() for _ in range(20)] + [_row(answer="no", difference="real") for _ in range(6)]
-    rows += [_row(reference="no", difference="real"), _row(expected=None)]
+    rows = [_compared_row() for _ in range(20)] + [_compared_row(answer="no", difference="real") for _ in range(6)]
+    rows += [_compared_row(reference="no", difference="real"), _compared_row(expected=None)]
     expected = summarize(rows, (), BOUNDS)["expected"]
     assert (expected["reference"]["count"], expected["bundle"]["count"], expected["bundle"]["of"]) == (26, 21, 27)
     assert (expected["only_reference_right"], expected["only_bundle_right"]) == (6, 1)
     assert expected["mcnemar_p"] == pytest.approx(2 * 8 / 2**7)
     assert expected["bundle"]["interval"] == pytest.approx([0.592, 0.894], abs=2e-3)
-    assert summarize([_row(expected=None)], (), BOUNDS)["expected"] is None
+    assert summarize([_compared_row(expected=None)], (), BOUNDS)["expected"] is None
 
 
 def test_systematic_differences_are_found_by_their_group():
-    rows = [_row(prompt=f"prompt {i % 3}", image_width=400 + i) for i in range(90)]
-    rows += [_row(prompt="odd one", difference="real") for _ in range(10)]
+    rows = [_compared_row(prompt=f"prompt {i % 3}", image_width=400 + i) for i in range(90)]
+    rows += [_compared_row(prompt="odd one", difference="real") for _ in range(10)]
     summary = summarize(rows, (), BOUNDS)
     assert [group["group"] for group in summary["groups"]["prompt"] if group["systematic"]] == ["odd one"]
     assert summary["groups"]["prompt"][0]["share"] == 1
@@ -583,22 +577,22 @@ def test_systematic_differences_are_found_by_their_group():
     ],
 )
 def test_every_way_to_fail_is_a_reason(changes, reason):
-    verdict = summarize([_row(), _row(**changes)], (), BOUNDS)["verdict"]
+    verdict = summarize([_compared_row(), _compared_row(**changes)], (), BOUNDS)["verdict"]
     assert not verdict["passed"]
     assert reason in verdict["reasons"][0]
-    assert summarize([_row(), _row()], (), BOUNDS)["verdict"]["passed"]
+    assert summarize([_compared_row(), _compared_row()], (), BOUNDS)["verdict"]["passed"]
 
 
 def test_a_median_is_the_mean_of_the_middle_two():
-    rows = [_row(vision_error=error, layer_error=[error], layer_own_error=[error]) for error in (1e-7, 3e-7)]
+    rows = [_compared_row(vision_error=error, layer_error=[error], layer_own_error=[error]) for error in (1e-7, 3e-7)]
     summary = summarize(rows, ("a",), BOUNDS)
     assert summary["drift"]["vision"]["median"] == summary["layers"]["depths"][0]["own"]["median"] == 2e-7
-    endless = summarize([_row(vision_error=error) for error in (1.0, math.nan, math.nan)], (), BOUNDS)
+    endless = summarize([_compared_row(vision_error=error) for error in (1.0, math.nan, math.nan)], (), BOUNDS)
     assert endless["drift"]["vision"] == {"rows": 3, "min": 1.0, "median": "inf", "max": "nan"}
 
 
 def test_a_layer_that_gives_no_numbers_is_the_worst():
-    rows = [_row(layer_error=[0.0, math.nan, 2.0], layer_own_error=[0.0, math.nan, 1e-9])]
+    rows = [_compared_row(layer_error=[0.0, math.nan, 2.0], layer_own_error=[0.0, math.nan, 1e-9])]
     layers = summarize(rows, ("a", "b", "c"), BOUNDS)["layers"]
     assert (layers["begins_at"], layers["largest_own_error"]) == ("b", "b")
     json.dumps(layers, allow_nan=False)
@@ -607,7 +601,7 @@ def test_a_layer_that_gives_no_numbers_is_the_worst():
 def test_the_checkpoint_may_be_another_than_the_bundles(tiny_bundle, tmp_path):
     other = make_checkpoint(tmp_path / "other", text={}, vision={})
     said = []
-    outcome = compare(_config(tiny_bundle.path, tmp_path / "out", checkpoint=other, limit=2), say=said.append)
+    outcome = compare(_compare_config(tiny_bundle.path, tmp_path / "out", checkpoint=other, limit=2), say=said.append)
     assert not outcome.passed
     assert any("exported from another checkpoint" in line for line in said)
     assert (

@@ -13,14 +13,23 @@ from qvl_batch.input.fetch import Fetcher
 from qvl_batch.input.input_columns import InputColumns
 from qvl_batch.input.reader import read_unit
 from qvl_batch.input.source import Unit, footer_sha256
-from qvl_batch.pipeline.crash_guard import ALONE, TOGETHER, UNREACHABLE, AttemptsInMemory, Guarded, GuardedRead, _Calls
+from qvl_batch.pipeline.crash_guard import (
+    ALONE,
+    READ,
+    READ_IDS,
+    TOGETHER,
+    UNREACHABLE,
+    AttemptsInMemory,
+    Guarded,
+    GuardedRead,
+)
 
 
 class Died(BaseException):
     """Stands for the end of a process."""
 
 
-def _table(rows):
+def _rows_without_failures(rows):
     own = {FILE: pa.array([0] * len(rows), pa.int32()), ROW: pa.array(rows, pa.int64())}
     return pa.table(own | failure_columns([None] * len(rows)))
 
@@ -40,6 +49,15 @@ class Worker:
         return table
 
 
+def _are_forgotten(attempts, stage, table):
+    """Whether each row may be begun as often as one that never was."""
+    return all(
+        [attempts.begin(stage, [(0, row)]) for _ in range(TOGETHER + 1)] == [*[True] * TOGETHER, False]
+        and [attempts.begin_alone(stage, (0, row)) for _ in range(ALONE + 1)] == [*[True] * ALONE, False]
+        for row in table[ROW].to_pylist()
+    )
+
+
 def _work(tables, poison):
     """Do the work as Ray does, a new worker after each death; results, deaths, and what workers saw."""
     attempts, seen, deaths, results = AttemptsInMemory(), [], 0, []
@@ -53,20 +71,20 @@ def _work(tables, poison):
                 guarded = Guarded(Worker(poison, seen), "vision", attempts)
             else:
                 break
-    assert not attempts._together
-    assert not attempts._alone
-    return pa.concat_tables(results), deaths, seen
+    result = pa.concat_tables(results)
+    assert _are_forgotten(attempts, "vision", result)
+    return result, deaths, seen
 
 
 def test_rows_that_do_no_harm_stay_together():
-    result, deaths, seen = _work([_table([1, 2]), _table([3])], poison=set())
+    result, deaths, seen = _work([_rows_without_failures([1, 2]), _rows_without_failures([3])], poison=set())
     assert (result[ROW].to_pylist(), deaths, seen) == ([1, 2, 3], 0, [[1, 2], [3]])
     assert failures_of(result) == [None] * 3
 
 
 @pytest.mark.parametrize("poison", [{2}, {1}, {1, 3}, {1, 2, 3}])
 def test_rows_that_end_their_worker_fail_and_no_others(poison):
-    result, deaths, _ = _work([_table([1, 2, 3]), _table([4, 5])], poison)
+    result, deaths, _ = _work([_rows_without_failures([1, 2, 3]), _rows_without_failures([4, 5])], poison)
     assert result[ROW].to_pylist() == [1, 2, 3, 4, 5]
     failures = dict(zip(result[ROW].to_pylist(), failures_of(result), strict=True))
     assert {row for row, failure in failures.items() if failure} == poison
@@ -87,8 +105,8 @@ def test_a_worker_that_is_killed_now_and_then_costs_no_row():
     guarded = Guarded(work, "vision", attempts)
     for _ in range(4):
         with pytest.raises(Died):
-            guarded(_table([1, 2, 3]))
-    result = guarded(_table([1, 2, 3]))
+            guarded(_rows_without_failures([1, 2, 3]))
+    result = guarded(_rows_without_failures([1, 2, 3]))
     assert failures_of(result) == [None] * 3
 
 
@@ -101,34 +119,40 @@ def test_stages_are_counted_apart():
     assert not attempts.begin("vision", [(0, 1)])
 
 
-def test_nothing_goes_on_beside_a_call_that_is_alone():
-    calls, going_on, most = _Calls(), [], {"together": 0, "beside alone": 0}
+def test_nothing_goes_on_beside_a_row_that_is_begun_alone():
+    attempts, going_on, most = AttemptsInMemory(), [], {"together": 0, "beside alone": 0}
     lock = threading.Lock()
+    for row in range(0, 200, 3):
+        for _ in range(TOGETHER):
+            attempts.begin("vision", [(0, row)])
 
-    def call(number):
-        alone = number % 3 == 0
-        with calls.alone() if alone else calls.together():
-            with lock:
-                going_on.append(alone)
-                kind = "beside alone" if any(going_on) else "together"
-                most[kind] = max(most[kind], len(going_on))
-            time.sleep(0.002)
-            with lock:
-                going_on.remove(alone)
+    def work(table):
+        alone = table[ROW][0].as_py() % 3 == 0
+        with lock:
+            going_on.append(alone)
+            kind = "beside alone" if any(going_on) else "together"
+            most[kind] = max(most[kind], len(going_on))
+        time.sleep(0.002)
+        with lock:
+            going_on.remove(alone)
+        return table
 
+    guarded = Guarded(work, "vision", attempts)
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(call, range(200)))
+        list(pool.map(lambda row: guarded(_rows_without_failures([row])), range(200)))
     assert most["beside alone"] == 1
     assert most["together"] > 1
 
 
 def test_a_call_that_fails_lets_the_others_go_on():
-    calls = _Calls()
-    for kind in (calls.alone, calls.together, calls.alone):
-        with pytest.raises(Died), kind():
-            raise Died
-    with calls.together():
-        pass
+    seen = []
+    guarded = Guarded(Worker({1}, seen), "vision", AttemptsInMemory())
+    for _ in range(TOGETHER + ALONE):
+        with pytest.raises(Died):
+            guarded(_rows_without_failures([1]))
+        guarded(_rows_without_failures([2]))
+    guarded(_rows_without_failures([1]))
+    assert seen == [[1], [2]] * (TOGETHER + ALONE) + [[1]]
 
 
 COLUMNS = InputColumns(pa.field("id", pa.int64()), (pa.field("note", pa.string()),), "image", None)
@@ -163,8 +187,7 @@ def _read_through(path, groups, ends, spans=None, *, ids_end=False):
             deaths += 1
         else:
             break
-    assert not attempts._together
-    assert not attempts._alone
+    assert all(_are_forgotten(attempts, stage, pa.concat_tables(tables)) for stage in (READ, READ_IDS))
     return tables, deaths
 
 

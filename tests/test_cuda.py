@@ -8,27 +8,28 @@ import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from answers import complete, demo_rows, requests_of
-from conftest import ROOT, TINY, TRACES
+from checkpoints import penalised_checkpoint
+from conftest import ROOT, exported
 from shallow import make_shallow
-from stand_in.build import PROVIDER, build
+from stand_in.build import PROVIDER, build, build_nvml
 
 from export.half import emulated_graph
 from export.package import ExportConfig, export_bundle
-from qvl_batch.bundle.loading import Bundle
 from qvl_batch.bundle.manifest import DECODER, VISION
 from qvl_batch.config import CaptionConfig
 from qvl_batch.decoder.decoder import PREFIX_ENTRIES, Decoder
 from qvl_batch.decoder.kv_cache import slot_bytes
-from qvl_batch.errors import ConfigError, DeviceError
+from qvl_batch.errors import BundleError, ConfigError, DeviceError
 from qvl_batch.pipeline.capacity import Card, bytes_beside_slots, slots_on_card
 from qvl_batch.pipeline.plan import make_plan
-from qvl_batch.runtime.devices import _preload, has_cuda, open_cuda, resolve_device, resolve_vision_device
+from qvl_batch.runtime.devices import has_cuda, open_cuda, resolve_device, resolve_vision_device
 from qvl_batch.runtime.memory import CudaMemory
-from qvl_batch.runtime.session import _OUT_OF_MEMORY, _providers
+from qvl_batch.runtime.session import Session
 
 GIB = 1 << 30
 
@@ -64,16 +65,17 @@ class CardOfHostMemory:
     def synchronize(self):
         pass
 
+    def ignore_captures(self):
+        pass
+
 
 @pytest.fixture(scope="module")
 def half_bundle(tmp_path_factory):
-    output = tmp_path_factory.mktemp("cuda") / "bf16"
-    export_bundle(ExportConfig(checkpoint=TINY, output=output, dtype="bf16", skip_parity=True), traces=TRACES)
-    return Bundle.load(output)
+    return exported(tmp_path_factory.mktemp("cuda") / "bf16", dtype="bf16", skip_parity=True)
 
 
 @pytest.fixture(scope="module")
-def requests(tiny_bundle):
+def paired_requests(tiny_bundle):
     images = requests_of(tiny_bundle, demo_rows(6), 24)
     # Two prompts about each image, so that beginnings are kept and moved.
     return [
@@ -83,36 +85,51 @@ def requests(tiny_bundle):
     ]
 
 
-def test_libraries_of_cuda_are_found_wherever_pip_installed_them(tmp_path, monkeypatch):
-    folders = [tmp_path / "nvidia" / name / "lib" for name in ("cu13", "cudnn")]
-    for folder in folders:
-        folder.mkdir(parents=True)
-    monkeypatch.syspath_prepend(tmp_path)
-    looked = []
-
-    def look(directory):
-        looked.append(directory)
-
-    monkeypatch.setattr("onnxruntime.preload_dlls", look)
-    _preload()
-    assert looked[:2] == list(map(str, folders))
-    assert looked[-1] is None
+@pytest.fixture(scope="module")
+def libraries(tmp_path_factory):
+    """A folder of stand-ins for CUDA's libraries."""
+    missing = [tool for tool in ("gcc", "nm", "objdump") if shutil.which(tool) is None]
+    if missing or not PROVIDER.is_file():
+        pytest.skip(f"stand-ins for CUDA's libraries cannot be built here: no {(*missing, PROVIDER.name)[0]}")
+    return build(tmp_path_factory.mktemp("libraries"))
 
 
-def test_rows_in_memory_apart_are_answered_the_same(half_bundle, requests):
+def test_libraries_of_cuda_are_found_wherever_pip_installed_them(libraries, tmp_path):
+    installed, driver = tmp_path / "path" / "nvidia", tmp_path / "system"
+    found = []
+    for name, folder in (("libcudart", "cu13"), ("libcudnn", "cudnn")):
+        (library,) = libraries.glob(f"{name}.so.*[0-9]")
+        (installed / folder / "lib").mkdir(parents=True)
+        found.append(shutil.copy(library, installed / folder / "lib"))
+    driver.mkdir()
+    command = [shutil.which("gcc"), "-shared", "-x", "c", "/dev/null", "-o", driver / "libcuda.so.1"]
+    subprocess.run(command, check=True)
+    script = """if True:
+        from pathlib import Path
+        from qvl_batch.runtime.devices import open_cuda
+        print(open_cuda("--device cuda").name)
+        print(*(line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if ".so" in line))"""
+    env = os.environ | {"LD_LIBRARY_PATH": str(driver), "PYTHONPATH": f"{tmp_path / 'path'}:{ROOT}"}
+    command = [sys.executable, "-c", script]
+    name, loaded = subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout.splitlines()
+    assert name == "Stand-in"
+    assert set(map(str, found)) <= set(loaded.split())
+
+
+def test_rows_in_memory_apart_are_answered_the_same(half_bundle, paired_requests):
     graph = emulated_graph(half_bundle.file(DECODER))
-    expected = complete(Decoder(half_bundle, 3, 2, graph=graph), half_bundle, requests)
+    expected = complete(Decoder(half_bundle, 3, 2, graph=graph), half_bundle, paired_requests)
     memory = CudaMemory(CardOfHostMemory(), device="cpu")
     decoder = Decoder(half_bundle, 3, 2, graph=graph, memory=memory)
-    assert complete(decoder, half_bundle, requests) == expected
+    assert complete(decoder, half_bundle, paired_requests) == expected
     assert len({completion.token_ids[0] for completion in expected}) > 1
 
 
-def test_a_step_copies_tokens_and_their_places_and_nothing_else(half_bundle, requests):
+def test_a_step_copies_tokens_and_their_places_and_nothing_else(half_bundle, paired_requests):
     card = CardOfHostMemory()
     memory = CudaMemory(card, device="cpu")
     decoder = Decoder(half_bundle, 4, 2, graph=emulated_graph(half_bundle.file(DECODER)), memory=memory)
-    decoder.prefill(0, requests[:1])
+    decoder.prefill(0, paired_requests[:1])
     before, blocks = card.copied, len(card.blocks)
     decoder.step(np.array([5]))
     assert card.copied - before == 8 + 8 + 4 + 8  # token, place, length, next token
@@ -138,20 +155,26 @@ def test_slots_of_the_cache_are_where_they_should_be(half_bundle):
 
 @pytest.fixture(scope="module")
 def fp32_bundle(tmp_path_factory):
-    output = tmp_path_factory.mktemp("cuda") / "fp32"
-    export_bundle(ExportConfig(checkpoint=TINY, output=output, device="cuda", skip_parity=True), traces=TRACES)
-    return Bundle.load(output)
+    return exported(tmp_path_factory.mktemp("cuda") / "fp32", device="cuda", skip_parity=True)
 
 
 @pytest.mark.long
-def test_a_decoder_in_fp32_for_a_gpu_answers_as_the_one_for_a_cpu(tiny_bundle, fp32_bundle, requests):
+def test_a_decoder_in_fp32_for_a_gpu_answers_as_the_one_for_a_cpu(tiny_bundle, fp32_bundle, paired_requests):
     assert fp32_bundle.manifest.device == "cuda"
-    expected = complete(Decoder(tiny_bundle, 3, 2), tiny_bundle, requests)
-    assert complete(Decoder(fp32_bundle, 3, 2), fp32_bundle, requests) == expected
+    expected = complete(Decoder(tiny_bundle, 3, 2), tiny_bundle, paired_requests)
+    assert complete(Decoder(fp32_bundle, 3, 2), fp32_bundle, paired_requests) == expected
 
 
-def test_sessions_ask_for_one_stream_no_tf32_and_captured_steps():
-    (name, options), second = _providers(CudaMemory(CardOfHostMemory()), captures=True)
+def test_sessions_ask_for_one_stream_no_tf32_and_captured_steps(half_bundle, monkeypatch):
+    asked = []
+
+    def session(*_, providers):
+        asked.extend(providers)
+        return SimpleNamespace(get_providers=lambda: ["CUDAExecutionProvider"])
+
+    monkeypatch.setattr("onnxruntime.InferenceSession", session)
+    Session(half_bundle.file(DECODER), 1, memory=CudaMemory(CardOfHostMemory()), captures=True)
+    (name, options), second = asked
     assert (name, second) == ("CUDAExecutionProvider", "CPUExecutionProvider")
     assert options["user_compute_stream"] == "4711"
     assert (options["use_tf32"], options["enable_cuda_graph"]) == ("0", "1")
@@ -198,7 +221,54 @@ def test_no_gpu_is_an_error_that_says_what_is_missing():
         open_cuda("--device cuda")
 
 
-def _plan(bundle, cards, vision_device="cpu", **options):
+GPUS = """
+import os, sys
+from qvl_batch.errors import DeviceError
+from qvl_batch.pipeline.capacity import card_of_this_process
+os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+for visible in sys.argv[1:]:
+    os.environ.update({"CUDA_VISIBLE_DEVICES": visible} if visible != "unset" else {})
+    try:
+        print(card_of_this_process())
+    except DeviceError as error:
+        print(error)
+"""
+
+
+def _cards(libraries, *visible):
+    """The card, or the error, of a process to which those are visible, one after another."""
+    env = os.environ | {"LD_LIBRARY_PATH": str(libraries), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", GPUS, *visible]
+    return subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout.splitlines()
+
+
+LARGE, SMALL = "Stand-in, 75.2 of 85.9 GB free", "Small stand-in, 21.5 of 25.8 GB free"
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="the stand-in for NVML cannot be built here: no gcc")
+def test_a_decoders_card_is_the_first_that_its_process_may_see(tmp_path):
+    found = _cards(build_nvml(tmp_path), "unset", "1", "GPU-5b", "1,0", "GPU-5a,GPU-5b")
+    assert found == [LARGE, SMALL, SMALL, SMALL, LARGE]
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="the stand-in for NVML cannot be built here: no gcc")
+def test_a_card_that_is_not_there_is_named_and_the_next_question_is_answered(tmp_path):
+    asked = ("7", "GPU-5c", "7,0", "")
+    *refused, card = _cards(build_nvml(tmp_path), *asked, "0")
+    for visible, said in zip(asked, refused, strict=True):
+        assert f"GPU '{visible.split(',')[0]}'" in said
+    assert ["Not Found" in said for said in refused] == [False, True, False, True]
+    assert card == LARGE
+
+
+@pytest.mark.skipif(has_cuda(), reason="this machine has an NVIDIA driver")
+def test_without_a_driver_no_card_is_found_and_the_driver_is_named(tmp_path):
+    (said,) = _cards(tmp_path, "unset")
+    assert "NVML Shared Library Not Found" in said
+    assert "install the NVIDIA driver" in said
+
+
+def _plan_on_cards(bundle, cards, vision_device="cpu", **options):
     config = CaptionConfig(bundle=bundle.path, input=("x",), output=str(ROOT), **options)
     return make_plan(config, bundle.manifest, [16], cards, vision_device)
 
@@ -210,10 +280,10 @@ def test_slots_are_what_a_card_holds_beside_weights_and_work(half_bundle):
     held = taken + (slots + PREFIX_ENTRIES) * slot_bytes(manifest)
     assert held <= card.free - 0.05 * card.total < held + slot_bytes(manifest)
     assert slots_on_card(card, manifest, vision_too=False) > slots
-    plan = _plan(half_bundle, [Card("H100", 70 * GIB, 80 * GIB), card])
+    plan = _plan_on_cards(half_bundle, [Card("H100", 70 * GIB, 80 * GIB), card])
     assert (plan.slots, plan.decoder_workers, plan.card) == (128, 2, card)
     assert "a GPU (H100, 3.2 of 4.3 GB free) and 128 slots of 1.0 MB" in str(plan)
-    joined = _plan(half_bundle, [card], "cuda")
+    joined = _plan_on_cards(half_bundle, [card], "cuda")
     assert joined.is_joined
     assert "vision on the same GPU" in str(joined)
     assert joined.threads["vision"] == 2
@@ -222,26 +292,36 @@ def test_slots_are_what_a_card_holds_beside_weights_and_work(half_bundle):
 def test_too_much_for_a_card_is_refused_with_what_would_do(half_bundle):
     small = Card("T4", 2 * GIB, 2 * GIB)
     with pytest.raises(DeviceError, match=r"the GPU .T4, 1.1 of 2.1 GB free. is too small: .*--vision-device cpu"):
-        _plan(half_bundle, [dataclasses.replace(small, free=GIB)], "cuda")
-    with pytest.raises(ConfigError, match=r"--slots 9999: the GPU .T4, .* holds \d+ beside weights"):
-        _plan(half_bundle, [small], slots=9999)
+        _plan_on_cards(half_bundle, [dataclasses.replace(small, free=GIB)], "cuda")
+    with pytest.raises(ConfigError, match=r"--slots 9999: beside weights and activations, \d+ fit on the GPU .T4, "):
+        _plan_on_cards(half_bundle, [small], slots=9999)
     with pytest.raises(ConfigError, match="--decoder-workers 2: a decoder takes a GPU, and there are 1"):
-        _plan(half_bundle, [small], decoder_workers=2)
+        _plan_on_cards(half_bundle, [small], decoder_workers=2)
 
 
-def test_a_full_card_is_known_by_what_onnx_runtime_says():
-    assert _OUT_OF_MEMORY.search("BFCArena::AllocateRawInternal Failed to allocate memory for requested buffer of 8")
-    assert _OUT_OF_MEMORY.search("CUDA failure 2: out of memory ; GPU=0")
-    assert not _OUT_OF_MEMORY.search("INVALID_ARGUMENT : unexpected shape")
+@pytest.mark.parametrize(
+    ("said", "error", "message"),
+    [
+        (
+            "BFCArena::AllocateRawInternal Failed to allocate memory for requested buffer of 8",
+            DeviceError,
+            "the GPU has no memory left: lower --slots",
+        ),
+        ("CUDA failure 2: out of memory ; GPU=0", DeviceError, "the GPU has no memory left: lower --slots"),
+        ("INVALID_ARGUMENT : unexpected shape", BundleError, "unexpected shape"),
+    ],
+)
+def test_a_full_card_is_known_by_what_onnx_runtime_says(said, error, message, half_bundle, monkeypatch):
+    def session(*_, **__):
+        raise RuntimeError(said)
+
+    monkeypatch.setattr("onnxruntime.InferenceSession", session)
+    with pytest.raises(error, match=message):
+        Session(half_bundle.file(DECODER), 1, memory=CudaMemory(CardOfHostMemory()))
 
 
 @pytest.fixture(scope="module")
-def asked_of_a_gpu(tmp_path_factory):
-    missing = [tool for tool in ("gcc", "nm", "objdump") if shutil.which(tool) is None]
-    if missing or not PROVIDER.is_file():
-        pytest.skip(f"stand-ins for CUDA's libraries cannot be built here: no {(*missing, PROVIDER.name)[0]}")
-    libraries = build(tmp_path_factory.mktemp("libraries"))
-
+def asked_of_a_gpu(libraries):
     def report(bundle):
         command = [sys.executable, ROOT / "tests" / "stand_in" / "report.py", bundle]
         env = os.environ | {"LD_LIBRARY_PATH": str(libraries), "PYTHONPATH": str(ROOT)}
@@ -312,13 +392,9 @@ def _attention_is_fused(report, in_steps="flash_fwd_splitkv", in_vision="attenti
 
 @pytest.mark.long
 def test_so_they_do_with_a_repetition_penalty_in_fp16(tmp_path, asked_of_a_gpu):
-    checkpoint = shutil.copytree(TINY, tmp_path / "checkpoint")
-    settings = json.loads((checkpoint / "generation_config.json").read_text()) | {"repetition_penalty": 1.05}
-    (checkpoint / "generation_config.json").write_text(json.dumps(settings))
-    export_bundle(
-        ExportConfig(checkpoint=checkpoint, output=tmp_path / "bundle", dtype="fp16", skip_parity=True), traces=TRACES
-    )
-    _stays_on_the_gpu(asked_of_a_gpu(tmp_path / "bundle"))
+    checkpoint = penalised_checkpoint(tmp_path / "checkpoint", 1.05)
+    bundle = exported(tmp_path / "bundle", checkpoint=checkpoint, dtype="fp16", skip_parity=True)
+    _stays_on_the_gpu(asked_of_a_gpu(bundle.path))
 
 
 @pytest.mark.long

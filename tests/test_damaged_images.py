@@ -3,13 +3,13 @@
 With `allow_truncated` it is shown too, and what is missing has the colour of a letterbox's bars.
 """
 
-import io
 import struct
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from image_files import image_file, png_of
 from PIL import Image, ImageFile
 from tiffs import tiff
 
@@ -22,25 +22,23 @@ _SHADES = np.random.default_rng(0).integers(0, 256, (6, 8, 3), np.uint8)
 PICTURE = Image.fromarray(_SHADES).resize((200, 160), Image.Resampling.BICUBIC)
 
 
-def _file(kind, image=PICTURE, **options):
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
+def _picture_file(kind, image=PICTURE, **options):
+    return image_file(image, kind, **options)
 
 
 FILES = {
-    "jpeg": _file("JPEG", quality=90),
-    "jpeg 4:4:4": _file("JPEG", quality=95, subsampling=0),
-    "jpeg with restarts": _file("JPEG", restart_marker_blocks=3),
-    "progressive jpeg": _file("JPEG", progressive=True),
-    "grey jpeg": _file("JPEG", PICTURE.convert("L")),
-    "cmyk jpeg": _file("JPEG", PICTURE.convert("CMYK")),
-    "png": _file("PNG"),
-    "png palette": _file("PNG", PICTURE.quantize(64)),
-    "png alpha": _file("PNG", PICTURE.convert("RGBA")),
-    "gif": _file("GIF", PICTURE.quantize(64)),
-    "bmp": _file("BMP"),
-    "ppm": _file("PPM"),
+    "jpeg": _picture_file("JPEG", quality=90),
+    "jpeg 4:4:4": _picture_file("JPEG", quality=95, subsampling=0),
+    "jpeg with restarts": _picture_file("JPEG", restart_marker_blocks=3),
+    "progressive jpeg": _picture_file("JPEG", progressive=True),
+    "grey jpeg": _picture_file("JPEG", PICTURE.convert("L")),
+    "cmyk jpeg": _picture_file("JPEG", PICTURE.convert("CMYK")),
+    "png": _picture_file("PNG"),
+    "png palette": _picture_file("PNG", PICTURE.quantize(64)),
+    "png alpha": _picture_file("PNG", PICTURE.convert("RGBA")),
+    "gif": _picture_file("GIF", PICTURE.quantize(64)),
+    "bmp": _picture_file("BMP"),
+    "ppm": _picture_file("PPM"),
     "tiff": tiff(np.asarray(PICTURE), rows=16, ahead=500),
     "deflated tiff": tiff(np.asarray(PICTURE), rows=16, ahead=500, compression=8),
     "two-coloured tiff": tiff(np.asarray(PICTURE.convert("1"), np.uint8)[..., None], photometric=1, bits=1, ahead=300),
@@ -120,7 +118,7 @@ def test_a_progressive_jpeg_without_its_first_scan_or_last_ones_is_not_whole():
 def test_a_cut_picture_is_turned_upright():
     exif = Image.Exif()
     exif[0x0112] = 6
-    for data in (_file("JPEG", exif=exif), tiff(np.asarray(PICTURE), rows=16, ahead=500, t274=6)):
+    for data in (_picture_file("JPEG", exif=exif), tiff(np.asarray(PICTURE), rows=16, ahead=500, t274=6)):
         shown = _pixels(decode_image(data[: len(data) // 2], SHOWN))
         missing = (shown == LETTERBOX_RGB).all(axis=-1)
         assert shown.shape == (200, 160, 3)
@@ -136,18 +134,6 @@ def _chunks(data):
         at += length + 12
 
 
-def _png(chunks):
-    """A PNG of kinds, contents, and what is added to their checksums."""
-    parts = [
-        struct.pack(">I", len(contents))
-        + kind
-        + contents
-        + struct.pack(">I", (zlib.crc32(kind + contents) + wrong) % 2**32)
-        for kind, contents, wrong in chunks
-    ]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
-
-
 @pytest.mark.parametrize(
     "kind", [b"tEXt", b"iTXt", b"zTXt", b"tIME", b"pHYs", b"gAMA", b"iCCP", b"eXIf", b"tRNS", b"abCd"]
 )
@@ -155,13 +141,13 @@ def _png(chunks):
 def test_a_png_with_a_wrong_checksum_beside_its_pixels_is_whole(kind, place):
     chunks = [(name, contents, 0) for name, contents, _ in _chunks(FILES["png"])]
     chunks.insert(place, (kind, b"any\0contents", 1))
-    assert np.array_equal(decode_image(_png(chunks)), PICTURE)
+    assert np.array_equal(decode_image(png_of(*chunks)), PICTURE)
 
 
 @pytest.mark.parametrize("name", ["png", "png palette"])
 def test_a_png_with_a_wrong_checksum_over_its_pixels_is_whole_if_zlibs_is_right(name):
     chunks = [(kind, contents, kind == b"IDAT") for kind, contents, _ in _chunks(FILES[name])]
-    assert np.array_equal(decode_image(_png(chunks)), decode_image(FILES[name]))
+    assert np.array_equal(decode_image(png_of(*chunks)), decode_image(FILES[name]))
 
 
 def test_a_png_with_other_pixels_than_were_written_is_not_whole():
@@ -170,14 +156,14 @@ def test_a_png_with_other_pixels_than_were_written_is_not_whole():
     stored[50_000] ^= 255
     header = (b"IHDR", struct.pack(">IIBBBBB", *PICTURE.size, 8, 2, 0, 0, 0), 0)
     for wrong in (0, 1):
-        data = _png([header, (b"IDAT", bytes(stored), wrong), (b"IEND", b"", 0)])
+        data = png_of(header, (b"IDAT", bytes(stored), wrong), (b"IEND", b"", 0))
         with pytest.raises(ImageError, match=r"the PNG is damaged.*--allow-truncated shows"):
             decode_image(data)
         differs = (_pixels(decode_image(data, SHOWN)) != _pixels(PICTURE)).any(axis=-1)
         assert differs[:-1].sum() == 1  # the last row is not handed over
     broken = zlib.compress(rows)
     broken = broken[:30_000] + bytes(100) + broken[30_100:]
-    data = _png([header, (b"IDAT", broken, 1), (b"IEND", b"", 0)])
+    data = png_of(header, (b"IDAT", broken, 1), (b"IEND", b"", 0))
     with pytest.raises(ImageError, match="its pixels do not match their checksum"):
         decode_image(data)
     shown = _pixels(decode_image(data, SHOWN))
@@ -191,12 +177,12 @@ def test_a_png_whose_header_or_palette_is_damaged_is_refused(kind):
     chunks = [(name, contents, name == kind) for name, contents, _ in _chunks(FILES["png palette"])]
     for rules in (ImageRules(), SHOWN):
         with pytest.raises(ImageError, match=f"the PNG is damaged: its {kind.decode()} does not match its checksum"):
-            decode_image(_png(chunks), rules)
+            decode_image(png_of(*chunks), rules)
 
 
 @pytest.mark.parametrize("kind", ["WEBP", "AVIF", "JPEG2000", "ICO"])
 def test_formats_that_are_decoded_at_once_show_nothing_where_they_are_cut(kind):
-    data = _file(kind)
+    data = _picture_file(kind)
     for rules in (ImageRules(), SHOWN):
         with pytest.raises(ImageError, match=f"the {kind} is damaged|begin like {kind} and are damaged"):
             decode_image(data[: len(data) // 2], rules)

@@ -103,7 +103,7 @@ def after_the_demo(tiny_bundle, tmp_path):
     return tmp_path
 
 
-def _run(code, folder, env):
+def _run_example(code, folder, env):
     """What an example prints."""
     (folder / "example.py").write_text(code)
     command, env = [sys.executable, "example.py"], env | {"PYTHONPATH": str(ROOT)}
@@ -123,20 +123,20 @@ def test_every_example_is_one_that_is_run():
 
 
 def test_the_notebook_example_runs(after_the_demo):
-    assert _run(_example("README.md", "photo.jpg"), after_the_demo, dict(os.environ)).strip()
+    assert _run_example(_example("README.md", "photo.jpg"), after_the_demo, dict(os.environ)).strip()
 
 
 def test_the_example_of_a_folder_of_photos_answers_each_once(after_the_demo, ray_env):
     code = _example("jobs/README.md", "PHOTOS")
-    said = _run(code, after_the_demo, ray_env)
+    said = _run_example(code, after_the_demo, ray_env)
     assert re.search(r"^rows      8 \(8 stop\)$", said, re.MULTILINE)
     assert re.search(r"^\d  scene-0003.jpeg +\d +stop +(None|NaN)$", said, re.MULTILINE)
     # Again, it finds nothing left to do.
-    assert "8 rows are answered already, 0 are left" in _run(code, after_the_demo, ray_env)
+    assert "8 rows are answered already, 0 are left" in _run_example(code, after_the_demo, ray_env)
 
 
 def test_the_example_of_a_loop_sets_aside_what_failed(after_the_demo):
-    said = _run(_example("jobs/README.md", "Captioner"), after_the_demo, dict(os.environ)).splitlines()
+    said = _run_example(_example("jobs/README.md", "Captioner"), after_the_demo, dict(os.environ)).splitlines()
     assert len(said) == 9
     assert all(re.match(r"scene-\d{4}: \w+", line) for line in said[:8])
     assert said[8].startswith("broken failed in stage image: ")

@@ -114,7 +114,7 @@ def test_positions_in_the_graph_are_those_of_transformers():
     grid = torch.tensor([[1, 8, 8]] * 2)
     expected, _ = model.model.get_rope_index(ids, is_image, image_grid_thw=grid, attention_mask=mask)
     valid = mask.bool()
-    is_image, positions = full._image_and_positions(ids, mask)
+    is_image, positions = full._image_and_positions(ids, mask)  # not outputs of the graph
     assert torch.equal(positions[:, valid], expected[:, valid])
     assert torch.equal(is_image, ids == model.config.image_token_id)
 
@@ -122,7 +122,7 @@ def test_positions_in_the_graph_are_those_of_transformers():
 def test_positions_of_the_contract_are_those_of_transformers(tiny_bundle):
     config = Qwen2_5_VLConfig.from_pretrained(TINY)
     with torch.device("meta"):
-        model = Qwen2_5_VLForConditionalGeneration._from_config(config)
+        model = Qwen2_5_VLForConditionalGeneration._from_config(config)  # no public way without weights
     ids = torch.tensor([tiny_bundle.manifest.layout.row_ids([5, 6, 7, 8])])
     grid = torch.tensor([[1, 48, 48]])
     expected, delta = model.model.get_rope_index(ids, (ids == config.image_token_id).int(), image_grid_thw=grid)
@@ -146,7 +146,7 @@ def _raster_order(grid, config):
     [
         pytest.param(
             export.decoder,
-            "_axis_of_frequency",
+            "_axis_of_frequency",  # private: a mistake inside the graph
             _one_dimensional,
             "trace_vision",
             "logits are off by",
@@ -300,6 +300,7 @@ def test_the_processors_own_template_goes_before_the_tokenizers(tmp_path):
 def test_a_checkpoint_may_ask_for_another_implementation_of_attention(tmp_path):
     checkpoint = Path(shutil.copytree(TINY, tmp_path / "checkpoint"))
     _edit(checkpoint / "config.json", _attn_implementation="flash_attention_2")
+    # transformers has no public name for it.
     assert load_checkpoint(checkpoint).model.config._attn_implementation == "sdpa"
 
 

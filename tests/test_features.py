@@ -1,11 +1,11 @@
 """An image goes through the vision graph once, whoever asks for it and however many at a time."""
 
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from interrupts import press_ctrl_c
 from PIL import Image
 
 from qvl_batch.errors import NumericError, OutputError
@@ -92,17 +92,19 @@ def test_what_happened_once_is_not_remembered_of_an_image():
     assert int(features.of(*images)[0][0, 0]) == 3
 
 
-def test_an_interrupt_leaves_nothing_queued(monkeypatch):
+class _Interrupted(_Counting):
+    """Who waits for the first image is interrupted, while it is being encoded."""
+
+    def encode(self, image):
+        if not self.encoded:
+            press_ctrl_c()
+        return super().encode(image)
+
+
+def test_an_interrupt_leaves_nothing_queued():
     hold = threading.Event()
-    vision = _Counting(hold)
+    vision = _Interrupted(hold)
     features, images = ImageFeatures(vision), _images(1, 2, 3)
-
-    def interrupted(_):
-        while not vision.encoded:
-            time.sleep(0.001)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("qvl_batch.vision.features._features_or_failure", interrupted)
     with pytest.raises(KeyboardInterrupt):
         features.of(*images)
     hold.set()
@@ -110,15 +112,12 @@ def test_an_interrupt_leaves_nothing_queued(monkeypatch):
     assert vision.encoded == [1]
 
 
-def test_images_of_an_interrupted_call_can_be_asked_for_again(monkeypatch):
-    vision = _Counting()
-    features, images = ImageFeatures(vision), _images(1, 2, 3)
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            "qvl_batch.vision.features._features_or_failure", lambda _: (_ for _ in ()).throw(KeyboardInterrupt)
-        )
-        with pytest.raises(KeyboardInterrupt):
-            features.of(*images)
+def test_images_of_an_interrupted_call_can_be_asked_for_again():
+    hold = threading.Event()
+    features, images = ImageFeatures(_Interrupted(hold)), _images(1, 2, 3)
+    with pytest.raises(KeyboardInterrupt):
+        features.of(*images)
+    hold.set()
     assert [int(row[0, 0]) for row in features.of(*images)] == [1, 2, 3]
 
 

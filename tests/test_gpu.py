@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 from answers import complete, demo_rows, requests_of
-from conftest import QUESTIONS, ROOT, TINY, TRACES
+from conftest import QUESTIONS, ROOT, TINY, exported
 from reference import letterboxed
 from shallow import make_shallow
 
@@ -47,9 +47,7 @@ def bundles(tmp_path_factory):
     def bundle(dtype):
         if dtype not in made:
             output = tmp_path_factory.mktemp("gpu") / dtype
-            config = ExportConfig(checkpoint=TINY, output=output, dtype=dtype, device="cuda", skip_parity=True)
-            export_bundle(config, traces=TRACES)
-            made[dtype] = Bundle.load(output)
+            made[dtype] = exported(output, dtype=dtype, device="cuda", skip_parity=True)
         return made[dtype]
 
     return bundle
@@ -92,13 +90,13 @@ def test_attention_of_published_shapes_is_what_was_emulated(shape, dtype, tmp_pa
         assert np.abs(gpu - cpu).max() <= bound * np.abs(cpu).max()
 
 
-def _answers(bundle, slots=8):
+def _answered_on_gpu(bundle, slots=8):
     requests = requests_of(bundle, demo_rows(), NEW_TOKENS, VisionEncoder(bundle, 1, "cuda"))
     return requests, complete(Decoder(bundle, slots, 1, memory=memory_on("cuda")), bundle, requests)
 
 
 def test_in_fp32_every_demo_row_has_the_tokens_of_the_cpu(bundles, on_cpu):
-    requests, answers = _answers(bundles("fp32"))
+    requests, answers = _answered_on_gpu(bundles("fp32"))
     for found, expected in zip(requests, on_cpu[0], strict=True):
         assert np.abs(found.features - expected.features).max() <= 1e-4 * np.abs(expected.features).max()
     assert answers == on_cpu[1]
@@ -106,7 +104,7 @@ def test_in_fp32_every_demo_row_has_the_tokens_of_the_cpu(bundles, on_cpu):
 
 @pytest.mark.parametrize("dtype", AGREEMENT)
 def test_in_half_precision_nearly_all_tokens_are_those_of_the_cpu(dtype, bundles, on_cpu, record_property):
-    _, answers = _answers(bundles(dtype))
+    _, answers = _answered_on_gpu(bundles(dtype))
     pairs = [(found.token_ids, expected.token_ids) for found, expected in zip(answers, on_cpu[1], strict=True)]
     same = sum(a == b for found, expected in pairs for a, b in zip(found, expected, strict=False))
     count = sum(max(len(found), len(expected)) for found, expected in pairs)
@@ -117,9 +115,9 @@ def test_in_half_precision_nearly_all_tokens_are_those_of_the_cpu(dtype, bundles
 
 
 def test_captured_steps_answer_as_others_do(bundles, monkeypatch):
-    _, captured = _answers(bundles("bf16"), slots=5)
+    _, captured = _answered_on_gpu(bundles("bf16"), slots=5)
     monkeypatch.setattr("qvl_batch.decoder.decoder.HALVES", ())
-    _, plain = _answers(bundles("bf16"), slots=5)
+    _, plain = _answered_on_gpu(bundles("bf16"), slots=5)
     # Not all: a step that is not captured divides a shorter cache among the GPU's cores, and adds in another order.
     assert sum(a == b for a, b in zip(captured, plain, strict=True)) >= AGREEMENT["bf16"] * len(plain)
 

@@ -11,7 +11,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from answers import complete, demo_rows, requests_of
-from conftest import QUESTIONS, TINY, TRACES
+from conftest import QUESTIONS, TINY, TRACES, exported
 from reference import letterboxed, question
 from safetensors.torch import load_file, save_file
 
@@ -41,18 +41,16 @@ COSTS = {"bf16": (2e-3, 0.999), "fp16": (2e-5, 0.9999)}
 FLOATS = {ir.DataType.FLOAT, *half.HALF.values()}
 
 
-def _bundle(tmp_path_factory, dtype, checkpoint=TINY, traces=TRACES, **options):
-    output = tmp_path_factory.mktemp("half") / dtype
-    export_bundle(ExportConfig(checkpoint=checkpoint, output=output, dtype=dtype, **options), traces=traces)
-    return Bundle.load(output)
+def _exported_in(tmp_path_factory, dtype, **options):
+    return exported(tmp_path_factory.mktemp("half") / dtype, dtype=dtype, **options)
 
 
 @pytest.fixture(scope="module", params=["bf16", pytest.param("fp16", marks=pytest.mark.long)])
-def reduced(request, tmp_path_factory):
-    return _bundle(tmp_path_factory, request.param)
+def in_half(request, tmp_path_factory):
+    return _exported_in(tmp_path_factory, request.param)
 
 
-def _answers(bundle):
+def _emulated_texts(bundle):
     """Tokens of the first rows, both graphs emulated."""
     graphs = {name: emulated_graph(bundle.file(name)) for name in (VISION, DECODER)}
     vision, layout = VisionEncoder(bundle, 2, graph=graphs[VISION]), RowLayout(bundle)
@@ -62,7 +60,7 @@ def _answers(bundle):
 
 
 @pytest.fixture(scope="module")
-def expected(tiny_checkpoint):
+def said_by_pytorch(tiny_checkpoint):
     return [trace.text for trace in PyTorch(tiny_checkpoint, 576).answer([question(row) for row in ROWS])]
 
 
@@ -70,10 +68,10 @@ def _types(values):
     return {value.dtype for value in values if value is not None and value.dtype in FLOATS}
 
 
-def test_graphs_are_in_half_precision_node_by_node(reduced):
-    wanted = half.HALF[reduced.manifest.dtype]
+def test_graphs_are_in_half_precision_node_by_node(in_half):
+    wanted = half.HALF[in_half.manifest.dtype]
     for name in (VISION, DECODER):
-        graph = ir.load(reduced.file(name)).graph
+        graph = ir.load(in_half.file(name)).graph
         seen = set()
         for node in graph:
             types = _types([*node.inputs, *node.outputs])
@@ -89,33 +87,33 @@ def test_graphs_are_in_half_precision_node_by_node(reduced):
     assert {wanted} == {v.dtype for n, v in graph.initializers.items() if n in ("weights.embed", "weights.head")}
 
 
-def test_inputs_and_outputs_are_in_fp32_but_for_the_cache(reduced):
+def test_inputs_and_outputs_are_in_fp32_but_for_the_cache(in_half):
     kinds = {"bf16": "bfloat16", "fp16": "float16"}
     for name in (VISION, DECODER):
-        spec = reduced.manifest.graphs[name]
+        spec = in_half.manifest.graphs[name]
         for tensor, found in (spec.inputs | spec.outputs).items():
             is_cache = tensor.startswith(("past_", "present_"))
             if found.dtype not in ("int64", "int32", "uint8"):
-                assert found.dtype == (kinds[reduced.manifest.dtype] if is_cache else "float"), tensor
-    assert (reduced.manifest.device, DECODER_FULL in reduced.manifest.files) == ("cuda", False)
+                assert found.dtype == (kinds[in_half.manifest.dtype] if is_cache else "float"), tensor
+    assert (in_half.manifest.device, DECODER_FULL in in_half.manifest.files) == ("cuda", False)
 
 
-def test_the_gate_says_what_it_costs(reduced):
-    parity = reduced.manifest.parity
-    kl, cosine = COSTS[reduced.manifest.dtype]
+def test_the_gate_says_what_it_costs(in_half):
+    parity = in_half.manifest.parity
+    kl, cosine = COSTS[in_half.manifest.dtype]
     assert 0 < parity.first_token_kl < kl
     assert cosine < parity.feature_cosine < 1
     assert parity.agreement > 0.97
 
 
-def test_answers_are_those_of_pytorch(reduced, expected):
-    assert _answers(reduced) == expected
+def test_answers_are_those_of_pytorch(in_half, said_by_pytorch):
+    assert _emulated_texts(in_half) == said_by_pytorch
 
 
 @pytest.mark.long
-def test_a_comparison_emulates_it_layer_by_layer(reduced, tmp_path):
+def test_a_comparison_emulates_it_layer_by_layer(in_half, tmp_path):
     config = CompareConfig(
-        bundle=reduced.path, checkpoint=TINY, input=(str(QUESTIONS),), output=tmp_path, limit=4, layers=True,
+        bundle=in_half.path, checkpoint=TINY, input=(str(QUESTIONS),), output=tmp_path, limit=4, layers=True,
         max_drift=0.05, device="cpu",
     )  # fmt: skip
     outcome = compare(config)
@@ -189,16 +187,16 @@ def test_pure_fp16_cannot_answer_it(overflowing):
 
 
 @pytest.mark.long
-def test_our_fp16_answers_it(overflowing, expected, tmp_path_factory):
-    assert _answers(_bundle(tmp_path_factory, "fp16", overflowing)) == expected
+def test_our_fp16_answers_it(overflowing, said_by_pytorch, tmp_path_factory):
+    assert _emulated_texts(_exported_in(tmp_path_factory, "fp16", checkpoint=overflowing)) == said_by_pytorch
 
 
 @pytest.mark.long
 def test_without_its_larger_unit_fp16_says_so_and_answers_nothing(overflowing, monkeypatch, tmp_path_factory):
     monkeypatch.setattr(export.half, "FP16_UNIT", 1)
     with pytest.raises(ExportError, match="parity gate: values in the graphs are not finite"):
-        _bundle(tmp_path_factory, "fp16", overflowing, traces=None)
-    bundle = _bundle(tmp_path_factory, "fp16", overflowing, traces=None, skip_parity=True)
+        _exported_in(tmp_path_factory, "fp16", checkpoint=overflowing, traces=None)
+    bundle = _exported_in(tmp_path_factory, "fp16", checkpoint=overflowing, traces=None, skip_parity=True)
     vision = VisionEncoder(bundle, 2, graph=emulated_graph(bundle.file(VISION)))
     with pytest.raises(NumericError, match="the image features are not finite"):
         vision.encode(letterboxed(ROWS[0]["image"]["bytes"]))
@@ -251,17 +249,17 @@ def test_a_device_that_does_not_run_it_is_refused(options, message, tmp_path):
         export_bundle(ExportConfig(checkpoint=TINY, output=tmp_path / "bundle", **options))
 
 
-def test_pure_half_precision_is_refused_by_the_worker(reduced, tmp_path):
-    path = Path(shutil.copytree(reduced.path, tmp_path / "bundle"))
+def test_pure_half_precision_is_refused_by_the_worker(in_half, tmp_path):
+    path = Path(shutil.copytree(in_half.path, tmp_path / "bundle"))
     model = ir.load(path / DECODER)
     (embeds,) = (value for value in model.graph.inputs if value.name == "image_embeds")
-    embeds.dtype = half.HALF[reduced.manifest.dtype]
+    embeds.dtype = half.HALF[in_half.manifest.dtype]
     cast = ir.node("Cast", [embeds], {"to": ir.DataType.FLOAT})
     for use in list(embeds.uses()):
         if use.node is not cast:
             use.node.replace_input_with(use.idx, cast.outputs[0])
     model.graph.insert_before(next(iter(model.graph)), cast)
-    bundle = Bundle(path, reduced.manifest)
+    bundle = Bundle(path, in_half.manifest)
     with pytest.raises(BundleError, match="has no residual stream in fp32: export the checkpoint again"):
         Decoder(bundle, 1, 1, graph=_cast_free(model))
 

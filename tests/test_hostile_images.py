@@ -1,6 +1,5 @@
 """No image file, whoever made it, ends a worker, holds it up or fills its memory: it is shown right, or refused."""
 
-import io
 import struct
 import subprocess
 import sys
@@ -10,6 +9,7 @@ import zlib
 import numpy as np
 import pytest
 from fuzz import forget_peak, peak_memory
+from image_files import image_file, png
 from PIL import Image
 
 from qvl_batch.config import ImageRules
@@ -20,25 +20,9 @@ from qvl_batch.images.pixels import decode_image, pixels_or_failure
 from qvl_batch.schema import Failure
 
 
-def _file(image, file_format, **options):
-    buffer = io.BytesIO()
-    image.save(buffer, file_format, **options)
-    return buffer.getvalue()
-
-
-def _chunk(kind, data):
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-
-def _png(width, height, depth, color, rows, *chunks):
-    header = struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0)
-    parts = (b"IHDR", header), *chunks, (b"IDAT", zlib.compress(rows)), (b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + b"".join(_chunk(*part) for part in parts)
-
-
 def _grey_png(*chunks):
     rows = b"".join(b"\0" + row.tobytes() for row in np.asarray(GREY))
-    return _png(*GREY.size, 8, 0, rows, *chunks)
+    return png(*GREY.size, 8, 0, rows, *chunks)
 
 
 def _ifd(tags, data=b""):
@@ -80,7 +64,7 @@ def _patched(data, mark, skip, code, *values):
 
 def _jpeg_of_empty_scans(scans, side):
     """A progressive JPEG whose scans have no data."""
-    data = _file(Image.new("L", (8, 8)), "JPEG", progressive=True)
+    data = image_file(Image.new("L", (8, 8)), "JPEG", progressive=True)
     data = _patched(data, b"\xff\xc2", 5, ">HH", side, side)
     return data[:-2] + b"\xff\xda\0\x08\1\1\0\1\x3f\0" * scans + b"\xff\xd9"
 
@@ -91,15 +75,15 @@ def _ico(image):
 
 def _webp(width, height):
     frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
-    data = _file(frames[0], "WEBP", save_all=True, append_images=frames[1:], lossless=True)
+    data = image_file(frames[0], "WEBP", save_all=True, append_images=frames[1:], lossless=True)
     size = struct.pack("<I", width - 1)[:3] + struct.pack("<I", height - 1)[:3]
     return data.replace(data[24:30], size, 1)
 
 
 LIMIT = "pixels; the limit is 89,478,485"
 GREY = Image.linear_gradient("L").resize((40, 32))
-SAVED = {kind: _file(GREY.convert("1" if kind == "PPM" else "RGB"), kind) for kind in FORMATS}
-SMALL_JP2 = _file(GREY, "JPEG2000", no_jp2=True)
+SAVED = {kind: image_file(GREY.convert("1" if kind == "PPM" else "RGB"), kind) for kind in FORMATS}
+SMALL_JP2 = image_file(GREY, "JPEG2000", no_jp2=True)
 #: 200 MB of zeros.
 BOMB = zlib.compress(bytes(200_000_000))
 XMP = b"XML:com.adobe.xmp"
@@ -107,19 +91,19 @@ EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpa
 
 #: Small files that declare, or unpack to, gigabytes.
 BOMBS = {
-    "png": (lambda: _png(60_000, 60_000, 8, 2, bytes(1000)), LIMIT),
+    "png": (lambda: png(60_000, 60_000, 8, 2, bytes(1000)), LIMIT),
     "bmp": (lambda: _patched(SAVED["BMP"], b"BM", 18, "<ii", 60_000, 60_000), LIMIT),
     "gif screen": (lambda: _patched(SAVED["GIF"], b"GIF8", 6, "<HH", 65_535, 65_535), LIMIT),
-    "gif frame": (lambda: _patched(_file(GREY, "GIF"), b",\0\0\0\0", 5, "<HH", 65_535, 65_535), LIMIT),
+    "gif frame": (lambda: _patched(image_file(GREY, "GIF"), b",\0\0\0\0", 5, "<HH", 65_535, 65_535), LIMIT),
     "animated webp": (lambda: _webp(1 << 16, 1 << 15), LIMIT),
-    "jpeg": (lambda: _patched(_file(GREY, "JPEG"), b"\xff\xc0", 5, ">HH", 65_500, 65_500), LIMIT),
+    "jpeg": (lambda: _patched(image_file(GREY, "JPEG"), b"\xff\xc0", 5, ">HH", 65_500, 65_500), LIMIT),
     "jpeg 2000": (lambda: _patched(SMALL_JP2, b"\xff\x51", 6, ">6I", 60_000, 60_000, 0, 0, 60_000, 60_000), LIMIT),
     "avif": (lambda: _patched(SAVED["AVIF"], b"ispe", 8, ">II", 30_000, 30_000), "begin like AVIF and are damaged"),
     "ppm": (lambda: b"P6\n60000 60000\n255\n" + bytes(100), LIMIT),
-    "ico": (lambda: _ico(_png(50_000, 50_000, 1, 0, bytes(100))), LIMIT),
+    "ico": (lambda: _ico(png(50_000, 50_000, 1, 0, bytes(100))), LIMIT),
     "tiff": (lambda: _tiff(60_000, 60_000, 8, 1, bytes(100)), LIMIT),
     "tiff of huge tiles": (lambda: _tiff_of_tiles(40_000), "tiles of 40,000 x 40,000"),
-    "too long a side": (lambda: _png(LONGEST_SIDE + 1, 1, 1, 0, bytes(LONGEST_SIDE)), "1,000,001 x 1 pixels"),
+    "too long a side": (lambda: png(LONGEST_SIDE + 1, 1, 1, 0, bytes(LONGEST_SIDE)), "1,000,001 x 1 pixels"),
     "jpeg of many scans": (lambda: _jpeg_of_empty_scans(3000, 9400), "3,0.. scans"),
 }  # fmt: skip
 
@@ -143,7 +127,9 @@ ODD = {
     "png of many texts": lambda: _grey_png(*[(b"iTXt", XMP + b"\0\1\0\0\0" + zlib.compress(bytes(10**6)))] * 200),
     "png of a long profile": lambda: _grey_png((b"iCCP", b"k\0\0" + BOMB)),
     "png of a short time": lambda: _grey_png((b"tIME", b"")),
-    "tiff of 2,000 pages": lambda: _file(GREY, "TIFF", save_all=True, append_images=[Image.new("1", (1, 1))] * 2000),
+    "tiff of 2,000 pages": lambda: image_file(
+        GREY, "TIFF", save_all=True, append_images=[Image.new("1", (1, 1))] * 2000
+    ),
     "tiff whose tags share a megabyte": lambda: _shared_block(1_000_000),
     "jpeg whose notes share a block": lambda: _with_exif(_shared_block(60_000)),
     "broken exif": lambda: _with_exif(b"II*\0\xff\xff\xff\xff"),
@@ -152,8 +138,8 @@ ODD = {
     "exif of no such orientation": lambda: _with_exif(_ifd({0x0112: 77})),
     "gif of 100,000 comments": lambda: _gif_with(b"\x21\xfe\1a\0" * 100_000),
     "gif of one long comment": lambda: _gif_with(b"\x21\xfe" + (b"\xff" + b"a" * 255) * 10_000 + b"\0"),
-    "progressive jpeg": lambda: _file(GREY, "JPEG", progressive=True, quality=100),
-    "jpeg with a film behind it": lambda: _file(GREY, "JPEG", quality=100) + b"\xff\xda\0\2" * 100_000,
+    "progressive jpeg": lambda: image_file(GREY, "JPEG", progressive=True, quality=100),
+    "jpeg with a film behind it": lambda: image_file(GREY, "JPEG", quality=100) + b"\xff\xda\0\2" * 100_000,
     "jpeg with scans in its notes": lambda: _with_exif(b"\xff\xda" * 20_000),
 }  # fmt: skip
 
@@ -173,11 +159,11 @@ def _shared_block(size):
 
 
 def _with_exif(exif):
-    return _file(GREY, "JPEG", quality=100, exif=b"Exif\0\0" + exif[:65_000])
+    return image_file(GREY, "JPEG", quality=100, exif=b"Exif\0\0" + exif[:65_000])
 
 
 def _gif_with(extensions):
-    data = _file(GREY, "GIF")
+    data = image_file(GREY, "GIF")
     place = data.index(b",\0\0\0\0")
     return data[:place] + extensions + data[place:]
 
@@ -208,7 +194,7 @@ def test_a_file_cut_in_half_or_overwritten_is_refused(kind):
 def test_an_animation_cut_in_its_first_frame_is_refused():
     frames = [GREY.rotate(turn) for turn in (0, 90, 180)]
     for kind in ("GIF", "PNG", "WEBP"):
-        data = _file(frames[0], kind, save_all=True, append_images=frames[1:])
+        data = image_file(frames[0], kind, save_all=True, append_images=frames[1:])
         with pytest.raises(ImageError):
             decode_image(data[: len(data) // 6])
 
@@ -219,8 +205,8 @@ def test_an_animation_cut_in_its_first_frame_is_refused():
         (b"<!DOCTYPE html><html><img src='a.png'></html>", "no image of AVIF, BMP"),
         (b"<?xml version='1.0'?><svg xmlns='http://www.w3.org/2000/svg'/>", "no image of AVIF, BMP"),
         (b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n", "no image of AVIF, BMP"),
-        (_file(GREY.convert("RGB"), "TGA"), "no image of AVIF, BMP"),
-        (_file(GREY.convert("RGB"), "ICNS"), "no image of AVIF, BMP"),
+        (image_file(GREY.convert("RGB"), "TGA"), "no image of AVIF, BMP"),
+        (image_file(GREY.convert("RGB"), "ICNS"), "no image of AVIF, BMP"),
         (_patched(SAVED["GIF"], b"GIF8", 6, "<HH", 0, 0)[:13] + b";", "begin like GIF and are damaged"),
         (b"\0", "no image of AVIF, BMP"),
     ],
@@ -243,7 +229,7 @@ def test_no_other_program_is_started(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 20_000), (20_000, 1), (100_000, 3)])
 def test_images_of_any_shape_are_fitted(size):
-    pixels = pixels_or_failure(_file(Image.new("L", size, 90), "PNG"), 56, "letterbox")
+    pixels = pixels_or_failure(image_file(Image.new("L", size, 90), "PNG"), 56, "letterbox")
     assert (pixels == 90).all(axis=-1).any()
 
 
@@ -266,21 +252,21 @@ RED, PINK = [[255, 0, 0]], [[255, 127, 127]]
 @pytest.mark.parametrize(
     ("data", "expected"),
     [
-        (_png(3, 1, 16, 0, b"\0" + _sixteen(0, 25_600, 65_535)), SHADES),
-        (_png(1, 1, 16, 2, b"\0" + _sixteen(65_535, 0, 255)), RED),
-        (_png(1, 1, 16, 6, b"\0" + _sixteen(65_535, 0, 0, 0x8080)), PINK),
+        (png(3, 1, 16, 0, b"\0" + _sixteen(0, 25_600, 65_535)), SHADES),
+        (png(1, 1, 16, 2, b"\0" + _sixteen(65_535, 0, 255)), RED),
+        (png(1, 1, 16, 6, b"\0" + _sixteen(65_535, 0, 0, 0x8080)), PINK),
         (_tiff(3, 1, 16, 1, struct.pack("<3H", 0, 25_600, 65_535)), SHADES),
         (_tiff(1, 1, (16, 16, 16), 2, struct.pack("<3H", 65_535, 0, 255)), RED),
         (_integers(0, 25_600, 65_535), SHADES),
         (_floats(0, 100 / 255, 1), SHADES),
         (_floats(0, 100, 255), SHADES),
-        (_file(Image.new("CMYK", (1, 1), (0, 255, 255, 0)), "TIFF"), RED),
-        (_file(Image.new("LAB", (1, 1), (255, 128, 128)), "TIFF"), [[255, 255, 255]]),
-        (_file(Image.new("RGB", (1, 1), "red").quantize(4), "PNG"), RED),
-        (_file(Image.new("RGB", (1, 1), "red").quantize(4), "BMP"), RED),
-        (_file(Image.new("RGBA", (1, 1), (255, 0, 0, 128)), "ICO"), PINK),
-        (_file(Image.new("RGBA", (1, 1), (255, 0, 0, 128)), "TIFF"), PINK),
-        (_png(1, 1, 8, 2, b"\0\xff\0\0", (b"tRNS", _sixteen(255, 0, 0))), [[255, 255, 255]]),
+        (image_file(Image.new("CMYK", (1, 1), (0, 255, 255, 0)), "TIFF"), RED),
+        (image_file(Image.new("LAB", (1, 1), (255, 128, 128)), "TIFF"), [[255, 255, 255]]),
+        (image_file(Image.new("RGB", (1, 1), "red").quantize(4), "PNG"), RED),
+        (image_file(Image.new("RGB", (1, 1), "red").quantize(4), "BMP"), RED),
+        (image_file(Image.new("RGBA", (1, 1), (255, 0, 0, 128)), "ICO"), PINK),
+        (image_file(Image.new("RGBA", (1, 1), (255, 0, 0, 128)), "TIFF"), PINK),
+        (png(1, 1, 8, 2, b"\0\xff\0\0", (b"tRNS", _sixteen(255, 0, 0))), [[255, 255, 255]]),
     ],
 )
 def test_samples_of_every_kind_give_the_colours_they_stand_for(data, expected):
@@ -288,7 +274,7 @@ def test_samples_of_every_kind_give_the_colours_they_stand_for(data, expected):
 
 
 def test_adobes_inverted_cmyk_is_the_right_way_up():
-    data = _file(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG", quality=100)
+    data = image_file(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG", quality=100)
     assert b"Adobe" in data
     assert np.abs(np.asarray(decode_image(data), np.int16) - RED[0]).max() <= 2
 
@@ -307,7 +293,7 @@ def test_what_shows_through_is_as_bright_as_pillows_own_composite(alpha):
     image.putalpha(alpha)
     ground = Image.new("RGBA", image.size, "white")
     expected = np.asarray(Image.alpha_composite(ground, image).convert("RGB"), np.int16)
-    assert np.abs(np.asarray(decode_image(_file(image, "PNG"))) - expected).max() <= 1
+    assert np.abs(np.asarray(decode_image(image_file(image, "PNG"))) - expected).max() <= 1
 
 
 #: Bytes of memory for each pixel: of the picture as Pillow has it, and of its RGB; no more to turn it.
@@ -322,7 +308,7 @@ def test_memory_is_bounded_by_the_pixels(mode, kind, most):
         options["transparency"] = 0
     exif = Image.Exif()
     exif[0x0112] = 6
-    data = _file(Image.new(mode, (3000, 3000)), kind, exif=exif, **options)
+    data = image_file(Image.new(mode, (3000, 3000)), kind, exif=exif, **options)
     decode_image(SAVED[kind])
     forget_peak()
     before = peak_memory()
@@ -337,7 +323,7 @@ def test_an_image_of_any_mode_is_turned_upright(mode, orientation):
     exif[0x0112] = orientation
     image = Image.new(mode, (5, 4))
     kind = "TIFF" if mode in {"CMYK", "F"} else "PNG"
-    assert decode_image(_file(image, kind, exif=exif)).size == ((5, 4) if orientation == 3 else (4, 5))
+    assert decode_image(image_file(image, kind, exif=exif)).size == ((5, 4) if orientation == 3 else (4, 5))
 
 
 HANGS = """
@@ -358,14 +344,14 @@ def test_an_image_that_holds_its_process_up_ends_it():
 
 
 def test_a_picture_in_an_icon_is_held_to_the_limit_whatever_the_icon_says():
-    data = _ico(_png(100, 100, 8, 0, bytes(101 * 100)))
+    data = _ico(png(100, 100, 8, 0, bytes(101 * 100)))
     assert decode_image(data, ImageRules(max_pixels=10_000)).size == (100, 100)
     with pytest.raises(ImageError, match="has 10,000 pixels; the limit is 9,999"):
         decode_image(data, ImageRules(max_pixels=9_999))
 
 
 def test_a_photo_of_a_phone_whose_file_says_that_it_is_small_takes_no_memory():
-    data = _file(Image.new("RGB", (6000, 6000), "red"), "HEIF", quality=10)
+    data = image_file(Image.new("RGB", (6000, 6000), "red"), "HEIF", quality=10)
     data = _patched(data, b"ispe", 8, ">II", 16, 16)
     forget_peak()
     before = peak_memory()

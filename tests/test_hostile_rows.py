@@ -8,9 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fuzz import forget_peak, peak_memory
+from reading import caption_config, read_rows
 
 from qvl_batch.columns import FAILURE, IMAGE, PROMPT, ROW
-from qvl_batch.config import CaptionConfig
 from qvl_batch.errors import InputError
 from qvl_batch.input.fetch import Fetcher
 from qvl_batch.input.reader import read_unit
@@ -21,17 +21,10 @@ STAGE, KIND, MESSAGE = FAILURE
 
 
 def _source(tmp_path, **options):
-    return open_source(CaptionConfig(bundle=tmp_path, input=(str(tmp_path),), output=tmp_path / "out", **options))
+    return open_source(caption_config(tmp_path, **options))
 
 
-def _read(source, prompt=None, rows_per_table=8):
-    units, fetcher = source.units(), Fetcher(())
-    tables = [table for unit in units for table in read_unit(unit, source.columns, prompt, rows_per_table, fetcher)]
-    assert all(table.num_rows <= rows_per_table for table in tables)
-    return pa.concat_tables(tables)
-
-
-def _table(**columns):
+def _questions(**columns):
     rows = {
         "id": [f"row {number}" for number in range(ROWS)],
         "image": [bytes([number]) * 100 for number in range(ROWS)],
@@ -43,7 +36,7 @@ def _table(**columns):
 def _write_damaged(path, column, table=None, page=None, **options):
     """A file of two row groups; a column of the first is overwritten, from its page with so many rows before it on."""
     pq.write_table(
-        table or _table(), path, row_group_size=ROWS // 2, compression="zstd", use_dictionary=False,
+        table or _questions(), path, row_group_size=ROWS // 2, compression="zstd", use_dictionary=False,
         write_batch_size=5, data_page_size=1, **options,
     )  # fmt: skip
     group = pq.read_metadata(path).row_group(0)
@@ -57,10 +50,10 @@ def _write_damaged(path, column, table=None, page=None, **options):
 
 @pytest.mark.parametrize("column", ["image", "prompt", "id", "note"])
 def test_rows_of_a_damaged_row_group_fail_with_what_can_be_read_of_them(column, tmp_path):
-    table = _table(note=list(range(ROWS)))
+    table = _questions(note=list(range(ROWS)))
     _write_damaged(tmp_path / "a.parquet", column, table)
     pq.write_table(table, tmp_path / "b.parquet")
-    rows = _read(_source(tmp_path, keep_columns=("note",)))
+    rows = read_rows(_source(tmp_path, keep_columns=("note",)))
     assert rows[ROW].to_pylist() == [*range(ROWS), *range(ROWS)]
     half = ROWS // 2
     damaged, whole = rows.slice(0, half), rows.slice(half)
@@ -79,26 +72,26 @@ def test_rows_of_a_damaged_row_group_fail_with_what_can_be_read_of_them(column, 
 
 def test_rows_before_the_damage_are_read_and_a_limit_holds(tmp_path):
     _write_damaged(tmp_path / "a.parquet", "image", page=2)
-    rows = _read(_source(tmp_path, limit=15), prompt="What?", rows_per_table=4)
-    assert rows["id"].to_pylist() == _table()["id"].to_pylist()[:15]
+    rows = read_rows(_source(tmp_path, limit=15), prompt="What?", rows_per_table=4)
+    assert rows["id"].to_pylist() == _questions()["id"].to_pylist()[:15]
     failed = [stage is not None for stage in rows[STAGE].to_pylist()]
     assert 0 < failed.count(False) < 15
     assert failed == sorted(failed)
 
 
 def test_a_file_that_went_stops_the_job(tmp_path):
-    pq.write_table(_table(), tmp_path / "a.parquet")
+    pq.write_table(_questions(), tmp_path / "a.parquet")
     source = _source(tmp_path)
     (tmp_path / "a.parquet").write_bytes(b"PAR1 no more")
     with pytest.raises(InputError, match=r"a.parquet: row group 0 cannot be read"):
-        _read(source)
+        read_rows(source)
     (tmp_path / "a.parquet").unlink()
     with pytest.raises(InputError, match=r"a.parquet: row group 0 cannot be read: .*No such file"):
-        _read(source)
+        read_rows(source)
 
 
 def test_a_row_group_with_fewer_rows_than_its_footer_says_stops_the_job(tmp_path):
-    pq.write_table(_table(), tmp_path / "a.parquet")
+    pq.write_table(_questions(), tmp_path / "a.parquet")
     source = _source(tmp_path)
     unit = replace(next(source.units()), spans=[(0, ROWS + 1)])
     with pytest.raises(InputError, match=r"a.parquet: row group 0 has 40 rows, not 41: the file is damaged"):
@@ -107,7 +100,7 @@ def test_a_row_group_with_fewer_rows_than_its_footer_says_stops_the_job(tmp_path
 
 def test_a_damaged_footer_among_good_files_is_named_at_the_start(tmp_path):
     for name in "abc":
-        pq.write_table(_table(), tmp_path / f"{name}.parquet")
+        pq.write_table(_questions(), tmp_path / f"{name}.parquet")
     data = (tmp_path / "b.parquet").read_bytes()
     (tmp_path / "b.parquet").write_bytes(data[:-200] + bytes(192) + data[-8:])
     with pytest.raises(InputError, match=r"b.parquet is not a readable parquet file: "):
@@ -122,13 +115,13 @@ def test_a_file_without_bytes_is_named(tmp_path):
 
 @pytest.mark.parametrize("groups", [0, 1, 3])
 def test_files_without_rows_add_none(groups, tmp_path):
-    with pq.ParquetWriter(tmp_path / "empty.parquet", _table().schema) as writer:
+    with pq.ParquetWriter(tmp_path / "empty.parquet", _questions().schema) as writer:
         for _ in range(groups):
-            writer.write_table(_table().slice(0, 0))
+            writer.write_table(_questions().slice(0, 0))
     source = _source(tmp_path)
     assert (source.rows, list(source.units()), len(source.files)) == (0, [], 1)
-    pq.write_table(_table(), tmp_path / "full.parquet")
-    assert _read(_source(tmp_path)).num_rows == ROWS
+    pq.write_table(_questions(), tmp_path / "full.parquet")
+    assert read_rows(_source(tmp_path)).num_rows == ROWS
 
 
 NOT_TEXT = [b"fine", b"\xff\xfe", b"lone \xed\xa0\x80", "wörter".encode()]
@@ -145,7 +138,7 @@ def test_a_prompt_that_is_no_text_fails_alone(dictionary, tmp_path):
     prompts = prompts.dictionary_encode() if dictionary else prompts
     table = pa.table({"id": range(4), "image": [b"x"] * 4, "prompt": prompts})
     pq.write_table(table, tmp_path / "a.parquet")
-    rows = _read(_source(tmp_path))
+    rows = read_rows(_source(tmp_path))
     assert rows[PROMPT].to_pylist() == ["fine", None, None, "wörter"]
     assert rows[KIND].to_pylist() == [None, "RecordError", "RecordError", None]
     assert "a string is not valid Unicode text" in rows[MESSAGE][2].as_py()
@@ -156,7 +149,7 @@ def test_a_path_that_is_no_text_fails_alone_and_not_beside_bytes(tmp_path):
         [pa.array([None, None, b"inside", b"inside"]), _unchecked(NOT_TEXT)], names=["bytes", "path"]
     )
     pq.write_table(pa.table({"id": range(4), "image": image}), tmp_path / "a.parquet")
-    rows = _read(_source(tmp_path, prompt="What?", allow_images_from=(str(tmp_path),)), prompt="What?")
+    rows = read_rows(_source(tmp_path, prompt="What?", allow_images_from=(str(tmp_path),)), prompt="What?")
     assert rows[IMAGE].to_pylist() == [None, None, b"inside", b"inside"]
     assert rows[KIND].to_pylist() == ["ImageError", "RecordError", None, None]
 
@@ -164,7 +157,7 @@ def test_a_path_that_is_no_text_fails_alone_and_not_beside_bytes(tmp_path):
 def test_ids_may_repeat_be_null_or_be_no_text(tmp_path):
     ids = _unchecked([b"same", b"same", None, b"\xff"])
     pq.write_table(pa.table({"id": ids, "image": [b"x"] * 4, "prompt": ["?"] * 4}), tmp_path / "a.parquet")
-    rows = _read(_source(tmp_path))
+    rows = read_rows(_source(tmp_path))
     assert rows["id"].cast(pa.binary()).to_pylist() == [b"same", b"same", None, b"\xff"]
     assert rows[STAGE].null_count == 4
 
@@ -173,7 +166,7 @@ def test_control_characters_are_text(tmp_path):
     odd = "".join(map(chr, range(32))) + "\x7f\u202e\ufeff\U0010ffff"
     table = pa.table({"id": [odd], "image": [b"x"], "prompt": [odd]})
     pq.write_table(table, tmp_path / "a.parquet")
-    rows = _read(_source(tmp_path))
+    rows = read_rows(_source(tmp_path))
     assert (rows["id"].to_pylist(), rows[PROMPT].to_pylist()) == ([odd], [odd])
 
 
@@ -210,7 +203,7 @@ def test_a_column_that_is_there_twice_is_refused(tmp_path):
 def test_a_struct_whose_parts_are_of_other_types_fails_row_by_row(tmp_path):
     image = [{"bytes": 7, "path": None}, {"bytes": None, "path": None}]
     pq.write_table(pa.table({"id": [1, 2], "image": image, "prompt": ["?"] * 2}), tmp_path / "a.parquet")
-    rows = _read(_source(tmp_path))
+    rows = read_rows(_source(tmp_path))
     assert rows[KIND].to_pylist() == ["RecordError", "ImageError"]
     assert rows[MESSAGE][0].as_py() == "the image is a int, not bytes or a path"
 
@@ -220,7 +213,7 @@ def test_what_else_a_struct_has_is_not_looked_at(tmp_path):
     columns = [pa.array([b"inside", None]), beyond, beyond]
     image = pa.StructArray.from_arrays(columns, names=["bytes", "taken", "taken"])
     pq.write_table(pa.table({"id": [1, 2], "image": image, "prompt": ["?"] * 2}), tmp_path / "a.parquet")
-    rows = _read(_source(tmp_path))
+    rows = read_rows(_source(tmp_path))
     assert rows[IMAGE].to_pylist() == [b"inside", None]
     assert rows[MESSAGE].to_pylist() == [None, "the image is null"]
 
@@ -228,7 +221,7 @@ def test_what_else_a_struct_has_is_not_looked_at(tmp_path):
 def test_an_image_that_python_has_no_value_for_fails_alone(tmp_path):
     image = pa.StructArray.from_arrays([pa.array([2**61, None], pa.timestamp("ms"))], names=["bytes"])
     pq.write_table(pa.table({"id": [1, 2], "image": image, "prompt": ["?"] * 2}), tmp_path / "a.parquet")
-    rows = _read(_source(tmp_path))
+    rows = read_rows(_source(tmp_path))
     assert rows[KIND].to_pylist() == ["RecordError", "ImageError"]
     assert rows[MESSAGE][0].as_py().startswith("a timestamp[ms] cannot be read: ")
 

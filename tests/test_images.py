@@ -7,6 +7,7 @@ import numpy as np
 import pillow_heif
 import pytest
 from conftest import TINY
+from image_files import image_file
 from PIL import Image, ImageOps
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -17,12 +18,6 @@ from qvl_batch.images.pixels import LETTERBOX_RGB, decode_image, fit_image, upri
 pillow_heif.register_heif_opener()  # to save such files
 
 
-def _file(image, file_format="PNG", **options):
-    buffer = io.BytesIO()
-    image.save(buffer, file_format, **options)
-    return buffer.getvalue()
-
-
 def _gradient(width=40, height=30):
     x, y = np.meshgrid(np.arange(width), np.arange(height))
     return Image.fromarray(np.stack([x * 6, y * 8, x + y], axis=-1).astype(np.uint8))
@@ -31,7 +26,7 @@ def _gradient(width=40, height=30):
 @pytest.mark.parametrize("file_format", ["PNG", "BMP", "TIFF", "WEBP"])
 def test_lossless_formats_give_their_pixels(file_format):
     options = {"lossless": True} if file_format == "WEBP" else {}
-    decoded = decode_image(_file(_gradient(), file_format, **options))
+    decoded = decode_image(image_file(_gradient(), file_format, **options))
     assert np.array_equal(decoded, _gradient())
 
 
@@ -39,7 +34,7 @@ def test_lossless_formats_give_their_pixels(file_format):
 def test_exif_orientation_is_honoured(orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    data = _file(_gradient(), exif=exif)
+    data = image_file(_gradient(), exif=exif)
     expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
     decoded = decode_image(data)
     assert np.array_equal(decoded, expected.convert("RGB"))
@@ -52,7 +47,7 @@ def test_what_is_transparent_shows_white(mode):
     image = Image.new(mode, (4, 4), 0)
     image.putpixel((0, 0), (255, 0, 0, 255) if mode == "RGBA" else (90, 255))
     image.putpixel((1, 0), (0, 0, 0, 128) if mode == "RGBA" else (0, 128))
-    decoded = decode_image(_file(image))
+    decoded = decode_image(image_file(image))
     assert decoded.getpixel((0, 0)) == ((255, 0, 0) if mode == "RGBA" else (90, 90, 90))
     assert decoded.getpixel((1, 0)) == (127, 127, 127)
     assert decoded.getpixel((3, 3)) == (255, 255, 255)
@@ -62,26 +57,26 @@ def test_a_transparent_palette_colour_shows_white():
     image = Image.new("P", (2, 1), 0)
     image.putpalette([200, 0, 0, 0, 0, 200])
     image.putpixel((1, 0), 1)
-    decoded = decode_image(_file(image, "GIF", transparency=0))
+    decoded = decode_image(image_file(image, "GIF", transparency=0))
     assert [decoded.getpixel((x, 0)) for x in (0, 1)] == [(255, 255, 255), (0, 0, 200)]
 
 
 def test_sixteen_bits_are_scaled_not_clipped():
     samples = np.array([[0, 256 * 100, 65535]], np.uint16)
-    decoded = decode_image(_file(Image.fromarray(samples)))
+    decoded = decode_image(image_file(Image.fromarray(samples)))
     assert [decoded.getpixel((x, 0))[0] for x in range(3)] == [0, 100, 255]
 
 
 def test_a_transparent_shade_of_sixteen_bits_shows_white():
     samples = np.array([[1000, 256 * 90, 1001]], np.uint16)
-    decoded = decode_image(_file(Image.fromarray(samples), transparency=1000))
+    decoded = decode_image(image_file(Image.fromarray(samples), transparency=1000))
     assert [decoded.getpixel((x, 0))[0] for x in range(3)] == [255, 90, 3]
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "CMYK", "YCbCr"])
 def test_every_mode_becomes_rgb(mode):
     file_format = "JPEG" if mode in {"CMYK", "YCbCr"} else "PNG"
-    decoded = decode_image(_file(_gradient().convert(mode), file_format))
+    decoded = decode_image(image_file(_gradient().convert(mode), file_format))
     assert (decoded.mode, decoded.size) == ("RGB", (40, 30))
 
 
@@ -100,14 +95,14 @@ def test_a_pillow_image_may_have_any_mode(mode):
 
 def test_a_pillow_image_is_refused_as_its_file_would_be():
     with pytest.raises(ImageError, match="truncated"):
-        upright_rgb(Image.open(io.BytesIO(_file(_gradient(400, 300), "JPEG")[:2000])))
+        upright_rgb(Image.open(io.BytesIO(image_file(_gradient(400, 300), "JPEG")[:2000])))
     with pytest.raises(ImageError, match=r"has 1,200 pixels; the limit is 1,000 \(--max-image-pixels\)"):
         upright_rgb(_gradient(), ImageRules(max_pixels=1000))
 
 
 def test_of_an_animation_the_first_frame_is_taken():
     frames = [Image.new("RGB", (4, 4), color) for color in ("red", "blue")]
-    decoded = decode_image(_file(frames[0], "GIF", save_all=True, append_images=frames[1:]))
+    decoded = decode_image(image_file(frames[0], "GIF", save_all=True, append_images=frames[1:]))
     assert decoded.getpixel((0, 0)) == (255, 0, 0)
 
 
@@ -117,10 +112,10 @@ def test_of_an_animation_the_first_frame_is_taken():
         (b"", "has no bytes"),
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "no image of AVIF, BMP"),
         (
-            _file(_gradient(400, 300))[:200],
+            image_file(_gradient(400, 300))[:200],
             "the PNG is damaged and lacks 103,200 of 120,000 pixels: .*truncated.*; --allow-truncated",
         ),
-        (_file(_gradient(400, 300), "JPEG")[:2000], "truncated"),
+        (image_file(_gradient(400, 300), "JPEG")[:2000], "truncated"),
     ],
 )
 def test_what_is_no_image_says_so(data, message):
@@ -130,7 +125,7 @@ def test_what_is_no_image_says_so(data, message):
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "AVIF", "PPM", "JPEG2000", "HEIF"])
 def test_the_limit_on_pixels_is_exact_and_says_how_it_is_raised(kind, monkeypatch):
-    data, rules = _file(_gradient(), kind), ImageRules(max_pixels=1199)
+    data, rules = image_file(_gradient(), kind), ImageRules(max_pixels=1199)
     with pytest.raises(ImageError, match=r"has 1,200 pixels; the limit is 1,199 \(--max-image-pixels\)"):
         decode_image(data, rules)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # of another user of Pillow: it warns here, or refuses
@@ -140,18 +135,18 @@ def test_the_limit_on_pixels_is_exact_and_says_how_it_is_raised(kind, monkeypatc
 def test_an_honest_scan_is_read_where_the_limit_is_raised(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
     for kind in ("PNG", "JPEG", "TIFF", "BMP", "PPM", "AVIF", "JPEG2000", "HEIF"):
-        data = _file(_gradient(), kind)
+        data = image_file(_gradient(), kind)
         with pytest.raises(ImageError, match="limit is 1,000"):
             decode_image(data, ImageRules(max_pixels=1000))
         assert decode_image(data, ImageRules(max_pixels=1200)).size == (40, 30), kind
     with pytest.raises(ImageError, match="the WEBP has 1,200 pixels; Pillow reads at most 1,000"):
-        decode_image(_file(_gradient(), "WEBP"), ImageRules(max_pixels=1200))
+        decode_image(image_file(_gradient(), "WEBP"), ImageRules(max_pixels=1200))
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L"])
 def test_a_photo_of_a_phone_is_shown(mode):
     image = _gradient(320, 240).resize((640, 480), Image.Resampling.BICUBIC).convert(mode)
-    data = _file(image, "HEIF", quality=95)
+    data = image_file(image, "HEIF", quality=95)
     assert data[4:10] == b"ftyphe"
     shown, expected = np.asarray(decode_image(data), np.int16), np.asarray(image.convert("RGB"), np.int16)
     assert np.abs(shown - expected).mean() < 3
@@ -163,7 +158,7 @@ def test_a_photo_of_a_phone_is_turned_upright_once(orientation):
     image.paste("red", (0, 0, 16, 16))
     exif = Image.Exif()
     exif[0x0112] = orientation
-    data = _file(image, "HEIF", exif=exif.tobytes(), quality=95)
+    data = image_file(image, "HEIF", exif=exif.tobytes(), quality=95)
     image.getexif()[0x0112] = orientation
     expected = np.asarray(ImageOps.exif_transpose(image), np.int16)
     for shown in (decode_image(data), upright_rgb(Image.open(io.BytesIO(data)))):
@@ -174,7 +169,7 @@ def test_a_photo_of_a_phone_is_turned_upright_once(orientation):
 @pytest.mark.parametrize("brand", [b"heic", b"mif1", b"hevc"])
 def test_without_its_library_a_photo_of_a_phone_says_what_to_install(brand, monkeypatch):
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
-    data = _file(_gradient(), "HEIF")
+    data = image_file(_gradient(), "HEIF")
     with pytest.raises(ImageError, match=r"HEIC or HEIF: `pip install '\.\[heif\]'`"):
         decode_image(data[:8] + brand + data[12:])
 

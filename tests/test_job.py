@@ -5,7 +5,6 @@ on one cluster: of the seconds that a job of few rows takes, most are Ray's to s
 """
 
 import html
-import io
 import json
 import logging
 import os
@@ -25,6 +24,8 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 from conftest import QUESTIONS, ROOT, TINY, ray_folder
+from image_files import image_file
+from output_folders import read_answers
 from PIL import Image
 from reference import question
 from soak import soak
@@ -104,14 +105,8 @@ def _shown(folder):
     return json.loads((folder / "_run.json").read_text()), page, rows
 
 
-def _answers(folder):
-    table = pa.concat_tables([pq.read_table(path) for path in sorted(folder.glob("part-*.parquet"))])
-    return sorted(table.to_pylist(), key=lambda row: str(row["id"]))
-
-
-@pytest.fixture(scope="module")
-def demo():
-    return pq.read_table(QUESTIONS).to_pylist()
+def _rows_by_id(folder):
+    return sorted(read_answers(folder).to_pylist(), key=lambda row: str(row["id"]))
 
 
 def test_the_demo_is_answered_right_and_as_pytorch_answers_it(tiny_bundle, tiny_checkpoint, demo, ray_env, tmp_path):
@@ -120,7 +115,7 @@ def test_the_demo_is_answered_right_and_as_pytorch_answers_it(tiny_bundle, tiny_
         ray_env, "--bundle", tiny_bundle.path, "--input", QUESTIONS, "--output", output, "--keep-columns", "expected",
         "--price-per-hour", 1.5,
     )  # fmt: skip
-    rows = _answers(output)
+    rows = _rows_by_id(output)
     assert list(rows[0]) == ["id", "expected", *ANSWER_COLUMNS]
     assert [row["id"] for row in rows] == [row["id"] for row in demo]
     expected = PyTorch(tiny_checkpoint, 576).answer([question(row) for row in demo])
@@ -172,7 +167,7 @@ def test_rows_that_fail_say_why_and_the_others_are_answered(tiny_bundle, demo, j
         "--id-column", "key", "--image-column", "picture", "--prompt-column", "ask", "--keep-columns", "extra",
         "--slots", 3, "--vision-workers", 2, "--decoder-workers", 2, "--max-new-tokens", 6,
     )  # fmt: skip
-    rows = sorted(_answers(tmp_path / "out"), key=lambda row: row["extra"])
+    rows = sorted(_rows_by_id(tmp_path / "out"), key=lambda row: row["extra"])
     assert [(row["id"], row["extra"]) for row in rows] == list(zip(table["key"].to_pylist(), range(12), strict=True))
     failed = {row["extra"]: (row["error_stage"], row["error_type"]) for row in rows if row["finish_reason"] == "error"}
     image, prompt = ("image", "ImageError"), ("layout", "PromptError")
@@ -282,9 +277,7 @@ def test_rows_that_cannot_be_read_are_error_rows_and_the_others_are_answered(tin
     options = ["--bundle", tiny_bundle.path, "--input", path, "--output", output]
     result = job(*options, "--max-new-tokens", 4)
     assert "errors    6\n          6 read: RecordError" in result.stdout
-    parts = sorted(output.glob("part-*.parquet"))  # several, where the machine is slow
-    rows = [row for part in parts for row in pq.read_table(part).to_pylist()]
-    rows.sort(key=lambda row: row["id"] or "")
+    rows = sorted(read_answers(output).to_pylist(), key=lambda row: row["id"] or "")
     assert [row["id"] for row in rows] == [None] * 6 + sorted(row["id"] for row in demo[6:12])
     assert all(f"row {place} of {path} (row group 0)" in row["error_message"] for place, row in enumerate(rows[:6]))
     assert all(row["answer"] for row in rows[6:])
@@ -305,7 +298,7 @@ def test_a_job_that_is_stopped_keeps_its_answers_and_goes_on(sent, tiny_bundle, 
         os.kill(stopped.pid, sent)
         rest = stopped.stderr.read()
         assert stopped.wait(timeout=30) == 130
-    before = _answers(output)
+    before = _rows_by_id(output)
     last = rest.strip().splitlines()[-1]
     assert last == f"caption: stopped; {len(before)} of 80 rows are answered; continue with the same command"
     assert 0 < len(before) < 80
@@ -316,7 +309,7 @@ def test_a_job_that_is_stopped_keeps_its_answers_and_goes_on(sent, tiny_bundle, 
     result = job(*options)
     assert f"resuming  {len(before)} rows are answered already, {80 - len(before)} are left" in result.stderr
     assert f"rows      80 (80 stop)\n          {len(before)} of them by earlier runs" in result.stdout
-    rows = _answers(output)
+    rows = _rows_by_id(output)
     assert [row["id"] for row in rows] == sorted(table["id"].to_pylist())
     answers = {row["id"]: row["answer"] for row in rows}
     assert all(answers[row["id"]] == row["answer"] for row in before)
@@ -357,19 +350,19 @@ def test_a_job_that_is_stopped_says_what_goes_on(option, command, monkeypatch, c
 @pytest.mark.long
 def test_images_that_were_refused_are_answered_once_they_are_allowed(tiny_bundle, demo, job, tmp_path):
     whole = demo[0]["image"]["bytes"]
-    files = [whole, whole[: len(whole) * 2 // 3], _png(Image.new("RGB", (1000, 1000)))]
+    files = [whole, whole[: len(whole) * 2 // 3], image_file(Image.new("RGB", (1000, 1000)))]
     rows = [{"id": place, "image": file, "prompt": demo[0]["prompt"]} for place, file in enumerate(files)]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
     options = ["--bundle", tiny_bundle.path, "--input", tmp_path / "rows.parquet", "--output", tmp_path / "answers"]
     options += ["--max-new-tokens", 2]
     job(*options, "--max-image-pixels", 999_999)
-    first = _answers(tmp_path / "answers")
+    first = _rows_by_id(tmp_path / "answers")
     messages = [row["error_message"] for row in first]
     assert messages[0] is None
     assert "--allow-truncated shows the rest" in messages[1]
     assert messages[2] == "the image has 1,000,000 pixels; the limit is 999,999 (--max-image-pixels)"
     job(*options, "--allow-truncated", "--retry-errors")
-    second = _answers(tmp_path / "answers")
+    second = _rows_by_id(tmp_path / "answers")
     assert not any(row["error_message"] for row in second)
     assert second[0] == first[0]
 
@@ -377,19 +370,13 @@ def test_images_that_were_refused_are_answered_once_they_are_allowed(tiny_bundle
 @pytest.mark.long
 def test_samples_that_use_few_of_their_bits_are_named_once(tiny_bundle, demo, ray_env, tmp_path):
     dark = np.linspace(0, 4095, 64 * 64).astype(np.uint16).reshape(64, 64)
-    files = [_png(Image.fromarray(dark // part)) for part in range(1, 13)]
+    files = [image_file(Image.fromarray(dark // part)) for part in range(1, 13)]
     rows = [{"id": place, "image": file, "prompt": demo[0]["prompt"]} for place, file in enumerate(files)]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
     options = ["--bundle", tiny_bundle.path, "--input", tmp_path / "rows.parquet", "--output", tmp_path / "answers"]
     result = _caption(ray_env, *options, "--max-new-tokens", 2)
     assert result.stderr.count("16-bit samples are all below 4,096") == 1
-    assert not any(row["error_message"] for row in _answers(tmp_path / "answers"))
-
-
-def _png(image):
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
+    assert not any(row["error_message"] for row in _rows_by_id(tmp_path / "answers"))
 
 
 def test_rows_added_to_the_input_are_answered_and_failed_ones_again(tiny_bundle, demo, job, tmp_path):
@@ -403,7 +390,7 @@ def test_rows_added_to_the_input_are_answered_and_failed_ones_again(tiny_bundle,
     pq.write_table(pa.Table.from_pylist(named), folder / "b.parquet")
     result = job(*options)
     assert "errors    1\n          1 image: ImageError" in result.stdout
-    rows = _answers(output)
+    rows = _rows_by_id(output)
     assert [row["id"] for row in rows] == [row["id"] for row in demo[:3]]
     assert "cannot be read: FileNotFoundError" in rows[2]["error_message"]
 
@@ -412,7 +399,7 @@ def test_rows_added_to_the_input_are_answered_and_failed_ones_again(tiny_bundle,
     result = job(*options, "--retry-errors")
     assert "resuming  2 rows are answered already, 3 are left" in result.stderr
     assert "rows      5 (5 stop)\n          2 of them by earlier runs\nerrors    0" in result.stdout
-    rows = _answers(output)
+    rows = _rows_by_id(output)
     assert [row["id"] for row in rows] == [row["id"] for row in demo[:5]]
     assert all(row["answer"] for row in rows)
 
@@ -476,7 +463,7 @@ def test_a_job_submitted_to_a_cluster_answers_all_rows_but_those_that_end_its_wo
         "--output", tmp_path / "out", PYTHONPATH=os.pathsep.join([str(ROOT / "tests" / "poison"), str(ROOT)]),
     )  # fmt: skip
     assert "rows      24 (3 error, 21 stop)" in said
-    answers = {row["id"]: row for row in _answers(tmp_path / "out")}
+    answers = {row["id"]: row for row in _rows_by_id(tmp_path / "out")}
     failed = {id_: (row["error_stage"], row["error_type"]) for id_, row in answers.items() if row["error_stage"]}
     stages = {21: "read", 12: "image", 2: "decode"}
     assert failed == {rows[place]["id"]: (stage, "WorkerLostError") for place, stage in stages.items()}, said
@@ -519,4 +506,4 @@ def test_work_spreads_over_nodes_and_answers_stay(nodes, tiny_bundle, ray_env, t
         demo = pq.read_table(QUESTIONS)
         images = [image["bytes"] for image in demo["image"].to_pylist()]
         expected = captioner.caption(images, demo["prompt"].to_pylist())
-    assert [row["answer"] for row in _answers(tmp_path / "out")] == [answer.answer for answer in expected]
+    assert [row["answer"] for row in _rows_by_id(tmp_path / "out")] == [answer.answer for answer in expected]

@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import os
-import shutil
 import subprocess
 import sys
 
@@ -11,7 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from conftest import QUESTIONS, ROOT, TINY, TRACES
-from faults import edit_manifest, forget_known_answers, seal
+from faults import add_fp32, forget_known_answers, seal, spoil
 from PIL import Image
 from saturating.sitecustomize import plant
 
@@ -20,7 +19,7 @@ from export.package import ExportConfig, export_bundle
 from qvl_batch import Captioner
 from qvl_batch.bundle.known_answers import SPACING, STEPS, Figure, KnownAnswers, digits, repeated
 from qvl_batch.bundle.loading import Bundle
-from qvl_batch.bundle.manifest import DECODER, FP32, KNOWN_ANSWERS, VISION
+from qvl_batch.bundle.manifest import DECODER, KNOWN_ANSWERS, VISION
 from qvl_batch.config import CaptionConfig
 from qvl_batch.decoder.decoder import Decoder, PrefillRow
 from qvl_batch.errors import BundleError, DeviceError
@@ -158,20 +157,19 @@ def test_a_job_whose_machines_compute_wrongly_answers_nothing(name, graph, tiny_
 
 
 def test_a_graph_in_fp32_for_failed_rows_is_proved_too(saturating, copied_bundle, tiny_bundle):
-    shutil.copytree(tiny_bundle.path, copied_bundle / FP32)
-    edit_manifest(copied_bundle, lambda m: m["files"].update({f"{FP32}/bundle.json": {"size": 0, "sha256": ""}}))
-    seal(copied_bundle)
-    config = check.CheckConfig(bundle=copied_bundle)
-    assert [each.graph for each in check.check(config, Bundle.load(copied_bundle))] == [
+    bundle, config = add_fp32(copied_bundle, tiny_bundle), check.CheckConfig(bundle=copied_bundle)
+    assert [each.graph for each in check.check(config, bundle)] == [
         "vision",
         "decoder",
         "vision in fp32",
         "decoder in fp32",
     ]
+    spoil(copied_bundle, VISION, "blocks.1.mlp.down")
+    forget_known_answers(copied_bundle)  # with them, it would be refused itself
     vision = VisionEncoder(Bundle.load(copied_bundle), threads=2)
     saturating()
     with pytest.raises(DeviceError):
-        vision._fp32.get()
+        vision.encode(KnownAnswers.of(tiny_bundle).pixels)
 
 
 def test_a_decoder_answers_as_if_it_had_not_been_proved(tiny_bundle):

@@ -3,12 +3,14 @@
 import json
 import multiprocessing
 import os
+import threading
 import time
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from output_folders import FILES, JOB_OF_FILES, SCHEMA, answers_to, read_answers
 
 from qvl_batch.columns import FILE, ROW, with_columns
 from qvl_batch.errors import OutputError
@@ -18,26 +20,14 @@ from qvl_batch.output.parts import PartRecord, read_part
 from qvl_batch.output.resume import JOB, REPORT, RUN, Job, OutputFolder
 from qvl_batch.output.writer import AnswerWriter
 from qvl_batch.rows import InputFile
-from qvl_batch.schema import ANSWER_FIELDS, ID, Answer, Failure
-
-FILES = (InputFile("/in/a.parquet", 10, 6, "a"), InputFile("/in/b.parquet", 20, 5, "b"))
-JOB_OF_FILES = Job({"bundle": "abc", "--fit": "crop", "--keep-columns": ["x"]}, FILES)
-SCHEMA = pa.schema([pa.field(ID, pa.int64()), *ANSWER_FIELDS])
+from qvl_batch.schema import ID
 
 
 def _open(path, job=JOB_OF_FILES, *, overwrite=False, retry=None):
     return OutputFolder(LocalFolder(path), job, SCHEMA, overwrite=overwrite, retry=retry)
 
 
-def _answers(*rows):
-    answers = [Answer("yes", "stop", 9, 2) if row[1] % 2 else Answer.failed(Failure("image", "E", "m")) for row in rows]
-    columns = {field.name: [answer.record()[field.name] for answer in answers] for field in ANSWER_FIELDS}
-    files, places = zip(*rows, strict=True)
-    own = {FILE: pa.array(files, pa.int32()), ROW: pa.array(places, pa.int64()), ID: places}
-    return pa.table(own | {field.name: pa.array(columns[field.name], field.type) for field in ANSWER_FIELDS})
-
-
-def _write(folder, *tables):
+def _write_answers(folder, *tables):
     with AnswerWriter(folder.folder, SCHEMA) as writer:
         for table in tables:
             writer.add(table)
@@ -49,68 +39,70 @@ def _left(folder):
 
 @pytest.mark.parametrize("limit", ["ROWS_PER_FILE", "BYTES_PER_FILE"])
 def test_answers_that_are_enough_for_a_file_are_written_at_once(limit, tmp_path, monkeypatch):
-    enough = {"ROWS_PER_FILE": 3, "BYTES_PER_FILE": _answers((0, 0), (0, 1)).nbytes + 1}
+    enough = {"ROWS_PER_FILE": 3, "BYTES_PER_FILE": answers_to((0, 0), (0, 1)).nbytes + 1}
     monkeypatch.setattr(f"qvl_batch.output.writer.{limit}", enough[limit])
     with _open(tmp_path) as folder, AnswerWriter(folder.folder, SCHEMA) as writer:
-        writer.add(_answers((0, 0), (0, 1)))
+        writer.add(answers_to((0, 0), (0, 1)))
         assert not list(tmp_path.glob("part-*"))
-        writer.add(_answers((0, 2), (0, 3)))
-        assert len(_rows(tmp_path)) == 4
+        writer.add(answers_to((0, 2), (0, 3)))
+        assert len(_finish_reasons(tmp_path)) == 4
 
 
 def test_answers_are_written_in_time_when_no_other_comes(tmp_path, monkeypatch):
     monkeypatch.setattr("qvl_batch.output.writer.SECONDS_PER_FILE", 0.01)
     with _open(tmp_path) as folder, AnswerWriter(folder.folder, SCHEMA) as writer:
         for row in range(2):
-            writer.add(_answers((0, row)))
+            writer.add(answers_to((0, row)))
             while len(list(tmp_path.glob("part-*"))) == row:
                 time.sleep(0.001)
-        assert len(_rows(tmp_path)) == 2
+        assert len(_finish_reasons(tmp_path)) == 2
 
 
 def test_what_could_not_be_written_in_time_ends_the_job_at_the_next_answer(tmp_path, monkeypatch):
     monkeypatch.setattr("qvl_batch.output.writer.SECONDS_PER_FILE", 0.01)
+    before = set(threading.enumerate())
     with _open(tmp_path) as folder, AnswerWriter(folder.folder, SCHEMA) as writer:
         monkeypatch.setattr("qvl_batch.output.local_folder.os.fsync", _full)
-        writer.add(_answers((0, 1)))
-        writer._timer.join()
+        writer.add(answers_to((0, 1)))
+        for thread in set(threading.enumerate()) - before:
+            thread.join()
         monkeypatch.undo()
         with pytest.raises(OutputError, match="No space left"):
-            writer.add(_answers((0, 2)))
-    assert len(_rows(tmp_path)) == 2  # there is room again
+            writer.add(answers_to((0, 2)))
+    assert len(_finish_reasons(tmp_path)) == 2  # there is room again
 
 
 def test_a_file_that_arrow_cannot_make_is_named(tmp_path):
-    other = _answers((0, 3)).set_column(2, ID, pa.array(["x"]))
-    for tables in ([_answers((1, 0)), other], [other]):  # that cannot be joined, or are of another type
+    other = answers_to((0, 3)).set_column(2, ID, pa.array(["x"]))
+    for tables in ([answers_to((1, 0)), other], [other]):  # that cannot be joined, or are of another type
         with pytest.raises(OutputError, match=r"/part-000000-000000000003.parquet cannot be made: .*--keep-columns"):
-            _write(_open(tmp_path), *tables)
+            _write_answers(_open(tmp_path), *tables)
 
 
 def test_what_was_answered_is_known_when_a_job_goes_on(tmp_path):
     with _open(tmp_path / "out") as folder:
         assert (folder.done.count, folder.tally.rows) == (0, 0)
-        _write(folder, _answers((1, 0), (0, 3), (0, 1)), _answers((0, 2)))
+        _write_answers(folder, answers_to((1, 0), (0, 3), (0, 1)), answers_to((0, 2)))
     with _open(tmp_path / "out") as folder:
         assert _left(folder) == [(0, (0, 1)), (0, (4, 6)), (1, (1, 5))]
         assert folder.tally.rows == folder.done.count == 4
         assert folder.tally.finish_reasons == {"stop": 2, "error": 2}
         assert folder.tally.errors == {"image: E": 2}
         assert folder.tally.answer_tokens == 4
-        _write(folder, _answers((0, 0)))
-        _write(folder, _answers((0, 4), (0, 5), *((1, row) for row in range(1, 5))))
+        _write_answers(folder, answers_to((0, 0)))
+        _write_answers(folder, answers_to((0, 4), (0, 5), *((1, row) for row in range(1, 5))))
     with _open(tmp_path / "out") as folder:
         assert (_left(folder), folder.tally.rows) == ([], 11)
     names = sorted(path.name for path in (tmp_path / "out").glob("part-*"))
     assert names == [f"part-000000-{row:012d}.parquet" for row in (0, 1, 4)]
-    table = pa.concat_tables([pq.read_table(path) for path in (tmp_path / "out").glob("part-*")])
+    table = read_answers(tmp_path / "out")
     assert table.schema.names == SCHEMA.names
     assert table.num_rows == 11
 
 
 def test_files_that_were_added_are_work_left(tmp_path):
     with _open(tmp_path) as folder:
-        _write(folder, _answers((1, 4)))
+        _write_answers(folder, answers_to((1, 4)))
     more = Job(JOB_OF_FILES.settings, (*FILES, InputFile("/in/0.parquet", 5, 2, "0")))
     with _open(tmp_path, more) as folder:
         assert folder.done.missing(2, 0, 2) == [(0, 2)]
@@ -118,7 +110,7 @@ def test_files_that_were_added_are_work_left(tmp_path):
     assert Job.of(LocalFolder(tmp_path)) == more
 
 
-def _rows(path):
+def _finish_reasons(path):
     folder = LocalFolder(path)
     tables = [
         with_columns(read_part(folder, name), PartRecord.read(folder, name).places()) for name in folder.names("part-*")
@@ -128,20 +120,20 @@ def _rows(path):
 
 def test_rows_that_failed_are_answered_again_in_their_place(tmp_path):
     with _open(tmp_path) as folder:
-        _write(folder, _answers(*((0, row) for row in range(6)), (1, 1), (1, 2)))
-        _write(folder, _answers((1, 3), (1, 4)))
+        _write_answers(folder, answers_to(*((0, row) for row in range(6)), (1, 1), (1, 2)))
+        _write_answers(folder, answers_to((1, 3), (1, 4)))
     before = {path.name: path.read_bytes() for path in tmp_path.glob("part-*")}
     with _open(tmp_path, retry=(6, 5)) as folder:
         assert _left(folder) == [(0, (0, 1)), (0, (2, 3)), (0, (4, 5)), (1, (0, 1)), (1, (2, 3)), (1, (4, 5))]
         assert folder.tally.finish_reasons == {"stop": 5}
         assert folder.tally.rows == folder.done.count == 5
         with AnswerWriter(folder.folder, SCHEMA, folder.failed) as writer:
-            again = _answers((0, 2), (1, 2), (0, 0), (1, 0))
+            again = answers_to((0, 2), (1, 2), (0, 0), (1, 0))
             right = pa.array(["yes", None, "yes", None]), pa.array(["stop", "error", "stop", "error"])
             for name, column in zip(("answer", "finish_reason"), right, strict=True):
                 again = again.set_column(again.schema.get_field_index(name), name, column)
             writer.add(again)
-    found = _rows(tmp_path)
+    found = _finish_reasons(tmp_path)
     assert len(found) == 11
     assert {place for place, reason in found.items() if reason == "error"} == {(0, 4), (1, 0), (1, 2), (1, 4)}
     names = {path.name for path in tmp_path.glob("part-*")}
@@ -159,7 +151,7 @@ def test_rows_that_failed_are_answered_again_in_their_place(tmp_path):
 
 def test_errors_of_rows_that_a_limit_leaves_out_stay(tmp_path):
     with _open(tmp_path) as folder:
-        _write(folder, _answers(*((0, row) for row in range(6)), *((1, row) for row in range(5))))
+        _write_answers(folder, answers_to(*((0, row) for row in range(6)), *((1, row) for row in range(5))))
     with _open(tmp_path, retry=(6, 1)) as folder:
         assert _left(folder) == [(0, (0, 1)), (0, (2, 3)), (0, (4, 5)), (1, (0, 1))]
         assert sorted(folder.failed) == [(0, 0), (0, 2), (0, 4), (1, 0)]
@@ -180,7 +172,7 @@ def test_errors_of_rows_that_a_limit_leaves_out_stay(tmp_path):
 )
 def test_answers_of_another_job_are_not_added_to(settings, message, tmp_path):
     with _open(tmp_path) as folder:
-        _write(folder, _answers((1, 4)))
+        _write_answers(folder, answers_to((1, 4)))
     other = Job(JOB_OF_FILES.settings | settings, FILES)
     with pytest.raises(OutputError) as refused, _open(tmp_path, other):
         pass
@@ -217,7 +209,7 @@ def test_a_job_of_another_version_is_named(tmp_path):
 
 def test_what_a_killed_job_left_is_swept_up(tmp_path):
     with _open(tmp_path) as folder:
-        _write(folder, _answers((1, 4)))
+        _write_answers(folder, answers_to((1, 4)))
     (tmp_path / f"{PARTIAL}123-part-000000-000000000001.parquet").write_bytes(b"half")
     with _open(tmp_path) as folder:
         assert folder.done.count == 1
@@ -255,7 +247,7 @@ def _rows_beyond(path):
 )
 def test_answers_that_cannot_be_right_are_named(damage, message, tmp_path):
     with _open(tmp_path) as folder:
-        _write(folder, _answers((1, 4)))
+        _write_answers(folder, answers_to((1, 4)))
     (part,) = tmp_path.glob("part-*")
     damage(part)
     with pytest.raises(OutputError, match=message) as refused, _open(tmp_path):
@@ -266,8 +258,8 @@ def test_answers_that_cannot_be_right_are_named(damage, message, tmp_path):
 @pytest.mark.parametrize("damage", [_damage, _foreign])
 def test_what_are_no_answers_is_not_overwritten(damage, tmp_path):
     with _open(tmp_path) as folder:
-        _write(folder, _answers((1, 3)))
-        _write(folder, _answers((1, 4)))
+        _write_answers(folder, answers_to((1, 3)))
+        _write_answers(folder, answers_to((1, 4)))
     damage(tmp_path / "part-000001-000000000004.parquet")
     held = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(OutputError, match=r"part-000001-0{11}4.parquet is damaged, or not a file of answers, and"):
@@ -299,7 +291,7 @@ def test_a_folder_is_one_jobs_until_it_ends_however_it_ends(tmp_path):
     holder.join(30)
     assert holder.exitcode == -9
     with _open(tmp_path) as folder:
-        _write(folder, _answers((1, 4)))
+        _write_answers(folder, answers_to((1, 4)))
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
@@ -331,7 +323,7 @@ COUNTS = {"rows": 1, "finish_reasons": {"error": 1}, "errors": {"image: E": 1}}
 @pytest.mark.parametrize("other", [{"rows": 2}, {"finish_reasons": {"stop": 1}}, {"errors": {"read: E": 1}}, {}])
 def test_a_report_of_other_answers_is_none(other, tmp_path):
     with _open(tmp_path) as folder:
-        _write(folder, _answers((1, 4)))
+        _write_answers(folder, answers_to((1, 4)))
     with _open(tmp_path) as folder:
         folder.write_report(COUNTS | other, "")
         assert folder.reported() == (not other)
@@ -340,7 +332,7 @@ def test_a_report_of_other_answers_is_none(other, tmp_path):
 def test_a_report_is_of_the_answers_that_are_there_and_goes_with_them(tmp_path):
     with _open(tmp_path) as folder:
         assert not folder.reported()
-        _write(folder, _answers((1, 4)))
+        _write_answers(folder, answers_to((1, 4)))
     bins = {"seconds_per_bin": 0.25, "rows": [0, 1, 20], "shares": [0.5, -1e-3], "none": []}
     record = COUNTS | {"timeline": bins, "text": "[\n 1,\n 2\n]", "names": ["a", "b"]}
     with _open(tmp_path) as folder:
@@ -353,7 +345,7 @@ def test_a_report_is_of_the_answers_that_are_there_and_goes_with_them(tmp_path):
     assert '"rows": [0, 1, 20],\n' in (tmp_path / RUN).read_text()
     with _open(tmp_path) as folder:
         assert folder.reported()
-        _write(folder, _answers((1, 3)))
+        _write_answers(folder, answers_to((1, 3)))
     # Its run was killed before it could write another.
     with _open(tmp_path) as folder:
         assert not folder.reported()
@@ -377,7 +369,7 @@ def test_a_disk_that_is_full_stops_the_job_with_a_line(tmp_path, monkeypatch):
     with _open(tmp_path) as folder:
         monkeypatch.setattr("qvl_batch.output.local_folder.os.fsync", _full)
         with pytest.raises(OutputError, match="cannot be written: No space left on device"):
-            _write(folder, _answers((1, 4)))
+            _write_answers(folder, answers_to((1, 4)))
         with pytest.raises(OutputError, match="cannot be written: No space left on device"):
             folder.write_report({"rows": 0}, "")
     assert {path.name for path in tmp_path.iterdir()} == {JOB, LOCK}

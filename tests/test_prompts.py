@@ -7,10 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import TINY
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from export.chat import chat_turn
 from qvl_batch.bundle.loading import Bundle
+from qvl_batch.bundle.manifest import TOKENIZER
 from qvl_batch.decoder.prompts import NFC_SHORTENS, RowLayout
 from qvl_batch.errors import PromptError
 
@@ -104,14 +106,15 @@ def test_the_longest_prompt_that_fits_leaves_room_for_one_token(layout, tokenize
 
 def test_a_prompt_that_cannot_fit_is_not_tokenized(layout, monkeypatch):
     asked = []
+    # Private, since methods of the tokenizer's class, which is written in Rust, cannot be replaced.
     monkeypatch.setattr(layout, "_tokenizer", SimpleNamespace(encode=lambda *_, **__: asked.append(1)))
     with pytest.raises(PromptError, match="too many tokens"):
         layout.row_ids("a.b," * 1_250_000)
     assert not asked
 
 
-def test_the_longest_prompt_that_normalization_shortens_fits(layout):
-    tokenizer = layout._tokenizer
+def test_the_longest_prompt_that_normalization_shortens_fits(layout, tiny_bundle):
+    tokenizer = Tokenizer.from_file(str(tiny_bundle.file(TOKENIZER)))
     longest = max((token for token in tokenizer.get_vocab(with_added_tokens=False) if token.isascii()), key=len)
     assert layout.row_ids("\u212a" + longest * (layout.layout.room - 8))  # Kelvin, which becomes K
     shortened = "\u1fbe\u0308\u0301"

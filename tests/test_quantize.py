@@ -10,9 +10,9 @@ import sys
 
 import numpy as np
 import onnx
-import pyarrow.parquet as pq
 import pytest
-from conftest import QUESTIONS, ROOT, TINY, TRACES
+from answers import demo_rows
+from conftest import QUESTIONS, ROOT, TINY, TRACES, exported
 from onnx import numpy_helper
 from reference import letterboxed
 
@@ -38,9 +38,7 @@ COSTS = {
 
 @pytest.fixture(scope="module", params=["int8", "int4wo", pytest.param("int8wo", marks=pytest.mark.long)])
 def reduced(request, tmp_path_factory):
-    output = tmp_path_factory.mktemp("reduced") / request.param
-    export_bundle(ExportConfig(checkpoint=TINY, output=output, dtype=request.param), traces=TRACES)
-    return Bundle.load(output)
+    return exported(tmp_path_factory.mktemp("reduced") / request.param, dtype=request.param)
 
 
 def _operators(bundle, name):
@@ -107,14 +105,14 @@ def test_weights_of_any_kind_are_rounded_so(inputs, kind):
         "outliers": lambda: chance.normal(size=(inputs, 40)) * chance.choice([1, 1e3], (inputs, 40)),
         "zero": lambda: np.zeros((inputs, 40)),
     }[kind]().astype(np.float32)
-    made = _to_int8(matrix)
+    made = _to_int8(matrix)  # private: an export needs a checkpoint with such weights
     assert _most_of_a_pair(made["int8"]) <= 2**15 - 1
     assert np.abs(made["int8"] * made["scale"] - matrix).max() <= 0.51 * made["scale"].max()
 
 
 @pytest.fixture(scope="module")
 def rows():
-    return pq.read_table(QUESTIONS).slice(0, 4).to_pylist()
+    return demo_rows(4)
 
 
 def test_a_row_does_not_depend_on_its_neighbours(reduced, rows):
@@ -241,7 +239,7 @@ def test_weights_that_saturate_without_vnni_are_refused_there(tmp_path, monkeypa
         zeros = np.zeros(len(scale), np.int8)
         return {"int8": np.rint(matrix / scale).astype(np.int8), "scale": scale, "zero_points": zeros}
 
-    monkeypatch.setattr("export.quantize._to_int8", plain)
+    monkeypatch.setattr("export.quantize._to_int8", plain)  # no option asks for such weights
     config = ExportConfig(checkpoint=TINY, output=tmp_path / "bundle", dtype="int8", image_size=224)
     if not has_vnni():
         with pytest.raises(ExportError, match="parity gate"):

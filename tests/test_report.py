@@ -54,7 +54,7 @@ def test_a_jump_over_many_doublings_loses_nothing():
     assert len(timeline.bins["rows"]) <= BINS
 
 
-def _source(*left):
+def _source_with_rows_left(*left):
     """A source of files of so many rows, of which only some are left."""
     files = tuple(rows for rows, _ in left)
     done = RowSet(files)
@@ -66,16 +66,16 @@ def _source(*left):
 
 
 def test_the_sample_is_of_rows_that_are_left_and_always_the_same():
-    source = _source((500, [*range(5, 9), *range(20, 420)]), (3, []), (3, [0]), (700, range(100, 700)))
+    source = _source_with_rows_left((500, [*range(5, 9), *range(20, 420)]), (3, []), (3, [0]), (700, range(100, 700)))
     left = {(0, row) for row in [*range(5, 9), *range(20, 420)]} | {(2, 0)} | {(3, row) for row in range(100, 700)}
     sample = choose(source.rows, source.spans())
     assert len(sample) == ROWS
     assert sample <= left
     assert {file for file, _ in sample} >= {0, 3}
     assert choose(source.rows, source.spans()) == sample
-    small = _source((4, [2, 3]), (9, [8]))
+    small = _source_with_rows_left((4, [2, 3]), (9, [8]))
     assert choose(small.rows, small.spans()) == {(0, 2), (0, 3), (1, 8)}
-    assert choose(_source().rows, _source().spans()) == frozenset()
+    assert choose(_source_with_rows_left().rows, _source_with_rows_left().spans()) == frozenset()
 
 
 def test_only_the_sample_has_small_thumbnails_and_short_prompts():
@@ -89,7 +89,7 @@ def test_only_the_sample_has_small_thumbnails_and_short_prompts():
     assert columns[ASKED].to_pylist() == ["x" * CHARACTERS + "…", None, None, "d"]
 
 
-def _table(first, answers, started=1e12):
+def _answered(first, answers, started=1e12):
     """A table of answers to rows `first`, ... of file 0, as it comes to the driver."""
     rows = len(answers)
     columns = {FILE: [0] * rows, ROW: range(first, first + rows), ID: [f"row-{first + i}" for i in range(rows)]}
@@ -112,7 +112,9 @@ YES, NO = Answer("yes", "stop", 9, 2), Answer.failed(Failure("image", "ImageErro
 def test_the_driver_keeps_the_sample_and_a_few_errors_of_each_kind():
     sample = frozenset({(0, 3), (0, 12), (0, 99)})
     other = Answer.failed(Failure("layout", "PromptError", "no"))
-    stats = _arrived(RunStats(sample), _table(10, [YES, other, NO]), *(_table(at, [NO, YES]) for at in range(0, 10, 2)))
+    stats = _arrived(
+        RunStats(sample), _answered(10, [YES, other, NO]), *(_answered(at, [NO, YES]) for at in range(0, 10, 2))
+    )
     assert [(row["id"], row["finish_reason"]) for row in stats.rows] == [("row-3", "stop"), ("row-12", "error")]
     assert stats.rows[0]["prompt"] == "why?"
     assert {kind: len(each) for kind, each in stats.examples.items()} == {
@@ -128,7 +130,7 @@ def test_the_driver_keeps_the_sample_and_a_few_errors_of_each_kind():
 
 def test_an_id_that_is_no_text_is_shown_as_far_as_it_can_be_read():
     ids = pa.array([b"\xff\xfe", b"a\xffb"]).view(pa.string())
-    table = _table(0, [NO, YES])
+    table = _answered(0, [NO, YES])
     table = table.set_column(table.column_names.index(ID), ID, ids)
     stats = _arrived(RunStats(frozenset({(0, 0), (0, 1)})), table)
     assert [row["id"] for row in stats.rows] == ["\ufffd\ufffd", "a\ufffdb"]
@@ -137,7 +139,7 @@ def test_an_id_that_is_no_text_is_shown_as_far_as_it_can_be_read():
 
 def test_the_stages_of_a_run_have_their_work_and_their_time():
     stats = RunStats(frozenset())
-    _arrived(stats, _table(0, [YES] * 3, started=stats.began + 50), _table(3, [YES], started=stats.began + 20))
+    _arrived(stats, _answered(0, [YES] * 3, started=stats.began + 50), _answered(3, [YES], started=stats.began + 20))
     assert stats.seconds_to_first_image == pytest.approx(20)
     stages = stats.utilization(PLAN.threads, 120.0)
     found = {name: (stage.seconds, stage.threads, round(stage.duration, 3)) for name, stage in stages.items()}

@@ -44,7 +44,7 @@ with OutputFolder(output, held, source.columns.output_schema(), overwrite=False)
 """
 
 
-def _write_input(folder):
+def _write_linked_files(folder):
     """Files of a hundred thousand rows in small row groups, as image sets have them; all are links to one."""
     folder.mkdir()
     schema = pa.schema({"id": pa.string(), "image": pa.binary(), "prompt": pa.string()})
@@ -76,7 +76,7 @@ def _write_footers(folder, files):
 
 @pytest.mark.long
 def test_what_is_left_of_a_hundred_million_rows_takes_little_memory(tmp_path):
-    _write_footers(tmp_path / "out", _write_input(tmp_path / "input"))
+    _write_footers(tmp_path / "out", _write_linked_files(tmp_path / "input"))
     command = [sys.executable, "-c", SCRIPT, str(tmp_path)]
     result = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, check=True)
     rows, done, left, units, growth = map(int, result.stdout.split())

@@ -1,11 +1,11 @@
 """The report of a run says what its record says, in one file that strangers' text cannot harm."""
 
-import io
 import re
 from html.parser import HTMLParser
 
 import pytest
 from browser import complaints, luminance, set_scheme, set_screen, show
+from image_files import image_file
 from PIL import Image
 from selenium.webdriver.common.by import By
 
@@ -21,9 +21,7 @@ CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")
 
 
 def _jpeg():
-    buffer = io.BytesIO()
-    Image.new("RGB", (160, 160), "teal").save(buffer, "JPEG")
-    return buffer.getvalue()
+    return image_file(Image.new("RGB", (160, 160), "teal"), "JPEG")
 
 
 def _timeline(*bins):
@@ -59,7 +57,7 @@ def _record(**changes):
     return record | changes
 
 
-def _row(**changes):
+def _shown_row(**changes):
     row = {
         "id": "scene-1", "prompt": "Why?", "thumbnail": _jpeg(), "answer": "yes", "finish_reason": "stop",
         "prompt_tokens": 600, "answer_tokens": 1, "error_stage": None, "error_type": None, "error_message": None,
@@ -70,10 +68,10 @@ def _row(**changes):
 def _failed_row(**changes):
     failure = {"error_stage": "image", "error_type": "ImageError", "error_message": "no image"}
     nothing = dict.fromkeys(("thumbnail", "answer", "prompt_tokens", "answer_tokens"))
-    return _row(finish_reason="error", **failure, **nothing) | changes
+    return _shown_row(finish_reason="error", **failure, **nothing) | changes
 
 
-class _Parsed(HTMLParser):
+class _PageParser(HTMLParser):
     """Elements, their texts, and every attribute of a page."""
 
     def __init__(self, text):
@@ -95,8 +93,8 @@ class _Parsed(HTMLParser):
 
 
 def test_a_page_says_what_happened_from_verdict_to_settings():
-    rows = [_row(), _row(finish_reason="length", answer="a long"), _failed_row(id=12, prompt=None)]
-    page = _Parsed(render(_record(), rows))
+    rows = [_shown_row(), _shown_row(finish_reason="length", answer="a long"), _failed_row(id=12, prompt=None)]
+    page = _PageParser(render(_record(), rows))
     parts = [
         "35,910 of 36,000 rows answered, 90 failed",
         "10.00 images/s once workers had started: a million images take 1 d 3 h and cost 41.67",
@@ -117,8 +115,8 @@ def test_a_page_says_what_happened_from_verdict_to_settings():
 
 
 def test_a_page_needs_nothing_else_and_runs_nothing():
-    source = render(_record(), [_row()])
-    page = _Parsed(source)
+    source = render(_record(), [_shown_row()])
+    page = _PageParser(source)
     assert not {"script", "link rel=stylesheet", "iframe", "object"} & set(page.tags)
     addresses = [value for name, value in page.attributes if name in ("src", "href", "srcset", "action", "data")]
     assert addresses
@@ -138,9 +136,9 @@ def test_what_strangers_wrote_is_text(text):
         decoding={"prompt": text, "system_prompt": text},
         versions={text: text},
     )
-    source = render(record, [_row(id=text, prompt=text, answer=text), _failed_row(error_message=text)])
+    source = render(record, [_shown_row(id=text, prompt=text, answer=text), _failed_row(error_message=text)])
     assert not CONTROLS.search(source)
-    page, plain = _Parsed(source), _Parsed(render(_record(), [_row(), _failed_row()]))
+    page, plain = _PageParser(source), _PageParser(render(_record(), [_shown_row(), _failed_row()]))
     assert set(page.tags) == set(plain.tags)
     assert {name for name, _ in page.attributes} == {name for name, _ in plain.attributes}
     assert printable(text).strip() in page.texts
@@ -164,31 +162,31 @@ def test_the_heading_is_the_verdict(changes, heading):
 
 
 def test_a_run_that_went_on_tells_its_rows_from_earlier_ones():
-    page = _Parsed(render(_record(rows=40_000, finish_reasons={"stop": 39_910, "error": 90}), []))
+    page = _PageParser(render(_record(rows=40_000, finish_reasons={"stop": 39_910, "error": 90}), []))
     assert "4,000 rows were answered by earlier runs. Counts cover all rows; speeds" in page.text
     assert "cover the 36,000 rows of this run" in page.text
-    assert "earlier runs" not in _Parsed(render(_record(), [])).text
+    assert "earlier runs" not in _PageParser(render(_record(), [])).text
 
 
 def test_where_nothing_was_left_to_do_nothing_is_made_up():
     record = _record(rows_of_this_run=0, seconds=0.0, stages={}, advice=None, hours_per_million=None)
     for name in ("timeline", "error_examples", "plan"):
         del record[name]
-    page = _Parsed(render(record | {"cost_per_million": None}, []))
+    page = _PageParser(render(record | {"cost_per_million": None}, []))
     assert "this run had nothing left to do" in page.text
     assert not [part for part in ("Throughput", "Stages", "a million images take") if part in page.text]
     assert "80 image: ImageError" in page.text
 
 
 def test_after_a_few_rows_nothing_is_said_of_a_million():
-    text = _Parsed(render(_record(hours_per_million=None, cost_per_million=None), [])).text
+    text = _PageParser(render(_record(hours_per_million=None, cost_per_million=None), [])).text
     assert "a million images take" not in text
     assert "\u2013 a million images too few rows to tell" in text
     assert "10.00 images/s" in text
 
 
 def test_without_a_price_the_time_stands_alone():
-    text = _Parsed(render(_record(price_per_hour=None, cost_per_million=None), [])).text
+    text = _PageParser(render(_record(price_per_hour=None, cost_per_million=None), [])).text
     assert "a million images take 1 d 3 h." in text
     assert "--price-per-hour" in text
 
@@ -233,7 +231,7 @@ def test_numbers_are_as_people_say_them():
 def hostile_page(chromium, tmp_path):
     """A page full of what strangers wrote, in the browser."""
     texts = (HOSTILE, LONG, BACKWARDS.replace("\ud800", ""), "a " * 5_000)
-    rows = [_row(id=text, prompt=text[:1_000], answer=text) for text in texts]
+    rows = [_shown_row(id=text, prompt=text[:1_000], answer=text) for text in texts]
     rows += [_failed_row(id=text, prompt=text[:1_000], error_message=text, error_type=text[:200]) for text in texts]
     kinds = {text[:300]: 9 for text in texts}
     record = _record(

@@ -24,7 +24,7 @@ def _print(monkeypatch, capsys, answers, *options):
     return status, printed.out, printed.err
 
 
-def _write(folder, **columns):
+def _write_part(folder, **columns):
     rows = len(columns["answer"])
     plain = {"id": [f"row-{at}" for at in range(rows)], "error_type": pa.nulls(rows), "error_message": pa.nulls(rows)}
     pq.write_table(pa.table(plain | columns), folder / "part-000000-000000000000.parquet")
@@ -32,7 +32,7 @@ def _write(folder, **columns):
 
 def test_cells_are_text_and_no_markup(tmp_path, monkeypatch, capsys):
     far = pa.array([2**50] * 4, pa.timestamp("ms"))
-    _write(
+    _write_part(
         tmp_path,
         id=_text(b"[a]", b"b", b"\xff", b"d"),
         prompt=PROMPTS,
@@ -57,14 +57,14 @@ def test_cells_are_text_and_no_markup(tmp_path, monkeypatch, capsys):
     ],
 )
 def test_only_rows_with_an_expected_answer_are_judged_and_as_text(expected, tmp_path, monkeypatch, capsys):
-    _write(tmp_path, answer=["2", "5", "4"], expected=expected)
+    _write_part(tmp_path, answer=["2", "5", "4"], expected=expected)
     _, out, _ = _print(monkeypatch, capsys, tmp_path)
     assert "1 of 2 answers match what was expected (50.0%)" in out
     assert (out.count("✓"), out.count("✗"), out.count("None")) == (1, 1, 0)
 
 
 def test_a_column_of_the_name_that_holds_no_text_is_not_shown(tmp_path, monkeypatch, capsys):
-    _write(tmp_path, answer=["2", None], expected=[["2", "two"], ["3"]], error_type=[None, "ImageError"])
+    _write_part(tmp_path, answer=["2", None], expected=[["2", "two"], ["3"]], error_type=[None, "ImageError"])
     status, out, _ = _print(monkeypatch, capsys, tmp_path)
     assert status == 0
     assert "expected" not in out

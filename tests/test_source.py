@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from reading import caption_config, read_rows
 
 from qvl_batch.columns import FAILURE, FILE, IMAGE, PROMPT, ROW
 from qvl_batch.config import CaptionConfig
@@ -26,25 +27,15 @@ IMAGES = pa.array([b"a", b"b", b"c"])
 TABLE = pa.table({"id": [1, 2, 3], "image": IMAGES, "prompt": ["x", "y", None]})
 
 
-def _config(tmp_path, *inputs, **options):
-    chosen = inputs or (str(tmp_path),)
-    return CaptionConfig(bundle=tmp_path, input=tuple(map(str, chosen)), output=tmp_path / "out", **options)
-
-
-def _read(config, rows_per_table=2):
-    source, fetcher = open_source(config), Fetcher(config.allow_images_from)
-    tables = [
-        t for unit in source.units() for t in read_unit(unit, source.columns, config.prompt, rows_per_table, fetcher)
-    ]
-    assert all(table.num_rows <= rows_per_table for table in tables)
-    return pa.concat_tables(tables)
+def _rows_of(config, rows_per_table=2):
+    return read_rows(open_source(config), config.prompt, rows_per_table, config.allow_images_from)
 
 
 def test_files_folders_and_globs_are_found_once_in_order(tmp_path):
     for name in ("b/2.parquet", "b/1.parquet", "a.parquet", "b/_hidden.parquet", "b/.cache/3.parquet", "b/note.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(TABLE, tmp_path / name)
-    source = open_source(_config(tmp_path, tmp_path / "b", tmp_path / "*.parquet", tmp_path / "b" / "1.parquet"))
+    source = open_source(caption_config(tmp_path, tmp_path / "b", tmp_path / "*.parquet", tmp_path / "b" / "1.parquet"))
     names = [file.path.removeprefix(str(tmp_path)) for file in source.files]
     assert names == ["/b/1.parquet", "/b/2.parquet", "/a.parquet"]
     assert source.rows == 9
@@ -52,18 +43,18 @@ def test_files_folders_and_globs_are_found_once_in_order(tmp_path):
 
 
 def test_files_of_folders_that_are_not_taken_are_known(tmp_path):
-    _write(tmp_path, "in/a.parquet", "in/b.PARQUET", "in/c.pq", "in/part-0", "in/_d", "in/e/f.csv", "in/.g")
-    config = _config(tmp_path, tmp_path / "in")
+    _write_inputs(tmp_path, "in/a.parquet", "in/b.PARQUET", "in/c.pq", "in/part-0", "in/_d", "in/e/f.csv", "in/.g")
+    config = caption_config(tmp_path, tmp_path / "in")
     assert len(open_source(config).files) == 3
     assert [path.removeprefix(f"{tmp_path}/in/") for path in passed_over(config)] == ["part-0", "e/f.csv"]
-    assert not list(passed_over(_config(tmp_path, tmp_path / "in" / "*.pq")))
+    assert not list(passed_over(caption_config(tmp_path, tmp_path / "in" / "*.pq")))
 
 
 def _names(source, tmp_path):
     return [file.path.removeprefix(f"{tmp_path}/") for file in source.files]
 
 
-def _write(tmp_path, *names):
+def _write_inputs(tmp_path, *names):
     for name in names:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(TABLE, tmp_path / name)
@@ -71,11 +62,13 @@ def _write(tmp_path, *names):
 
 @pytest.mark.parametrize("given", ["in", "in/**", "in/**/*.parquet", "i[n]", "in/l*", "./in/../in"])
 def test_folders_are_read_whole_through_links_and_whatever_their_names(given, tmp_path, monkeypatch):
-    _write(tmp_path, "in/leaf.parquet/part-0.parquet", "far/1.parquet", "far/_temporary/2.parquet", "far/.3.parquet")
+    _write_inputs(
+        tmp_path, "in/leaf.parquet/part-0.parquet", "far/1.parquet", "far/_temporary/2.parquet", "far/.3.parquet"
+    )
     (tmp_path / "in" / "link").symlink_to("../far")
     (tmp_path / "far" / "back").symlink_to("../in")
     monkeypatch.chdir(tmp_path)
-    source = open_source(_config(tmp_path, given))
+    source = open_source(caption_config(tmp_path, given))
     assert _names(source, tmp_path) == ["in/leaf.parquet/part-0.parquet", "far/1.parquet"]
 
 
@@ -106,33 +99,33 @@ TABLES = {
 )
 @pytest.mark.parametrize("sign", TABLES)
 def test_a_folder_of_a_table_is_refused_wherever_it_is_met(sign, given, tmp_path):
-    _write(tmp_path, "in/1.parquet", "in/t/2.parquet", "in/t/p=1/q/3.parquet")
+    _write_inputs(tmp_path, "in/1.parquet", "in/t/2.parquet", "in/t/p=1/q/3.parquet")
     (tmp_path / "in" / sign).parent.mkdir()
     (tmp_path / "in" / sign).touch()
     (tmp_path / "in" / "link").symlink_to("t/p=1")
     with pytest.raises(InputError, match=rf"^{tmp_path}/in/t is {TABLES[sign]}.*'{tmp_path}/in/t") as error:
-        open_source(_config(tmp_path, tmp_path / given))
+        open_source(caption_config(tmp_path, tmp_path / given))
     assert len(str(error.value).splitlines()) == 1
     # Files that are named are what was asked for.
     table = tmp_path / "in" / "t"
-    named = open_source(_config(tmp_path, table / "2.parquet", table / "p=1" / "q" / "3.parquet"))
+    named = open_source(caption_config(tmp_path, table / "2.parquet", table / "p=1" / "q" / "3.parquet"))
     assert _names(named, tmp_path) == ["in/t/2.parquet", "in/t/p=1/q/3.parquet"]
 
 
 def test_a_folder_that_is_like_a_table_is_none(tmp_path):
-    _write(tmp_path, "in/metadata/1.parquet", "in/delta_log/2.parquet", "in/metadata/2026-01.parquet")
+    _write_inputs(tmp_path, "in/metadata/1.parquet", "in/delta_log/2.parquet", "in/metadata/2026-01.parquet")
     for name in ("image.metadata.json", "2026-01-02.metadata.json", "schema.avro"):
         (tmp_path / "in" / "metadata" / name).touch()
-    assert len(open_source(_config(tmp_path, tmp_path / "in")).files) == 3
+    assert len(open_source(caption_config(tmp_path, tmp_path / "in")).files) == 3
 
 
 @pytest.mark.parametrize("given", ["in", "in/*", "in/*/*.parquet", "in/**/*.parquet"])
 def test_a_folder_that_may_not_be_listed_is_named(given, tmp_path, monkeypatch):
-    _write(tmp_path, "in/a/1.parquet", "in/b/2.parquet")
+    _write_inputs(tmp_path, "in/a/1.parquet", "in/b/2.parquet")
     for name in ("scandir", "listdir"):
         monkeypatch.setattr(os, name, partial(_refused, getattr(os, name)))
     with pytest.raises(InputError, match=r"--input .* cannot be accessed: .*Permission denied: '.*in/b'"):
-        open_source(_config(tmp_path, tmp_path / given))
+        open_source(caption_config(tmp_path, tmp_path / given))
 
 
 def _refused(real, path):
@@ -154,27 +147,27 @@ def _refused(real, path):
     ],
 )
 def test_the_output_is_no_input(given, output, tmp_path):
-    _write(tmp_path, "in/out/1.parquet", "else/1.parquet")
+    _write_inputs(tmp_path, "in/out/1.parquet", "else/1.parquet")
     (tmp_path / "link").mkdir()
     (tmp_path / "link" / "to-in").symlink_to("../in")
     (tmp_path / "l.parquet").symlink_to("in/out/1.parquet")
-    config = replace(_config(tmp_path, tmp_path / "else", tmp_path / given), output=str(tmp_path / output))
+    config = replace(caption_config(tmp_path, tmp_path / "else", tmp_path / given), output=str(tmp_path / output))
     with pytest.raises(InputError, match=rf"{re.escape(given)} has only files of the output .*: give another --output"):
         open_source(config)
 
 
 @pytest.mark.parametrize("given", ["in", "in/**/*.parquet", "in/*"])
 def test_an_output_inside_an_input_folder_is_left_out(given, tmp_path):
-    _write(tmp_path, "in/1.parquet", "in/out/part-0.parquet", "in/out/deeper/2.parquet", "in/outer/3.parquet")
+    _write_inputs(tmp_path, "in/1.parquet", "in/out/part-0.parquet", "in/out/deeper/2.parquet", "in/outer/3.parquet")
     (tmp_path / "in" / "4.parquet").symlink_to("out/part-0.parquet")
-    source = open_source(replace(_config(tmp_path, tmp_path / given), output=str(tmp_path / "in" / "out")))
+    source = open_source(replace(caption_config(tmp_path, tmp_path / given), output=str(tmp_path / "in" / "out")))
     assert _names(source, tmp_path) == ["in/1.parquet", "in/outer/3.parquet"]
 
 
 def test_row_groups_are_read_whole_and_in_place(tmp_path):
     table = pa.table({"id": range(10), "image": [b""] * 10, "prompt": [str(i) for i in range(10)]})
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=4)
-    rows = _read(_config(tmp_path), rows_per_table=3)
+    rows = _rows_of(caption_config(tmp_path), rows_per_table=3)
     assert rows["id"].to_pylist() == rows[ROW].to_pylist() == list(range(10))
     assert set(rows[FILE].to_pylist()) == {0}
 
@@ -190,7 +183,7 @@ def test_rows_that_are_done_are_not_read_again(tmp_path):
         answered = {pair for pair in everything if rng.random() < 0.6}
         for file, row in answered:
             done.add(file, row, row + 1)
-        source = open_source(_config(tmp_path)).without(done)
+        source = open_source(caption_config(tmp_path)).without(done)
         assert source.rows == len(everything - answered)
         tables = [t for unit in source.units() for t in read_unit(unit, source.columns, None, 3, Fetcher(()))]
         left = [pair for t in tables for pair in zip(t[FILE].to_pylist(), t[ROW].to_pylist(), strict=True)]
@@ -202,7 +195,7 @@ def test_a_source_has_parts_of_whole_units(tmp_path):
     for number in range(2):
         table = pa.table({"id": range(6), "image": [b""] * 6, "prompt": ["x"] * 6})
         pq.write_table(table, tmp_path / f"{number}.parquet", row_group_size=2)
-    source = open_source(_config(tmp_path))
+    source = open_source(caption_config(tmp_path))
     for rows, expected in ((1, [2] * 6), (4, [4, 4, 4]), (5, [4, 4, 4]), (100, [12])):
         parts = list(source.parts(rows))
         assert [sum(unit.rows for unit in part) for part in parts] == expected
@@ -211,9 +204,9 @@ def test_a_source_has_parts_of_whole_units(tmp_path):
 
 def test_files_keep_their_numbers_when_others_are_added(tmp_path):
     pq.write_table(TABLE, tmp_path / "b.parquet")
-    known = open_source(_config(tmp_path)).files
+    known = open_source(caption_config(tmp_path)).files
     pq.write_table(TABLE, tmp_path / "a.parquet")
-    source = open_source(_config(tmp_path), known)
+    source = open_source(caption_config(tmp_path), known)
     assert [Path(file.path).name for file in source.files] == ["b.parquet", "a.parquet"]
     assert next(source.units()).file == str(tmp_path / "b.parquet")
 
@@ -221,17 +214,17 @@ def test_files_keep_their_numbers_when_others_are_added(tmp_path):
 def test_files_that_changed_or_went_are_named(tmp_path):
     for name in "ab":
         pq.write_table(TABLE, tmp_path / f"{name}.parquet")
-    known = open_source(_config(tmp_path)).files
+    known = open_source(caption_config(tmp_path)).files
     pq.write_table(pa.concat_tables([TABLE] * 3), tmp_path / "b.parquet")
     with pytest.raises(InputError, match=r"b.parquet has changed since this job began: .* 9 rows now, .* 3 rows then"):
-        open_source(_config(tmp_path), known)
+        open_source(caption_config(tmp_path), known)
     pq.write_table(TABLE.set_column(0, "id", pa.array([4, 5, 6])), tmp_path / "b.parquet")
     assert (tmp_path / "b.parquet").stat().st_size == known[1].size
     with pytest.raises(InputError, match=r"b.parquet has changed since this job began: .* 3 rows now, .* 3 rows then"):
-        open_source(_config(tmp_path), known)
+        open_source(caption_config(tmp_path), known)
     (tmp_path / "b.parquet").unlink()
     with pytest.raises(InputError, match=r"b.parquet was part of the input when this job began, and --input no longer"):
-        open_source(_config(tmp_path), known)
+        open_source(caption_config(tmp_path), known)
 
 
 @pytest.mark.parametrize("limit", [1, 3, 4, 5, 12, 100])
@@ -240,7 +233,7 @@ def test_a_limit_takes_the_first_rows(limit, tmp_path):
         ids = range(6 * number, 6 * number + 6)
         table = pa.table({"id": ids, "image": [b""] * 6, "prompt": ["x"] * 6})
         pq.write_table(table, tmp_path / f"{number}.parquet", row_group_size=4)
-    rows = _read(_config(tmp_path, limit=limit))
+    rows = _rows_of(caption_config(tmp_path, limit=limit))
     assert rows["id"].to_pylist() == list(range(min(limit, 12)))
 
 
@@ -259,7 +252,7 @@ def test_images_may_be_structs_bytes_or_paths(tmp_path):
     )
     count = len(struct)
     pq.write_table(pa.table({"id": range(count), "image": struct}), tmp_path / "a.parquet")
-    rows = _read(_config(tmp_path, prompt="What?", allow_images_from=(str(tmp_path),)))
+    rows = _rows_of(caption_config(tmp_path, prompt="What?", allow_images_from=(str(tmp_path),)))
     file = b"from a file"
     assert rows[IMAGE].to_pylist() == [b"inside", file, file, file, None, None, None]
     assert rows[PROMPT].to_pylist() == ["What?"] * count
@@ -270,29 +263,31 @@ def test_images_may_be_structs_bytes_or_paths(tmp_path):
 
 
 def test_relative_paths_start_where_the_file_is_named_not_where_a_link_leads(tmp_path):
-    _write(tmp_path, "blobs/abc")
+    _write_inputs(tmp_path, "blobs/abc")
     pq.write_table(pa.table({"id": ["a"], "image": ["img/1"], "prompt": ["x"]}), tmp_path / "blobs" / "abc")
     (tmp_path / "in" / "img").mkdir(parents=True)
     (tmp_path / "in" / "img" / "1").write_bytes(b"data")
     (tmp_path / "in" / "a.parquet").symlink_to("../blobs/abc")
     (tmp_path / "other").symlink_to("in")
-    config = _config(tmp_path, tmp_path / "other", tmp_path / "blobs" / "abc", allow_images_from=(str(tmp_path),))
-    assert _read(config)[IMAGE].to_pylist() == [b"data"]
+    config = caption_config(
+        tmp_path, tmp_path / "other", tmp_path / "blobs" / "abc", allow_images_from=(str(tmp_path),)
+    )
+    assert _rows_of(config)[IMAGE].to_pylist() == [b"data"]
 
 
 def test_a_path_column_of_strings_is_read(tmp_path):
     (tmp_path / "image").write_bytes(b"data")
     pq.write_table(pa.table({"id": ["a"], "image": ["image"], "prompt": ["x"]}), tmp_path / "a.parquet")
-    assert _read(_config(tmp_path, allow_images_from=(str(tmp_path),)))[IMAGE].to_pylist() == [b"data"]
+    assert _rows_of(caption_config(tmp_path, allow_images_from=(str(tmp_path),)))[IMAGE].to_pylist() == [b"data"]
     with pytest.raises(InputError, match=r"column 'image' has paths or addresses of images; .* --allow-images-from"):
-        open_source(_config(tmp_path))
+        open_source(caption_config(tmp_path))
 
 
 def test_kept_columns_keep_their_types(tmp_path):
     nested = pa.array([{"a": [1, None]}, None, {"a": []}])
     table = TABLE.append_column("nested", nested).append_column("count", pa.array([1, None, 3], pa.int8()))
     pq.write_table(table, tmp_path / "a.parquet")
-    rows = _read(_config(tmp_path, keep_columns=("nested", "count", "prompt")))
+    rows = _rows_of(caption_config(tmp_path, keep_columns=("nested", "count", "prompt")))
     assert rows.select(["nested", "count", "prompt"]).combine_chunks() == table.select(["nested", "count", "prompt"])
 
 
@@ -312,8 +307,8 @@ def test_kept_columns_keep_their_types(tmp_path):
 def test_kept_columns_of_views_are_kept_as_what_rows_can_be_taken_of(value, kind, kept, tmp_path):
     table = TABLE.append_column("kept", pa.array([value, None, value], kind))
     pq.write_table(table, tmp_path / "a.parquet")
-    config = _config(tmp_path, keep_columns=("kept",))
-    rows = _read(config).take([2, 1])
+    config = caption_config(tmp_path, keep_columns=("kept",))
+    rows = _rows_of(config).take([2, 1])
     assert rows["kept"].type == open_source(config).columns.kept[0].type == kept
     assert rows["kept"].to_pylist() == [value, None]
 
@@ -327,7 +322,7 @@ def test_kept_columns_of_views_are_kept_as_what_rows_can_be_taken_of(value, kind
 )
 def test_images_may_be_views(image, tmp_path):
     pq.write_table(pa.table({"id": [1, 2], "image": image, "prompt": ["x", "y"]}), tmp_path / "a.parquet")
-    assert _read(_config(tmp_path))[IMAGE].to_pylist() == [b"a", None]
+    assert _rows_of(caption_config(tmp_path))[IMAGE].to_pylist() == [b"a", None]
 
 
 @pytest.mark.parametrize(
@@ -342,7 +337,7 @@ def test_images_may_be_views(image, tmp_path):
 )
 def test_ids_may_be_strings_or_integers(ids, kind, tmp_path):
     pq.write_table(TABLE.set_column(0, "id", ids), tmp_path / "a.parquet")
-    rows = _read(_config(tmp_path))
+    rows = _rows_of(caption_config(tmp_path))
     assert rows["id"].type == kind
     assert rows["id"].to_pylist() == ids.to_pylist()
 
@@ -362,7 +357,7 @@ def test_ids_may_be_strings_or_integers(ids, kind, tmp_path):
 def test_columns_that_cannot_be_used_are_named_with_what_is_there(table, options, message, tmp_path):
     pq.write_table(table, tmp_path / "a.parquet")
     with pytest.raises(InputError, match=message):
-        open_source(_config(tmp_path, **options))
+        open_source(caption_config(tmp_path, **options))
 
 
 def _converted(tmp_path, config):
@@ -379,7 +374,7 @@ def _converted(tmp_path, config):
 
 def test_a_file_without_an_id_column_is_given_one_by_the_line_that_the_error_has(tmp_path):
     pq.write_table(TABLE.drop_columns("id"), tmp_path / "a.parquet")
-    rows = _read(_converted(tmp_path, _config(tmp_path)))
+    rows = _rows_of(_converted(tmp_path, caption_config(tmp_path)))
     assert rows["id"].to_pylist() == [0, 1, 2]
     assert rows[IMAGE].to_pylist() == [b"a", b"b", b"c"]
     pq.write_table(TABLE, tmp_path / "b.parquet")
@@ -387,7 +382,7 @@ def test_a_file_without_an_id_column_is_given_one_by_the_line_that_the_error_has
     pq.write_table(two, tmp_path / "c.parquet")
     for name, option in (("b", {"prompt_column": "more"}), ("c", {})):
         with pytest.raises(InputError, match=r"no single column [^:]*$"):
-            open_source(_config(tmp_path, tmp_path / f"{name}.parquet", **option))
+            open_source(caption_config(tmp_path, tmp_path / f"{name}.parquet", **option))
 
 
 @pytest.mark.parametrize("make", [pa.list_, pa.large_list])
@@ -406,7 +401,7 @@ def test_of_a_list_of_images_the_line_that_the_error_has_takes_the_first(make, k
     lists = pa.array([[values[0]], [], None, values[1:]], make(kind))
     table = pa.table({"id": range(4), "it's": lists, "prompt": ["x"] * 4})
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=3)
-    rows = _read(_converted(tmp_path, _config(tmp_path, image_column="it's")))
+    rows = _rows_of(_converted(tmp_path, caption_config(tmp_path, image_column="it's")))
     assert rows[IMAGE].to_pylist() == [b"a", None, None, b"b"]
     assert rows["id"].to_pylist() == [0, 1, 2, 3]
     # Bytes as a list of numbers are no list of images.
@@ -414,14 +409,14 @@ def test_of_a_list_of_images_the_line_that_the_error_has_takes_the_first(make, k
     with pytest.raises(
         InputError, match=r"is list<[^:]*: int64>; it must be a struct of bytes and path, bytes, or paths$"
     ):
-        open_source(_config(tmp_path))
+        open_source(caption_config(tmp_path))
 
 
 def test_files_that_differ_in_what_is_kept_are_refused(tmp_path):
     pq.write_table(TABLE, tmp_path / "a.parquet")
     pq.write_table(TABLE.set_column(0, "id", pa.array(["x", "y", "z"])), tmp_path / "b.parquet")
     with pytest.raises(InputError, match=r"b.parquet and .*a.parquet differ in the type of the id"):
-        open_source(_config(tmp_path))
+        open_source(caption_config(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -439,16 +434,16 @@ def test_files_that_differ_in_what_is_kept_are_refused(tmp_path):
 def test_a_kept_column_has_a_type_that_holds_all_files(one, other, kind, tmp_path):
     for name, column in (("a", one), ("b", other)):
         pq.write_table(TABLE.append_column("note", column), tmp_path / f"{name}.parquet")
-    config = _config(tmp_path, keep_columns=("note",))
+    config = caption_config(tmp_path, keep_columns=("note",))
     if kind is None:
         with pytest.raises(InputError, match=r"b.parquet and .*a.parquet differ in the type .* of a kept column"):
             open_source(config)
         return
     source = open_source(config)
     assert source.columns.output_schema().field("note").type == kind
-    assert _read(config)["note"].to_pylist() == one.to_pylist() + other.to_pylist()
+    assert _rows_of(config)["note"].to_pylist() == one.to_pylist() + other.to_pylist()
     # Of files that come later, the answers that are there do not know.
-    first = open_source(_config(tmp_path, tmp_path / "a.parquet", keep_columns=("note",))).files
+    first = open_source(caption_config(tmp_path, tmp_path / "a.parquet", keep_columns=("note",))).files
     if kind == one.type:
         assert open_source(config, first).files == source.files
     else:
@@ -459,7 +454,7 @@ def test_a_kept_column_has_a_type_that_holds_all_files(one, other, kind, tmp_pat
 def test_input_that_is_not_there_is_named(tmp_path):
     for missing in (tmp_path / "no.parquet", tmp_path / "*.parquet", tmp_path):
         with pytest.raises(InputError, match="no parquet file found"):
-            open_source(_config(tmp_path, missing))
+            open_source(caption_config(tmp_path, missing))
 
 
 @pytest.mark.parametrize(
@@ -477,19 +472,19 @@ def test_names_that_cannot_be_read_are_named(name, given, message, tmp_path):
         case "pipe.parquet":
             os.mkfifo(tmp_path / name)
         case "\udcff.parquet":
-            _write(tmp_path, "a.parquet")
+            _write_inputs(tmp_path, "a.parquet")
             (tmp_path / "a.parquet").rename(tmp_path / name)
         case _:
             (tmp_path / name).symlink_to("nowhere" if name == "a.parquet" else name)
     with pytest.raises(InputError, match=message):
-        open_source(_config(tmp_path, tmp_path / given))
+        open_source(caption_config(tmp_path, tmp_path / given))
 
 
 def test_a_folder_that_may_not_be_looked_into_is_named(tmp_path, monkeypatch):
     def refused(*_, **__):
         raise PermissionError(13, "Permission denied")
 
-    config = _config(tmp_path, tmp_path / "a.parquet")
+    config = caption_config(tmp_path, tmp_path / "a.parquet")
     monkeypatch.setattr(os, "stat", refused)
     with pytest.raises(InputError, match=r"a.parquet cannot be accessed: .*Permission denied"):
         open_source(config)
@@ -500,20 +495,20 @@ def test_footers_that_cannot_be_right_are_named(tmp_path):
     pq.write_table(TABLE.rename_columns(["id", "image", "XXXX"]), path, store_schema=False)
     path.write_bytes(path.read_bytes().replace(b"XXXX", b"\xff\xfeXX"))
     with pytest.raises(InputError, match=r"a.parquet is not a readable parquet file: 'utf-8' codec can't decode"):
-        open_source(_config(tmp_path))
+        open_source(caption_config(tmp_path))
     pq.write_table(pa.table({"id": [7] * 37}), path)
     data = path.read_bytes()
     footer = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
     # Thrift's zigzag: 74 is 37, 73 is -37.
     path.write_bytes(data[:footer] + data[footer:].replace(bytes([74]), bytes([73])))
     with pytest.raises(InputError, match=r"is not a readable parquet file: a row group has a negative number of rows"):
-        open_source(_config(tmp_path))
+        open_source(caption_config(tmp_path))
 
 
 def test_a_file_that_is_no_parquet_is_named(tmp_path):
     (tmp_path / "a.parquet").write_bytes(b"PAR1 but not for long")
     with pytest.raises(InputError, match=r"a.parquet is not a readable parquet file"):
-        open_source(_config(tmp_path))
+        open_source(caption_config(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -521,7 +516,7 @@ def test_a_file_that_is_no_parquet_is_named(tmp_path):
 )
 def test_a_file_replaced_under_the_job_is_named(other, tmp_path):
     pq.write_table(TABLE, tmp_path / "a.parquet")
-    source = open_source(_config(tmp_path))
+    source = open_source(caption_config(tmp_path))
     pq.write_table(other, tmp_path / "a.parquet")
     with pytest.raises(InputError, match=r"a.parquet has changed while this job ran"):
         list(read_unit(next(source.units()), source.columns, None, 8, Fetcher(())))
@@ -540,7 +535,7 @@ def test_a_file_replaced_under_the_job_is_named(other, tmp_path):
 )
 def test_settings_that_cannot_work_are_refused(options, message, tmp_path):
     with pytest.raises(ConfigError, match=message):
-        _config(tmp_path, **options)
+        caption_config(tmp_path, **options)
 
 
 @pytest.mark.parametrize("empty", [{"output": ""}, {"input": ()}, {"input": ("a", " ")}])
@@ -555,4 +550,4 @@ def test_a_kept_column_may_not_hide_an_output_column(name, tmp_path):
     table = table if name in table.column_names else table.append_column(name, TABLE["prompt"])
     pq.write_table(table, tmp_path / "a.parquet")
     with pytest.raises(ConfigError, match=f"--keep-columns {name}"):
-        open_source(_config(tmp_path, id_column="key", keep_columns=(name,)))
+        open_source(caption_config(tmp_path, id_column="key", keep_columns=(name,)))

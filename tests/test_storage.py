@@ -12,7 +12,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from test_output import JOB_OF_FILES, SCHEMA, _answers
+from output_folders import JOB_OF_FILES, SCHEMA, answers_to
 
 from qvl_batch.errors import ConfigError, OutputError
 from qvl_batch.output.local_folder import LocalFolder
@@ -85,12 +85,12 @@ def test_a_job_goes_on_where_it_stopped(place):
         with OutputFolder(place(), JOB_OF_FILES, SCHEMA, overwrite=False) as folder:
             assert folder.done.count == folder.tally.rows == known
             with AnswerWriter(folder.folder, SCHEMA) as writer:
-                writer.add(_answers(*rows))
+                writer.add(answers_to(*rows))
     with OutputFolder(place(), JOB_OF_FILES, SCHEMA, overwrite=False, retry=(6, 5)) as folder:
         assert sorted(folder.failed) == [(0, 2), (1, 0)]
         with AnswerWriter(folder.folder, SCHEMA, folder.failed) as writer:
-            writer.add(_answers((0, 2)))
-            writer.add(_answers((1, 0)))
+            writer.add(answers_to((0, 2)))
+            writer.add(answers_to((1, 0)))
     folder = place()
     tables = [read_part(folder, name) for name in folder.names("part-*")]
     assert sorted(pa.concat_tables(tables)["id"].to_pylist()) == [(0), 1, 2, 3]
@@ -110,12 +110,13 @@ def test_a_write_lists_locks_alone(address, monkeypatch):
     with _store(address).held():
         pass
     folder = _store(address)
-    monkeypatch.setattr(StoreFolder, "names", None)
-    folder._files.pipe_file(f"{folder._root}/{LOCK}-000007/of another program", b"")
-    with folder.held():
-        folder.write("a", b"")
-        folder.remove("a")
-    assert folder._locks() == [f"{LOCK}-000001"]
+    _Bytes().pipe_file(f"{address.removeprefix('memory:/')}/{LOCK}-000007/of another program", b"")
+    with monkeypatch.context() as patch:
+        patch.setattr(StoreFolder, "names", None)
+        with folder.held():
+            folder.write("a", b"")
+            folder.remove("a")
+    assert folder.names("*") == [f"{LOCK}-000001", f"{LOCK}-000007"]
 
 
 def test_a_lock_of_a_dead_job_does_not_block(address, caplog):

@@ -1,13 +1,12 @@
 """A TIFF shows the colours that its samples stand for, however they are stored, or is refused: never others."""
 
-import io
 import itertools
 import logging
 
 import numpy as np
 import pytest
+from image_files import image_file, png
 from PIL import Image
-from test_hostile_images import _png
 from tiffs import DEFLATE, tiff
 
 from qvl_batch.config import ImageRules
@@ -130,10 +129,9 @@ def test_bits_may_be_filled_from_the_other_end():
 
 def test_a_big_tiff_is_read_as_a_small_one():
     samples = np.array([[[0], [25_600], [65_535]]], np.uint16)
-    buffer = io.BytesIO()
-    Image.fromarray(samples[..., 0]).save(buffer, "TIFF", big_tiff=True)
-    assert buffer.getvalue()[2] == 43
-    assert [pixel[0] for pixel in np.asarray(decode_image(buffer.getvalue()))[0]] == [0, 100, 255]
+    data = image_file(Image.fromarray(samples[..., 0]), "TIFF", big_tiff=True)
+    assert data[2] == 43
+    assert [pixel[0] for pixel in np.asarray(decode_image(data))[0]] == [0, 100, 255]
 
 
 def test_deep_samples_are_held_to_the_limits_too():
@@ -171,6 +169,7 @@ def test_deep_samples_of_a_file_that_is_cut_are_refused(cut, compression, planar
 
 @pytest.fixture
 def _not_said_yet():
+    # Private: it is logged once per process, maybe in an earlier test.
     bit_depth._warn_of_12_bits.cache_clear()
     yield
     bit_depth._warn_of_12_bits.cache_clear()
@@ -199,6 +198,6 @@ def test_colours_of_twelve_bits_in_samples_of_sixteen_are_named_too(kind, caplog
         else:
             alpha = np.full((1, 2, 1), 65535, np.uint16)
             samples = np.concatenate([colours, alpha], axis=2) if kind == "png alpha" else colours
-            data = _png(2, 1, 16, 6 if kind == "png alpha" else 2, b"\0" + samples.astype(">u2").tobytes())
+            data = png(2, 1, 16, 6 if kind == "png alpha" else 2, b"\0" + samples.astype(">u2").tobytes())
         assert decode_image(data).getpixel((1, 0)) == (0, 255 if scale == 16 else 15, 0)
         assert len(caplog.records) == (scale == 1)

@@ -39,7 +39,7 @@ def ticks(monkeypatch):
     monkeypatch.setattr("qvl_batch.clock.time", SimpleNamespace(perf_counter=lambda: float(next(counter))))
 
 
-def _table(rows):
+def _places(rows):
     return pa.table({FILE: pa.array([0] * rows, pa.int32()), ROW: pa.array(range(rows), pa.int64())})
 
 
@@ -48,7 +48,7 @@ def _columns(seconds, rows):
 
 
 def test_cutting_and_joining_keeps_the_sum():
-    tables = [with_columns(_table(rows), _columns(seconds, rows)) for rows, seconds in ((5, 2.0), (1, 0.5), (7, 4.0))]
+    tables = [with_columns(_places(rows), _columns(seconds, rows)) for rows, seconds in ((5, 2.0), (1, 0.5), (7, 4.0))]
     assert all(
         seconds_of(table) == dict.fromkeys(WORK, seconds) for table, seconds in zip(tables, (2, 0.5, 4), strict=True)
     )
@@ -80,9 +80,9 @@ def test_a_clock_adds_up_threads_and_gives_each_second_once():
 @pytest.mark.usefixtures("ticks")
 def test_only_the_making_of_a_table_is_timed():
     def tables():
-        yield _table(3)
-        yield _table(0)
-        yield _table(2)
+        yield _places(3)
+        yield _places(0)
+        yield _places(2)
 
     found = []
     for table in timed(tables()):
@@ -105,7 +105,7 @@ def test_rows_that_are_begun_alone_keep_the_sum():
     attempts, rows = AttemptsInMemory(), [(0, row) for row in range(4)]
     for _ in range(2):
         attempts.begin("vision", rows)
-    table = with_columns(_table(4), seconds_column("image", 7.0, 4))
+    table = with_columns(_places(4), seconds_column("image", 7.0, 4))
     result = Guarded(work, "vision", attempts)(table)
     assert result[SECONDS["vision"]].to_pylist() == [1.0] * 4
     assert sum(result[SECONDS["image"]].to_pylist()) == 7.0

@@ -17,7 +17,7 @@ SHAPE = (4, 3)
 GRAPH = "a" * 64
 
 
-def _features(value):
+def _filled(value):
     return np.full(SHAPE, value, np.float32)
 
 
@@ -40,21 +40,21 @@ def test_what_is_put_is_got_bit_for_bit_by_another_process_too(tmp_path):
 )
 def test_a_damaged_file_is_taken_for_missing_and_replaced(damage, tmp_path):
     cache = VisionCache(tmp_path, GRAPH, SHAPE, 10**6)
-    cache.put(b"key", _features(1))
+    cache.put(b"key", _filled(1))
     (file,) = _files(tmp_path)
     file.write_bytes(damage(file.read_bytes()))
     assert cache.get(b"key") is None
-    cache.put(b"key", _features(1))
+    cache.put(b"key", _filled(1))
     assert (cache.get(b"key") == 1).all()
 
 
 def test_the_folder_keeps_its_bound_and_what_was_used_last(tmp_path):
-    cache = VisionCache(tmp_path, GRAPH, SHAPE, 10**6)
+    cache, made = VisionCache(tmp_path, GRAPH, SHAPE, 10**6), []
     for key in range(10):
-        cache.put(bytes([key]), _features(key))
-        os.utime(_files(tmp_path)[-1])
+        cache.put(bytes([key]), _filled(key))
+        made += [path for path in _files(tmp_path) if path not in made]
     for age, key in enumerate((3, 7, 1)):
-        os.utime(cache._path(bytes([key])), (2e9 + age, 2e9 + age))
+        os.utime(made[key], (2e9 + age, 2e9 + age))
     size = _files(tmp_path)[0].stat().st_size
     VisionCache(tmp_path, GRAPH, SHAPE, 4 * size)
     assert sum(path.stat().st_size for path in _files(tmp_path)) <= 4 * size
@@ -63,7 +63,7 @@ def test_the_folder_keeps_its_bound_and_what_was_used_last(tmp_path):
 
 def test_what_a_killed_worker_left_is_swept_up(tmp_path):
     cache = VisionCache(tmp_path, GRAPH, SHAPE, 10**6)
-    cache.put(b"key", _features(1))
+    cache.put(b"key", _filled(1))
     left, fresh = (_files(tmp_path)[0].with_suffix(f".partial-{name}") for name in ("left", "fresh"))
     for path in (left, fresh):
         path.write_bytes(b"half")
@@ -79,7 +79,7 @@ def test_workers_may_share_a_folder(tmp_path):
         for key in list(range(60)) * 3:
             kept = cache.get(bytes([key]))
             if kept is None:
-                cache.put(bytes([key]), _features(key))
+                cache.put(bytes([key]), _filled(key))
             elif not (kept == key).all():
                 failures.append(key)
             if key % 7 == 0:
@@ -118,7 +118,7 @@ def test_a_disk_that_is_full_is_named_and_nothing_is_left(tmp_path, monkeypatch)
     cache = VisionCache(tmp_path, GRAPH, SHAPE, 10**6)
     monkeypatch.setattr("pathlib.Path.write_bytes", write)
     with pytest.raises(OutputError, match=r"--vision-cache .* cannot be written: No space left"):
-        cache.put(b"key", _features(1))
+        cache.put(b"key", _filled(1))
     assert _files(tmp_path) == []
 
 

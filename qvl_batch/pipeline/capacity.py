@@ -55,9 +55,9 @@ def card_of_this_process() -> Card:
         finally:
             pynvml.nvmlShutdown()
     except pynvml.NVMLError as error:
-        raise DeviceError(
-            f"NVML does not say how much memory GPU {visible!r} has ({error}): is the NVIDIA driver installed?"
-        ) from error
+        is_missing = error.value == pynvml.NVML_ERROR_LIBRARY_NOT_FOUND
+        advice = "install the NVIDIA driver" if is_missing else "see CUDA_VISIBLE_DEVICES, and `nvidia-smi -L`"
+        raise DeviceError(f"NVML does not say how much memory GPU {visible!r} has ({error}): {advice}") from error
 
 
 def slots_on_card(card: Card, manifest: Manifest, *, vision_too: bool) -> int:

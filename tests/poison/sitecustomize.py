@@ -4,11 +4,15 @@ An image whose file has `POISON_FILE` in it ends the process that reads it, one 
 process that decodes it; a prompt of `POISON_PROMPT` the one that lays it out, which is the decoder's.
 """
 
-import importlib.machinery
 import os
 import signal
 import sys
+from pathlib import Path
 
+sys.path.append(str(Path(__file__).parent.parent))
+from after_import import AfterImport
+
+sys.path.pop()
 POISON_FILE, POISON_IMAGE, POISON_PROMPT = b"ends whatever reads it", b"ends whatever decodes it", "End."
 
 
@@ -17,6 +21,7 @@ def _die():
 
 
 def _poison_reader(module):
+    # The only function of the reader that gets a single image; public ones get whole row groups.
     image = module._bytes_or_location
 
     def poisoned(value):
@@ -43,29 +48,10 @@ def _poison_layout(module):
     module.RowLayout.row_ids = poisoned
 
 
-POISONED = {
-    "qvl_batch.input.reader": _poison_reader,
-    "qvl_batch.images.pixels": _poison_images,
-    "qvl_batch.decoder.prompts": _poison_layout,
-}
-
-
-class _Finder:
-    """Finds modules as the others do, and poisons them once they are loaded."""
-
-    @staticmethod
-    def find_spec(name, path=None, target=None):
-        if name not in POISONED:
-            return None
-        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
-        load = spec.loader.exec_module
-
-        def exec_module(module):
-            load(module)
-            POISONED[name](module)
-
-        spec.loader.exec_module = exec_module
-        return spec
-
-
-sys.meta_path.insert(0, _Finder)
+AfterImport(
+    {
+        "qvl_batch.input.reader": _poison_reader,
+        "qvl_batch.images.pixels": _poison_images,
+        "qvl_batch.decoder.prompts": _poison_layout,
+    }
+)

@@ -4,11 +4,14 @@ As a kernel that adds in too few bits would, every product of activations and we
 that QVL_SATURATES names, or of all.
 """
 
-import importlib.machinery
 import os
 import sys
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).parent.parent))
+from after_import import AfterImport
+
+sys.path.pop()
 #: Largest magnitude of a product.
 MOST = 1.0
 PRODUCTS = ("MatMul", "Gemm", "MatMulIntegerToFloat", "MatMulNBits")
@@ -50,23 +53,5 @@ def plant(runtime, name=None):
     runtime.ort.InferenceSession = session
 
 
-class _Finder:
-    """Finds `qvl_batch.runtime.session` as the others do, and plants it once it is loaded."""
-
-    @staticmethod
-    def find_spec(name, path=None, target=None):
-        if name != "qvl_batch.runtime.session":
-            return None
-        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
-        load = spec.loader.exec_module
-
-        def exec_module(module):
-            load(module)
-            plant(module, os.environ.get("QVL_SATURATES"))
-
-        spec.loader.exec_module = exec_module
-        return spec
-
-
 if "QVL_SATURATES" in os.environ:
-    sys.meta_path.insert(0, _Finder)
+    AfterImport({"qvl_batch.runtime.session": lambda module: plant(module, os.environ["QVL_SATURATES"])})

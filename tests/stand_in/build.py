@@ -1,7 +1,10 @@
-"""Stand-ins for CUDA's libraries, built with gcc: ONNX Runtime's CUDA provider loads with them and says
-where each node goes, what it copies and what it captures, on a machine without a GPU. Nothing is computed.
+"""Stand-ins for NVIDIA's libraries, built with gcc, for a machine without a GPU.
+
+With those for CUDA's, ONNX Runtime's CUDA provider loads, and says where each node goes, what it copies and what it
+captures; nothing is computed. That for the driver's NVML knows two cards.
 
     folder = build(tmp_path)  # for LD_LIBRARY_PATH
+    folder = build_nvml(tmp_path)
 """
 
 import re
@@ -11,14 +14,14 @@ from pathlib import Path
 
 import onnxruntime
 
-DRIVER, RUNTIME = "libcuda.so.1", "libcudart"
+DRIVER, RUNTIME, NVML = "libcuda.so.1", "libcudart", "libnvidia-ml.so.1"
 #: Opened only when attention runs, so that nobody lists what is asked of it.
 CUDNN, OF_CUDNN = "libcudnn.so.9", ["cudnnCreate", "cudnnSetStream", "cudnnDestroy", "cudnnGetVersion"]
 #: Of a cuDNN whose attention ONNX Runtime would take on this card, and which the stand-in has not.
 RETURNS = {"cudnnGetVersion": 92000}
 #: What gives a handle, which nobody looks into.
 MAKES = ("cublasCreate_v2", "cublasLtCreate", "cudnnCreate")
-SOURCE = Path(__file__).with_name("cudart.c")
+SOURCE, NVML_SOURCE = (Path(__file__).with_name(name) for name in ("cudart.c", "nvml.c"))
 PROVIDER = Path(onnxruntime.__file__).parent / "capi" / "libonnxruntime_providers_cuda.so"
 
 
@@ -39,6 +42,16 @@ def build(folder: Path) -> Path:
     _compile(folder, runtime, f'#include "{SOURCE}"\n', symbols.pop(runtime))
     for library, names in symbols.items():
         _compile(folder, library, "", names, folder / runtime)
+    return folder
+
+
+def build_nvml(folder: Path) -> Path:
+    """Write NVML, which shows two cards, into a folder.
+
+    Raises:
+        subprocess.CalledProcessError: gcc refuses it.
+    """
+    _output("gcc", "-shared", "-fPIC", NVML_SOURCE, "-o", folder / NVML)
     return folder
 
 

@@ -12,6 +12,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import onnx
@@ -23,10 +24,9 @@ from qvl_batch.decoder.decoder import PREFIX_ENTRIES, Decoder, PrefillRow
 from qvl_batch.decoder.kv_cache import slot_bytes
 from qvl_batch.errors import DeviceError
 from qvl_batch.pipeline.capacity import CUDA_BYTES, CUDA_VISION_THREADS, bytes_beside_slots
-from qvl_batch.runtime import devices
 from qvl_batch.runtime.devices import open_cuda
 from qvl_batch.runtime.memory import CudaMemory
-from qvl_batch.runtime.session import Session, _providers
+from qvl_batch.runtime.session import Session
 
 COUNTERS = ("moves", "moved_bytes", "crossings", "crossed_bytes", "captures", "launches", "mallocs", "frees")
 
@@ -36,11 +36,11 @@ def report(bundle: Bundle) -> dict[str, Any]:
     features of an image that is encoded while this thread captures; bytes that a decoder takes and would take by plan;
     the error that is left of asking for too much memory; and how much of a decoder's memory is not freed with it.
     """
-    devices._preload = lambda: None  # pip may have installed the real libraries
+    ort.preload_dlls = lambda **_: None  # pip may have installed the real libraries
     memory = CudaMemory(open_cuda("--device cuda"))
     nodes = {name: _nodes(bundle.file(name), memory, captures=name == DECODER) for name in (DECODER, VISION)}
     decoder = Decoder(bundle, 4, 1, memory=memory, prove=False)  # they compute nothing
-    rows = [PrefillRow(bundle.manifest.layout.row_ids([5] * n), _features(bundle)) for n in (2, 3)]
+    rows = [PrefillRow(bundle.manifest.layout.row_ids([5] * n), _zero_features(bundle)) for n in (2, 3)]
     _kernels()  # of the largest prefill, which the decoder has run
     decoder.prefill(0, rows)
     kernels = {"prefill": _kernels()}
@@ -59,7 +59,7 @@ def report(bundle: Bundle) -> dict[str, Any]:
         encoded = other.submit(vision.run, ["image_features"], pixels).result()
     _runtime().cudaStreamEndCapture(None, ctypes.byref(ctypes.c_void_p()))
     kernels["vision"] = _kernels()
-    memory_taken = _memory(bundle)
+    memory_taken = _memory_taken(bundle)
     full = memory.card.memory()[1] * 2
     with contextlib.suppress(DeviceError):
         memory.card.allocate(full)
@@ -79,7 +79,7 @@ def report(bundle: Bundle) -> dict[str, Any]:
     }
 
 
-def _memory(bundle: Bundle) -> dict[str, int]:
+def _memory_taken(bundle: Bundle) -> dict[str, int]:
     """Bytes of a card that a decoder takes when it starts, and what many rows of many lengths add to them; the same
     of a vision tower with two threads; and both by plan.
     """
@@ -96,7 +96,7 @@ def _memory(bundle: Bundle) -> dict[str, int]:
     started = taken()
     for _ in range(40):
         lengths = chance.integers(2, 300, size=chance.integers(1, slots, endpoint=True))
-        decoder.prefill(0, [PrefillRow(manifest.layout.row_ids([5] * n), _features(bundle)) for n in lengths])
+        decoder.prefill(0, [PrefillRow(manifest.layout.row_ids([5] * n), _zero_features(bundle)) for n in lengths])
         decoder.step(np.array([5] * len(lengths)))
     answered = taken()
     vision, size = Session(bundle.file(VISION), 1, memory=memory), manifest.layout.image_size
@@ -115,21 +115,27 @@ def _memory(bundle: Bundle) -> dict[str, int]:
 
 def _nodes(path: Path, memory: CudaMemory, *, captures: bool) -> dict[str, dict[str, int]]:
     """How many nodes of each type a provider runs, after all of ONNX Runtime's own changes."""
-    with tempfile.TemporaryDirectory() as folder:
-        options = ort.SessionOptions()
-        options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
+    made: list[ort.InferenceSession] = []
+
+    def observed(model: Path, options: ort.SessionOptions, **others: Any) -> ort.InferenceSession:
+        options.optimized_model_filepath = optimized
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-        options.log_severity_level = 3
-        session = ort.InferenceSession(path, options, providers=_providers(memory, captures=captures))
-        graph = onnx.load(options.optimized_model_filepath, load_external_data=False).graph
+        made.append(session(model, options, **others))
+        return made[0]
+
+    session = ort.InferenceSession
+    with tempfile.TemporaryDirectory() as folder, mock.patch("onnxruntime.InferenceSession", observed):
+        optimized = str(Path(folder) / "optimized.onnx")
+        Session(path, 1, memory=memory, captures=captures)
+        graph = onnx.load(optimized, load_external_data=False).graph
     found: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
-    for part in session.get_provider_graph_assignment_info():
+    for part in made[0].get_provider_graph_assignment_info():
         found[part.ep_name].update(node.op_type for node in part.get_nodes())
     found["copies"] = collections.Counter(node.op_type for node in graph.node if node.op_type.startswith("Memcpy"))
     return {provider: dict(counts) for provider, counts in found.items()}
 
 
-def _features(bundle: Bundle) -> Any:
+def _zero_features(bundle: Bundle) -> Any:
     return np.zeros(bundle.manifest.feature_shape, np.float32)
 
 

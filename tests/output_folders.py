@@ -1,0 +1,27 @@
+"""A job of two input files, answers to its rows, and the answers in an output folder."""
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from qvl_batch.columns import FILE, ROW
+from qvl_batch.output.resume import Job
+from qvl_batch.rows import InputFile
+from qvl_batch.schema import ANSWER_FIELDS, ID, Answer, Failure
+
+FILES = (InputFile("/in/a.parquet", 10, 6, "a"), InputFile("/in/b.parquet", 20, 5, "b"))
+JOB_OF_FILES = Job({"bundle": "abc", "--fit": "crop", "--keep-columns": ["x"]}, FILES)
+SCHEMA = pa.schema([pa.field(ID, pa.int64()), *ANSWER_FIELDS])
+
+
+def answers_to(*rows):
+    """Answers to rows, given as numbers of a file and of a row in it; each even row of a file has failed."""
+    answers = [Answer("yes", "stop", 9, 2) if row[1] % 2 else Answer.failed(Failure("image", "E", "m")) for row in rows]
+    columns = {field.name: [answer.record()[field.name] for answer in answers] for field in ANSWER_FIELDS}
+    files, places = zip(*rows, strict=True)
+    own = {FILE: pa.array(files, pa.int32()), ROW: pa.array(places, pa.int64()), ID: places}
+    return pa.table(own | {field.name: pa.array(columns[field.name], field.type) for field in ANSWER_FIELDS})
+
+
+def read_answers(folder):
+    """All part files of an output folder as one table."""
+    return pa.concat_tables([pq.read_table(path) for path in sorted(folder.glob("part-*.parquet"))])
