@@ -112,8 +112,9 @@ class Answerer:
         return outcomes
 
     def _run(self, engine: Engine, requests: Sequence[Request]) -> list[Completion | RowError]:
-        futures = [engine.submit(request) for request in requests]
+        futures: list[Future[Completion]] = []
         try:
+            futures.extend(engine.submit(request) for request in requests)
             return [self._outcome(future) for future in futures]
         finally:  # after an interrupt, cancel the rest; finished futures are not affected
             for future in futures:
