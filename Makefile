@@ -5,7 +5,7 @@
 # fuzz       decode 10,000 damaged images, each to pixels or to an error
 # real-size  export a checkpoint of 3.75 G parameters, and trace larger ones (20 minutes, 25 GB of disk)
 # compare    compare the tiny bundle with its checkpoint in PyTorch, layer by layer
-# lint       ruff, mypy, and the rules for imports between modules
+# lint     ruff, mypy, and the order of imports
 # bench      measure engine and Ray job against transformers' generate on a made-up model (an hour)
 # openvino   install OpenVINO GenAI in its own environment, so that `bench` measures it too
 # train      train the tiny model again (an hour or two)

@@ -2,5 +2,5 @@
 
 import os
 
-# Read when ray is imported, which this room alone does.
+# Read when ray is imported, which only this package does.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
