@@ -271,7 +271,7 @@ class FullDecoder(_Decoder):
     def forward(self, input_ids: Tensor, attention_mask: Tensor, image_embeds: Tensor) -> Tensor:
         """int64 (B, S), int64 (B, S) of ones and zeros, (B, S, D) to logits (B, S, V)."""
         batch, length = input_ids.shape
-        is_image, positions = self._image_and_positions(input_ids, attention_mask)
+        is_image, positions = self.image_and_positions(input_ids, attention_mask)
         cos, sin = self._rotary_tables(positions)
         cos, sin = cos[:, None], sin[:, None]
         visible = torch.ones(length, length, dtype=torch.bool).tril() & attention_mask.bool()[:, None, None]
@@ -286,7 +286,7 @@ class FullDecoder(_Decoder):
         normed = rms_norm(hidden, self.weights.norm, self.eps)
         return self.weights.logits(normed.reshape(batch * length, -1)).reshape(batch, length, -1)
 
-    def _image_and_positions(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    def image_and_positions(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
         """Mask of the image's tokens (B, S), and M-RoPE positions (3, B, S), of rows with at most one image.
 
         Rows may be padded on either side. Image tokens beyond the first side**2 are text. Positions of

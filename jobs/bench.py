@@ -123,12 +123,12 @@ def bench(config: BenchConfig, console: Console) -> dict[str, Any]:
         batches = {
             name: choose_batch(name, host, rows, console) for name, host in hosts.items() if name not in config.bundles
         }
-        equal = _check(hosts, rows)
+        equal = check_equal_work(hosts, rows)
         seconds, stages = measure(hosts, rows, config.rounds, console)
         memory = {name: host.peak_memory() / 1e9 for name, host in hosts.items()}
         speed = {name: len(rows) / statistics.median(taken) for name, taken in seconds.items()}
         figures: dict[str, Any] = {
-            "ratios": _ratios(speed),
+            "ratios": ratios_of(speed),
             "images_per_second": speed,
             "tokens_per_second": {name: each * config.new_tokens for name, each in speed.items()},
             "stages_ms_per_image": {name: medians(taken) for name, taken in stages.items()},
@@ -171,7 +171,7 @@ def _hosts(config: BenchConfig, stack: ExitStack) -> dict[str, Host]:
     }
 
 
-def _check(hosts: dict[str, Host], rows: Rows) -> dict[str, list[int]]:
+def check_equal_work(hosts: dict[str, Host], rows: Rows) -> dict[str, list[int]]:
     """Answer once to warm up; returns how many answers of each contender equal the reference's, and of how many.
 
     Raises:
@@ -191,7 +191,8 @@ def _check(hosts: dict[str, Host], rows: Rows) -> dict[str, list[int]]:
     return {name: [count, len(rows)] for name, count in equal.items()}
 
 
-def _ratios(speed: dict[str, float]) -> dict[str, float]:
+def ratios_of(speed: dict[str, float]) -> dict[str, float]:
+    """Our images/s over those of each peer: fp32 over fp32, and the best of ours over the best of theirs."""
     ours = max(speed[name] for name in OURS if name in speed)
     ratios: dict[str, float] = {}
     for key, plain, reduced in (("hf", HF_FP32, HF_BF16), ("openvino", OV_FP32, OV_OWN)):

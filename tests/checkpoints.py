@@ -32,8 +32,8 @@ def make_checkpoint(
         settings = json.loads((path / "generation_config.json").read_text())
         (path / "generation_config.json").write_text(json.dumps(settings | generation))
     torch.manual_seed(len(str(text)) + len(str(vision)))
-    # transformers makes a model with random weights only through a private name.
-    model = Qwen2_5_VLForConditionalGeneration._from_config(Qwen2_5_VLConfig.from_pretrained(path), dtype=torch.float32)
+    config = Qwen2_5_VLConfig.from_pretrained(path)
+    model = Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=torch.float32)  # noqa: SLF001  (no public way)
     for name, parameter in model.named_parameters():
         # Norms and biases too: left at one and zero, they would hide a graph that drops them.
         spread = 0.3 if parameter.ndim == 1 else 1.5 * parameter[0].numel() ** -0.5

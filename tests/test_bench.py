@@ -59,24 +59,28 @@ class _Fake:
         return self._results[method]
 
 
-# Private functions of the bench are called here: a whole run takes minutes, and its figures cannot be chosen.
+# Functions of the bench are called here: a whole run takes minutes, and its figures cannot be chosen.
 def test_only_equal_work_is_compared():
     rows = Rows([b""], ["x"])
     equal = {name: _Fake([9], [[1, 2]]) for name in (bench.FP32, bench.HF_FP32)}
     reduced = {bench.REDUCED: _Fake([9], [[1, 3]])}
-    assert bench._check(equal | reduced, rows) == {bench.FP32: [1, 1], bench.HF_FP32: [1, 1], bench.REDUCED: [0, 1]}
+    assert bench.check_equal_work(equal | reduced, rows) == {
+        bench.FP32: [1, 1],
+        bench.HF_FP32: [1, 1],
+        bench.REDUCED: [0, 1],
+    }
     with pytest.raises(JobError, match="only 0 of 1 answers of qvl-batch fp32"):
-        bench._check(equal | {bench.FP32: _Fake([9], [[1, 3]])}, rows)
+        bench.check_equal_work(equal | {bench.FP32: _Fake([9], [[1, 3]])}, rows)
     with pytest.raises(JobError, match="only 0 of 1 answers of OpenVINO GenAI fp32"):
-        bench._check(equal | {bench.OV_FP32: _Fake([9], [[7, 7]])}, rows)
+        bench.check_equal_work(equal | {bench.OV_FP32: _Fake([9], [[7, 7]])}, rows)
     with pytest.raises(JobError, match="different numbers of tokens"):
-        bench._check(equal | {bench.HF_FP32: _Fake([8], [[1, 2]])}, rows)
+        bench.check_equal_work(equal | {bench.HF_FP32: _Fake([8], [[1, 2]])}, rows)
 
 
 def test_ratios_are_over_the_best_of_each_peer():
     speed = {bench.FP32: 3.0, bench.REDUCED: 5.0, bench.HF_FP32: 1.0, bench.HF_BF16: 2.0}
-    assert bench._ratios(speed) == {"hf_fp32": 3.0, "hf": 2.5}
-    assert bench._ratios(speed | {bench.OV_FP32: 2.0, bench.OV_OWN: 1.0})["openvino"] == 2.5
+    assert bench.ratios_of(speed) == {"hf_fp32": 3.0, "hf": 2.5}
+    assert bench.ratios_of(speed | {bench.OV_FP32: 2.0, bench.OV_OWN: 1.0})["openvino"] == 2.5
 
 
 def test_the_fastest_batch_stays(monkeypatch):
@@ -183,13 +187,13 @@ def test_a_step_reads_weights_and_cache_and_no_table(tiny_bundle):
 def test_the_model_for_a_gpu_is_made_and_exported_once(tmp_path, monkeypatch):
     monkeypatch.setattr("benchmark.gpu.require_cuda", lambda _: 13)
     config = gpu.GpuBenchConfig(shape="bench", output=tmp_path)
-    checkpoint, bundle, cpu_vision = gpu._prepare(config, Console())  # private: `bench` then needs a GPU
+    checkpoint, bundle, cpu_vision = gpu.prepare(config, Console())  # what follows in `bench` needs a GPU
     assert {checkpoint.parent, bundle.parent, cpu_vision.parent} == {tmp_path}
     towers = [(m.dtype, m.vision_dtype) for m in (Bundle.load(path).manifest for path in (bundle, cpu_vision))]
     assert towers == [("bf16", "bf16"), ("bf16", "fp32")]
     (cpu_vision / "bundle.json").unlink()  # as if it had been stopped there
     made = bundle.stat().st_mtime_ns
-    assert gpu._prepare(config, Console()) == (checkpoint, bundle, cpu_vision)
+    assert gpu.prepare(config, Console()) == (checkpoint, bundle, cpu_vision)
     assert bundle.stat().st_mtime_ns == made
     assert Bundle.load(cpu_vision).manifest.vision_dtype == "fp32"
 

@@ -114,7 +114,7 @@ def test_positions_in_the_graph_are_those_of_transformers():
     grid = torch.tensor([[1, 8, 8]] * 2)
     expected, _ = model.model.get_rope_index(ids, is_image, image_grid_thw=grid, attention_mask=mask)
     valid = mask.bool()
-    is_image, positions = full._image_and_positions(ids, mask)  # not outputs of the graph
+    is_image, positions = full.image_and_positions(ids, mask)  # not outputs of the graph
     assert torch.equal(positions[:, valid], expected[:, valid])
     assert torch.equal(is_image, ids == model.config.image_token_id)
 
@@ -122,7 +122,7 @@ def test_positions_in_the_graph_are_those_of_transformers():
 def test_positions_of_the_contract_are_those_of_transformers(tiny_bundle):
     config = Qwen2_5_VLConfig.from_pretrained(TINY)
     with torch.device("meta"):
-        model = Qwen2_5_VLForConditionalGeneration._from_config(config)  # no public way without weights
+        model = Qwen2_5_VLForConditionalGeneration._from_config(config)  # noqa: SLF001  (no public way)
     ids = torch.tensor([tiny_bundle.manifest.layout.row_ids([5, 6, 7, 8])])
     grid = torch.tensor([[1, 48, 48]])
     expected, delta = model.model.get_rope_index(ids, (ids == config.image_token_id).int(), image_grid_thw=grid)
@@ -300,8 +300,8 @@ def test_the_processors_own_template_goes_before_the_tokenizers(tmp_path):
 def test_a_checkpoint_may_ask_for_another_implementation_of_attention(tmp_path):
     checkpoint = Path(shutil.copytree(TINY, tmp_path / "checkpoint"))
     _edit(checkpoint / "config.json", _attn_implementation="flash_attention_2")
-    # transformers has no public name for it.
-    assert load_checkpoint(checkpoint).model.config._attn_implementation == "sdpa"
+    found = load_checkpoint(checkpoint).model.config._attn_implementation  # noqa: SLF001  (no public name)
+    assert found == "sdpa"
 
 
 def test_what_came_to_the_output_meanwhile_is_kept(tmp_path):

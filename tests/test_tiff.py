@@ -169,10 +169,10 @@ def test_deep_samples_of_a_file_that_is_cut_are_refused(cut, compression, planar
 
 @pytest.fixture
 def _not_said_yet():
-    # Private: it is logged once per process, maybe in an earlier test.
-    bit_depth._warn_of_12_bits.cache_clear()
+    # It is logged once per process, maybe in an earlier test.
+    bit_depth.warn_of_12_bits.cache_clear()
     yield
-    bit_depth._warn_of_12_bits.cache_clear()
+    bit_depth.warn_of_12_bits.cache_clear()
 
 
 @pytest.mark.usefixtures("_not_said_yet")

@@ -142,7 +142,7 @@ def bench(config: GpuBenchConfig, console: Console) -> dict[str, Any]:
         ConfigError: a bundle is made for the CPU.
         JobError: the contenders do not do the same work, or there is no model to measure.
     """
-    checkpoint, folder, cpu_vision = _prepare(config, console)
+    checkpoint, folder, cpu_vision = prepare(config, console)
     for option, path in (("--bundle", folder), ("--cpu-vision-bundle", cpu_vision)):
         if path is not None and Bundle.load(path).manifest.device != "cuda":
             raise ConfigError(
@@ -215,7 +215,7 @@ def _with_cpu_vision(
         return engine, len(rows) / engine.seconds("answer", rows)
 
 
-def _prepare(config: GpuBenchConfig, console: Console) -> tuple[Path, Path, Path | None]:
+def prepare(config: GpuBenchConfig, console: Console) -> tuple[Path, Path, Path | None]:
     """Checkpoint, bundle, and bundle with vision on the CPU if that is measured; made-up ones if none are given.
 
     Raises:

@@ -41,7 +41,7 @@ def to_8_bits(parts: Sequence[NDArray[Any]], bits: int = 16) -> list[NDArray[np.
     if not 0 <= low <= high <= most or any(np.isnan(part.max()) for part in parts):
         raise ImageError(f"the image has samples from {low:g} to {high:g}; they must be from 0 to {most}")
     if most == MAX_SAMPLE[16] and 0 < high <= MAX_SAMPLE[12]:
-        _warn_of_12_bits()
+        warn_of_12_bits()
     if floats:
         return [
             _by_rows(part, lambda rows: np.rint(rows.astype(np.float32) * (255 if high <= 1 else 1))) for part in parts
@@ -64,11 +64,12 @@ def warn_if_12_bits(image: Image.Image) -> None:
     if image.mode in {"RGB", "RGBA"}:
         extrema: Any = image.getextrema()
         if 0 < max(high for _, high in extrema[:3]) <= MAX_SAMPLE[12] >> _BYTE:
-            _warn_of_12_bits()
+            warn_of_12_bits()
 
 
 @functools.cache  # once per process
-def _warn_of_12_bits() -> None:
+def warn_of_12_bits() -> None:
+    """Log that an image seems to hold 12 bits in 16."""
     logging.getLogger(__name__).warning(
         "an image's 16-bit samples are all below 4,096, so it is nearly black: if they hold 12 bits, scale them to 16 "
         "bits first. Further images like it are not reported."

@@ -22,12 +22,12 @@ def _die():
 
 def _poison_reader(module):
     # The only function of the reader that gets a single image; public ones get whole row groups.
-    image = module._bytes_or_location
+    image = module._bytes_or_location  # noqa: SLF001
 
     def poisoned(value):
         return _die() if POISON_FILE in value else image(value)
 
-    module._bytes_or_location = poisoned
+    module._bytes_or_location = poisoned  # noqa: SLF001
 
 
 def _poison_images(module):
