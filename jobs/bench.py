@@ -25,7 +25,6 @@ from benchmark import gpu, limits, situations
 from benchmark.figures import (
     DEMO,
     best_batch,
-    check_positive,
     choose_batch,
     circumstances,
     measure,
@@ -39,6 +38,7 @@ from benchmark.ours import Ours
 from benchmark.rows import Rows
 from qvl_batch.bundle.loading import Bundle
 from qvl_batch.command_line import exit_status, settings
+from qvl_batch.config import check_at_least_one
 from qvl_batch.decoder.prompts import RowLayout
 from qvl_batch.errors import ConfigError, JobError
 from qvl_batch.pipeline.plan import DEFAULT_SLOTS
@@ -99,7 +99,7 @@ class BenchConfig:
         Raises:
             ConfigError: names the option and what to do.
         """
-        check_positive(self, "rows", "new_tokens", "rounds", "slots")
+        check_at_least_one(self, "rows", "new_tokens", "rounds", "slots")
         if "openvino" in self.against and not self.openvino_python.exists():
             raise ConfigError(f"--against openvino: {self.openvino_python} is missing; `make openvino` installs it")
 

@@ -16,7 +16,7 @@ from rich.table import Table
 from benchmark.rows import Rows
 from qvl_batch.columns import IMAGE, PROMPT
 from qvl_batch.config import CaptionConfig
-from qvl_batch.errors import ConfigError, JobError
+from qvl_batch.errors import JobError
 from qvl_batch.input.fetch import Fetcher
 from qvl_batch.input.reader import read_unit
 from qvl_batch.input.source import open_source
@@ -36,17 +36,6 @@ class Contender(Protocol):
 
     def call(self, method: str, *args: Any) -> Any: ...  # noqa: D102
     def seconds(self, method: str, *args: Any) -> float: ...  # noqa: D102
-
-
-def check_positive(config: Any, *names: str) -> None:
-    """Refuse options that must be at least 1.
-
-    Raises:
-        ConfigError: names the first.
-    """
-    for name in names:
-        if getattr(config, name) < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(config, name)}")
 
 
 def read_rows(bundle: Path, path: Path, count: int, output: Path) -> Rows:

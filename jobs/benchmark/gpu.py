@@ -22,7 +22,6 @@ from benchmark import limits
 from benchmark.figures import (
     DEMO,
     best_batch,
-    check_positive,
     choose_batch,
     circumstances,
     keep,
@@ -35,6 +34,7 @@ from benchmark.host import ROOT, Host
 from benchmark.rows import Rows
 from qvl_batch.bundle.loading import Bundle
 from qvl_batch.bundle.manifest import MANIFEST
+from qvl_batch.config import check_at_least_one
 from qvl_batch.decoder.prompts import RowLayout
 from qvl_batch.errors import ConfigError, JobError
 from qvl_batch.runtime.devices import open_cuda, require_cuda
@@ -97,7 +97,7 @@ class GpuBenchConfig:
         Raises:
             ConfigError: names the option and what to do.
         """
-        check_positive(self, "rows", "new_tokens", "rounds", "slots")
+        check_at_least_one(self, "rows", "new_tokens", "rounds", "slots")
         if (self.bundle is None) != (self.checkpoint is None):
             raise ConfigError("--bundle and --checkpoint belong together: give both, or neither for a made-up model")
         if min(self.at_once, default=1) < 1:
