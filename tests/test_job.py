@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -326,6 +327,16 @@ def test_a_job_that_is_stopped_keeps_its_answers_and_goes_on(sent, tiny_bundle, 
     assert "resuming  80 rows are answered already, 0 are left" in result.stderr
     assert "workers" not in result.stderr
     assert {name: (output / name).read_bytes() for name in written} == written
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_job_that_is_stopped_ends_its_stages_first(tiny_bundle, tmp_path):
+    """As long as the exception is held, so are the generators: what is not ended by then would outlive Ray."""
+    config = CaptionConfig(bundle=tiny_bundle.path, input=(str(QUESTIONS),), output=str(tmp_path / "out"), limit=1)
+    with pytest.raises(KeyboardInterrupt, match="0 of 1 rows") as held:
+        run(config, is_stopped=lambda: True)
+    assert held.tb
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("StreamingExecutor")]
 
 
 @pytest.mark.parametrize(

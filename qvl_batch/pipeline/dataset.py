@@ -7,7 +7,7 @@ What enters: units of rows. What leaves: tables of answers, in no particular ord
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
@@ -61,8 +61,8 @@ class Pipeline:
     sample: frozenset[Row]
     attempts: RemoteAttempts = field(default_factory=RemoteAttempts)
 
-    def answers(self, source: Source) -> Iterator[pa.Table]:
-        """Tables of answers to the rows of a source, as they come.
+    def answers(self, source: Source) -> Generator[pa.Table, None, None]:
+        """Tables of answers to the rows of a source, as they come. Closing it ends the stages.
 
         Raises:
             JobError: a stage failed.

@@ -8,6 +8,7 @@ bundle ─ plan ──────┘ (on Ray)                          (driver)
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -141,8 +142,10 @@ def _answer(
         say(f"workers   {plan}")
         sample = choose(left.rows, left.spans())
         stats = RunStats(sample)
-        answers = Pipeline(config, bundle, plan, left.columns, fetcher, sample).answers(left)
-        tally = _write(answers, folder, stats, left.rows, is_stopped)
+        pipeline = Pipeline(config, bundle, plan, left.columns, fetcher, sample)
+        # Closed before Ray is: threads of a dataset that is still running would start another Ray.
+        with closing(pipeline.answers(left)) as answers:
+            tally = _write(answers, folder, stats, left.rows, is_stopped)
         seconds = stats.seconds
     if tally.rows != left.rows:
         raise JobError(f"{tally.rows:,} of {left.rows:,} rows came back; {config.going_on} answers the others")
