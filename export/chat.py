@@ -12,29 +12,24 @@ from qvl_batch.errors import ExportError
 _PROMPT_MARK = "qvl-batch-prompt-mark"
 
 
-def chat_turn(
-    tokenizer: Any, image_token_id: int, system_prompt: str | None
-) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+def chat_turn(tokenizer: Any, image_token_id: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     """Token ids before the image, between image and prompt, and after the prompt.
 
-    The tokenizer's own chat template is applied to one user turn, image first; a system turn is
-    added only if `system_prompt` is given. The prompt is tokenized separately. That is exact because
-    there is a special token on each side of it, which is checked here.
+    The tokenizer's own chat template is applied to one user turn, image first. The prompt is tokenized
+    separately. That is exact because there is a special token on each side of it, which is checked here.
 
     Args:
         tokenizer: a `transformers` tokenizer with a chat template.
         image_token_id: the id that stands for one merged patch of the image.
-        system_prompt: text of the system turn, or None for the template's own default.
 
     Raises:
         ExportError: the template cannot be split that way.
     """
     content = [{"type": "image"}, {"type": "text", "text": _PROMPT_MARK}]
-    messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
-    if system_prompt is not None:
-        messages.insert(0, {"role": "system", "content": system_prompt})
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+        )
     except Exception as error:  # a template is a program and can raise anything
         first_line = str(error).strip().split("\n")[0]
         raise ExportError(

@@ -54,6 +54,11 @@ class Checkpoint:
         """The model's config."""
         return self.weights.skeleton.config
 
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """Variables of the chat template that name special tokens, such as `eos_token`, as transformers sets them."""
+        return {name: str(token) for name, token in self.tokenizer.special_tokens_map.items() if isinstance(token, str)}
+
     @cached_property
     def model(self) -> Any:
         """The whole model in memory, in fp32 and in evaluation mode."""
@@ -88,6 +93,10 @@ def load_checkpoint(path: Path) -> Checkpoint:
     tokenizer.chat_template = _processors_template(path) or tokenizer.chat_template
     if not tokenizer.chat_template:
         raise ExportError(f"{path} has no chat template: use an instruction-tuned checkpoint")
+    if not isinstance(tokenizer.chat_template, str):
+        raise ExportError(f"{path} has several chat templates: leave the one to use in tokenizer_config.json")
+    if "strftime_now" in tokenizer.chat_template:
+        raise ExportError(f"{path}: the chat template prints the date, so that answers depend on it: take it out")
     if tokenizer.clean_up_tokenization_spaces:
         raise ExportError(f"{path}: tokenizer_config.json sets clean_up_tokenization_spaces, which is not supported")
     processor = _load(path, "image processor", Qwen2VLImageProcessorPil.from_pretrained)

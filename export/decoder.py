@@ -1,13 +1,14 @@
 """The language model as two graphs over one set of weights.
 
 `CachedDecoder` is what the worker runs, for prefill and for every decode step: fused operators,
-a KV cache that the caller owns, logits of each row's last valid token only. No operator combines a
-value computed from a shape with a tensor's values: shapes are on the host, so on a GPU that would be
-a copy between host and device, and a graph with such a copy cannot be captured.
+a KV cache that the caller owns, logits of each row's last valid token only. M-RoPE positions and the
+places of images are its inputs. No operator combines a value computed from a shape with a tensor's
+values: shapes are on the host, so on a GPU that would be a copy between host and device, and a graph
+with such a copy cannot be captured.
 
 `FullDecoder` is the plain form: token ids, mask and image embeddings in, all logits out, standard
-operators only, M-RoPE positions derived inside. Quantization tools calibrate on it, and the parity
-gate compares its logits.
+operators only. For images of one fixed size, M-RoPE positions are derived inside; else they are an
+input. Quantization tools calibrate on it, and the parity gate compares its logits.
 
 B rows, S tokens, D hidden size, V vocabulary, L_max tokens in a row's cache. In both, `image_embeds`
 (B, S, D) replaces a token's embedding at the image's tokens, and is ignored elsewhere.
@@ -29,8 +30,10 @@ from torch.nn import functional as F  # noqa: N812
 from export.half import stream_unit
 from export.layers import GatedMlp, Linear
 from export.operators import group_query_attention, rms_norm, rotary_embedding, skip_rms_norm
-from qvl_batch.bundle.layout import Layout
 from qvl_batch.bundle.manifest import HALVES, Dtype
+
+#: Each token's row in two tables, and the tables of cosines and sines.
+Rotary = tuple[Tensor, Tensor, Tensor]
 
 
 class DecoderWeights(nn.Module):
@@ -112,39 +115,35 @@ class CachedDecoder(_Decoder):
     Args:
         weights: of both graphs.
         model: `Qwen2_5_VLForConditionalGeneration`.
-        layout: where the image is in every row, which determines the positions.
+        max_seq_len: tokens that a row of the cache holds (L_max).
         standard_attention: attention over the cache in standard operators, for a device whose fused operator
             has no fp32 kernel.
         penalty: repetition penalty; 1 leaves it out of the graph.
     """
 
-    cos: Tensor
-    sin: Tensor
     columns: Tensor
 
     def __init__(
         self,
         weights: DecoderWeights,
         model: Any,
-        layout: Layout,
+        max_seq_len: int,
         *,
         standard_attention: bool = False,
         penalty: float = 1.0,
     ) -> None:
         super().__init__(weights, model)
         self.penalty = penalty
-        self.image = range(layout.image_start, layout.image_start + layout.image_tokens)
         self.standard_attention = standard_attention
-        cos, sin = self._rotary_tables(mrope_positions(layout))
-        self.register_buffer("cos", cos)
-        self.register_buffer("sin", sin)
-        self.register_buffer("columns", torch.arange(layout.max_seq_len))
+        self.register_buffer("columns", torch.arange(max_seq_len))
 
     def forward(
         self,
         input_ids: Tensor,
+        position_ids: Tensor,
         cache_position: Tensor,
         image_embeds: Tensor,
+        image_mask: Tensor,
         seqlens_k: Tensor,
         total_sequence_length: Tensor,
         past: list[Tensor],
@@ -154,9 +153,10 @@ class CachedDecoder(_Decoder):
 
         Args:
             input_ids: int64 (B, S).
-            cache_position: int64 (B, S), each token's index in its row, from 0; it determines the rotary
-                positions and which tokens are the image's.
+            position_ids: int64 (3, B, S), M-RoPE positions along time, rows and columns.
+            cache_position: int64 (B, S), each token's index in its row, from 0.
             image_embeds: (B, S, D).
+            image_mask: bool (B, S), tokens that take their embedding from `image_embeds`.
             seqlens_k: int32 (B,), valid tokens of each row after this call, minus one.
             total_sequence_length: int32 scalar, the largest number of valid tokens.
             past: key and value of layer 0, of layer 1, ..., each (B, kv_heads, L_max, head_dim).
@@ -168,16 +168,16 @@ class CachedDecoder(_Decoder):
             penalty; then the present keys and values in the order of `past`, and the tokens seen so far.
             After the last layer's attention only that last token is computed.
         """
-        is_image = (cache_position >= self.image.start) & (cache_position < self.image.stop)
         end = seqlens_k.long()
         is_valid = cache_position <= end[:, None]
-        hidden = self._embed(input_ids, is_image, image_embeds)
+        hidden = self._embed(input_ids, image_mask, image_embeds)
+        rotary = self._rotary(position_ids, cache_position)
         layers = self.weights.layers
         present: list[Tensor] = []
         normed = rms_norm(hidden, layers[0].norm1, self.eps)
         for index, layer in enumerate(layers):
             cache = (past[2 * index], past[2 * index + 1])
-            q, k, v = self._queries_keys_values(layer, normed, cache_position)
+            q, k, v = self._queries_keys_values(layer, normed, rotary)
             update, cache = self._attention(q, k, v, cache, cache_position, seqlens_k, total_sequence_length)
             present += cache
             if index == len(layers) - 1:
@@ -199,17 +199,24 @@ class CachedDecoder(_Decoder):
             present.append(seen)
         return torch.where(is_finite, scores.argmax(-1), -1), logits, *present
 
-    def _queries_keys_values(self, layer: Layer, normed: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Each (B, S, heads * head_dim), queries and keys rotated by `rows` of the tables."""
+    def _rotary(self, position_ids: Tensor, cache_position: Tensor) -> Rotary:
+        """Each token's row, int64 (B, S), in tables of cosines and sines, (B * S, head_dim / 2)."""
+        cos, sin = (table.flatten(0, 1) for table in self._rotary_tables(position_ids))
+        # 0, 1, 2, ... in order of rows and tokens, counted from values: shapes are on the host.
+        ones = cache_position.clamp(1, 1)
+        count = ones.sum(1, keepdim=True)
+        return ones.cumsum(1) - 1 + count.cumsum(0) - count, cos, sin
+
+    def _queries_keys_values(self, layer: Layer, normed: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
+        """Each (B, S, heads * head_dim), queries and keys rotated."""
         queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
         if self.weights.has_fused_qkv:
             both, v = torch.split(layer.qkv(normed), [queries + keys, keys], dim=-1)
-            rotated = rotary_embedding(both, rows, self.cos, self.sin, self.heads + self.kv_heads)
+            rotated = rotary_embedding(both, *rotary, self.heads + self.kv_heads)
             q, k = torch.split(rotated, [queries, keys], dim=-1)
             return q, k, v
         q, k, v = (linear(normed) for linear in cast("nn.ModuleList", layer.qkv))
-        q = rotary_embedding(q, rows, self.cos, self.sin, self.heads)
-        return q, rotary_embedding(k, rows, self.cos, self.sin, self.kv_heads), v
+        return rotary_embedding(q, *rotary, self.heads), rotary_embedding(k, *rotary, self.kv_heads), v
 
     def _seen(self, seen: Tensor, input_ids: Tensor, is_valid: Tensor) -> Tensor:
         """Tokens seen (B, V) including those of this call, prompt and answer alike; the penalty applies to them.
@@ -262,16 +269,28 @@ class CachedDecoder(_Decoder):
 
 
 class FullDecoder(_Decoder):
-    """All logits of whole rows, without a cache and without contrib operators."""
+    """All logits of whole rows, without a cache and without contrib operators.
 
-    def __init__(self, weights: DecoderWeights, model: Any, merged_side: int) -> None:
+    Args:
+        weights: of both graphs.
+        model: `Qwen2_5_VLForConditionalGeneration`.
+        merged_side: image tokens along a side of the one square image of every row, from which positions are derived;
+            None if they are an input, for any images.
+    """
+
+    def __init__(self, weights: DecoderWeights, model: Any, merged_side: int | None) -> None:
         super().__init__(weights, model)
         self.merged_side = merged_side
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, image_embeds: Tensor) -> Tensor:
-        """int64 (B, S), int64 (B, S) of ones and zeros, (B, S, D) to logits (B, S, V)."""
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, image_embeds: Tensor, position_ids: Tensor | None = None
+    ) -> Tensor:
+        """int64 (B, S), int64 (B, S) of ones and zeros, (B, S, D), int64 (3, B, S) or None to logits (B, S, V)."""
         batch, length = input_ids.shape
-        is_image, positions = self.image_and_positions(input_ids, attention_mask)
+        if position_ids is None:
+            is_image, positions = self.image_and_positions(input_ids, attention_mask)
+        else:
+            is_image, positions = input_ids == self.image_token_id, position_ids
         cos, sin = self._rotary_tables(positions)
         cos, sin = cos[:, None], sin[:, None]
         visible = torch.ones(length, length, dtype=torch.bool).tril() & attention_mask.bool()[:, None, None]
@@ -293,6 +312,7 @@ class FullDecoder(_Decoder):
         text increase by one; merged patch k of an image that starts at p has the position
         (p, p + k / side, p + k % side); text after the image continues at p + side.
         """
+        assert self.merged_side is not None
         side = self.merged_side
         is_image = input_ids == self.image_token_id
         seen = is_image.long().cumsum(-1).clamp(max=side * side + 1)
@@ -316,23 +336,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
     scores = torch.where(visible[:, None], scores.float(), torch.finfo(torch.float32).min)
     mixed = scores.softmax(-1).to(v.dtype) @ v[:, :, None]
     return mixed.reshape(batch, heads, length, head_dim)
-
-
-def mrope_positions(layout: Layout) -> Tensor:
-    """M-RoPE positions int64 (3, S), the same for every row, since the image starts at P in all of them.
-
-    Positions of text increase by one along all three axes. Merged patch k of the image is at time P,
-    row P + k / side, column P + k % side. Text after it continues at P + side.
-
-    Qwen2-VL, arXiv 2409.12191, section 2.1.
-    """
-    start, side = layout.image_start, layout.side
-    stop = start + layout.image_tokens
-    positions = torch.arange(layout.max_seq_len).repeat(3, 1)
-    patch = torch.arange(layout.image_tokens)
-    positions[:, start:stop] = start + torch.stack([torch.zeros_like(patch), patch // side, patch % side])
-    positions[:, stop:] += side - layout.image_tokens
-    return positions
 
 
 def _axis_of_frequency(mrope_section: list[int]) -> Tensor:

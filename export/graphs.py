@@ -24,9 +24,9 @@ from export.half import to_half
 from export.lazy import LazyWeights, decoder_parts, vision_parts, without_weights
 from export.progress import Progress, Update
 from export.quantize import quantize
-from export.vision import VisionTower
+from export.vision import NativeTower, SquareTower
 from export.weights import Weights
-from qvl_batch.bundle.layout import Layout
+from qvl_batch.bundle.layout import Layout, Resolution
 from qvl_batch.bundle.manifest import DECODER, DECODER_FULL, HALVES, VISION, Dtype, GraphSpec, TensorSpec, part_names
 from qvl_batch.config import Device
 from qvl_batch.errors import ExportError
@@ -97,7 +97,7 @@ def export_vision(
 ) -> None:
     """Write `vision.onnx` and its weights."""
     with progress.step("vision graph"):
-        graph = traces.once(trace_vision, weights.skeleton, layout, mean, std, _traced_as(precision.vision))
+        graph = traces.once(trace_vision, weights.skeleton, layout.resolution, mean, std, _traced_as(precision.vision))
         LazyWeights(weights, vision_parts(weights.skeleton, std, precision.vision)).fill(graph)
         _reduce(graph, precision.vision, precision.fp32_layers)
     with progress.step("vision weights") as update:
@@ -127,26 +127,35 @@ def export_decoders(
         _write(graphs, out, update)
 
 
-def trace_vision(model: Any, layout: Layout, mean: list[float], std: list[float], dtype: Dtype) -> ir.Model:
+def trace_vision(model: Any, resolution: Resolution, mean: list[float], std: list[float], dtype: Dtype) -> ir.Model:
     """The vision graph in fp32, structured for `dtype`; without weights if the model has none."""
-    tower = VisionTower(model.model.visual, layout.image_size, mean, std, dtype)
-    pixels = torch.zeros((2, layout.image_size, layout.image_size, 3), dtype=torch.uint8)
-    return _trace(tower, (pixels,), ["pixels"], ["image_features"], ({0: "B"},))
+    visual, side = model.model.visual, resolution.image_size
+    if side is not None:
+        pixels = torch.zeros((2, side, side, 3), dtype=torch.uint8)
+        tower = SquareTower(visual, side, mean, std, dtype)
+        return _trace(tower, (pixels,), ["pixels"], ["image_features"], ({0: "B"},))
+    pixels = torch.zeros((1, 5 * resolution.unit, 7 * resolution.unit, 3), dtype=torch.uint8)
+    height, width = (resolution.unit * torch.export.Dim(name) for name in ("rows", "columns"))
+    return _trace(
+        NativeTower(visual, mean, std, dtype), (pixels,), ["pixels"], ["image_features"], ({1: height, 2: width},)
+    )
 
 
 def trace_decoder(model: Any, layout: Layout, dtype: Dtype, device: Device, penalty: float = 1.0) -> ir.Model:
     """The decoder graph in fp32, structured for `dtype` and `device`; without weights if the model has none."""
     standard = device == "cuda" and dtype == "fp32"
     weights = DecoderWeights(model, dtype)
-    decoder = CachedDecoder(weights, model, layout, standard_attention=standard, penalty=penalty)
+    decoder = CachedDecoder(weights, model, layout.max_seq_len, standard_attention=standard, penalty=penalty)
     layers = len(weights.layers)
     rows, tokens = TRACE_ROWS, TRACE_TOKENS
     length = layout.max_seq_len
     past = [torch.zeros(rows, decoder.kv_heads, length, decoder.head_dim) for _ in range(2 * layers)]
     example = (
         torch.zeros((rows, tokens), dtype=torch.int64),
+        torch.zeros((3, rows, tokens), dtype=torch.int64),
         torch.zeros((rows, tokens), dtype=torch.int64),
         torch.zeros((rows, tokens, model.config.text_config.hidden_size)),
+        torch.zeros((rows, tokens), dtype=torch.bool),
         torch.full((rows,), tokens - 1, dtype=torch.int32),
         torch.tensor(tokens, dtype=torch.int32),
         past,
@@ -157,10 +166,20 @@ def trace_decoder(model: Any, layout: Layout, dtype: Dtype, device: Device, pena
     return _trace(
         decoder,
         example,
-        ["input_ids", "cache_position", "image_embeds", "seqlens_k", "total_sequence_length"]
+        [
+            "input_ids",
+            "position_ids",
+            "cache_position",
+            "image_embeds",
+            "image_mask",
+            "seqlens_k",
+            "total_sequence_length",
+        ]
         + [f"past_{name}" for name in cache_names + seen],
         ["next_token", "logits"] + [f"present_{name}" for name in cache_names + seen],
         (
+            {0: "B", 1: "S"},
+            {1: "B", 2: "S"},
             {0: "B", 1: "S"},
             {0: "B", 1: "S"},
             {0: "B", 1: "S"},
@@ -174,12 +193,19 @@ def trace_decoder(model: Any, layout: Layout, dtype: Dtype, device: Device, pena
 
 def trace_full_decoder(model: Any, layout: Layout) -> ir.Model:
     """The full decoder graph; without weights if the model has none."""
-    decoder = FullDecoder(DecoderWeights(model), model, layout.side)
+    resolution = layout.resolution
+    side = None if resolution.image_size is None else resolution.image_size // resolution.unit
+    decoder = FullDecoder(DecoderWeights(model), model, side)
     shape = (TRACE_ROWS, TRACE_TOKENS)
     ids = torch.zeros(shape, dtype=torch.int64)
     embeds = torch.zeros((*shape, model.config.text_config.hidden_size))
+    example: tuple[Tensor, ...] = (ids, torch.ones_like(ids), embeds)
     names = ["input_ids", "attention_mask", "image_embeds"]
-    return _trace(decoder, (ids, torch.ones_like(ids), embeds), names, ["logits"], ({0: "B", 1: "S"},) * 3)
+    axes: tuple[dict[int, str], ...] = ({0: "B", 1: "S"},) * 3
+    if side is None:
+        example, names = (*example, torch.zeros((3, *shape), dtype=torch.int64)), [*names, "position_ids"]
+        axes = (*axes, {1: "B", 2: "S"})
+    return _trace(decoder, example, names, ["logits"], axes)
 
 
 def _reduce(graph: ir.Model, dtype: Dtype, keep: tuple[str, ...]) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
@@ -22,8 +22,9 @@ from export.graphs import Precision, Traces, export_decoders, export_vision, gra
 from export.parity import check_contract, check_parity
 from export.progress import Progress, ShownProgress
 from export.proof import known_answers, tolerance_of
-from qvl_batch.bundle.layout import Layout
+from qvl_batch.bundle.layout import Layout, Resolution
 from qvl_batch.bundle.manifest import (
+    CHAT_TEMPLATE,
     DECODER,
     DECODER_FULL,
     FORMAT_VERSION,
@@ -46,6 +47,10 @@ from qvl_batch.errors import ExportError, JobError
 
 #: Fewest tokens that a contract must leave for prompt and answer.
 LEAST_ROOM = 32
+#: Longest row in tokens by default, for images of one size and for images at their own size.
+FIXED_SEQ_LEN, NATIVE_SEQ_LEN = 1024, 4096
+#: Share of a row that images at their own size leave to text by default.
+TEXT_SHARE = 0.25
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,12 +73,17 @@ class ExportConfig:
     with_fp32: bool = False
     """Add the checkpoint in fp32 to a bundle of reduced precision: rows that give values that are not finite, or a
     repetitive answer, are then run again in fp32."""
-    max_seq_len: int = 1024
-    """Longest row in tokens: system text, image, prompt and answer together."""
-    image_size: int = 672
-    """Side in pixels of the square that every image is fitted to; a multiple of 28."""
-    system_prompt: str | None = None
-    """Text of a system turn. Without it, the chat template's own default applies."""
+    max_seq_len: int | None = None
+    """Longest row in tokens: text, images and answer together. Without it, 1024, or 4096 for images at their own
+    size."""
+    image_size: int | Literal["native"] = 672
+    """Side in pixels of the square that every image is fitted to, a multiple of 28; or `native`: images keep their own
+    size and proportions, as in transformers."""
+    min_pixels: int | None = None
+    """With --image-size native: smaller images are enlarged. Without it, as the checkpoint's image processor does."""
+    max_pixels: int | None = None
+    """With --image-size native: larger images are reduced. Without it, as many as leave a quarter of --max-seq-len to
+    text, and at most those of the checkpoint's image processor."""
     overwrite: bool = False
     """Replace a bundle that is already at the output."""
     skip_parity: bool = False
@@ -113,22 +123,20 @@ def plan_layout(checkpoint: Checkpoint, config: ExportConfig) -> Layout:
         ExportError: the image size does not fit the patches or the processor, or the contract
             leaves no room for prompt and answer.
     """
-    model, vision = checkpoint.config, checkpoint.config.vision_config
-    unit = vision.patch_size * vision.spatial_merge_size
-    size, processor = config.image_size, checkpoint.image_processor.size
-    if size <= 0 or size % unit:
-        raise ExportError(f"--image-size {size} is not a multiple of {unit}")
-    if not processor["shortest_edge"] <= size**2 <= processor["longest_edge"]:
+    model = checkpoint.config
+    head, bridge, tail = chat_turn(checkpoint.tokenizer, model.image_token_id)
+    native = config.image_size == "native"
+    longest = model.text_config.max_position_embeddings
+    max_seq_len = config.max_seq_len or (min(NATIVE_SEQ_LEN, longest) if native else FIXED_SEQ_LEN)
+    if max_seq_len > longest:
         raise ExportError(
-            f"--image-size {size}: the checkpoint's image processor would resize it, as it takes "
-            f"{processor['shortest_edge']} to {processor['longest_edge']} pixels"
+            f"--max-seq-len {max_seq_len} is more than the {longest} positions the checkpoint was made for"
         )
-    head, bridge, tail = chat_turn(checkpoint.tokenizer, model.image_token_id, config.system_prompt)
+    text = len(head) + len(bridge) + len(tail)
+    resolution = _native(checkpoint, config, max_seq_len - text) if native else _square(checkpoint, config)
     layout = Layout(
-        image_size=size,
-        image_tokens=(size // unit) ** 2,
-        image_start=len(head),
-        max_seq_len=config.max_seq_len,
+        resolution=resolution,
+        max_seq_len=max_seq_len,
         image_token_id=model.image_token_id,
         head_ids=head,
         bridge_ids=bridge,
@@ -136,15 +144,46 @@ def plan_layout(checkpoint: Checkpoint, config: ExportConfig) -> Layout:
     )
     if layout.room < LEAST_ROOM:
         raise ExportError(
-            f"--max-seq-len {config.max_seq_len} leaves {layout.room} tokens for prompt and answer beside "
-            f"{layout.image_tokens} of image and {len(head)} of system text; at least {LEAST_ROOM} are needed"
-        )
-    if config.max_seq_len > model.text_config.max_position_embeddings:
-        raise ExportError(
-            f"--max-seq-len {config.max_seq_len} is more than the {model.text_config.max_position_embeddings} "
-            "positions the checkpoint was made for"
+            f"--max-seq-len {max_seq_len} leaves {layout.room} tokens for prompt and answer beside "
+            f"{resolution.max_tokens} of image and {text} of the template; at least {LEAST_ROOM} are needed"
         )
     return layout
+
+
+def _square(checkpoint: Checkpoint, config: ExportConfig) -> Resolution:
+    size, unit, processor = config.image_size, _unit(checkpoint), checkpoint.image_processor.size
+    assert isinstance(size, int)
+    for option, value in (("--min-pixels", config.min_pixels), ("--max-pixels", config.max_pixels)):
+        if value is not None:
+            raise ExportError(f"{option} is for --image-size native; here every image has {size} x {size} pixels")
+    if size <= 0 or size % unit:
+        raise ExportError(f"--image-size {size} is not a multiple of {unit}")
+    if not processor["shortest_edge"] <= size**2 <= processor["longest_edge"]:
+        raise ExportError(
+            f"--image-size {size}: the checkpoint's image processor would resize it, as it takes "
+            f"{processor['shortest_edge']} to {processor['longest_edge']} pixels"
+        )
+    return Resolution(unit, size, size**2, size**2)
+
+
+def _native(checkpoint: Checkpoint, config: ExportConfig, room: int) -> Resolution:
+    """Sizes of images that keep their own, where the template leaves `room` tokens."""
+    unit, processor = _unit(checkpoint), checkpoint.image_processor.size
+    default = min(processor["longest_edge"], int(room * (1 - TEXT_SHARE)) * unit**2)
+    least = config.min_pixels or processor["shortest_edge"]
+    most = config.max_pixels or default
+    if not unit**2 <= least <= most:
+        raise ExportError(
+            f"--min-pixels {least} and --max-pixels {most}: the first must be at least {unit**2}, the pixels of one "
+            "image token, and at most the second"
+        )
+    return Resolution(unit, None, least, most)
+
+
+def _unit(checkpoint: Checkpoint) -> int:
+    """Side in pixels of the square that becomes one image token."""
+    vision = checkpoint.config.vision_config
+    return int(vision.patch_size * vision.spatial_merge_size)
 
 
 def _precision(checkpoint: Checkpoint, config: ExportConfig) -> Precision:
@@ -197,8 +236,9 @@ def _fill(
         _fill(staging / FP32, checkpoint, layout, Precision(), replace(config, with_fp32=False), progress, traces)
     for path in checkpoint.copied_files:
         shutil.copyfile(path, staging / path.name)
-    # As transformers loads it, which can differ from the checkpoint's tokenizer.json.
+    # As transformers loads them, which can differ from the checkpoint's own files.
     (staging / TOKENIZER).write_text(checkpoint.tokenizer.backend_tokenizer.to_str(pretty=True), encoding="utf-8")
+    (staging / CHAT_TEMPLATE).write_text(checkpoint.tokenizer.chat_template, encoding="utf-8", newline="")
     with progress.step("hashes"):
         files = {
             path.relative_to(staging).as_posix(): File(path.stat().st_size, file_sha256(path))
@@ -212,7 +252,7 @@ def _fill(
         device=precision.device,
         vision_dtype=precision.vision,
         fp32_layers=precision.fp32_layers,
-        system_prompt=config.system_prompt,
+        special_tokens=checkpoint.special_tokens,
         layout=layout,
         decoder=_decoder_shape(checkpoint.config.text_config),
         generation=checkpoint.generation,
@@ -272,11 +312,13 @@ def work() -> int:
     config = settings(ExportConfig, prog="python -m export")
     manifest = export_bundle(config, ShownProgress(Console()))
     size = sum(file.size for file in manifest.files.values())
-    layout = manifest.layout
-    print(
-        f"{config.output}: {size / 1e6:,.1f} MB, rows of up to {layout.max_seq_len} tokens, "
-        f"{layout.image_tokens} of them for the image, which starts at token {layout.image_start}"
+    layout, resolution = manifest.layout, manifest.layout.resolution
+    images = (
+        f"images of {resolution.min_pixels:,} to {resolution.max_pixels:,} pixels, at most {resolution.max_tokens}"
+        if resolution.is_native
+        else f"{resolution.max_tokens} of them for an image"
     )
+    print(f"{config.output}: {size / 1e6:,.1f} MB, rows of up to {layout.max_seq_len} tokens, {images}")
     return 0
 
 

@@ -25,7 +25,7 @@ from export.graphs import Precision
 from export.half import emulated_graph
 from export.progress import Progress, Update
 from qvl_batch.bundle.known_answers import repeated, sample
-from qvl_batch.bundle.layout import Layout
+from qvl_batch.bundle.layout import Layout, PlacedImage, mrope_positions
 from qvl_batch.bundle.manifest import DECODER, DECODER_FULL, HALVES, VISION, Dtype, Parity
 from qvl_batch.distances import cosine, divergence, relative_error
 from qvl_batch.errors import ExportError
@@ -55,6 +55,9 @@ BOUNDS: dict[Dtype, GateBounds] = {
 STEPS = 32
 #: Prompt lengths in tokens. They differ, so that padding is tested. The last is that of the known-answers row.
 PROMPT_TOKENS = (3, 19, 8, 12)
+#: Rows and columns of image tokens of the same rows where images keep their own size: windows are cut at the right, at
+#: the bottom, at both, and at none.
+NATIVE_GRIDS = ((16, 11), (7, 20), (13, 13), (16, 16))
 SEED = 0
 
 Array = NDArray[Any]
@@ -67,6 +70,7 @@ class Row:
     Args:
         pixels: uint8 (H, W, 3).
         ids: token ids of the row up to its answer.
+        image: where its image is among them.
         torch_inputs: the same row as inputs of transformers' model.
         is_known_answer: whether it becomes the bundle's known answers. Both decoders are then given a sample of the
             graph's features, repeated, since that is what a bundle stores.
@@ -74,6 +78,7 @@ class Row:
 
     pixels: NDArray[np.uint8]
     ids: list[int]
+    image: PlacedImage
     torch_inputs: dict[str, torch.Tensor]
     is_known_answer: bool
 
@@ -137,13 +142,27 @@ def check_contract(layout: Layout, hidden_size: int, directory: Path, precision:
         ExportError: the features are not (1, T_img, D).
     """
     session = _session(directory / VISION, precision.vision)
-    black = np.zeros((1, layout.image_size, layout.image_size, 3), np.uint8)
+    rows, columns = grids(layout)[0]
+    unit = layout.resolution.unit
+    black = np.zeros((1, rows * unit, columns * unit, 3), np.uint8)
     shape = session.run(None, {"pixels": black})[0].shape
-    if shape != (1, layout.image_tokens, hidden_size):
+    if shape != (1, rows * columns, hidden_size):
         raise ExportError(
             f"the vision graph returns features of shape {shape}, the layout contract says "
-            f"(1, {layout.image_tokens}, {hidden_size})"
+            f"(1, {rows * columns}, {hidden_size})"
         )
+
+
+def grids(layout: Layout) -> list[tuple[int, int]]:
+    """Rows and columns of image tokens of the gate's rows."""
+    resolution = layout.resolution
+    if resolution.image_size is not None:
+        return [resolution.grid(resolution.image_size, resolution.image_size)] * len(PROMPT_TOKENS)
+    # Smaller ones where the contract takes no images of such sizes; halved, they still differ.
+    found = list(NATIVE_GRIDS)
+    while max(rows * columns for rows, columns in found) > resolution.max_tokens:
+        found = [(max(1, rows // 2), max(1, columns // 2)) for rows, columns in found]
+    return found
 
 
 def check_parity(
@@ -173,7 +192,7 @@ def check_parity(
     full_logits_error = None
     if precision.has_full:
         with progress.step("parity: full decoder graph"):
-            full_logits_error = _full_logits_error(layout, compared, directory)
+            full_logits_error = _full_logits_error(compared, directory)
     parity = _measured(compared, full_logits_error)
     refuse_beyond_bounds(parity, precision)
     return Gate(parity, *known)
@@ -182,7 +201,7 @@ def check_parity(
 def _measured(compared: list[Compared], full_logits_error: float | None) -> Parity:
     """Figures of the gate. Without the error of all logits, that of the first token's logits is taken."""
     outputs, references = [each for _, each, _ in compared], [reference for *_, reference in compared]
-    features, expected = (np.stack([each.features for each in side]) for side in (outputs, references))
+    features, expected = (np.concatenate([each.features for each in side]) for side in (outputs, references))
     logits = np.stack([each.logits for each in outputs])
     expected_logits = np.stack([each.first_logits for each in references])
     return Parity(
@@ -230,16 +249,21 @@ def refuse_beyond_bounds(parity: Parity, precision: Precision) -> None:
 def _rows(checkpoint: Checkpoint, layout: Layout) -> list[Row]:
     rng = np.random.default_rng(SEED)
     rows: list[Row] = []
-    for count in PROMPT_TOKENS:
-        coarse = rng.integers(0, 256, (layout.side, layout.side, 3), dtype=np.uint8)
-        image = Image.fromarray(coarse).resize((layout.image_size,) * 2, Image.Resampling.BICUBIC)
-        pixels = np.asarray(image) ^ rng.integers(0, 8, (layout.image_size, layout.image_size, 3), dtype=np.uint8)
-        ids = layout.row_ids(rng.integers(0, _ordinary_tokens(checkpoint.tokenizer), count).tolist())
-        inputs = dict(checkpoint.image_processor([Image.fromarray(pixels)], return_tensors="pt"))
+    unit = layout.resolution.unit
+    for count, grid in zip(PROMPT_TOKENS, grids(layout), strict=True):
+        height, width = (side * unit for side in grid)
+        coarse = rng.integers(0, 256, (*grid, 3), dtype=np.uint8)
+        image = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+        pixels = np.asarray(image) ^ rng.integers(0, 8, (height, width, 3), dtype=np.uint8)
+        placed = PlacedImage(layout.image_start, *grid)
+        prompt = rng.integers(0, _ordinary_tokens(checkpoint.tokenizer), count).tolist()
+        ids = layout.row_ids(prompt, placed.tokens)
+        # Resized, images could be of other sizes than the grids.
+        inputs = dict(checkpoint.image_processor([Image.fromarray(pixels)], do_resize=False, return_tensors="pt"))
         inputs["input_ids"] = torch.tensor([ids])
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
         inputs["mm_token_type_ids"] = (inputs["input_ids"] == layout.image_token_id).int()
-        rows.append(Row(pixels, ids, inputs, is_known_answer=len(rows) == len(PROMPT_TOKENS) - 1))
+        rows.append(Row(pixels, ids, placed, inputs, is_known_answer=len(rows) == len(PROMPT_TOKENS) - 1))
     return rows
 
 
@@ -306,7 +330,7 @@ def _run_graphs(
         session = _session(directory / VISION, precision.vision)
         features = [session.run(None, {"pixels": row.pixels[None]})[0][0] for row in rows]
     decoder_features = [
-        repeated(sample(found), layout.image_tokens) if row.is_known_answer else found
+        repeated(sample(found), row.image.tokens) if row.is_known_answer else found
         for row, found in zip(rows, features, strict=True)
     ]
     with progress.step("parity: decoder graph") as update:
@@ -314,13 +338,18 @@ def _run_graphs(
     return list(map(GraphOutputs, features, decoder_features, logits, tokens))
 
 
-def _full_logits_error(layout: Layout, compared: list[Compared], directory: Path) -> float:
+def _full_logits_error(compared: list[Compared], directory: Path) -> float:
     """Largest error of the logits of `decoder_full.onnx`, of all tokens up to the answers."""
     session = _session(directory / DECODER_FULL, "fp32")
     features = [outputs.decoder_features for _, outputs, _ in compared]
-    ids, embeds, lengths = _padded(layout, [row for row, *_ in compared], features)
-    mask = (np.arange(ids.shape[1]) < lengths[:, None]).astype(np.int64)
-    found = session.run(None, {"input_ids": ids, "attention_mask": mask, "image_embeds": embeds})[0]
+    padded = _padded([row for row, *_ in compared], features)
+    inputs = {
+        "input_ids": padded.ids,
+        "attention_mask": (np.arange(padded.ids.shape[1]) < padded.lengths[:, None]).astype(np.int64),
+        "image_embeds": padded.embeds,
+        "position_ids": padded.positions,
+    }
+    found = session.run(None, {value.name: inputs[value.name] for value in session.get_inputs()})[0]
     return max(
         relative_error(logits[: len(reference.logits)], reference.logits)
         for logits, (*_, reference) in zip(found, compared, strict=True)
@@ -334,9 +363,13 @@ def _greedy(
     logits (rows, V) of the first token.
     """
     session = _session(directory / DECODER, precision.decoder)
-    steps = min(STEPS, layout.room - max(PROMPT_TOKENS))
-    ids, embeds, lengths = _padded(layout, rows, features)
-    positions = np.tile(np.arange(ids.shape[1]), (len(rows), 1))
+    steps = min(STEPS, layout.max_seq_len - max(len(row.ids) for row in rows))
+    padded = _padded(rows, features)
+    ids, positions, lengths = padded.ids, padded.positions, padded.lengths
+    embeds, image_mask = padded.embeds, padded.image_mask
+    # A row ends in text, whose positions are equal along all axes.
+    last_position = positions[0, np.arange(len(rows)), lengths - 1]
+    cache_position = np.tile(np.arange(ids.shape[1]), (len(rows), 1))
     past = {
         value.name: np.zeros((len(rows), *value.shape[1:]), np.bool_ if value.name == "past_seen" else np.float32)
         for value in session.get_inputs()
@@ -348,8 +381,10 @@ def _greedy(
         update(f"token {step + 1} of {steps}")
         inputs = {
             "input_ids": ids,
-            "cache_position": positions,
+            "position_ids": positions,
+            "cache_position": cache_position,
             "image_embeds": embeds,
+            "image_mask": image_mask,
             "seqlens_k": (lengths - 1).astype(np.int32),
             "total_sequence_length": np.array(lengths.max(), np.int32),
         }
@@ -358,8 +393,10 @@ def _greedy(
         past = dict(zip(past, present, strict=True))
         tokens.append(following)
         first_logits = scores if first_logits is None else first_logits
-        ids, embeds = following[:, None], np.zeros_like(embeds[:, :1])
-        positions = lengths[:, None]
+        ids, embeds, image_mask = following[:, None], np.zeros_like(embeds[:, :1]), np.zeros_like(image_mask[:, :1])
+        last_position = last_position + 1
+        positions = np.tile(last_position[:, None], (3, 1, 1))
+        cache_position = lengths[:, None]
         lengths = lengths + 1
     assert first_logits is not None
     return np.stack(tokens, axis=1), first_logits
@@ -374,12 +411,28 @@ def _penalized(logits: Array, ids: list[int], answer: Array, penalty: float) -> 
     return scores
 
 
-def _padded(layout: Layout, rows: list[Row], features: list[Array]) -> tuple[Array, Array, Array]:
-    """Right-padded token ids (B, S), image embeddings (B, S, D), and true lengths (B,)."""
+@dataclass(frozen=True)
+class Padded:
+    """Rows, right-padded: token ids (B, S), M-RoPE positions (3, B, S), image embeddings (B, S, D) and where they are,
+    bool (B, S); and their true lengths (B,).
+    """
+
+    ids: Array
+    positions: Array
+    embeds: Array
+    image_mask: Array
+    lengths: Array
+
+
+def _padded(rows: list[Row], features: list[Array]) -> Padded:
     lengths = np.array([len(row.ids) for row in rows])
     ids = np.zeros((len(rows), lengths.max()), np.int64)
-    for index, row in enumerate(rows):
-        ids[index, : len(row.ids)] = row.ids
+    positions = np.zeros((3, *ids.shape), np.int64)
     embeds = np.zeros((*ids.shape, features[0].shape[-1]), np.float32)
-    embeds[:, layout.image_start : layout.image_start + layout.image_tokens] = np.stack(features)
-    return ids, embeds, lengths
+    image_mask = np.zeros(ids.shape, np.bool_)
+    for index, (row, found) in enumerate(zip(rows, features, strict=True)):
+        image = slice(row.image.start, row.image.stop)
+        ids[index, : len(row.ids)] = row.ids
+        positions[:, index, : len(row.ids)] = mrope_positions(len(row.ids), [row.image])
+        embeds[index, image], image_mask[index, image] = found, True
+    return Padded(ids, positions, embeds, image_mask, lengths)

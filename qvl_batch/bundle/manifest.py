@@ -16,12 +16,13 @@ from qvl_batch.bundle.layout import Layout
 from qvl_batch.config import Device
 from qvl_batch.errors import BundleError
 
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 MANIFEST = "bundle.json"
 VISION = "vision.onnx"
 DECODER = "decoder.onnx"
 DECODER_FULL = "decoder_full.onnx"
 TOKENIZER = "tokenizer.json"
+CHAT_TEMPLATE = "chat_template.jinja"
 KNOWN_ANSWERS = "known_answers.npz"
 #: Optional folder of a bundle in reduced precision: the same checkpoint as a bundle in fp32.
 FP32 = "fp32"
@@ -123,7 +124,8 @@ class Manifest:
 
     `dtype` is the precision of the decoder, `vision_dtype` of the vision tower; `fp32_layers` of either tower are in
     fp32. `device` is the device that the decoder was exported for; a vision tower in fp32 runs on any. Without the
-    parity gate there is no `parity`, no `tolerance` and no file of known answers.
+    parity gate there is no `parity`, no `tolerance` and no file of known answers. `special_tokens` are the variables of
+    the chat template that name them, such as `eos_token`.
     """
 
     #: Unknown keys are refused, in nested objects too.
@@ -134,7 +136,7 @@ class Manifest:
     device: Device
     vision_dtype: Dtype
     fp32_layers: tuple[str, ...]
-    system_prompt: str | None
+    special_tokens: dict[str, str]
     layout: Layout
     decoder: DecoderShape
     generation: Generation
@@ -143,11 +145,6 @@ class Manifest:
     tolerance: Tolerance | None
     versions: dict[str, str]
     files: dict[str, File]
-
-    @property
-    def feature_shape(self) -> tuple[int, int]:
-        """Shape of an image's features, (T_img, D)."""
-        return self.layout.image_tokens, self.decoder.hidden_size
 
     def bytes_of(self, graph: str) -> int:
         """Size in bytes of a graph with its weights."""
