@@ -52,9 +52,26 @@ def rotary_embedding(x: Tensor, rows: Tensor, cos: Tensor, sin: Tensor, heads: i
     return _symbolic("RotaryEmbedding", [x, rows, cos, sin], attrs, x)
 
 
-def multi_head_attention(q: Tensor, k: Tensor, v: Tensor, *, heads: int) -> Tensor:
-    """Unmasked attention; all of (B, S, heads * head_dim)."""
-    return _symbolic("MultiHeadAttention", [q, k, v], {"num_heads": heads}, q)
+def multi_head_attention(q: Tensor, k: Tensor, v: Tensor, *, heads: int, lengths: Tensor | None = None) -> Tensor:
+    """Attention; all of (B, S, heads * head_dim).
+
+    `lengths` int32 (B,) says how many keys of each row there are; those after them are not attended to. Their scores
+    are lowered by 10,000, so they must not exceed the others' by as much: let them repeat one of the others.
+    """
+    masked = [] if lengths is None else [None, lengths]
+    return _symbolic("MultiHeadAttention", [q, k, v, *masked], {"num_heads": heads}, q)
+
+
+def split(x: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    """Split (B, S, D) into (B, size, D) each; `torch.split` does not take sizes that depend on values."""
+    outputs = torch.onnx.ops.symbolic_multi_out(
+        "Split",
+        [x, torch.stack([torch.scalar_tensor(size, dtype=torch.int64) for size in sizes])],
+        attrs={"axis": 1},
+        dtypes=[x.dtype] * len(sizes),
+        shapes=[[x.shape[0], size, x.shape[2]] for size in sizes],
+    )
+    return list(outputs)
 
 
 def group_query_attention(
@@ -92,7 +109,7 @@ def group_query_attention(
     return outputs[0], (outputs[1], outputs[2])
 
 
-def _symbolic(operator: str, inputs: Sequence[Tensor], attrs: Mapping[str, float], like: Tensor) -> Tensor:
+def _symbolic(operator: str, inputs: Sequence[Tensor | None], attrs: Mapping[str, float], like: Tensor) -> Tensor:
     return torch.onnx.ops.symbolic(
         f"{DOMAIN}::{operator}", inputs, dict(attrs), dtype=like.dtype, shape=like.shape, version=1
     )

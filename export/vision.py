@@ -1,9 +1,12 @@
 """The vision tower as one graph: `pixels` in, `image_features` out.
 
-What enters: uint8 `pixels` (B, H, W, 3), H = W = image size. What leaves: `image_features`
-(B, T_img, D), in raster order of merged patches. Everything between is inside the graph:
-rescaling, CLIP normalisation, patches in 2 x 2 merge groups, the window permutation, rotary
-tables, blocks, merger, and the permutation's inverse.
+What enters: uint8 `pixels` (B, H, W, 3). What leaves: `image_features` (B, T_img, D), in raster order of merged
+patches. Everything between is inside the graph: rescaling, CLIP normalisation, patches in 2 x 2 merge groups, the
+window permutation, rotary tables, blocks, merger, and the permutation's inverse.
+
+There are two graphs with the same blocks. That for one square size (`SquareTower`) takes any batch, and has the
+permutation, the tables and the lengths of windows as constants. That for any size (`NativeTower`) takes one image, and
+computes them from its height and width (`export.native`).
 
 Four optimizations over the checkpoint's own model, all exact: both temporal frames of a still image
 are the same, so the patch embedding is one product with the sum of the two frames' weights; the
@@ -15,8 +18,9 @@ themselves: as a bias it would suffer cancellation in letterbox bars, which have
 This module knows nothing of tokens or of files.
 """
 
+from abc import ABC, abstractmethod
 from itertools import groupby, pairwise
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +29,7 @@ from transformers.vision_utils import get_vision_position_ids, get_vision_window
 
 from export.half import stream_unit
 from export.layers import GatedMlp, Linear
+from export.native import NativeArrangement, NativeGrid
 from export.operators import multi_head_attention, rms_norm, rotary_embedding, skip_rms_norm
 from qvl_batch.bundle.manifest import HALVES, Dtype
 
@@ -34,50 +39,51 @@ NORM_EPS = 1e-6
 #: With half as many it runs up to 4 % faster still, but takes twice as long to load: ONNX Runtime packs the
 #: weights of each part's products. A GPU runs all of them at once.
 PATCHES_AT_ONCE = 576
+#: Parts of an image of any size, if it is not for a GPU.
+NATIVE_PARTS = 4
 #: `(count, length in patches)` of consecutive windows of equal length.
 Windows = list[tuple[int, int]]
 
 
-class VisionTower(nn.Module):
-    """Exportable form of `Qwen2_5_VisionTransformerPretrainedModel` for one square image size.
+class Arrangement(Protocol):
+    """Where the patches of an image are: in parts of whole windows, one window after the other."""
+
+    @property
+    def tables(self) -> list[tuple[Tensor, Tensor]]:
+        """Rotary tables of each part, (n, head_dim / 2)."""
+
+    def patches(self, mean: Tensor) -> list[Tensor]:
+        """Pixels of each part minus the mean, (B, n, patch * patch * 3)."""
+
+    def within(self, part: int, q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+        """Attention within the windows of a part: (B, n, D) each to (B, n, D)."""
+
+    def over_all(self, q: list[Tensor], k: list[Tensor], v: list[Tensor], heads: int) -> list[Tensor]:
+        """Attention over the whole image: (B, n, D) of each part to (B, n, D) of each part."""
+
+    def in_raster_order(self, merged: list[Tensor]) -> Tensor:
+        """Merge groups of each part, (B, n / merge**2, D), to those of the image, (B, T_img, D)."""
+
+
+class VisionTower(nn.Module, ABC):
+    """Exportable form of `Qwen2_5_VisionTransformerPretrainedModel`. Subclasses say where the patches are.
 
     Args:
         visual: the checkpoint's vision tower.
-        image_size: side in pixels, a multiple of patch size x merge size.
         mean, std: normalisation of the checkpoint's image processor, for values in 0 to 1.
         dtype: of its matrix products; it determines the residual stream's unit, see `export.decoder`.
     """
 
     mean: Tensor
-    order: Tensor
-    inverse: Tensor
-    cos: Tensor
-    sin: Tensor
 
-    def __init__(
-        self,
-        visual: Any,
-        image_size: int,
-        mean: list[float],
-        std: list[float],
-        dtype: Dtype = "fp32",
-    ) -> None:
+    def __init__(self, visual: Any, mean: list[float], std: list[float], dtype: Dtype = "fp32") -> None:
         super().__init__()
         config = visual.config
         self.patch, self.merge = config.patch_size, config.spatial_merge_size
-        self.merged_side = image_size // (self.patch * self.merge)
         self.heads, self.hidden = config.num_heads, config.hidden_size
         self.unit = stream_unit(dtype)
         self.eps = NORM_EPS / self.unit**2
         self.full_blocks = set(config.fullatt_block_indexes)
-        grid = torch.tensor([[1, image_size // self.patch, image_size // self.patch]])
-        order, windows = window_order(grid, config)
-        self.parts = split_windows(windows, len(order) * self.merge**2 if dtype in HALVES else PATCHES_AT_ONCE)
-        self.register_buffer("order", order)
-        self.register_buffer("inverse", torch.argsort(order))
-        cos, sin = visual.rotary_pos_emb(torch.zeros(1), get_vision_position_ids(grid, self.merge))
-        self.register_buffer("cos", self._ordered_half(cos))
-        self.register_buffer("sin", self._ordered_half(sin))
 
         # Repeated for a whole patch: broadcasting three numbers takes eight times as long.
         self.register_buffer("mean", (255 * torch.tensor(mean)).repeat(self.patch**2))
@@ -87,56 +93,141 @@ class VisionTower(nn.Module):
         self.merger_in = Linear.of(visual.merger.mlp[0])
         self.merger_out = Linear.of(visual.merger.mlp[2]).in_unit(self.unit)
 
+    @abstractmethod
+    def arranged(self, pixels: Tensor) -> Arrangement:
+        """Where the patches of images (B, H, W, 3) are."""
+
     def forward(self, pixels: Tensor) -> Tensor:
         """(B, H, W, 3) uint8 to (B, T_img, D)."""
-        sizes = [sum(count * length for count, length in part) for part in self.parts]
-        tables = list(zip(_split(self.cos, sizes, 0), _split(self.sin, sizes, 0), strict=True))
+        image = self.arranged(pixels)
         blocks = cast("list[Block]", self.blocks)
-        hidden = [patches @ self.patch_embed for patches in _split(self._patches(pixels), sizes, 1)]
+        tables = image.tables
+        hidden = [patches @ self.patch_embed for patches in image.patches(self.mean)]
         normed = [rms_norm(x, blocks[0].norm1, self.eps) for x in hidden]
         for index, block in enumerate(blocks):
             qkv = [block.queries_keys_values(x, *table) for x, table in zip(normed, tables, strict=True)]
             if index in self.full_blocks:
-                whole = (torch.cat(parts, dim=1) for parts in zip(*qkv, strict=True))
-                attended = _split(multi_head_attention(*whole, heads=self.heads), sizes, 1)
+                q, k, v = map(list, zip(*qkv, strict=True))
+                attended = image.over_all(q, k, v, self.heads)
             else:
-                attended = [self._within(windows, *x) for windows, x in zip(self.parts, qkv, strict=True)]
+                attended = [image.within(part, *x, self.heads) for part, x in enumerate(qkv)]
             following = blocks[index + 1].norm1 if index + 1 < len(blocks) else self.merger_norm
             done = [block.after_attention(*x, following, self.eps) for x in zip(attended, hidden, strict=True)]
             normed, hidden = map(list, zip(*done, strict=True))
-        merged = [self._merge(x) for x in normed]
-        features = torch.cat(merged, dim=1).index_select(1, self.inverse)
+        features = image.in_raster_order([self._merge(x) for x in normed])
         # A Div, which stays in fp32 in a graph in half precision; a Mul would not.
         return features if self.unit == 1 else features / (1 / self.unit)
-
-    def _within(self, windows: Windows, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention within windows: queries, keys and values (B, n, D) each to (B, n, D)."""
-        done: list[Tensor] = []
-        start = 0
-        for count, length in windows:
-            span = slice(start, start + count * length)
-            rows = (t[:, span].reshape(-1, length, t.shape[-1]) for t in (q, k, v))
-            done.append(multi_head_attention(*rows, heads=self.heads).reshape(-1, count * length, q.shape[-1]))
-            start = span.stop
-        return torch.cat(done, dim=1)
 
     def _merge(self, normed: Tensor) -> Tensor:
         """(B, n, D) of whole merge groups to (B, n / merge**2, D of the decoder)."""
         groups = normed.reshape(-1, normed.shape[1] // self.merge**2, self.merge**2 * self.hidden)
         return self.merger_out(F.gelu(self.merger_in(groups)))
 
-    def _patches(self, pixels: Tensor) -> Tensor:
-        """(B, H, W, 3) uint8 to (B, N, patch * patch * 3) minus the mean, in window order."""
-        side, merge, patch = self.merged_side, self.merge, self.patch
-        x = pixels.reshape(-1, side, merge, patch, side, merge, patch, 3)
-        x = x.permute(0, 1, 4, 2, 5, 3, 6, 7).reshape(-1, side**2, merge**2 * patch**2 * 3)
-        x = x.index_select(1, self.order).reshape(-1, side**2 * merge**2, patch**2 * 3)
-        return x.float() - self.mean
+
+class SquareTower(VisionTower):
+    """The tower for images of one square size.
+
+    Args:
+        visual: the checkpoint's vision tower.
+        image_size: side in pixels, a multiple of patch size x merge size.
+        mean, std, dtype: as of `VisionTower`.
+    """
+
+    order: Tensor
+    inverse: Tensor
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(
+        self, visual: Any, image_size: int, mean: list[float], std: list[float], dtype: Dtype = "fp32"
+    ) -> None:
+        super().__init__(visual, mean, std, dtype)
+        self.merged_side = image_size // (self.patch * self.merge)
+        grid = torch.tensor([[1, image_size // self.patch, image_size // self.patch]])
+        order, windows = window_order(grid, visual.config)
+        self.parts = split_windows(windows, len(order) * self.merge**2 if dtype in HALVES else PATCHES_AT_ONCE)
+        self.register_buffer("order", order)
+        self.register_buffer("inverse", torch.argsort(order))
+        cos, sin = visual.rotary_pos_emb(torch.zeros(1), get_vision_position_ids(grid, self.merge))
+        self.register_buffer("cos", self._ordered_half(cos))
+        self.register_buffer("sin", self._ordered_half(sin))
+
+    def arranged(self, pixels: Tensor) -> "SquareArrangement":
+        """As of `VisionTower`."""
+        return SquareArrangement(self, pixels)
 
     def _ordered_half(self, table: Tensor) -> Tensor:
         """One half (the other is its copy) of a rotary table, in window order: (N, head_dim / 2)."""
         groups = table.reshape(self.merged_side**2, self.merge**2, -1)[self.order]
         return groups.reshape(-1, table.shape[-1])[:, : table.shape[-1] // 2].contiguous()
+
+
+class SquareArrangement:
+    """Arrangement of square images of a known size: windows of equal length are together."""
+
+    def __init__(self, tower: SquareTower, pixels: Tensor) -> None:
+        self._tower, self._pixels = tower, pixels
+        self._sizes = [sum(count * length for count, length in part) for part in tower.parts]
+
+    @property
+    def tables(self) -> list[tuple[Tensor, Tensor]]:
+        """As of `Arrangement`."""
+        cos, sin = (torch.split(table, self._sizes) for table in (self._tower.cos, self._tower.sin))
+        return list(zip(cos, sin, strict=True))
+
+    def patches(self, mean: Tensor) -> list[Tensor]:
+        """As of `Arrangement`."""
+        side, merge, patch = self._tower.merged_side, self._tower.merge, self._tower.patch
+        x = self._pixels.reshape(-1, side, merge, patch, side, merge, patch, 3)
+        x = x.permute(0, 1, 4, 2, 5, 3, 6, 7).reshape(-1, side**2, merge**2 * patch**2 * 3)
+        x = x.index_select(1, self._tower.order).reshape(-1, side**2 * merge**2, patch**2 * 3)
+        return self._split(x.float() - mean)
+
+    def within(self, part: int, q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+        """As of `Arrangement`."""
+        done: list[Tensor] = []
+        start = 0
+        for count, length in self._tower.parts[part]:
+            span = slice(start, start + count * length)
+            rows = (t[:, span].reshape(-1, length, t.shape[-1]) for t in (q, k, v))
+            done.append(multi_head_attention(*rows, heads=heads).reshape(-1, count * length, q.shape[-1]))
+            start = span.stop
+        return torch.cat(done, dim=1)
+
+    def over_all(self, q: list[Tensor], k: list[Tensor], v: list[Tensor], heads: int) -> list[Tensor]:
+        """As of `Arrangement`."""
+        whole = (torch.cat(parts, dim=1) for parts in (q, k, v))
+        return self._split(multi_head_attention(*whole, heads=heads))
+
+    def in_raster_order(self, merged: list[Tensor]) -> Tensor:
+        """As of `Arrangement`."""
+        return torch.cat(merged, dim=1).index_select(1, self._tower.inverse)
+
+    def _split(self, x: Tensor) -> list[Tensor]:
+        return list(torch.split(x, self._sizes, dim=1))
+
+
+class NativeTower(VisionTower):
+    """The tower for one image of any size; its height and width are multiples of patch size x merge size.
+
+    Args:
+        visual: the checkpoint's vision tower.
+        mean, std, dtype: as of `VisionTower`.
+    """
+
+    frequencies: Tensor
+
+    def __init__(self, visual: Any, mean: list[float], std: list[float], dtype: Dtype = "fp32") -> None:
+        super().__init__(visual, mean, std, dtype)
+        window = visual.config.window_size // (self.patch * self.merge)
+        self.grid = NativeGrid(self.patch, self.merge, window, 1 if dtype in HALVES else NATIVE_PARTS)
+        rotary = visual.rotary_pos_emb
+        assert rotary.attention_scaling == 1
+        self.register_buffer("frequencies", rotary.inv_freq.clone())
+
+    def arranged(self, pixels: Tensor) -> NativeArrangement:
+        """As of `VisionTower`."""
+        return NativeArrangement(self.grid, pixels, self.frequencies)
 
 
 def patch_weights(patch_embed: Any, std: list[float], unit: int = 1) -> Tensor:
@@ -210,7 +301,3 @@ def split_windows(windows: Windows, patches: int) -> list[Windows]:
             parts.append([])
         parts[-1].append(length)
     return [[(len(list(equal)), length) for length, equal in groupby(part)] for part in parts]
-
-
-def _split(x: Tensor, sizes: list[int], dim: int) -> list[Tensor]:
-    return list(torch.split(x, sizes, dim))

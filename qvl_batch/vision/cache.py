@@ -2,10 +2,10 @@
 
     DIR/<producer>/<first byte of key>/<key>.f32     float32 (T_img, D), then CRC-32
 
-The key identifies an image's bytes and fit, `<producer>` what computed its features (see `open_vision_cache`). So
-cached features are those that would be computed again, bit for bit on the same kind of processor. Files are written
-under a temporary name and renamed, so several workers can share a folder and be killed at any time; a damaged file
-counts as a miss. When the folder is full, the least recently used features are evicted.
+The key identifies an image's bytes and how it is seen, `<producer>` what computed its features (see
+`open_vision_cache`). So cached features are those that would be computed again, bit for bit on the same kind of
+processor. Files are written under a temporary name and renamed, so several workers can share a folder and be killed at
+any time; a damaged file counts as a miss. When the folder is full, the least recently used features are evicted.
 
 This module knows nothing of how features are computed.
 """
@@ -43,16 +43,16 @@ class VisionCache:
         folder: shared by workers and runs; created if missing.
         producer: hash that identifies what computes the features: the vision graph, and the libraries that decode
             images and run the graph.
-        shape: shape of an image's features, (T_img, D).
+        hidden_size: width of the features (D).
         max_bytes: bound on the size of all files under `folder`.
 
     Raises:
         OutputError: the folder cannot be written.
     """
 
-    def __init__(self, folder: Path, producer: str, shape: tuple[int, int], max_bytes: int) -> None:
+    def __init__(self, folder: Path, producer: str, hidden_size: int, max_bytes: int) -> None:
         self._root, self._folder = folder, folder / producer[:16]
-        self._shape, self._max_bytes = shape, max_bytes
+        self._hidden_size, self._max_bytes = hidden_size, max_bytes
         self._writes = 0
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -61,8 +61,10 @@ class VisionCache:
         except OSError as error:
             raise OutputError(f"--vision-cache {folder} cannot be used: {error.strerror}") from error
 
-    def get(self, key: bytes) -> Features | None:
-        """Cached features of an image, float32 (T_img, D), or None. Marks them as recently used."""
+    def get(self, key: bytes, tokens: int) -> Features | None:
+        """Cached features of an image of `tokens` image tokens, float32 (T_img, D), or None. Marks them as recently
+        used.
+        """
         path = self._path(key)
         try:
             data = path.read_bytes()
@@ -70,10 +72,10 @@ class VisionCache:
         except OSError:
             return None
         body = data[:-_CRC_BYTES]
-        is_complete = len(body) == 4 * self._shape[0] * self._shape[1]
+        is_complete = len(body) == 4 * tokens * self._hidden_size
         if not is_complete or zlib.crc32(body).to_bytes(_CRC_BYTES, "little") != data[-_CRC_BYTES:]:
             return None
-        return np.frombuffer(body, np.float32).reshape(self._shape)
+        return np.frombuffer(body, np.float32).reshape(tokens, self._hidden_size)
 
     def put(self, key: bytes, features: Features) -> None:
         """Write the features of an image, float32 (T_img, D).
@@ -143,4 +145,4 @@ def open_vision_cache(folder: Path, gigabytes: float, manifest: Manifest) -> Vis
             ("proved", proved),
         ]
     )
-    return VisionCache(folder, producer, manifest.feature_shape, int(gigabytes * 1e9))
+    return VisionCache(folder, producer, manifest.decoder.hidden_size, int(gigabytes * 1e9))

@@ -1,6 +1,6 @@
 """An image to features: the vision graph of a bundle.
 
-What enters: pixels, uint8 (H, W, 3), from `images.pixels.fit_image`. What leaves: features, float32 (T_img, D), finite
+What enters: pixels, uint8 (H, W, 3), from `images.pixels.see`. What leaves: features, float32 (T_img, D), finite
 and not all the same. If they are not, the image is encoded again in fp32, provided that the bundle contains the
 checkpoint in fp32; if that does not help, it fails with a `NumericError`. A machine that computes the graph wrongly is
 refused.
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from qvl_batch.bundle.fp32 import Fp32Fallback
 from qvl_batch.bundle.known_answers import Figure, KnownAnswers, known_figures, refuse_wrong
-from qvl_batch.bundle.layout import Features
+from qvl_batch.bundle.layout import Features, Pixels
 from qvl_batch.bundle.loading import Bundle
 from qvl_batch.bundle.manifest import VISION, Tolerance
 from qvl_batch.config import Device
@@ -46,11 +46,18 @@ class VisionEncoder:
         graph: bytes | None = None,
         prove: bool = True,
     ) -> None:
-        self.layout, self._bundle = bundle.manifest.layout, bundle
+        self.layout, self.hidden_size, self._bundle = (
+            bundle.manifest.layout,
+            bundle.manifest.decoder.hidden_size,
+            bundle,
+        )
         self._fp32 = Fp32Fallback(bundle, lambda exact: VisionEncoder(exact, threads))
         self._session = Session(bundle.file(VISION), threads, graph, memory_on(device, "--vision-device cuda"))
-        expected = list(bundle.manifest.feature_shape)
-        found = self._session.outputs.get("image_features", [])[1:]
+        resolution = self.layout.resolution
+        expected = [None if resolution.is_native else resolution.max_tokens, self.hidden_size]
+        found = [
+            each if isinstance(each, int) else None for each in self._session.outputs.get("image_features", [])[1:]
+        ]
         if found != expected:
             raise BundleError(f"{bundle.path / VISION} has features of shape {found}, the contract says {expected}")
         if prove:
@@ -65,14 +72,30 @@ class VisionEncoder:
         """Figures of the graph on the bundle's known answers; empty if it has none."""
         return known_figures(self._bundle, self._figures)
 
-    def encode(self, image: NDArray[np.uint8]) -> Features:
-        """Features of an image.
+    def tokens(self, image: Pixels) -> int:
+        """Number of image tokens (T_img) of an image (H, W, 3).
+
+        Raises:
+            ValueError: the contract has no images of this size.
+        """
+        resolution, (height, width, _) = self.layout.resolution, image.shape
+        rows, columns = resolution.grid(height, width)
+        is_whole = (height, width) == (rows * resolution.unit, columns * resolution.unit)
+        is_square = resolution.is_native or height == width == resolution.image_size
+        if not (is_whole and is_square and 0 < rows * columns <= resolution.max_tokens):
+            raise ValueError(f"an image of {width} x {height} pixels is not within the contract: {resolution}")
+        return rows * columns
+
+    def encode(self, image: Pixels) -> Features:
+        """Features of an image (H, W, 3).
 
         One image a run: on a CPU, a batch takes more memory and more time for each image; a GPU is busy with one.
 
         Raises:
             NumericError: the features are not finite, or all the same.
+            ValueError: the contract has no images of this size.
         """
+        self.tokens(image)
         try:
             return self._encode(image)
         except NumericError:
@@ -89,7 +112,7 @@ class VisionEncoder:
     def _figures(self, known: KnownAnswers, tolerance: Tolerance) -> list[Figure]:
         return known.of_vision(self.run(known.pixels[None])[0], tolerance)
 
-    def _encode(self, image: NDArray[np.uint8]) -> Features:
+    def _encode(self, image: Pixels) -> Features:
         features: Features = self.run(image[None])[0]
         if not np.isfinite(features).all():  # an activation overflowed
             raise NumericError("the image features are not finite", stage="vision")

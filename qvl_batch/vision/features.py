@@ -18,8 +18,9 @@ from qvl_batch.schema import Failure
 from qvl_batch.vision.cache import VisionCache
 from qvl_batch.vision.encoder import VisionEncoder
 
-#: Images whose features stay in memory, for rows of one image that are close together in the input.
-RECENT = 16
+#: Images whose features stay in memory, for rows about the same image that are close together in the input, and most
+#: bytes of these features.
+RECENT, RECENT_BYTES = 16, 256_000_000
 
 
 class ImageFeatures:
@@ -72,19 +73,21 @@ class ImageFeatures:
     def _begin(self, image: Pixels, key: bytes) -> "Future[Features]":
         with self._lock:
             if key not in self._recent:
-                if len(self._recent) == RECENT:
+                tokens = self._vision.tokens(image)
+                most = max(1, min(RECENT, RECENT_BYTES // (4 * tokens * self._vision.hidden_size)))
+                while len(self._recent) >= most:
                     self._recent.pop(next(iter(self._recent)))
-                self._recent[key] = self._pool.submit(self._look_up_or_encode, image, key)
+                self._recent[key] = self._pool.submit(self._look_up_or_encode, image, tokens, key)
             return self._recent[key]
 
     def _forget(self, key: bytes) -> None:
         with self._lock:
             self._recent.pop(key, None)
 
-    def _look_up_or_encode(self, image: Pixels, key: bytes) -> Features:
+    def _look_up_or_encode(self, image: Pixels, tokens: int, key: bytes) -> Features:
         try:
             with self.clock.running():
-                features = self._cache.get(key) if self._cache else None
+                features = self._cache.get(key, tokens) if self._cache else None
                 if features is None:
                     features = self._vision.encode(image)
                     if self._cache:
