@@ -1,1 +1,1 @@
-"""Image files to pixels: any bytes become a square of uint8 RGB, or an `ImageError`, in bounded memory and time."""
+"""Image files to pixels: any bytes become what the model sees, or an `ImageError`, in bounded memory and time."""

@@ -1,7 +1,7 @@
-"""From the bytes of an image file to the square of pixels that is the vision graph's input.
+"""From the bytes of an image file to the pixels that are the vision graph's input.
 
 What enters: encoded bytes, unchecked, or Pillow images.
-What leaves: uint8 RGB (H, W, 3) with H = W = the bundle's image size, or an `ImageError`. Memory and time
+What leaves: uint8 RGB (H, W, 3), of the size that a `View` gives, or an `ImageError`. Memory and time
 of any file are bounded by a limit on pixels. Rescaling and normalisation are inside the graph.
 
 This module knows nothing of where the bytes come from, nor of tokens.
@@ -11,18 +11,21 @@ import hashlib
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
+from qvl_batch.bundle.layout import Pixels
 from qvl_batch.config import Fit, ImageRules
 from qvl_batch.errors import ImageError, stable_message
 from qvl_batch.images.bit_depth import to_8_bits
 from qvl_batch.images.colour import to_srgb
 from qvl_batch.images.damage import MISSING, decoded
 from qvl_batch.images.limits import check_size
+from qvl_batch.images.view import ImageSize, View, cropped, letterboxed
 from qvl_batch.schema import Failure
 
 DEFAULT_RULES = ImageRules()
@@ -45,21 +48,50 @@ _TRANSPOSES = {
 LETTERBOX_RGB = (122, 116, 104)
 #: Background of transparent pixels: white, as on a page.
 ALPHA_BACKGROUND = (255, 255, 255)
+#: Key in the `info` of a picture that was turned upright: its value is the EXIF orientation, 2 to 8, that it had.
+_ORIENTATION = "orientation before it was turned upright"
 
 
-def image_key(data: bytes, fit: Fit) -> bytes:
-    """16 bytes that identify an image in caches: a hash of its file's contents or its pixels, and of the fit."""
-    return hashlib.sha256(_PIXELS_VERSION + fit.encode() + b"\0" + data).digest()[:16]
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """An image as the model sees it: pixels, uint8 (H, W, 3), and sizes before and after."""
+
+    pixels: Pixels
+    size: ImageSize
 
 
-def pixels_or_failure(
-    data: bytes, size: int, fit: Fit, rules: ImageRules = DEFAULT_RULES
-) -> NDArray[np.uint8] | Failure:
-    """Decode an image file and fit it, as uint8 (size, size, 3); or the failure of its row."""
+def image_key(data: bytes, view: View) -> bytes:
+    """16 bytes that identify an image in caches: a hash of its file's contents or its pixels, and of the view."""
+    return hashlib.sha256(_PIXELS_VERSION + view.name.encode() + b"\0" + data).digest()[:16]
+
+
+def seen_or_failure(data: bytes, view: View, rules: ImageRules = DEFAULT_RULES) -> Seen | Failure:
+    """Decode an image file and see it; or the failure of its row."""
     try:
-        return fit_image(decode_image(data, rules), size, fit)
+        return see(decode_image(data, rules), view)
     except ImageError as error:
         return Failure.of(error)
+
+
+def see(image: Image.Image, view: View) -> Seen:
+    """What the vision graph gets of an image.
+
+    An image that keeps its proportions is resampled bicubically to a size close to its own: its pixels are those of
+    transformers' `Qwen2VLImageProcessorPil`, to the bit. Other images are fitted to a square, by `fit_image`.
+
+    Args:
+        image: RGB, from `decode_image` or `upright_rgb`.
+        view: how it is seen.
+
+    Raises:
+        ImageError: an image that keeps its proportions is too long for its width, or the other way round.
+    """
+    width, height = view.size_of(*image.size)
+    if view.fit is None:
+        pixels = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC), dtype=np.uint8)
+    else:
+        pixels = fit_image(image, width, view.fit)
+    return Seen(pixels, ImageSize(*image.size, width, height, image.info.get(_ORIENTATION, 1)))
 
 
 def decode_image(data: bytes, rules: ImageRules = DEFAULT_RULES) -> Image.Image:
@@ -97,12 +129,10 @@ def fit_image(image: Image.Image, size: int, fit: Fit = "letterbox") -> NDArray[
     Returns:
         uint8 (size, size, 3).
     """
-    width, height = image.size
     if fit == "stretch":
         fitted = image.resize((size, size), Image.Resampling.BICUBIC)
     elif fit == "crop":
-        side = min(width, height)
-        left, top = (width - side) / 2, (height - side) / 2
+        left, top, side = cropped(*image.size)
         box = (left, top, left + side, top + side)
         fitted = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
     else:
@@ -111,13 +141,12 @@ def fit_image(image: Image.Image, size: int, fit: Fit = "letterbox") -> NDArray[
 
 
 def _letterbox(image: Image.Image, size: int) -> Image.Image:
-    longer = max(image.size)
-    width, height = (max(1, round(side * size / longer)) for side in image.size)
+    left, top, width, height = letterboxed(*image.size, size)
     resized = image.resize((width, height), Image.Resampling.BICUBIC)
     if resized.size == (size, size):
         return resized
     canvas = Image.new("RGB", (size, size), LETTERBOX_RGB)
-    canvas.paste(resized, ((size - width) // 2, (size - height) // 2))
+    canvas.paste(resized, (left, top))
     return canvas
 
 
@@ -136,20 +165,26 @@ def _as_image_errors() -> Iterator[None]:
 
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
-    transpose, missing = _transpose(image), image.info.get(MISSING)
+    orientation, missing = _orientation(image), image.info.get(MISSING)
     image = _to_rgb(image)  # releases the original, which can be as large
     if missing is not None:
         image.paste(LETTERBOX_RGB, mask=Image.fromarray(missing))
-    return image if transpose is None else image.transpose(transpose)
+    if orientation in _TRANSPOSES:
+        image = image.transpose(_TRANSPOSES[orientation])
+        image.info = {_ORIENTATION: orientation}  # without the metadata, by which it would be turned again
+    elif _ORIENTATION in image.info:  # it came from `decode_image`; the caller knows it as it is
+        image = image.copy()
+        del image.info[_ORIENTATION]
+    return image
 
 
-def _transpose(image: Image.Image) -> Image.Transpose | None:
-    """The transpose that makes the image upright, None if it is upright."""
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation of an image, 1 to 8, 1 if it is upright."""
     try:
         orientation: Any = image.getexif().get(ExifTags.Base.Orientation)
-        return _TRANSPOSES.get(orientation)
+        return int(orientation) if orientation in _TRANSPOSES else 1
     except Exception:  # broken metadata does not damage the pixels
-        return None
+        return 1
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
