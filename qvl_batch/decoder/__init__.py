@@ -1,1 +1,1 @@
-"""Features and prompts to answers: tokenizer, KV cache, prefill and decode steps, continuous batching."""
+"""Conversations and features to answers: template, tokenizer, KV cache, prefill and decode steps, batching."""

@@ -1,8 +1,8 @@
-"""Features and prompts to answers: the engine, the tokenizer, and checks of the answers.
+"""Conversations and features to answers: the engine, the tokenizer, and checks of the answers.
 
-What enters: image features or failures, prompts, keys of images. What leaves: an `Answer` for each row, in order. A row
-whose logits are not finite, or whose answer repeats a phrase until it is cut off, is run again in fp32, provided that
-the bundle contains the checkpoint in fp32; if that does not help, it fails.
+What enters: conversations, features and keys of their images, or failures. What leaves: an `Answer` for each row, in
+order. A row whose logits are not finite, or whose answer repeats a phrase until it is cut off, is run again in fp32,
+provided that the bundle contains the checkpoint in fp32; if that does not help, it fails.
 
 This module knows nothing of where rows come from.
 """
@@ -15,7 +15,8 @@ from qvl_batch.bundle.fp32 import Fp32Fallback
 from qvl_batch.bundle.layout import Features
 from qvl_batch.bundle.loading import Bundle
 from qvl_batch.clock import Clock
-from qvl_batch.decoder.decoder import Decoder
+from qvl_batch.conversation import Conversation
+from qvl_batch.decoder.decoder import Decoder, PrefillRow
 from qvl_batch.decoder.engine import Completion, Engine, Request, decoder_clocks
 from qvl_batch.decoder.prompts import RowLayout
 from qvl_batch.errors import NumericError, RepetitionError, RowError
@@ -30,15 +31,24 @@ PHRASE_TOKENS, PHRASE_TIMES, REPEATED_TOKENS = 16, 4, 32
 
 
 @dataclass(frozen=True, slots=True)
-class EncodedRow:
-    """A prompt and the features of its image, float32 (T_img, D), or why there are none.
+class EncodedImage:
+    """Features of an image, float32 (T_img, D), in rows and columns, and its key.
 
-    Rows with the same key `image` must have the same features; rows with None share nothing.
+    Images with the same key must have the same features; those with None share nothing.
     """
 
-    features: Features | Failure
-    prompt: str | None
-    image: bytes | None = None
+    features: Features
+    rows: int
+    columns: int
+    key: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedRow:
+    """A conversation and its images."""
+
+    conversation: Conversation
+    images: tuple[EncodedImage, ...]
 
 
 class Answerer:
@@ -48,6 +58,7 @@ class Answerer:
         bundle: the bundle.
         slots: rows answered at a time.
         threads: threads for one operator.
+        system_prompt: text of the system message of conversations that have none; by default the template's own.
         allow_repetition: accept answers that repeat a phrase until they are cut off.
 
     Raises:
@@ -55,27 +66,35 @@ class Answerer:
         DeviceError: the device cannot be used, is out of memory, or computes the graph wrongly.
     """
 
-    def __init__(self, bundle: Bundle, slots: int, threads: int, *, allow_repetition: bool = False) -> None:
-        self._layout = RowLayout(bundle)
+    def __init__(
+        self,
+        bundle: Bundle,
+        slots: int,
+        threads: int,
+        *,
+        system_prompt: str | None = None,
+        allow_repetition: bool = False,
+    ) -> None:
+        self._layout = RowLayout(bundle, system_prompt)
         self._allow_repetition = allow_repetition
         #: Busy thread-seconds of the decoder, by kind of work.
         self.clocks = clocks = decoder_clocks()
         self._engine = _new_engine(bundle, slots, threads, clocks)
         self._fp32 = Fp32Fallback(bundle, lambda exact: _new_engine(exact, FP32_SLOTS, threads, clocks))
 
-    def answer(self, questions: Sequence[EncodedRow], max_new_tokens: int) -> list[Answer]:
-        """Answer rows, in order; all of them are submitted to the engine at once.
+    def answer(self, rows: Sequence[EncodedRow | Failure], max_new_tokens: int) -> list[Answer]:
+        """Answer rows, in order; all of them are submitted to the engine at once. Failures are passed through.
 
         Args:
-            questions: the rows.
+            rows: the rows.
             max_new_tokens: longest answer in tokens.
         """
-        requests = [self._request(question, max_new_tokens) for question in questions]
+        requests = [self._request(row, max_new_tokens) for row in rows]
         outcomes = iter(self._complete([request for request in requests if isinstance(request, Request)]))
         return [
             Answer.failed(request)
             if isinstance(request, Failure)
-            else self._answer(len(request.input_ids), next(outcomes))
+            else self._answer(len(request.row.input_ids), next(outcomes))
             for request in requests
         ]
 
@@ -92,14 +111,16 @@ class Answerer:
     def _engines(self) -> list[Engine]:
         return [self._engine, self._fp32.loaded] if self._fp32.loaded else [self._engine]
 
-    def _request(self, question: EncodedRow, max_new_tokens: int) -> Request | Failure:
-        if isinstance(question.features, Failure):
-            return question.features
+    def _request(self, row: EncodedRow | Failure, max_new_tokens: int) -> Request | Failure:
+        if isinstance(row, Failure):
+            return row
         try:
-            ids = self._layout.row_ids(question.prompt)
+            tokens = self._layout.row(row.conversation, [(image.rows, image.columns) for image in row.images])
         except RowError as error:
             return Failure.of(error)
-        return Request(ids, question.features, max_new_tokens, question.image)
+        images = [row.images[placed.index] for placed in tokens.images]
+        features, keys = [image.features for image in images], [image.key for image in images]
+        return Request(PrefillRow(tokens.input_ids, tokens.images, features), max_new_tokens, keys)
 
     def _complete(self, requests: Sequence[Request]) -> list[Completion | RowError]:
         outcomes = self._run(self._engine, requests)

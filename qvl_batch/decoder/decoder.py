@@ -1,8 +1,8 @@
 """The decoder graph over the KV cache: prefills rows into slots, and runs decode steps over all live slots.
 
-What enters: token ids and image features of rows. What leaves: the next token of each row, by argmax after the
-repetition penalty, or -1 if a logit or hidden state of the row is not finite. Arrays are allocated once, in the memory
-of the device, and bound by address. A machine that computes the graph wrongly is refused.
+What enters: token ids of rows, places and features of their images. What leaves: the next token of each row, by argmax
+after the repetition penalty, or -1 if a logit or hidden state of the row is not finite. Arrays are allocated once, in
+the memory of the device, and bound by address. A machine that computes the graph wrongly is refused.
 
 This module knows nothing of prompts as text, of when an answer ends, or of waiting rows.
 """
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qvl_batch.bundle.known_answers import Figure, KnownAnswers, known_figures, refuse_wrong, repeated
-from qvl_batch.bundle.layout import Features
+from qvl_batch.bundle.layout import Features, PlacedImage, mrope_positions
 from qvl_batch.bundle.loading import Bundle
 from qvl_batch.bundle.manifest import DECODER, HALVES, MANIFEST, Manifest, Tolerance
 from qvl_batch.config import Device
@@ -30,17 +30,26 @@ Tokens = NDArray[np.int64]
 NO_TOKEN = -1
 #: Number of prefix-cache entries.
 PREFIX_ENTRIES = 2
-#: Largest prefill batch, by device. A larger one delays live rows. On a CPU, batching saves no time for each row; a
-#: single row does not fill a GPU.
-PREFILL_ROWS: dict[Device, int] = {"cpu": 2, "cuda": 8}
+#: Most tokens of a prefill, padding included, by device; a longer row is prefilled in parts of so many. More would
+#: delay live rows. On a CPU, batching saves no time for each row, unless rows are short; a single row does not fill a
+#: GPU.
+PREFILL_TOKENS: dict[Device, int] = {"cpu": 1024, "cuda": 8192}
+#: Most rows of a prefill.
+PREFILL_ROWS = 32
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False)
 class PrefillRow:
-    """Token ids of a row up to its answer, and features of its image, float32 (T_img, D)."""
+    """Token ids of a row up to its answer, places of its images in order, and features of each, float32 (T_img, D)."""
 
     input_ids: Sequence[int]
-    features: Features
+    images: Sequence[PlacedImage] = ()
+    features: Sequence[Features] = ()
+
+    @cached_property
+    def positions(self) -> NDArray[np.int64]:
+        """M-RoPE positions, int64 (3, S)."""
+        return mrope_positions(len(self.input_ids), self.images)
 
 
 class Decoder:
@@ -79,29 +88,27 @@ class Decoder:
         self.logits = np.zeros((0, manifest.decoder.vocab_size), np.float32)
         self.layout, self.slots = manifest.layout, slots
         self.memory: Memory = memory or HostMemory()
-        #: Largest number of rows that a caller should give to `prefill`.
-        self.prefill_rows = PREFILL_ROWS[self.memory.device]
+        #: Most tokens, padding included, and most rows that a caller should give to a prefill.
+        self.prefill_tokens = prefill_tokens(manifest, self.memory.device)
+        self.prefill_rows = min(PREFILL_ROWS, slots)
         self._captures = self.memory.device == "cuda" and manifest.dtype in HALVES
         self._session = Session(bundle.file(DECODER), threads, graph, self.memory, captures=self._captures)
         kinds = self._session.inputs
         if kinds.get("image_embeds") != "float":
             raise BundleError(f"{bundle.path / DECODER} has no residual stream in fp32: export the checkpoint again")
         self._cache = KvCache(manifest, slots, PREFIX_ENTRIES, kinds["past_key.0"], self.memory)
-        self._hidden_size, self._feature_shape = manifest.decoder.hidden_size, manifest.feature_shape
+        self._hidden_size = manifest.decoder.hidden_size
         self._seen = SeenTokens(manifest, slots, self.memory) if "past_seen" in kinds else None
         if (self._seen is None) != (manifest.generation.repetition_penalty == 1):
             raise BundleError(
                 f"{bundle.path / DECODER} and {MANIFEST} disagree on a repetition penalty: export the checkpoint again"
             )
-        self._lengths = np.zeros(slots, np.int32)
-        self._step_inputs = {
-            "input_ids": self.memory.zeros((slots, 1), "int64"),
-            "cache_position": self.memory.zeros((slots, 1), "int64"),
-            "seqlens_k": self.memory.zeros((slots,), "int32"),
-            # A decode step has no image tokens: the graph ignores these values.
-            "image_embeds": self.memory.zeros((slots, 1, self._hidden_size), "float", on_host=False),
-        }
-        self._prefill_storage = self._allocate_prefill(self.prefill_rows)
+        #: Tokens of the row in each slot, and how far the position of its next token is from their number.
+        self._lengths, self._deltas = np.zeros(slots, np.int32), np.zeros(slots, np.int64)
+        # A decode step has no image tokens: the mask stays zero, and the graph ignores the embeddings.
+        storage = self._allocate_inputs(slots, slots, on_host=False)
+        self._step_inputs = [_shaped(storage, rows, 1) for rows in range(1, slots + 1)]
+        self._prefill_storage = self._allocate_inputs(self.prefill_rows, self.prefill_tokens, on_host=True)
         self._total_length = np.zeros((), np.int32)
         self._outputs = {"next_token": self.memory.zeros((slots,), "int64")}
         if keep_logits:
@@ -121,9 +128,10 @@ class Decoder:
         return known_figures(self._bundle, self._figures)
 
     def _figures(self, known: KnownAnswers, tolerance: Tolerance) -> list[Figure]:
-        row = PrefillRow(known.input_ids.tolist(), repeated(known.embeds, self.layout.image_tokens))
+        image = PlacedImage(self.layout.image_start, *self.layout.resolution.grid(*known.pixels.shape[:2]))
+        row = PrefillRow(known.input_ids.tolist(), [image], [repeated(known.embeds, image.tokens)])
         logits = self.memory.zeros((1, len(known.logits)), "float")
-        tokens = [self._run_prefill(0, [row], 0, self._nothing_seen(1), logits)]
+        tokens = [self._run_prefill(0, [row], logits=logits)]
         # Not captured: a captured step belongs to the thread that captured it, and the engine has a thread of its own.
         step = self._bind_step(1)
         tokens += [self._run_step(step, token) for token in known.given[:, None]]
@@ -131,24 +139,32 @@ class Decoder:
 
     def prefill(self, first: int, rows: Sequence[PrefillRow]) -> Tokens:
         """Prefill `rows` into slots `first`, `first + 1`, ...; returns the first token of each answer, int64 (B,)."""
-        return self._run_prefill(first, rows, 0, self._nothing_seen(len(rows)))
+        return self._run_prefill(first, rows)
 
-    @property
-    def prefix_tokens(self) -> int:
-        """Length of the prefix that all rows of an image share: head tokens (system text) and image."""
-        return self.layout.image_start + self.layout.image_tokens
-
-    def store_prefix(self, slot: int, entry: int) -> None:
-        """Copy the prefix of the row in `slot` to a prefix-cache entry, 0 to `PREFIX_ENTRIES` - 1."""
-        self._cache.move(slot, self.slots + entry, self.prefix_tokens)
-
-    def prefill_after_prefix(self, slot: int, entry: int, row: PrefillRow) -> Tokens:
-        """Prefill a row whose prefix is in a prefix-cache entry; returns the first token of its answer, int64 (1,).
+    def prefill_part(self, slot: int, row: PrefillRow, start: int, stop: int, entry: int | None = None) -> Tokens:
+        """Prefill tokens `start` to `stop` - 1 of a row whose tokens before are in `slot`.
 
         Every token goes through the same products as in `prefill`, so the resulting cache is the same.
+
+        Args:
+            slot: the row's slot.
+            row: the row.
+            start: first token.
+            stop: token after the last.
+            entry: prefix-cache entry to copy the tokens before `start` from, if they are not in the slot yet.
+
+        Returns:
+            The token after the last, int64 (1,): the first token of the answer if `stop` is the end of the row.
         """
-        self._cache.move(self.slots + entry, slot, self.prefix_tokens)
-        return self._run_prefill(slot, [row], self.prefix_tokens, seen=self._seen.prefix if self._seen else None)
+        seen = None
+        if entry is not None:
+            self._cache.move(self.slots + entry, slot, start)
+            seen = self._seen.only(row.input_ids[:start]) if self._seen else None
+        return self._run_prefill(slot, [row], start, stop, seen)
+
+    def store_prefix(self, slot: int, entry: int, length: int) -> None:
+        """Copy the first `length` tokens of the row in `slot` to a prefix-cache entry, 0 to `PREFIX_ENTRIES` - 1."""
+        self._cache.move(slot, self.slots + entry, length)
 
     def step(self, tokens: Tokens) -> Tokens:
         """Append `tokens`, int64 (B,), to the rows in slots 0 to B - 1; returns the next tokens, int64 (B,)."""
@@ -157,9 +173,11 @@ class Decoder:
     def _run_step(self, step: Binding, tokens: Tokens) -> Tokens:
         rows = len(tokens)
         lengths = self._lengths[:rows]
-        self._step_inputs["input_ids"].values[:rows, 0] = tokens
-        self._step_inputs["cache_position"].values[:rows, 0] = lengths
-        self._step_inputs["seqlens_k"].values[:rows] = lengths
+        inputs = self._step_inputs[rows - 1]
+        inputs["input_ids"].values[:, 0] = tokens
+        inputs["position_ids"].values[:, :, 0] = lengths + self._deltas[:rows]
+        inputs["cache_position"].values[:, 0] = lengths
+        inputs["seqlens_k"].values[:] = lengths
         lengths += 1
         # A captured step replays the total length of its capture; the length of each row is in `seqlens_k`.
         self._total_length[...] = self.layout.max_seq_len if self._captures else lengths.max()
@@ -169,7 +187,7 @@ class Decoder:
     def move(self, source: int, target: int) -> None:
         """Move the row in slot `source` to slot `target`."""
         self._cache.move(source, target, int(self._lengths[source]))
-        self._lengths[target] = self._lengths[source]
+        self._lengths[target], self._deltas[target] = self._lengths[source], self._deltas[source]
         if self._seen:
             self._seen.move(source, target)
 
@@ -179,55 +197,70 @@ class Decoder:
         return [self._bind_step(rows, graph=rows) for rows in range(1, self.slots + 1)]
 
     def _bind_step(self, rows: int, graph: int = NO_GRAPH) -> Binding:
-        inputs = {name: each.rows(0, rows) for name, each in self._step_inputs.items()}
-        return self._bind(0, rows, inputs | {"total_sequence_length": on_this_machine(self._total_length)}, graph=graph)
+        inputs = self._step_inputs[rows - 1] | {"total_sequence_length": on_this_machine(self._total_length)}
+        return self._bind(0, rows, inputs, graph=graph)
 
-    def prefill_inputs(self, rows: Sequence[PrefillRow], start: int = 0) -> dict[str, Buffer]:
-        """Inputs of the graph, without the cache, for `rows` from token `start` on, right-padded to the longest row.
+    def prefill_inputs(self, rows: Sequence[PrefillRow], start: int = 0, stop: int | None = None) -> dict[str, Buffer]:
+        """Inputs of the graph, without the cache, for tokens `start` to `stop` - 1 of `rows`, by default to their end,
+        right-padded to the longest.
 
         The next call overwrites the same buffers.
         """
-        lengths = np.array([len(row.input_ids) for row in rows], np.int32)
-        inputs = self._prefill_buffers(len(rows), int(lengths.max()) - start)
-        ids, embeds = inputs["input_ids"].values, inputs["image_embeds"].values
-        ids[...] = 0
-        inputs["cache_position"].values[...] = np.arange(start, lengths.max())
-        inputs["seqlens_k"].values[...] = lengths - 1
-        image = slice(self.layout.image_start, self.layout.image_start + self.layout.image_tokens)
-        for index, row in enumerate(rows):
-            ids[index, : len(row.input_ids) - start] = row.input_ids[start:]
-            if not start:  # the graph uses embeddings at image tokens only, and these are in the prefix
-                embeds[index, image] = row.features
-        return inputs | {"total_sequence_length": on_this_machine(np.array(lengths.max(), np.int32))}
+        ends = np.array([len(row.input_ids) if stop is None else stop for row in rows], np.int32)
+        length = int(ends.max()) - start
+        most_rows, most_tokens = (self._prefill_storage[name].shape[-1] for name in ("seqlens_k", "input_ids"))
+        if len(rows) > most_rows or len(rows) * length > most_tokens:
+            self._prefill_storage = self._allocate_inputs(len(rows), len(rows) * length, on_host=True)
+        inputs = _shaped(self._prefill_storage, len(rows), length)
+        ids, positions = inputs["input_ids"].values, inputs["position_ids"].values
+        embeds, image_mask = inputs["image_embeds"].values, inputs["image_mask"].values
+        ids[...], positions[...], image_mask[...] = 0, 0, False
+        inputs["cache_position"].values[...] = np.arange(start, ends.max())
+        inputs["seqlens_k"].values[...] = ends - 1
+        for index, (row, end) in enumerate(zip(rows, ends.tolist(), strict=True)):
+            ids[index, : end - start] = row.input_ids[start:end]
+            positions[:, index, : end - start] = row.positions[:, start:end]
+            for image, features in zip(row.images, row.features, strict=True):
+                first, last = max(image.start, start), min(image.stop, end)
+                if first < last:
+                    embeds[index, first - start : last - start] = features[first - image.start : last - image.start]
+                    image_mask[index, first - start : last - start] = True
+        return inputs | {"total_sequence_length": on_this_machine(np.array(ends.max(), np.int32))}
 
-    def _prefill_buffers(self, rows: int, length: int) -> dict[str, Buffer]:
-        """Views of the prefill buffers for `rows` rows of `length` tokens."""
-        if rows > self._prefill_storage["seqlens_k"].shape[0]:
-            self._prefill_storage = self._allocate_prefill(rows)
-        return {
-            name: each.shaped((rows, length, *each.shape[2:])[: len(each.shape)])
-            for name, each in self._prefill_storage.items()
-        }
+    def _allocate_inputs(self, rows: int, tokens: int, *, on_host: bool) -> dict[str, Buffer]:
+        """Inputs of the graph for up to so many rows and tokens in all, allocated once.
 
-    def _allocate_prefill(self, rows: int) -> dict[str, Buffer]:
-        """Prefill buffers for `rows` rows of the maximum length, so that they are allocated once."""
-        size = (rows, self.layout.max_seq_len)
+        Args:
+            rows: most rows.
+            tokens: most tokens of all rows together, padding included.
+            on_host: whether the host writes image embeddings and their mask.
+        """
         return {
-            "input_ids": self.memory.zeros(size, "int64"),
-            "cache_position": self.memory.zeros(size, "int64"),
-            "image_embeds": self.memory.zeros((*size, self._hidden_size), "float"),
+            "input_ids": self.memory.zeros((1, tokens), "int64"),
+            "position_ids": self.memory.zeros((3, 1, tokens), "int64"),
+            "cache_position": self.memory.zeros((1, tokens), "int64"),
+            "image_embeds": self.memory.zeros((1, tokens, self._hidden_size), "float", on_host=on_host),
+            "image_mask": self.memory.zeros((1, tokens), "bool", on_host=on_host),
             "seqlens_k": self.memory.zeros((rows,), "int32"),
         }
 
-    def _nothing_seen(self, rows: int) -> Buffer | None:
-        return self._seen.nothing.rows(0, rows) if self._seen else None
-
     def _run_prefill(
-        self, first: int, rows: Sequence[PrefillRow], start: int, seen: Buffer | None, logits: Buffer | None = None
+        self,
+        first: int,
+        rows: Sequence[PrefillRow],
+        start: int = 0,
+        stop: int | None = None,
+        seen: Buffer | None = None,
+        logits: Buffer | None = None,
     ) -> Tokens:
-        """Prefill `rows` from token `start` on; `seen` and `logits` are as in `_bind`."""
-        self._lengths[first : first + len(rows)] = [len(row.input_ids) for row in rows]
-        self._bind(first, len(rows), self.prefill_inputs(rows, start), seen=seen, logits=logits).run()
+        """Prefill tokens `start` to `stop` - 1 of `rows`; `seen` and `logits` are as in `_bind`."""
+        if not start and self._seen:
+            seen = self._seen.nothing.rows(0, len(rows))
+        for slot, row in enumerate(rows, start=first):
+            end = len(row.input_ids) if stop is None else stop
+            self._lengths[slot] = end
+            self._deltas[slot] = row.positions[:, :end].max() + 1 - end
+        self._bind(first, len(rows), self.prefill_inputs(rows, start, stop), seen=seen, logits=logits).run()
         return self._next_tokens(len(rows))
 
     def _bind(
@@ -260,12 +293,13 @@ class Decoder:
         return self._session.bind(inputs, outputs, graph)
 
     def _reserve_memory(self) -> None:
-        """Run the largest prefill, so that ONNX Runtime allocates its memory on the card now, in one piece that smaller
-        runs reuse.
+        """Run the largest prefills, of many rows and of one, so that ONNX Runtime allocates its memory on the card now,
+        in one piece that smaller runs reuse.
         """
-        nothing = np.zeros(self._feature_shape, np.float32)
-        row = PrefillRow([self.layout.image_token_id] * self.layout.max_seq_len, nothing)
-        self.prefill(0, [row] * min(self.prefill_rows, self.slots))
+        token = self.layout.image_token_id
+        for rows in {1, self.prefill_rows}:
+            length = min(self.layout.max_seq_len, self.prefill_tokens // rows)
+            self.prefill(0, [PrefillRow([token] * length)] * rows)
 
     def _next_tokens(self, rows: int) -> Tokens:
         """Copy the next tokens out of the outputs, and publish the logits if they are kept."""
@@ -285,15 +319,35 @@ class SeenTokens:
     """
 
     def __init__(self, manifest: Manifest, slots: int, memory: Memory) -> None:
-        size, layout = manifest.decoder.vocab_size, manifest.layout
+        size = manifest.decoder.vocab_size
         self._memory = memory
         #: Tokens of the row in each slot, bool (N, V).
         self.of_slots = memory.zeros((slots, size), "bool", on_host=False)
-        #: No tokens, bool (N, V); and those of the prefix that all rows of an image share, bool (1, V).
+        #: No tokens, bool (N, V).
         self.nothing = memory.zeros((slots, size), "bool", on_host=False)
-        self.prefix = memory.zeros((1, size), "bool")
-        self.prefix.values[0, [*layout.head_ids, layout.image_token_id]] = True
+        self._prefix = memory.zeros((1, size), "bool")
+
+    def only(self, tokens: Sequence[int]) -> Buffer:
+        """These tokens, bool (1, V); the next call overwrites the same buffer."""
+        self._prefix.values[...] = False
+        self._prefix.values[0, tokens] = True
+        return self._prefix
 
     def move(self, source: int, target: int) -> None:
         """Copy the tokens of one slot to another."""
         self._memory.move(self.of_slots, source, target)
+
+
+def prefill_tokens(manifest: Manifest, device: Device) -> int:
+    """Most tokens of a prefill, padding included: no more than all slots of a prefill hold."""
+    return min(PREFILL_TOKENS[device], PREFILL_ROWS * manifest.layout.max_seq_len)
+
+
+def _shaped(inputs: dict[str, Buffer], rows: int, length: int) -> dict[str, Buffer]:
+    """Views of inputs of the graph for `rows` rows of `length` tokens."""
+    shapes = {
+        "position_ids": (3, rows, length),
+        "seqlens_k": (rows,),
+        "image_embeds": (rows, length, inputs["image_embeds"].shape[-1]),
+    }
+    return {name: each.shaped(shapes.get(name, (rows, length))) for name, each in inputs.items()}

@@ -2,7 +2,8 @@
 
 What enters: requests, from any thread. What leaves: a future for each, with the tokens of its answer, or a
 `NumericError` if its logits are not finite. Rows are admitted as soon as a slot is free and retired as soon as they
-end, so a long answer does not delay others. Waiting rows of one image share a prefix-cache entry.
+end, so a long answer does not delay others. A long row is prefilled in parts, with a decode step of the live rows after
+each. Waiting rows that begin alike, whatever with, share a prefix-cache entry.
 
 The loop runs in a thread and not as a coroutine, since Ray blocks its actors' event loops for seconds under
 back-pressure.
@@ -11,7 +12,9 @@ This module knows nothing of text, images or Ray.
 """
 
 import atexit
+import hashlib
 import logging
+import os
 import queue
 import threading
 import weakref
@@ -20,16 +23,23 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
-from qvl_batch.bundle.layout import Features
 from qvl_batch.clock import Clock
 from qvl_batch.decoder.decoder import NO_TOKEN, PREFIX_ENTRIES, Decoder, PrefillRow
 from qvl_batch.errors import NumericError
 
 logger = logging.getLogger(__name__)
+
+#: A prefix is shared if it has at least so many tokens, and is at least this share of the row that takes it over: rows
+#: after a prefix are prefilled one by one.
+PREFIX_TOKENS, PREFIX_SHARE = 64, 0.25
+#: Largest share of padding in a prefill of several rows.
+PADDING = 0.1
 
 
 def decoder_clocks() -> dict[str, Clock]:
@@ -37,17 +47,36 @@ def decoder_clocks() -> dict[str, Clock]:
     return {"prefill": Clock(), "decode": Clock()}
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Request:
-    """Token ids of a row up to its answer, features of its image, float32 (T_img, D), and the longest answer in tokens.
+    """A row up to its answer, the longest answer in tokens, and keys of its images.
 
-    Requests with the same key `image` must have the same features; requests with None share no prefix.
+    Images with the same key must have the same features; those with None share nothing. Without keys, no image does.
     """
 
-    input_ids: Sequence[int]
-    features: Features
+    row: PrefillRow
     max_new_tokens: int
-    image: bytes | None = None
+    images: Sequence[bytes | None] = ()
+
+    @cached_property
+    def content(self) -> NDArray[np.int64]:
+        """What each token stands for, int64 (S,): its id, or a negative number that identifies its image."""
+        content = np.array(self.row.input_ids, np.int64)
+        keys = self.images or [None] * len(self.row.images)
+        for image, key in zip(self.row.images, keys, strict=True):
+            identity = os.urandom(7) if key is None else hashlib.blake2b(key, digest_size=7).digest()
+            content[image.start : image.stop] = -1 - int.from_bytes(identity)
+        return content
+
+    def shared_with(self, content: NDArray[np.int64]) -> int:
+        """Length of the prefix that can be taken over from a row of that content; 0 if it is not worth it."""
+        if not np.array_equal(self.content[:PREFIX_TOKENS], content[:PREFIX_TOKENS]):
+            return 0
+        # At least one token is left, whose logits give the first token of the answer.
+        length = min(len(self.content) - 1, len(content))
+        differs = self.content[:length] != content[:length]
+        shared = int(differs.argmax()) if differs.any() else length
+        return shared if shared >= max(PREFIX_TOKENS, PREFIX_SHARE * len(self.content)) else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +97,18 @@ class _LiveRow:
     budget: int
     future: "Future[Completion]"
     tokens: list[int] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class _Partial:
+    """A row that is being prefilled in parts: its slot, and how many tokens are done. They are in the prefix-cache
+    entry `entry` if that is not None, else in the slot.
+    """
+
+    item: _Pending
+    slot: int
+    done: int = 0
+    entry: int | None = None
 
 
 class Stoppable(ABC):
@@ -141,10 +182,11 @@ class _Loop(threading.Thread):
         self.submitted: queue.SimpleQueue[_Pending | None] = queue.SimpleQueue()
         self._decoder, self._eos, self._clocks = decoder, eos, clocks
         self._waiting: deque[_Pending] = deque()
-        #: Prefix-cache entry of each cached image, the oldest first.
-        self._prefixes: dict[bytes, int] = {}
-        #: Rows by slot.
+        #: Contents of the prefix-cache entries, by entry, the least recently used first.
+        self._prefixes: dict[int, NDArray[np.int64]] = {}
+        #: Rows by slot. A row that is prefilled in parts is not among them, and has the last slot.
         self._live: list[_LiveRow] = []
+        self._partial: _Partial | None = None
         self._draining = self._stopping = False
         self._failure: BaseException | None = None
         self._lock = threading.Lock()
@@ -181,36 +223,77 @@ class _Loop(threading.Thread):
             self._fail_all(error)
 
     def _admit(self) -> bool:
-        """Prefill waiting rows into free slots; if no row is live, wait for one. False when all requests are done."""
+        """Prefill waiting rows into free slots, about `prefill_tokens` tokens of them; if no row is live, wait for one.
+        False when all requests are done.
+        """
         if not self._receive():
             return False
-        free = min(self._decoder.slots - len(self._live), self._decoder.prefill_rows)
-        if not free:
-            return True
-        cached = [item for item in self._waiting if item[0].image in self._prefixes][:free]
-        for item in cached:
-            self._waiting.remove(item)
-            if item[1].set_running_or_notify_cancel():
-                self._prefill_after_prefix(item)
-        if not cached and (uncached := self._take_uncached(free)):
-            self._prefill(uncached)
+        left = self._decoder.prefill_tokens
+        while left > 0 and (tokens := self._prefill_next()):
+            left -= tokens
         return True
 
-    def _take_uncached(self, count: int) -> "list[_Pending]":
-        """Take up to `count` waiting rows, no two of one image: the second can reuse the prefix of the first."""
-        chosen: list[_Pending] = []
+    def _prefill_next(self) -> int:
+        """Run one prefill; returns its number of tokens, 0 if there is none to run."""
+        if self._partial:
+            return self._prefill_part(self._partial)
+        free = self._decoder.slots - len(self._live)
+        if not free or not self._waiting:
+            return 0
+        item, shared, entry = self._after_prefix()
+        rest = len(item[0].row.input_ids) - shared
+        if not shared and rest <= self._decoder.prefill_tokens:
+            return self._prefill(self._take_alike(min(free, self._decoder.prefill_rows)))
+        self._waiting.remove(item)
+        if not item[1].set_running_or_notify_cancel():
+            return 0
+        # A row in parts must not be in the way of live rows, which are always in the first slots.
+        slot = len(self._live) if rest <= self._decoder.prefill_tokens else self._decoder.slots - 1
+        self._partial = _Partial(item, slot, shared, entry)
+        return self._prefill_part(self._partial)
+
+    def _after_prefix(self) -> "tuple[_Pending, int, int | None]":
+        """The first waiting row whose prefix is cached, with the length of the prefix and its entry; else the first
+        waiting row, 0 and None.
+        """
         for item in self._waiting:
-            image = item[0].image
-            if len(chosen) < count and (image is None or all(image != request.image for request, _ in chosen)):
-                chosen.append(item)
-        for item in chosen:
+            shared, entry = max(
+                ((item[0].shared_with(content), entry) for entry, content in self._prefixes.items()), default=(0, None)
+            )
+            if entry is not None and shared:
+                self._prefixes[entry] = self._prefixes.pop(entry)  # most recently used
+                return item, shared, entry
+        return self._waiting[0], 0, None
+
+    def _take_alike(self, count: int) -> "list[_Pending]":
+        """Take up to `count` waiting rows for one prefill: the first, and rows of about its length, so that there is
+        little padding; no two that share a prefix, since the second can take over that of the first.
+        """
+        length = [len(request.row.input_ids) for request, _ in self._waiting]
+        chosen, widest, total = [0], length[0], length[0]
+        for index in sorted(range(1, len(length)), key=lambda index: abs(length[index] - length[0])):
+            rows, width = len(chosen) + 1, max(widest, length[index])
+            if rows > count:
+                break
+            is_small = rows * width <= self._decoder.prefill_tokens
+            is_alike = total + length[index] >= (1 - PADDING) * rows * width
+            request = self._waiting[index][0]
+            if (
+                is_small
+                and is_alike
+                and not any(request.shared_with(self._waiting[other][0].content) for other in chosen)
+            ):
+                chosen.append(index)
+                widest, total = width, total + length[index]
+        items = [self._waiting[index] for index in sorted(chosen)]
+        for item in items:
             self._waiting.remove(item)
-        return [item for item in chosen if item[1].set_running_or_notify_cancel()]
+        return [item for item in items if item[1].set_running_or_notify_cancel()]
 
     def _receive(self) -> bool:
         """Receive submitted requests; block if there is nothing else to do. False when all requests are done."""
         while True:
-            idle = not self._live and not self._waiting
+            idle = not (self._live or self._waiting or self._partial)
             try:
                 item = self.submitted.get(block=idle)
             except queue.Empty:
@@ -224,43 +307,50 @@ class _Loop(threading.Thread):
                 self.submitted.put(None)
                 return True
 
-    def _prefill(self, admitted: "list[_Pending]") -> None:
-        """Prefill whole rows into the next slots, and cache the prefixes that waiting rows share with them."""
+    def _prefill(self, admitted: "list[_Pending]") -> int:
+        """Prefill whole rows into the next slots."""
+        if not admitted:
+            return 0
         first = len(self._live)
         self._occupy_slots(admitted)
-        rows = [PrefillRow(request.input_ids, request.features) for request, _ in admitted]
         with self._clocks["prefill"].running():
-            tokens = self._decoder.prefill(first, rows)
-        awaited = {request.image for request, _ in self._waiting}
+            tokens = self._decoder.prefill(first, [request.row for request, _ in admitted])
         for slot, (request, _) in enumerate(admitted, start=first):
-            image = request.image
-            if image is not None and image in awaited and image not in self._prefixes:
-                self._decoder.store_prefix(slot, self._prefix_entry_for(image))
+            self._store_prefix(slot, request)
         self._append_tokens(first, tokens.tolist())
+        return len(admitted) * max(len(request.row.input_ids) for request, _ in admitted)
 
-    def _prefill_after_prefix(self, item: "_Pending") -> None:
-        """Prefill a row whose prefix is cached into the next slot."""
-        request, slot = item[0], len(self._live)
-        self._occupy_slots([item])
-        row = PrefillRow(request.input_ids, request.features)
-        assert request.image is not None
+    def _prefill_part(self, partial: _Partial) -> int:
+        """Prefill the next part of a row; after the last, it is live."""
+        request = partial.item[0]
+        start, end = partial.done, len(request.row.input_ids)
+        stop = min(end, start + self._decoder.prefill_tokens)
         with self._clocks["prefill"].running():
-            tokens = self._decoder.prefill_after_prefix(slot, self._prefixes[request.image], row)
-        self._append_tokens(slot, tokens.tolist())
+            tokens = self._decoder.prefill_part(partial.slot, request.row, start, stop, partial.entry)
+        partial.done, partial.entry = stop, None
+        if stop == end:
+            self._partial, slot = None, len(self._live)
+            if partial.slot != slot:
+                self._decoder.move(partial.slot, slot)
+            self._occupy_slots([partial.item])
+            self._store_prefix(slot, request)
+            self._append_tokens(slot, tokens.tolist())
+        return stop - start
 
-    def _prefix_entry_for(self, image: bytes) -> int:
-        """Assign a prefix-cache entry to an image: a free one, or that of the image cached first, which is evicted."""
-        entry = (
-            len(self._prefixes)
-            if len(self._prefixes) < PREFIX_ENTRIES
-            else self._prefixes.pop(next(iter(self._prefixes)))
-        )
-        self._prefixes[image] = entry
-        return entry
+    def _store_prefix(self, slot: int, request: Request) -> None:
+        """Cache the longest prefix that a waiting row shares with the row in `slot`, unless an entry has as much."""
+        lengths = [(waiting.shared_with(request.content), waiting) for waiting, _ in self._waiting]
+        length, waiting = max(lengths, key=lambda pair: pair[0], default=(0, request))
+        if length > max((waiting.shared_with(content) for content in self._prefixes.values()), default=0):
+            # A free entry, or that of the least recently used prefix.
+            entry = len(self._prefixes) if len(self._prefixes) < PREFIX_ENTRIES else next(iter(self._prefixes))
+            self._prefixes.pop(entry, None)
+            self._prefixes[entry] = request.content[:length]
+            self._decoder.store_prefix(slot, entry, length)
 
     def _occupy_slots(self, admitted: "list[_Pending]") -> None:
         for request, future in admitted:
-            budget = min(request.max_new_tokens, self._decoder.layout.max_seq_len - len(request.input_ids))
+            budget = min(request.max_new_tokens, self._decoder.layout.max_seq_len - len(request.row.input_ids))
             self._live.append(_LiveRow(budget, future))
 
     def _step(self) -> None:
@@ -303,11 +393,12 @@ class _Loop(threading.Thread):
         with self._lock:
             self._failure = error
         waiting = [future for _, future in self._waiting]
+        running = [row.future for row in self._live] + ([self._partial.item[1]] if self._partial else [])
         while not self.submitted.empty():
             item = self.submitted.get()
             if item is not None:
                 waiting.append(item[1])
-        for future in [*(row.future for row in self._live), *filter(Future.set_running_or_notify_cancel, waiting)]:
+        for future in [*running, *filter(Future.set_running_or_notify_cancel, waiting)]:
             future.set_exception(error)
 
 
