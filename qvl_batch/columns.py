@@ -4,8 +4,9 @@
 
 Tables have one row for each row of the input: its id and kept columns, which the stages pass through, and the columns
 of `COLUMNS`, whose names begin with `OWN`. A stage adds and drops columns as `COLUMNS` says, and uses no others. A
-failed row keeps its place and carries its failure to the end. The decoder stage replaces features, prompts and failures
-by the columns of an answer, `schema.ANSWER_FIELDS`.
+failed row keeps its place and carries its failure to the end; what it has no value for is null. A row without images
+has empty lists. The decoder stage replaces features, conversations and failures by the columns of an answer,
+`schema.answer_fields`.
 
 This module knows nothing of what the stages do.
 """
@@ -26,14 +27,19 @@ Step = Literal["read", "prepare", "vision", "decoder", "driver"]
 OWN = "__qvl_"
 #: File number, and index of the row in that file: together the row's place in the input.
 FILE, ROW = f"{OWN}file", f"{OWN}row"
-PROMPT = f"{OWN}prompt"
-#: The image as bytes of a file; as pixels, uint8 (H, W, 3); and as features, float32 (T_img, D).
-IMAGE, PIXELS, FEATURES = f"{OWN}image", f"{OWN}pixels", f"{OWN}features"
-#: Hash of the image: equal for rows with the same image.
-IMAGE_KEY = f"{OWN}image_key"
+#: The conversation, as `conversation.to_json` writes it. It names images by their index in the lists below.
+MESSAGES = f"{OWN}messages"
+#: The row's images as bytes of files; as pixels, uint8 (H, W, 3); and as features, float32 (T_img, D).
+IMAGES, PIXELS, FEATURES = f"{OWN}images", f"{OWN}pixels", f"{OWN}features"
+#: Five numbers for each image, one image after the other: width and height of the original, upright; width and height
+#: of what the model saw, W and H of its pixels; EXIF orientation of the file, 1 if it has none.
+SIZES = f"{OWN}sizes"
+#: Hash of each image as it is seen: equal for equal pixels from equal files.
+IMAGE_KEYS = f"{OWN}image_keys"
 #: Stage, type and message of a failed row's error; null in all other rows.
 FAILURE = tuple(f"{OWN}error_{field.name}" for field in fields(Failure))
-#: Small JPEG of a sampled row's pixels, and the start of its prompt; null in all other rows.
+#: Small JPEG of a sampled row's pixels, its images side by side, and the start of its last question; null in all other
+#: rows.
 THUMBNAIL, ASKED = f"{OWN}thumbnail", f"{OWN}asked"
 #: Unix time at which the vision stage started on the row's table.
 STARTED = f"{OWN}started"
@@ -58,17 +64,18 @@ class Column:
 COLUMNS: dict[str, Column] = {
     FILE: Column(pa.int32(), ("read",), ("prepare", "vision", "decoder", "driver"), "driver"),
     ROW: Column(pa.int64(), ("read",), ("prepare", "vision", "decoder", "driver"), "driver"),
-    PROMPT: Column(pa.large_string(), ("read",), ("prepare", "decoder"), "decoder"),
-    IMAGE: Column(pa.large_binary(), ("read",), ("prepare",), "prepare"),
+    MESSAGES: Column(pa.large_string(), ("read",), ("prepare", "decoder"), "decoder"),
+    IMAGES: Column(pa.large_list(pa.large_binary()), ("read",), ("prepare",), "prepare"),
     **dict.fromkeys(
         FAILURE,
         Column(pa.string(), ("read", "prepare", "vision"), ("prepare", "vision", "decoder"), "decoder"),
     ),
-    PIXELS: Column(pa.large_binary(), ("prepare",), ("vision",), "vision"),
-    IMAGE_KEY: Column(pa.binary(), ("prepare",), ("vision", "decoder"), "decoder"),
+    PIXELS: Column(pa.large_list(pa.large_binary()), ("prepare",), ("vision",), "vision"),
+    SIZES: Column(pa.list_(pa.int32()), ("prepare",), ("vision", "decoder"), "decoder"),
+    IMAGE_KEYS: Column(pa.list_(pa.binary()), ("prepare",), ("vision", "decoder"), "decoder"),
     THUMBNAIL: Column(pa.binary(), ("prepare",), ("driver",), "driver"),
     ASKED: Column(pa.large_string(), ("prepare",), ("driver",), "driver"),
-    FEATURES: Column(pa.large_binary(), ("vision",), ("decoder",), "decoder"),
+    FEATURES: Column(pa.large_list(pa.large_binary()), ("vision",), ("decoder",), "decoder"),
     STARTED: Column(pa.float64(), ("vision",), ("driver",), "driver"),
     WORKERS["vision"]: Column(pa.string(), ("vision",), ("driver",), "driver"),
     WORKERS["decoder"]: Column(pa.string(), ("decoder",), ("driver",), "driver"),

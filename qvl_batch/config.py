@@ -44,19 +44,30 @@ class JobConfig:
     output: str
     """Folder for the results."""
     prompt: str | None = None
-    """Ask this of every image; the prompt column is then not read."""
+    """Ask this of every row; the prompt column is then not read."""
     id_column: str = "id"
     """Column that identifies a row, of strings or integers; it becomes `id`."""
     image_column: str = "image"
-    """Column of images: a struct of bytes and path, bytes, or paths and addresses."""
+    """Column of images: a struct of bytes and path, bytes, or paths and addresses; or lists of them."""
     prompt_column: str = "prompt"
     """Column of prompts."""
+    messages_column: str | None = None
+    """Column of conversations: lists of `role` and `content`, or of `from` and `value`, as they are or as JSON text.
+    Images are in them, or are taken in order from the image column. The prompt column is then not read."""
+    answer_last_turn_again: bool = False
+    """Answer a conversation that ends with an assistant's turn without that turn, which comes out as `expected`.
+    Without it, such a row fails."""
+    system_prompt: str | None = None
+    """Text of a system turn for rows that have none. By default, the chat template's own."""
     allow_images_from: tuple[str, ...] = ()
     """Folders and addresses (s3://, gs://, http://, https://) that images may be read from. By default, none."""
     max_image_pixels: int = MAX_IMAGE_PIXELS
     """Most pixels of an image; a row with a larger one fails. Memory and time of the largest images grow with it."""
     allow_truncated: bool = False
     """Use what is left of a truncated or damaged image file. Without it, a row whose image lacks pixels fails."""
+    max_pixels: int | None = None
+    """Most pixels that the model sees of an image; larger ones are reduced. By default, the bundle's limit.
+    Only for a bundle that shows images at their own size."""
     max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS
     """Longest answer in tokens; the bundle's contract may end it sooner."""
     limit: int | None = None
@@ -75,9 +86,13 @@ class JobConfig:
         # An empty name, such as an unset variable of a shell, would be the current folder.
         if not self.input or not all(str(name).strip() for name in (self.output, *self.input)):
             raise ConfigError("--input needs at least one file, folder or glob, and --output a folder; none may be ''")
-        check_at_least_one(self, "max_new_tokens", "limit", "max_image_pixels")
+        check_at_least_one(self, "max_new_tokens", "limit", "max_image_pixels", "max_pixels")
         if self.prompt is not None and not self.prompt.strip():
             raise ConfigError("--prompt must not be empty")
+        if self.prompt is not None and self.messages_column is not None:
+            raise ConfigError("--prompt and --messages-column: the messages say what is asked; give one of them")
+        if self.answer_last_turn_again and self.messages_column is None:
+            raise ConfigError("--answer-last-turn-again is for conversations: name their column with --messages-column")
         if self.overwrite and self.retry_errors:
             raise ConfigError("--retry-errors has nothing to answer again after --overwrite: give one of them")
 
@@ -94,7 +109,7 @@ class JobConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CaptionConfig(JobConfig):
-    """Answer the prompts of image/prompt parquet files with a bundle, through Ray Data."""
+    """Answer prompts about images, or conversations, of parquet files with a bundle, through Ray Data."""
 
     bundle: Path
     """Folder of the bundle that `python -m export` made. Every node must see it at this path."""
@@ -104,8 +119,11 @@ class CaptionConfig(JobConfig):
     """Delete the answers in the output folder first. Without it, the job resumes where it stopped."""
     keep_columns: tuple[str, ...] = ()
     """Columns of the input to copy to the output."""
-    fit: Fit = "letterbox"
-    """How an image that is not square becomes square."""
+    fit: Fit | None = None
+    """How an image that is not square becomes square. By default, letterbox.
+    Not for a bundle that shows images at their own size."""
+    boxes: bool = False
+    """Add the column `boxes`: the boxes and points that an answer names as JSON, in pixels of the image file."""
     allow_repetition: bool = False
     """Keep an answer that repeats one phrase until it is cut off. Without it, such a row fails."""
     device: DeviceOption = "auto"

@@ -9,9 +9,9 @@
     │   ├── DeviceError          the requested device cannot be used here, or computes the bundle wrongly
     │   └── ExportError          the checkpoint cannot be exported, or the export is not exact
     └── RowError                 fails one row and is written to its output; the job continues
-        ├── RecordError          the row, or one of its values, cannot be read (stage `read`)
+        ├── RecordError          the row, or one of its values such as its messages, cannot be read (stage `read`)
         ├── ImageError           the image is missing or cannot be decoded (stage `image`)
-        ├── PromptError          the prompt is missing, or too long for the layout contract (stage `layout`)
+        ├── PromptError          prompt or conversation cannot be asked, or is too long (stage `layout`)
         ├── NumericError         the model computed unusable values (stage `vision`, `decode`)
         ├── RepetitionError      the answer repeats a phrase until it is cut off (stage `decode`)
         └── WorkerLostError      the row kills every worker process (stage `read`, `image`, `vision`, `decode`)
@@ -63,7 +63,7 @@ class RowError(QvlBatchError):
 
 
 class RecordError(RowError):
-    """The row, or one of its values, cannot be read: the file is damaged there, or the type is wrong."""
+    """The row, or one of its values, cannot be read: the file is damaged there, or the value has a wrong form."""
 
 
 class ImageError(RowError):
@@ -73,7 +73,7 @@ class ImageError(RowError):
 
 
 class PromptError(RowError):
-    """The prompt is missing, or leaves no room for an answer."""
+    """The prompt or conversation has no text, leaves no room for an answer, or is refused by the chat template."""
 
     stage = "layout"
 

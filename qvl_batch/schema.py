@@ -1,10 +1,11 @@
 """Answers and failures, and the columns of the output that hold them.
 
-A row of the output has `id`, the kept columns, then `ANSWER_FIELDS`. A failed row has a null answer,
+A row of the output has `id`, the kept columns, then the fields of `answer_fields`. A failed row has a null answer,
 `finish_reason = error`, and the stage, type and message of its error.
 """
 
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -28,16 +29,58 @@ class Failure:
         return cls(error.stage, type(error).__name__, stable_message(error))
 
 
+def first_failure(results: Sequence[object]) -> Failure | None:
+    """The first failure among the results for a row's images, which says which image it is; None if there is none."""
+    for number, result in enumerate(results, 1):
+        if isinstance(result, Failure):
+            place = f"image {number} of {len(results)}: " if len(results) > 1 else ""
+            return replace(result, message=place + result.message)
+    return None
+
+
 #: Columns of the output that hold the error of a failed row.
 ERROR_FIELDS = tuple(pa.field(f"error_{part.name}", pa.string()) for part in fields(Failure))
 ID = "id"
-ANSWER_FIELDS = (
-    pa.field("answer", pa.string()),
-    pa.field("finish_reason", pa.string()),
-    pa.field("prompt_tokens", pa.int32()),
-    pa.field("answer_tokens", pa.int32()),
-    *ERROR_FIELDS,
+#: Answer of a conversation that had one already, with `--answer-last-turn-again`.
+EXPECTED_FIELD = pa.field("expected", pa.string())
+#: Width and height of an image in pixels: of the original, upright, and of what the model saw.
+SIZE_NAMES = ("image_width", "image_height", "seen_width", "seen_height")
+#: Boxes in pixels of the user's file: see `qvl_batch.grounding`.
+BOXES_FIELD = pa.field(
+    "boxes",
+    pa.list_(
+        pa.struct(
+            [
+                ("image", pa.int32()),
+                ("label", pa.string()),
+                *((name, pa.float64()) for name in ("x0", "y0", "x1", "y1")),
+            ]
+        )
+    ),
 )
+
+
+def answer_fields(*, lists: bool = False, boxes: bool = False) -> tuple[pa.Field, ...]:
+    """Fields of an answer.
+
+    Args:
+        lists: rows can have several images or none, so that sizes are lists.
+        boxes: with the boxes that answers contain.
+    """
+    size = pa.list_(pa.int32()) if lists else pa.int32()
+    return (
+        pa.field("answer", pa.string()),
+        *([BOXES_FIELD] if boxes else []),
+        pa.field("finish_reason", pa.string()),
+        pa.field("prompt_tokens", pa.int32()),
+        pa.field("answer_tokens", pa.int32()),
+        *(pa.field(name, size) for name in SIZE_NAMES),
+        *ERROR_FIELDS,
+    )
+
+
+#: Fields of an answer to a row of one image.
+ANSWER_FIELDS = answer_fields()
 
 
 def error_values(failure: Failure | None) -> dict[str, str | None]:
@@ -49,8 +92,10 @@ def error_values(failure: Failure | None) -> dict[str, str | None]:
 class Answer:
     """The answer to a row, or its failure. `str()` gives the text of the answer, or in brackets why there is none.
 
-    `prompt_tokens` counts all tokens before the answer, image included; `answer_tokens` leaves out the end token.
-    Both are None if the row failed.
+    `prompt_tokens` counts all tokens before the answer, images included; `answer_tokens` leaves out the end token.
+    Both are None if the row failed. `image_sizes` has five numbers for each image: those that `SIZE_NAMES` names, and
+    the EXIF orientation of its file (see `images.view.ImageSize`). It is empty if the row failed before its images were
+    seen.
     """
 
     answer: str | None
@@ -58,6 +103,7 @@ class Answer:
     prompt_tokens: int | None = None
     answer_tokens: int | None = None
     failure: Failure | None = None
+    image_sizes: tuple[tuple[int, ...], ...] = ()
 
     @classmethod
     def failed(cls, failure: Failure) -> "Answer":
@@ -69,13 +115,19 @@ class Answer:
             return f"({self.failure.type}: {self.failure.message})"
         return self.answer or ""
 
-    def record(self) -> dict[str, str | int | None]:
-        """Values of `ANSWER_FIELDS` by column name."""
+    def record(self, *, lists: bool = False) -> dict[str, Any]:
+        """Values of `answer_fields` by column name, boxes left out; sizes are lists, or those of the only image."""
+        sizes: list[Any] = [list(each) for each in zip(*self.image_sizes, strict=True)] or [[]] * (len(SIZE_NAMES) + 1)
+        if not lists:
+            sizes = [each[0] if each else None for each in sizes]
+        elif self.failure is not None and not self.image_sizes:
+            sizes = [None] * (len(SIZE_NAMES) + 1)
         return {
             "answer": self.answer,
             "finish_reason": self.finish_reason,
             "prompt_tokens": self.prompt_tokens,
             "answer_tokens": self.answer_tokens,
+            **dict(zip(SIZE_NAMES, sizes, strict=False)),
             **error_values(self.failure),
         }
 

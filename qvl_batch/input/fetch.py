@@ -23,9 +23,8 @@ from qvl_batch.input.download import MAX_BYTES, download, unreadable, with_retri
 AT_ONCE = 8
 #: Characters of the longest path: Linux's `PATH_MAX`.
 LONGEST_PATH = 4_096
-#: Recognise an image that is given as text in place of its path: a `data:` address; or base64 that begins like a JPEG,
-#: PNG, GIF, WebP, TIFF, AVIF or JPEG 2000, or that is longer than paths usually are.
-DATA = re.compile(r"data:\w+/[\w.+-]+[;,]", re.IGNORECASE)
+#: Recognises an image that is given as text in place of its path: base64 that begins like a JPEG, PNG, GIF, WebP, TIFF,
+#: AVIF or JPEG 2000, or that is longer than paths usually are.
 BASE64 = re.compile(r"((?=/9j/|iVBORw|R0lGOD|UklGR|SUkqA|TU0AK|AAAA)[\w+/\s-]{64,}|[\w+/\s-]{2000,})=*", re.ASCII)
 
 
@@ -94,6 +93,10 @@ class Fetcher:
         if not location.strip():
             raise ImageError("the path of the image is empty")
         try:
+            location.encode()
+        except UnicodeError as error:  # a message that repeats it could not be written
+            raise ImageError(f"the path of the image is not valid Unicode: {error}") from error
+        try:
             return self._fetch(location, folder)
         except ImageError as error:
             if (advice := _image_as_text(location)) is None:
@@ -129,10 +132,10 @@ class Fetcher:
 
 def _image_as_text(location: str) -> str | None:
     """For a location that seems to be the image itself: what it is, and how to decode it. Does not repeat its text."""
-    advice = f"of {len(location):,} characters: write the image as a column of bytes instead, in Python with"
-    if DATA.match(location):
-        return f"a data: address {advice} urllib.request.urlopen(text).read()"
-    if BASE64.fullmatch(location.strip()):
-        decode = "urlsafe_b64decode" if "-" in location or "_" in location else "b64decode"
-        return f"base64 {advice} base64.{decode}(text)"
-    return None
+    if not BASE64.fullmatch(location.strip()):
+        return None
+    decode = "urlsafe_b64decode" if "-" in location or "_" in location else "b64decode"
+    return (
+        f"base64 of {len(location):,} characters: write the image as a column of bytes instead, in Python with "
+        f"base64.{decode}(text)"
+    )

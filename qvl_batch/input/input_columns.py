@@ -11,18 +11,12 @@ import pyarrow as pa
 
 from qvl_batch.config import JobConfig
 from qvl_batch.errors import ConfigError, InputError
-from qvl_batch.schema import ANSWER_FIELDS, ID, is_text, plain_type
+from qvl_batch.schema import EXPECTED_FIELD, ID, answer_fields, is_text, plain_type
 
-#: Python one-liners for error messages, which rewrite a file: with an id column added; with a column of lists of images
-#: replaced by the first image of each list.
+#: A Python one-liner for error messages, which rewrites a file with an id column added.
 NUMBERED = (
     "import pyarrow as pa, pyarrow.parquet as pq; t = pq.read_table('OLD'); "
     "pq.write_table(t.append_column({0!r}, pa.array(range(len(t)))), 'NEW')"
-)
-FIRST_OF_LIST = (
-    "import pyarrow.compute as pc, pyarrow.parquet as pq; t = pq.read_table('OLD'); "
-    "c = pc.list_element(pc.list_slice(t[{0!r}], 0, 1, return_fixed_size_list=True), 0); "
-    "pq.write_table(t.drop_columns({0!r}).append_column({0!r}, c), 'NEW')"
 )
 #: List types: their test, and the constructor of such a type without views.
 LISTS = (
@@ -40,35 +34,44 @@ class InputColumns:
     Args:
         id: name in the input, and type in the output.
         kept: the same, of the columns of `--keep-columns`.
-        image: name.
+        image: name; beside messages, files can lack this column, and their rows have no images of their own.
         prompt: name, None if no prompt column is read.
+        messages: name, None if rows are an image and a prompt.
+        has_lists: rows can have several images or none: the image column is of lists, or there are messages.
+        answer_last_turn_again: an assistant's turn at the end of messages becomes the column `expected`.
     """
 
     id: pa.Field
     kept: tuple[pa.Field, ...]
     image: str
     prompt: str | None
+    messages: str | None = None
+    has_lists: bool = False
+    answer_last_turn_again: bool = False
 
     @property
     def names(self) -> list[str]:
         """Every column to read, each once."""
-        prompt = [self.prompt] if self.prompt else []
-        return list(dict.fromkeys([self.id.name, self.image, *prompt, *(field.name for field in self.kept)]))
+        asked = [name for name in (self.prompt, self.messages) if name is not None]
+        return list(dict.fromkeys([self.id.name, self.image, *asked, *(field.name for field in self.kept)]))
 
     def joined(self, other: "InputColumns") -> "InputColumns | None":
         """Columns whose types hold the values of both files; None if there are no such types.
 
-        Ids must have the same type. Types of a kept column can differ in width only, or one of them is null.
+        Ids must have the same type. Types of a kept column can differ in width only, or one of them is null. One file
+        can have single images, and another lists of them.
         """
         kept = [_common_type(a.type, b.type) for a, b in zip(self.kept, other.kept, strict=True)]
         if self.id.type != other.id.type or None in kept:
             return None
         fields = (a if kind == a.type else a.with_type(kind) for a, kind in zip(self.kept, kept, strict=True))
-        return replace(self, kept=tuple(fields))
+        return replace(self, kept=tuple(fields), has_lists=self.has_lists or other.has_lists)
 
-    def output_schema(self) -> pa.Schema:
-        """Schema of the answers."""
-        return pa.schema([pa.field(ID, self.id.type), *self.kept, *ANSWER_FIELDS])
+    def output_schema(self, *, boxes: bool = False) -> pa.Schema:
+        """Schema of the answers, perhaps with the boxes that they contain."""
+        expected = [EXPECTED_FIELD] if self.answer_last_turn_again else []
+        answers = answer_fields(lists=self.has_lists, boxes=boxes)
+        return pa.schema([pa.field(ID, self.id.type), *self.kept, *expected, *answers])
 
 
 def input_columns(schema: pa.Schema, file: str, config: JobConfig) -> InputColumns:
@@ -79,24 +82,39 @@ def input_columns(schema: pa.Schema, file: str, config: JobConfig) -> InputColum
             place is allowed for them; the message names file and column and says what is there.
         ConfigError: a kept column has the name of an output column.
     """
-    reserved = {ID, *(field.name for field in ANSWER_FIELDS)}
+    again = config.answer_last_turn_again
+    reserved = {ID, *(field.name for field in [*answer_fields(boxes=True), *([EXPECTED_FIELD] if again else [])])}
     clash = [name for name in config.copied_columns if name in reserved]
     if clash:
         raise ConfigError(f"--keep-columns {clash[0]}: the output already has a column of this name")
-    prompt = None if config.prompt is not None else config.prompt_column
+    messages = config.messages_column
+    prompt = None if config.prompt is not None or messages is not None else config.prompt_column
     id_type = _id_type(_field(schema, config.id_column, file, "--id-column", NUMBERED), file)
-    if prompt:
+    if prompt is not None:
         _check_prompt(_field(schema, prompt, file, "--prompt-column"), file)
-    image = _field(schema, config.image_column, file, "--image-column")
-    _check_image(image, file)
-    if is_text(plain_type(image.type)) and not config.allow_images_from:
-        raise InputError(
-            f"{file}: column {image.name!r} has paths or addresses of images; allow folders or addresses for them "
-            "with --allow-images-from"
-        )
+    if messages is not None:
+        _check_messages(_field(schema, messages, file, "--messages-column"), file)
+    lists = messages is not None
+    if messages is None or config.image_column in schema.names:
+        image = _field(schema, config.image_column, file, "--image-column")
+        _check_image(image, file)
+        lists |= item_type(image.type) is not None
+        if is_text(plain_type(item_type(image.type) or image.type)) and not config.allow_images_from:
+            raise InputError(
+                f"{file}: column {image.name!r} has paths or addresses of images; allow folders or addresses for them "
+                "with --allow-images-from"
+            )
     kept = tuple(_field(schema, name, file, "--keep-columns") for name in config.copied_columns)
     copied = tuple(pa.field(field.name, _without_views(field.type)) for field in kept)
-    return InputColumns(pa.field(config.id_column, id_type), copied, config.image_column, prompt)
+    return InputColumns(
+        pa.field(config.id_column, id_type),
+        copied,
+        config.image_column,
+        prompt,
+        messages,
+        has_lists=lists,
+        answer_last_turn_again=again,
+    )
 
 
 def _field(schema: pa.Schema, name: str, file: str, option: str, how_to_add: str | None = None) -> pa.Field:
@@ -136,12 +154,28 @@ def _check_prompt(field: pa.Field, file: str) -> None:
 
 
 def _check_image(field: pa.Field, file: str) -> None:
-    if _is_image(field.type):
-        return
-    wanted = "a struct of bytes and path, bytes, or paths"
-    if any(is_kind(field.type) for is_kind, _ in LISTS) and _is_image(field.type.value_type):
-        wanted += f"; to take the first of each list: {FIRST_OF_LIST.format(field.name)}"
-    raise InputError(f"{file}: column {field.name!r} (--image-column) is {field.type}; it must be {wanted}")
+    if not _is_image(item_type(field.type) or field.type):
+        wanted = "a struct of bytes and path, bytes, or paths, or lists of them"
+        raise InputError(f"{file}: column {field.name!r} (--image-column) is {field.type}; it must be {wanted}")
+
+
+def _check_messages(field: pa.Field, file: str) -> None:
+    kind = plain_type(field.type)
+    if isinstance(kind, pa.JsonType):  # parquet's own type for JSON, which is text
+        kind = kind.storage_type
+    item = item_type(kind)
+    kinds = (pa.types.is_struct, pa.types.is_map, pa.types.is_null)  # null: of lists that are all empty
+    if not (is_text(kind) or pa.types.is_null(kind) or (item and any(is_kind(item) for is_kind in kinds))):
+        raise InputError(
+            f"{file}: column {field.name!r} (--messages-column) is {field.type}; it must be lists of messages, structs "
+            "of role and content or of from and value, or the same as JSON text"
+        )
+
+
+def item_type(kind: pa.DataType) -> pa.DataType | None:
+    """Type of the items of a list type, None for any other type."""
+    is_list = pa.types.is_fixed_size_list(kind) or any(is_kind(kind) for is_kind, _ in LISTS)
+    return kind.value_type if is_list else None
 
 
 def _is_image(kind: pa.DataType) -> bool:

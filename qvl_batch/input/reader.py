@@ -1,26 +1,45 @@
-"""Reads rows of the input's files as tables: id, kept columns, prompt, and the image as a file's bytes.
+"""Reads rows of the input's files as tables: id, kept columns, conversation, and images as bytes of files.
 
 What enters: a `Unit` of rows. What leaves: tables with the columns that `qvl_batch.columns` defines for this stage, the
 id and the kept columns. Every row is in one of them; a row that cannot be read has a failure. Reading streams, so that
 a row group of any size takes the memory of one table.
 """
 
+import logging
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from qvl_batch.columns import IMAGE, PROMPT, array, failure_columns, place_columns
-from qvl_batch.errors import ImageError, InputError, RecordError, RowError, WorkerLostError, stable_message
+from qvl_batch.columns import IMAGES, MESSAGES, array, failure_columns, place_columns
+from qvl_batch.conversation import single_turn, to_json
+from qvl_batch.errors import (
+    ImageError,
+    InputError,
+    PromptError,
+    RecordError,
+    RowError,
+    WorkerLostError,
+    stable_message,
+)
 from qvl_batch.input.fetch import Fetcher
-from qvl_batch.input.input_columns import InputColumns
+from qvl_batch.input.input_columns import InputColumns, item_type
+from qvl_batch.input.messages import MARK, MOST_IMAGES, MOST_VALUES, Asked, of_data_address, read_messages
 from qvl_batch.input.source import Unit, footer_sha256
-from qvl_batch.schema import ID, Failure
+from qvl_batch.schema import EXPECTED_FIELD, ID, Failure, first_failure
+
+logger = logging.getLogger(__name__)
+#: Most bytes of all images of a row that has several: tables hold them, however often the row shows the same one.
+MOST_BYTES = 1 << 29
+#: Whether this process has logged a note on marks in text.
+_noted_marks = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,27 +141,90 @@ def _records(
     fetcher: Fetcher,
     error: Exception | None,
 ) -> pa.Table:
-    """The next stage's table: places, id, kept columns, prompt, image bytes, failures. `error` fails all rows."""
+    """The next stage's table: places, id, kept columns, conversations, images, failures. `error` fails all rows."""
     rows = range(first_row, first_row + table.num_rows)
-    prompts: list[object] = [prompt] * len(rows) if columns.prompt is None else _values(table[columns.prompt])
-    images: list[bytes | None] = [None] * len(rows)
-    failures: list[Failure | None]
+    asked: list[Asked | RowError]
     if error is None:
-        images, failures = _images(_image_values(table[columns.image]), Path(unit.file).parent, fetcher)
-        failures = [failure or _prompt_failure(each) for failure, each in zip(failures, prompts, strict=True)]
+        asked = _asked(table, columns, prompt)
+        _note_marks(asked)
+        images, failures = _images(asked, Path(unit.file).parent, fetcher)
     else:
-        failures = [
-            Failure.of(_row_error(f"row {row} of {unit.file} (row group {unit.row_group})", error)) for row in rows
-        ]
+        asked = [_row_error(f"row {row} of {unit.file} (row group {unit.row_group})", error) for row in rows]
+        images, failures = [None] * len(rows), [Failure.of(each) for each in asked if isinstance(each, RowError)]
     record = {
         **place_columns([(unit.file_number, row) for row in rows]),
         ID: table[columns.id.name].cast(columns.id.type),
         **{field.name: table[field.name].cast(field.type) for field in columns.kept},
-        PROMPT: array(PROMPT, [each if isinstance(each, str) else None for each in prompts]),
-        IMAGE: array(IMAGE, images),
+        MESSAGES: array(MESSAGES, [to_json(each.conversation) if isinstance(each, Asked) else None for each in asked]),
+        IMAGES: array(IMAGES, images),
         **failure_columns(failures),
     }
+    if columns.answer_last_turn_again:
+        expected = [each.expected if isinstance(each, Asked) else None for each in asked]
+        record[EXPECTED_FIELD.name] = pa.array(expected, EXPECTED_FIELD.type)
     return pa.table(record)
+
+
+def _asked(table: pa.Table, columns: InputColumns, prompt: str | None) -> list[Asked | RowError]:
+    """What each row asks, with the values of its images; or why it cannot be asked."""
+    has_images = columns.image in table.column_names  # without, there are messages
+    images: list[object] = _image_values(table[columns.image]) if has_images else [()] * len(table)
+    if columns.messages is not None:
+        again = columns.answer_last_turn_again
+        messages = zip(_one_by_one(table[columns.messages]), images, strict=True)
+        return [_result(partial(_conversation, value, shown, again=again)) for value, shown in messages]
+    prompts: list[object] = [prompt] * len(table) if columns.prompt is None else _values(table[columns.prompt])
+    return [_result(partial(_turn, each, shown)) for each, shown in zip(prompts, images, strict=True)]
+
+
+def _result(read: Callable[[], Asked]) -> Asked | RowError:
+    try:
+        return read()
+    except RowError as error:
+        return error
+
+
+def _turn(prompt: object, images: object) -> Asked:
+    """One user turn of a row's images and its prompt."""
+    shown = _list_of_images(images)
+    if not shown:
+        raise ImageError("the list of images is empty")
+    if len(shown) > MOST_IMAGES:
+        raise ImageError(f"the list of images has {len(shown):,}; the limit is {MOST_IMAGES:,}")
+    if isinstance(prompt, RowError):
+        raise prompt
+    if not isinstance(prompt, str):
+        raise PromptError("the prompt is null")
+    return Asked(single_turn(prompt, len(shown)), tuple(shown))
+
+
+def _conversation(messages: object, images: object, *, again: bool) -> Asked:
+    if isinstance(messages, RowError):
+        raise messages
+    # A null in the column is no image here, so that conversations without one can stand beside others.
+    shown = [] if images is None else _list_of_images(images)
+    return read_messages(messages, shown, answer_last_turn_again=again)
+
+
+def _list_of_images(images: object) -> list[object]:
+    """Values of a row's images."""
+    if isinstance(images, RowError):
+        raise images
+    return list(images) if isinstance(images, list | tuple) else [images]
+
+
+def _note_marks(asked: Sequence[Asked | RowError]) -> None:
+    """Log, once in a process, that text of a user has marks for images, which nothing takes out."""
+    global _noted_marks  # noqa: PLW0603
+    turns = (turn for each in asked if isinstance(each, Asked) for turn in each.conversation if turn.role == "user")
+    if not _noted_marks and any(MARK in part for turn in turns for part in turn.parts if isinstance(part, str)):
+        _noted_marks = True
+        logger.warning(
+            "prompts or text parts of messages contain %s, which the model reads as text and often answers worse for. "
+            "Take it out: images go in front of a prompt by themselves, and are parts of their own beside text parts. "
+            "Only in a message whose content is text (--messages-column) does it stand for an image",
+            MARK,
+        )
 
 
 def _row_error(row: str, error: Exception) -> RowError:
@@ -153,6 +235,10 @@ def _row_error(row: str, error: Exception) -> RowError:
 
 def _image_values(column: pa.ChunkedArray) -> list[object]:
     """Values of the image column; of a struct its `bytes`, or if that is null its `path`. It ignores other fields."""
+    if item_type(column.type) is not None:
+        items = iter(_image_values(pc.list_flatten(column)))
+        counts = pc.list_value_length(column).to_pylist()
+        return [None if count is None else list(islice(items, count)) for count in counts]
     if not pa.types.is_struct(column.type):
         return _values(column)
     values: list[object] = [None] * len(column)
@@ -172,6 +258,28 @@ def _values(column: pa.ChunkedArray) -> list[object]:
     return values
 
 
+def _one_by_one(column: pa.ChunkedArray) -> Iterator[object]:
+    """Values as `_values` has them, each made when it is asked for: messages can take much more memory as objects."""
+    for chunk in column.chunks:
+        for index in range(len(chunk)):
+            if _items(chunk.slice(index, 1)) > MOST_VALUES:
+                yield RecordError(f"the messages have more than {MOST_VALUES:,} values")
+            else:
+                yield _value(chunk[index])
+
+
+def _items(column: pa.Array) -> int:
+    """Number of items in all lists and maps of a column."""
+    if pa.types.is_map(column.type):
+        # Not as lists of structs: Arrow's cast of a slice ends the process where there are fields of type null.
+        start, stop = (int(column.offsets[end].as_py()) for end in (0, -1))
+        return stop - start + sum(_items(part.slice(start, stop - start)) for part in (column.keys, column.items))
+    if item_type(column.type) is not None:
+        items = column.flatten()
+        return len(items) + _items(items)
+    return sum(map(_items, column.flatten())) if pa.types.is_struct(column.type) else 0
+
+
 def _value(scalar: pa.Scalar) -> object:
     try:
         return scalar.as_py()
@@ -181,25 +289,44 @@ def _value(scalar: pa.Scalar) -> object:
         return RecordError(f"a {scalar.type} cannot be read: {error}")
 
 
-def _prompt_failure(prompt: object) -> Failure | None:
-    return Failure.of(prompt) if isinstance(prompt, RowError) else None
+def _images(
+    asked: Sequence[Asked | RowError], folder: Path, fetcher: Fetcher
+) -> tuple[list[list[bytes] | None], list[Failure | None]]:
+    """For each row, the bytes of its images, or None and its failure; images given by path or address are fetched.
+
+    Rows often ask about the same image: each location is fetched once.
+    """
+    rows = [[_bytes_or_location(value) for value in each.images] if isinstance(each, Asked) else [] for each in asked]
+    locations = list(dict.fromkeys(image for row in rows for image in row if isinstance(image, str)))
+    fetched = dict(zip(locations, fetcher.fetch_all(locations, folder), strict=True))
+    images: list[list[bytes] | None] = []
+    failures: list[Failure | None] = []
+    for each, row in zip(asked, rows, strict=True):
+        found = [fetched[image] if isinstance(image, str) else image for image in row]
+        failure = Failure.of(each) if isinstance(each, RowError) else _failure(found)
+        failures.append(failure)
+        images.append(None if failure else [image for image in found if isinstance(image, bytes)])
+    return images, failures
 
 
-def _images(values: list[object], folder: Path, fetcher: Fetcher) -> tuple[list[bytes | None], list[Failure | None]]:
-    """For each row, the bytes of its image, or None and its failure; images given by path or address are fetched."""
-    images: list[bytes | str | RowError] = [_bytes_or_location(value) for value in values]
-    locations = [image for image in images if isinstance(image, str)]
-    fetched = iter(fetcher.fetch_all(locations, folder))
-    images = [next(fetched) if isinstance(image, str) else image for image in images]
-    return (
-        [image if isinstance(image, bytes) else None for image in images],
-        [Failure.of(image) if isinstance(image, RowError) else None for image in images],
-    )
+def _failure(images: Sequence[bytes | RowError]) -> Failure | None:
+    """Why the images of a row cannot be shown; None if they can."""
+    size = sum(len(image) for image in images if isinstance(image, bytes))
+    if len(images) > 1 and size > MOST_BYTES:
+        return Failure.of(ImageError(f"the {len(images):,} images have {size:,} bytes; the limit is {MOST_BYTES:,}"))
+    return first_failure([Failure.of(image) if isinstance(image, RowError) else image for image in images])
 
 
 def _bytes_or_location(value: object) -> bytes | str | RowError:
+    if isinstance(value, dict):  # of a message
+        value = next((value[name] for name in ("bytes", "path") if value.get(name) is not None), None)
     if value is None:
         return ImageError("the image is null")
+    if isinstance(value, str) and value[:5].lower() == "data:":
+        try:
+            return of_data_address(value)
+        except ImageError as error:
+            return error
     if isinstance(value, bytes | str | RowError):
         return value
     return RecordError(f"the image is a {type(value).__name__}, not bytes or a path")

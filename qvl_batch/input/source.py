@@ -170,6 +170,11 @@ def _joined(
         InputError: there are no such types, or they are wider although they cannot change any more.
     """
     joined = columns.joined(of_file)
+    if joined is not None and joined.has_lists != columns.has_lists and not can_widen:
+        raise InputError(
+            f"{files[-1].path} has lists of images, and the files that this job began with have single ones, as the "
+            "sizes in its answers do: give it another --output"
+        )
     if joined is None or (joined != columns and not can_widen):
         raise InputError(
             f"{files[-1].path} and {files[0].path} differ in the type of the id or of a kept column: "
