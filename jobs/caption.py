@@ -1,4 +1,4 @@
-"""Answer the prompts of image/prompt parquet files.
+"""Answer prompts about images, or conversations, of parquet files.
 
     python jobs/caption.py --bundle BUNDLE --input PATH... --output DIR
 

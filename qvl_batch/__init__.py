@@ -13,18 +13,25 @@ if TYPE_CHECKING:
     from qvl_batch.bundle.loading import Bundle
     from qvl_batch.captioner import Captioner
     from qvl_batch.errors import JobError, QvlBatchError, RowError
+    from qvl_batch.grounding import Box, boxes
+    from qvl_batch.images.view import ImageSize
     from qvl_batch.schema import Answer, Failure
 
-__all__ = ["Answer", "Bundle", "Captioner", "Failure", "JobError", "QvlBatchError", "RowError"]
+__all__ = [
+    "Answer", "Box", "Bundle", "Captioner", "Failure", "ImageSize", "JobError", "QvlBatchError", "RowError", "boxes",
+]  # fmt: skip
 
 _MODULES = {
     "Answer": "schema",
+    "Box": "grounding",
     "Bundle": "bundle.loading",
     "Captioner": "captioner",
     "Failure": "schema",
+    "ImageSize": "images.view",
     "JobError": "errors",
     "QvlBatchError": "errors",
     "RowError": "errors",
+    "boxes": "grounding",
 }
 
 

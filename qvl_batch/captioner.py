@@ -1,23 +1,29 @@
-"""Images and prompts to answers, in order, in one process and without Ray."""
+"""Images and prompts, or conversations, to answers, in order, in one process and without Ray."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from qvl_batch.bundle.layout import Pixels
+from qvl_batch.bundle.layout import Features
 from qvl_batch.bundle.loading import Bundle
 from qvl_batch.config import DEFAULT_MAX_NEW_TOKENS, MAX_IMAGE_PIXELS, DeviceOption, Fit, ImageRules
-from qvl_batch.decoder.answerer import Answerer, EncodedRow
+from qvl_batch.conversation import single_turn
+from qvl_batch.decoder.answerer import Answerer, EncodedImage, EncodedRow
 from qvl_batch.decoder.engine import Stoppable
-from qvl_batch.errors import ConfigError, ImageError
-from qvl_batch.images.pixels import DEFAULT_RULES, decode_image, fit_image, image_key, upright_rgb
+from qvl_batch.errors import ConfigError, ImageError, RowError
+from qvl_batch.grounding import Box, boxes, complete
+from qvl_batch.images.pixels import DEFAULT_RULES, Seen, decode_image, image_key, see, upright_rgb
+from qvl_batch.images.view import ImageSize, View
+from qvl_batch.input.messages import Asked, of_data_address, read_messages
 from qvl_batch.runtime.devices import resolve_device, resolve_vision_device, usable_cpus
-from qvl_batch.schema import Answer, Failure
+from qvl_batch.schema import Answer, Failure, first_failure
 from qvl_batch.vision.encoder import VisionEncoder
 from qvl_batch.vision.features import ImageFeatures
 
@@ -26,7 +32,9 @@ from qvl_batch.vision.features import ImageFeatures
 ImageLike = str | Path | bytes | bytearray | NDArray[Any] | Image.Image
 #: Integer types that Pillow would take for 16-bit or 32-bit grey levels.
 _WIDE_INTEGERS = ("int16", "int32", "int64", "uint32", "uint64")
-#: Images held in memory as pixels at a time.
+#: Messages of a conversation: mappings of `role` and `content`, as for `--messages-column` of the job.
+Messages = Sequence[Mapping[str, Any]]
+#: Rows whose images are held in memory as pixels at a time.
 WINDOW = 32
 
 
@@ -44,14 +52,19 @@ class Captioner(Stoppable):
         device: where the decoder runs; `auto` is the device that the bundle was exported for.
         vision_device: where the vision tower runs; `auto` is a GPU for one in half precision, else the CPU.
         slots: rows answered at a time.
-        fit: how an image that is not square becomes square.
+        fit: how an image that is not square becomes square, by default letterbox; not for a bundle that shows images at
+            their own size.
+        max_pixels: largest number of pixels that the model sees of an image, for a bundle that shows images at their
+            own size; by default the bundle's limit.
+        system_prompt: text of a system message for rows that have none; by default the chat template's own.
         max_image_pixels: largest number of pixels of an image.
         allow_truncated: use the intact part of image files that are truncated or damaged.
         allow_repetition: accept an answer that repeats a phrase until it is cut off; without it, the row fails.
 
     Raises:
         BundleError: there is no bundle, or it is damaged.
-        ConfigError: `slots` or `max_image_pixels` is less than 1, or the fit or device is unknown.
+        ConfigError: `slots` or `max_image_pixels` is less than 1, the fit or device is unknown, or `fit`, `max_pixels`
+            or `system_prompt` cannot be used with this bundle.
         DeviceError: the device cannot be used here, or computes the bundle wrongly.
     """
 
@@ -62,7 +75,9 @@ class Captioner(Stoppable):
         device: DeviceOption = "auto",
         vision_device: DeviceOption = "auto",
         slots: int = 8,
-        fit: Fit = "letterbox",
+        fit: Fit | None = None,
+        max_pixels: int | None = None,
+        system_prompt: str | None = None,
         max_image_pixels: int = MAX_IMAGE_PIXELS,
         allow_truncated: bool = False,
         allow_repetition: bool = False,
@@ -70,62 +85,107 @@ class Captioner(Stoppable):
         for name, value in (("slots", slots), ("max_image_pixels", max_image_pixels)):
             if value < 1:
                 raise ConfigError(f"{name} must be at least 1, not {value}")
-        if fit not in get_args(Fit):
+        if fit is not None and fit not in get_args(Fit):
             raise ConfigError(f"fit must be one of {', '.join(get_args(Fit))}, not {fit!r}")
         self._bundle = Bundle.load(bundle)
         resolve_device(device, self._bundle.manifest)
         encoder_device = resolve_vision_device(vision_device, self._bundle.manifest)
-        self._fit: Fit = fit
+        self._view = View.of(self._bundle.manifest.layout.resolution, fit, max_pixels)
         self._rules = ImageRules(max_image_pixels, allow_truncated)
         self._process = os.getpid()
         threads = usable_cpus()
         features = ImageFeatures(VisionEncoder(self._bundle, threads, encoder_device))
-        answerer = Answerer(self._bundle, slots, threads, allow_repetition=allow_repetition)
+        answerer = Answerer(
+            self._bundle, slots, threads, system_prompt=system_prompt, allow_repetition=allow_repetition
+        )
         #: None once closed.
         self._parts: tuple[ImageFeatures, Answerer] | None = (features, answerer)
 
     def caption(
         self,
-        images: Iterable[ImageLike],
-        prompts: Iterable[str | None] | str,
+        images: Iterable[ImageLike | Sequence[ImageLike]] | None = None,
+        prompts: Iterable[str | None] | str | None = None,
         *,
+        messages: Iterable[Messages] | None = None,
         max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS,
     ) -> list[Answer]:
-        """Answer each prompt about its image.
+        """Answer each prompt about its image or images, or each conversation.
+
+            captioner.caption(["a.jpg", ["b.jpg", "c.jpg"]], ["What is this?", "What is the difference?"])
+            captioner.caption(messages=[[{"role": "user", "content": [{"type": "image", "image": "a.jpg"}, ...]}]])
 
         A failed row has `finish_reason == "error"` and a `failure`; other rows are not affected.
 
         Args:
-            images: one for each row.
+            images: one for each row, or a list of them. With `messages`, those that the messages have no images for.
             prompts: one for each row, or one string for all rows.
+            messages: in place of prompts, a conversation for each row, as for `--messages-column` of the job.
             max_new_tokens: longest answer in tokens.
 
         Raises:
-            ConfigError: the numbers of prompts and images differ, `images` is a single image and not a list, or
-                `max_new_tokens` is less than 1.
+            ConfigError: the numbers of prompts and images differ, `images` is a single image and not a list, both
+                prompts and messages are given or neither, or `max_new_tokens` is less than 1.
             RuntimeError: this object was closed, or created before a fork.
         """
         if self._parts is None:
             raise RuntimeError("the captioner is closed")
         if os.getpid() != self._process:
             raise RuntimeError("this Captioner was created before a fork: create one in this process")
-        features, answerer = self._parts
         if max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
-        if isinstance(images, str | Path | bytes | bytearray | Image.Image) or _is_pixels(images):
-            raise ConfigError(f"images is a single {type(images).__name__}, not one for each row: give a list, [image]")
-        images = list(images)
-        texts = [prompts] * len(images) if isinstance(prompts, str) else list(prompts)
-        if len(texts) != len(images):
-            raise ConfigError(f"{len(images)} images and {len(texts)} prompts: give one prompt each, or one for all")
+        rows = _asked(images, prompts, messages)
         answers: list[Answer] = []
-        for start in range(0, len(images), WINDOW):
-            window = slice(start, start + WINDOW)
-            pixels = [self._pixels_or_failure(image) for image in images[window]]
-            keys = [None if isinstance(each, Failure) else image_key(each.tobytes(), self._fit) for each in pixels]
-            questions = map(EncodedRow, features.of(pixels, keys), texts[window], keys)
-            answers.extend(answerer.answer(list(questions), max_new_tokens))
+        for start in range(0, len(rows), WINDOW):
+            answers.extend(self._answer(rows[start : start + WINDOW], max_new_tokens))
         return answers
+
+    def boxes(self, answer: Answer, *, upright: bool = False) -> list[Box] | None:
+        """Boxes and points that an answer names as JSON, in pixels of the image files: see `qvl_batch.boxes`."""
+        sizes = [ImageSize(*size) for size in answer.image_sizes]
+        return boxes(complete(answer), sizes, self._view.fit, upright=upright)
+
+    def _answer(self, rows: Sequence[Asked | Failure], max_new_tokens: int) -> list[Answer]:
+        assert self._parts is not None
+        features, answerer = self._parts
+        seen = [row if isinstance(row, Failure) else self._seen(row.images) for row in rows]
+        images = [image for row in seen if not isinstance(row, Failure) for image in row]
+        keys = [image_key(image.pixels.tobytes(), self._view) for image in images]
+        encoded = zip(features.of([image.pixels for image in images], keys), images, keys, strict=True)
+        encoded_rows = [self._encoded(asked, row, encoded) for asked, row in zip(rows, seen, strict=True)]
+        answers = answerer.answer(encoded_rows, max_new_tokens)
+        sizes = [() if isinstance(row, Failure) else tuple(image.size.numbers for image in row) for row in seen]
+        return [replace(answer, image_sizes=each) for answer, each in zip(answers, sizes, strict=True)]
+
+    def _encoded(
+        self,
+        asked: Asked | Failure,
+        seen: list[Seen] | Failure,
+        encoded: Iterator[tuple[Features | Failure, Seen, bytes]],
+    ) -> EncodedRow | Failure:
+        """A row with the features of its images, which are the next of `encoded`; or why there is none."""
+        if isinstance(asked, Failure):
+            return asked
+        if isinstance(seen, Failure):
+            return seen
+        results = list(islice(encoded, len(seen)))
+        grid = self._view.resolution.grid
+        images = tuple(
+            EncodedImage(features, *grid(*image.pixels.shape[:2]), key)
+            for features, image, key in results
+            if not isinstance(features, Failure)
+        )
+        return first_failure([features for features, _, _ in results]) or EncodedRow(asked.conversation, images)
+
+    def _seen(self, images: Sequence[object]) -> list[Seen] | Failure:
+        """Images of a row as they are seen, or the failure of the first that cannot be."""
+        results = [self._seen_or_failure(image) for image in images]
+        return first_failure(results) or [each for each in results if isinstance(each, Seen)]
+
+    def _seen_or_failure(self, image: object) -> Seen | Failure:
+        try:
+            return see(_picture(image, self._rules), self._view)
+        except ImageError as error:
+            return Failure.of(error)
 
     def close(self) -> None:
         """Finish pending rows, then release graphs and threads."""
@@ -139,11 +199,54 @@ class Captioner(Stoppable):
             part.stop()
         self._parts = None
 
-    def _pixels_or_failure(self, image: ImageLike) -> Pixels | Failure:
-        try:
-            return fit_image(_picture(image, self._rules), self._bundle.manifest.layout.image_size, self._fit)
-        except ImageError as error:
-            return Failure.of(error)
+
+def _asked(
+    images: Iterable[ImageLike | Sequence[ImageLike]] | None,
+    prompts: Iterable[str | None] | str | None,
+    messages: Iterable[Messages] | None,
+) -> list[Asked | Failure]:
+    """What each row asks.
+
+    Raises:
+        ConfigError: the arguments do not belong together.
+    """
+    if (prompts is None) == (messages is None):
+        raise ConfigError("give prompts or messages, and not both")
+    if isinstance(images, str | Path | bytes | bytearray | Image.Image) or _is_pixels(images):
+        raise ConfigError(f"images is a single {type(images).__name__}, not one for each row: give a list, [image]")
+    if messages is not None:
+        conversations = list(messages)
+        rows = [()] * len(conversations) if images is None else list(map(_as_list, images))
+        _check_count(rows, conversations, "conversations")
+        return [_conversation(*row) for row in zip(conversations, rows, strict=True)]
+    if images is None:
+        raise ConfigError("prompts need images: give one for each row, or messages for rows without images")
+    rows = list(map(_as_list, images))
+    texts = [prompts] * len(rows) if isinstance(prompts, str) else list(prompts or ())
+    _check_count(rows, texts, "prompts")
+    return [
+        Asked(single_turn(cast("str", text), len(row)), tuple(row))
+        if row
+        else Failure.of(ImageError("the list of images is empty"))
+        for text, row in zip(texts, rows, strict=True)
+    ]
+
+
+def _check_count(images: Sequence[object], others: Sequence[object], name: str) -> None:
+    if len(images) != len(others):
+        raise ConfigError(f"{len(images)} images and {len(others)} {name}: give one each, or one prompt for all")
+
+
+def _conversation(messages: Messages, images: Sequence[object]) -> Asked | Failure:
+    try:
+        return read_messages(list(messages) if isinstance(messages, tuple) else messages, images)
+    except RowError as error:
+        return Failure.of(error)
+
+
+def _as_list(images: ImageLike | Sequence[ImageLike]) -> Sequence[object]:
+    """Images of a row."""
+    return images if isinstance(images, list | tuple) else [images]
 
 
 def _is_pixels(images: object) -> bool:
@@ -151,7 +254,15 @@ def _is_pixels(images: object) -> bool:
     return isinstance(images, np.ndarray) and images.ndim in {2, 3}
 
 
-def _picture(image: ImageLike, rules: ImageRules = DEFAULT_RULES) -> Image.Image:
+def _plain(image: object) -> object:
+    """An image that is given as `datasets` has it, or as a data: address, by its bytes or its path."""
+    if isinstance(image, dict):
+        image = next((image[name] for name in ("bytes", "path") if image.get(name) is not None), None)
+    return of_data_address(image) if isinstance(image, str) and image[:5].lower() == "data:" else image
+
+
+def _picture(image: object, rules: ImageRules = DEFAULT_RULES) -> Image.Image:
+    image = _plain(image)
     if isinstance(image, bytes | bytearray):
         return decode_image(bytes(image), rules)
     if isinstance(image, str | Path):

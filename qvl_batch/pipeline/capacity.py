@@ -12,7 +12,7 @@ from pathlib import Path
 import pynvml
 
 from qvl_batch.bundle.manifest import DECODER, HALVES, VISION, Manifest
-from qvl_batch.decoder.decoder import PREFILL_ROWS, PREFIX_ENTRIES
+from qvl_batch.decoder.decoder import PREFILL_ROWS, PREFIX_ENTRIES, prefill_tokens
 from qvl_batch.decoder.kv_cache import slot_bytes
 from qvl_batch.errors import DeviceError
 
@@ -98,15 +98,16 @@ def bytes_beside_slots(manifest: Manifest, *, vision_too: bool) -> int:
     token = (5 * 4 + 2 * size) * shape.hidden_size + 3 * size * shape.intermediate_size
     token += 2 * size * (queries + 2 * keys) + 2 * (size + 4) * (queries + keys)
     image_embeds = 4 * shape.hidden_size
-    prefill = PREFILL_ROWS["cuda"] * layout.max_seq_len * (token + image_embeds)
-    logits = PREFILL_ROWS["cuda"] * shape.vocab_size * (size + 4)
+    tokens = prefill_tokens(manifest, "cuda")
+    prefill = tokens * (token + image_embeds)
+    logits = PREFILL_ROWS * shape.vocab_size * (size + 4)
     if manifest.dtype not in HALVES:  # attention in standard operators materialises all scores
-        prefill += 2 * 4 * PREFILL_ROWS["cuda"] * shape.heads * layout.max_seq_len**2
+        prefill += 2 * 4 * tokens * shape.heads * layout.max_seq_len
     weights = manifest.bytes_of(DECODER)
     vision = 0
     if vision_too:  # activations of an image token's four patches are as wide as those of two tokens, in fp32 of four
         width = 2 if manifest.vision_dtype in HALVES else 4
-        vision = manifest.bytes_of(VISION) + CUDA_VISION_THREADS * width * layout.image_tokens * token
+        vision = manifest.bytes_of(VISION) + CUDA_VISION_THREADS * width * layout.resolution.max_tokens * token
     return weights + prefill + logits + vision + CUDA_BYTES
 
 

@@ -19,6 +19,7 @@ from ray.data import ActorPoolStrategy, DataContext, Dataset, TaskPoolStrategy
 
 from qvl_batch.bundle.loading import Bundle
 from qvl_batch.config import CaptionConfig
+from qvl_batch.images.view import View
 from qvl_batch.input.fetch import Fetcher
 from qvl_batch.input.input_columns import InputColumns
 from qvl_batch.input.source import Source, Unit
@@ -27,6 +28,7 @@ from qvl_batch.pipeline.cluster import job_error
 from qvl_batch.pipeline.plan import CALLS_PER_VISION_WORKER, ROWS_PER_BLOCK, TASK_CPUS, Plan
 from qvl_batch.pipeline.prepare import prepare_guarded
 from qvl_batch.pipeline.read import read_units
+from qvl_batch.pipeline.stages import AnswerForm
 from qvl_batch.rows import Row
 
 #: Rows of one dataset; a longer job is several, one after the other. Ray remembers every block of a dataset to its
@@ -49,6 +51,7 @@ class Pipeline:
         bundle: what answers.
         plan: workers, threads, slots.
         columns: of the input, that are read.
+        view: how images are seen.
         fetcher: reads images that are not in the input's files.
         sample: places of rows to show in the report.
     """
@@ -57,6 +60,7 @@ class Pipeline:
     bundle: Bundle
     plan: Plan
     columns: InputColumns
+    view: View
     fetcher: Fetcher
     sample: frozenset[Row]
     attempts: RemoteAttempts = field(default_factory=RemoteAttempts)
@@ -67,9 +71,10 @@ class Pipeline:
         Raises:
             JobError: a stage failed.
         """
-        options = DataContext.get_current().execution_options
-        budget = self.plan.bytes_in_flight(self.bundle.manifest)
-        options.resource_limits = options.resource_limits.copy(object_store_memory=budget)
+        context = DataContext.get_current()
+        context.target_max_block_size = self.plan.block_bytes
+        limits = context.execution_options.resource_limits
+        context.execution_options.resource_limits = limits.copy(object_store_memory=self.plan.bytes_in_flight())
         try:
             for units in source.parts(ROWS_PER_DATASET):
                 yield from self.dataset(units).iter_batches(batch_size=None, prefetch_batches=0, **ARROW)
@@ -102,8 +107,7 @@ class Pipeline:
     def _prepare(self, rows: Dataset) -> Dataset:
         prepare = partial(
             prepare_guarded,
-            image_size=self.bundle.manifest.layout.image_size,
-            fit=self.config.fit,
+            view=self.view,
             rules=self.config.image_rules,
             sample=self.sample,
             attempts=self.attempts,
@@ -136,8 +140,16 @@ class Pipeline:
 
     def _decoder(self) -> tuple[Any, ...]:
         """Arguments of `DecoderStage`."""
-        limits = (self.config.max_new_tokens, self.config.allow_repetition)
-        return (self.bundle.path, self.plan.slots, self.plan.decoder_threads, *limits, worker_name)
+        config = self.config
+        form = AnswerForm(
+            config.max_new_tokens,
+            config.allow_repetition,
+            config.system_prompt,
+            self.view.fit,
+            lists=self.columns.has_lists,
+            boxes=config.boxes,
+        )
+        return (self.bundle.path, self.plan.slots, self.plan.decoder_threads, form, worker_name)
 
     def _decoder_actors(self) -> dict[str, Any]:
         calls = self.plan.calls_per_decoder

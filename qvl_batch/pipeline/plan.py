@@ -29,8 +29,10 @@ from qvl_batch.pipeline.capacity import (
     slots_on_card,
 )
 
-#: Rows of a block. Small, so that several batches are in the engine at once.
+#: Most rows of a block. Small, so that several batches are in the engine at once.
 ROWS_PER_BLOCK = 8
+#: A block has fewer rows if their images have more tokens than this, which is those of 672 x 672 pixels.
+USUAL_TOKENS = 576
 #: Share of the cores for the decoder; the vision graph does more work per row. Both shares are rounded up: one thread
 #: too many costs less than an idle core (5 % on two cores).
 DECODER_SHARE = 0.4
@@ -67,6 +69,9 @@ class Plan:
         slots: rows that each answers at a time.
         slot_bytes: KV cache of one slot.
         slots_in_memory: slots that would fit into memory.
+        block_bytes: most bytes of a block, pixels and features; a single row can have more.
+        calls_per_decoder: blocks that a decoder has at a time: enough to fill its slots, and half as many rows waiting,
+            even if all images are as large as they can be.
         tasks_at_once: concurrent tasks of the reading and of the image-decoding stage.
         card: the GPU with the least free memory of those that decoders run on, None on the CPU.
     """
@@ -80,23 +85,18 @@ class Plan:
     slots: int
     slot_bytes: int
     slots_in_memory: int
+    block_bytes: int
+    calls_per_decoder: int
     tasks_at_once: int
     card: Card | None = None
 
-    @property
-    def calls_per_decoder(self) -> int:
-        """Batches that a decoder has at a time: enough to fill its slots, and half as many rows waiting."""
-        return math.ceil(1.5 * self.slots / ROWS_PER_BLOCK) + 1
-
-    def bytes_in_flight(self, manifest: Manifest) -> float:
-        """Object-store budget for back-pressure: twice the pixels and features of the rows in flight.
+    def bytes_in_flight(self) -> float:
+        """Object-store budget for back-pressure: twice the blocks that workers have at a time.
 
         Without a limit, images are decoded ahead of the vision workers until half of Ray's object store is full.
         """
-        row = 3 * manifest.layout.image_size**2 + 4 * math.prod(manifest.feature_shape)
         calls = 0 if self.is_joined else self.vision_workers * (CALLS_PER_VISION_WORKER + 1)
-        blocks = calls + self.decoder_workers * self.calls_per_decoder
-        return 2.0 * blocks * ROWS_PER_BLOCK * row
+        return 2.0 * (calls + self.decoder_workers * self.calls_per_decoder) * self.block_bytes
 
     @property
     def is_joined(self) -> bool:
@@ -159,6 +159,7 @@ def make_plan(
     for_vision = max(1, cpus - decoders) if card else math.ceil((1 - DECODER_SHARE) * cpus)
     vision = decoders if joined else config.vision_workers or math.ceil(for_vision / VISION_THREADS)
     vision_threads = CUDA_VISION_THREADS if joined else max(1, min(for_vision // vision, node_cpus))
+    block_bytes, rows_per_block = _blocks(manifest)
     slots, in_memory = _slots(config, manifest, decoders, len(nodes), card, vision_too=joined)
     # All actors together reserve what is left of the CPUs, in proportion to their threads.
     left = sum(max(each - FOR_TASKS, 0) for each in nodes)
@@ -175,9 +176,20 @@ def make_plan(
         slots=slots,
         slot_bytes=slot_bytes(manifest),
         slots_in_memory=in_memory,
+        block_bytes=block_bytes,
+        calls_per_decoder=math.ceil(1.5 * slots / rows_per_block) + 1,
         tasks_at_once=math.ceil(cpus / CPUS_PER_TASK),
         card=card,
     )
+
+
+def _blocks(manifest: Manifest) -> tuple[int, int]:
+    """Most bytes of a block, and how many rows it has if images are as large as they can be."""
+    resolution = manifest.layout.resolution
+    token = 3 * resolution.unit**2 + 4 * manifest.decoder.hidden_size
+    # Sizes, keys, prompts and kept columns come on top.
+    block = math.ceil(1.25 * ROWS_PER_BLOCK * USUAL_TOKENS * token)
+    return block, min(ROWS_PER_BLOCK, max(1, block // (resolution.max_tokens * token)))
 
 
 def _slots(

@@ -1,4 +1,4 @@
-"""The stage that decodes and fits images, as a function of an Arrow table.
+"""The stage that decodes images and makes them what the vision graph gets, as a function of an Arrow table.
 
 It runs in short tasks, in many processes, so this module imports no ONNX Runtime.
 """
@@ -8,27 +8,28 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
 from qvl_batch.columns import (
     FAILURE,
-    IMAGE,
-    IMAGE_KEY,
+    IMAGE_KEYS,
+    IMAGES,
     PIXELS,
+    SIZES,
     array,
     failure_columns,
     failures_of,
     seconds_column,
     with_columns,
 )
-from qvl_batch.config import Fit, ImageRules
-from qvl_batch.images.pixels import DEFAULT_RULES, image_key, pixels_or_failure
+from qvl_batch.config import ImageRules
+from qvl_batch.images.pixels import DEFAULT_RULES, Seen, image_key, seen_or_failure
+from qvl_batch.images.view import View
 from qvl_batch.pipeline.crash_guard import Attempts, Guarded
 from qvl_batch.report.sample import sample_columns
 from qvl_batch.rows import Row
@@ -40,48 +41,69 @@ SECONDS = 120.0
 
 def prepare(
     table: pa.Table,
-    image_size: int,
-    fit: Fit,
+    view: View,
     sample: frozenset[Row] = frozenset(),
     rules: ImageRules = DEFAULT_RULES,
 ) -> pa.Table:
-    """Decode and fit images: the column `IMAGE` becomes `PIXELS`, uint8 (size, size, 3) as bytes, and `IMAGE_KEY`.
+    """Decode images and see them: the column `IMAGES` becomes `PIXELS`, uint8 (H, W, 3) as bytes, `SIZES` and
+    `IMAGE_KEYS`.
 
-    An image that occurs several times in the table is decoded once.
+    An image that occurs several times in the table is decoded once. An image that cannot be decoded fails its row.
 
     Args:
         table: rows as they were read.
-        image_size: pixels a side.
-        fit: how an image that is not square becomes square.
+        view: how images are seen.
         sample: places of rows that also get `THUMBNAIL` and `ASKED`.
         rules: which images are shown.
     """
     began = time.perf_counter()
-    failures = failures_of(table)
-    keys: list[bytes | None] = []
-    fitted: dict[bytes, NDArray[np.uint8] | Failure] = {}
-    for image, failure in zip(table[IMAGE], failures, strict=True):
-        keys.append(None)
-        if failure is None:
-            data: bytes = image.as_py()
-            keys[-1] = key = image_key(data, fit)
-            if key not in fitted:
-                with _watched():
-                    fitted[key] = pixels_or_failure(data, image_size, fit, rules)
-    results = [failure if key is None else fitted[key] for key, failure in zip(keys, failures, strict=True)]
+    seeing = _Seeing(view, rules)
+    rows = [failure or seeing.row(row.values) for row, failure in zip(table[IMAGES], failures_of(table), strict=True)]
+    images = [None if isinstance(row, Failure) else [seen for _, seen in row] for row in rows]
     columns = {
-        PIXELS: array(PIXELS, [row.tobytes() if isinstance(row, np.ndarray) else None for row in results]),
-        IMAGE_KEY: array(IMAGE_KEY, keys),
-        **failure_columns([row if isinstance(row, Failure) else None for row in results]),
-        **sample_columns(table, results, sample),
+        PIXELS: array(PIXELS, [None if row is None else [seen.pixels.tobytes() for seen in row] for row in images]),
+        SIZES: array(
+            SIZES, [None if row is None else [each for seen in row for each in seen.size.numbers] for row in images]
+        ),
+        IMAGE_KEYS: array(IMAGE_KEYS, [None if isinstance(row, Failure) else [key for key, _ in row] for row in rows]),
+        **failure_columns([row if isinstance(row, Failure) else None for row in rows]),
+        **sample_columns(table, [[seen.pixels for seen in row or ()] for row in images], sample),
     }
     columns |= seconds_column("image", time.perf_counter() - began, table.num_rows)
-    return with_columns(table.drop_columns([IMAGE, *FAILURE]), columns)
+    return with_columns(table.drop_columns([IMAGES, *FAILURE]), columns)
 
 
 def prepare_guarded(table: pa.Table, attempts: Attempts, **options: Any) -> pa.Table:
     """As `prepare`, isolating rows that crash the process."""
     return Guarded(partial(prepare, **options), "image", attempts)(table)
+
+
+class _Seeing:
+    """Sees images of one table, each of them once."""
+
+    def __init__(self, view: View, rules: ImageRules) -> None:
+        self._view, self._rules = view, rules
+        self._known: dict[bytes, Seen | Failure] = {}
+
+    def row(self, files: pa.Array) -> list[tuple[bytes, Seen]] | Failure:
+        """Keys and images of a row, in order; or the failure of the first that cannot be seen.
+
+        Args:
+            files: bytes of the image files.
+        """
+        found: list[tuple[bytes, Seen]] = []
+        for number, file in enumerate(files, 1):
+            data: bytes = file.as_py()
+            key = image_key(data, self._view)
+            if key not in self._known:
+                with _watched():
+                    self._known[key] = seen_or_failure(data, self._view, self._rules)
+            seen = self._known[key]
+            if isinstance(seen, Failure):
+                place = f"image {number} of {len(files)}: " if len(files) > 1 else ""
+                return replace(seen, message=place + seen.message)
+            found.append((key, seen))
+        return found
 
 
 @contextmanager

@@ -16,7 +16,9 @@ import pyarrow as pa
 
 from qvl_batch.bundle.loading import Bundle
 from qvl_batch.config import CaptionConfig, Device
+from qvl_batch.decoder.prompts import RowLayout
 from qvl_batch.errors import DeviceError, JobError
+from qvl_batch.images.view import View
 from qvl_batch.input.discovery import passed_over
 from qvl_batch.input.fetch import Fetcher
 from qvl_batch.input.source import Source, open_source
@@ -58,21 +60,23 @@ def run(config: CaptionConfig, say: Say = lambda _: None, is_stopped: IsStopped 
     source = open_source(config, earlier.files if earlier else ())
     bundle = Bundle.load(config.bundle)
     devices = _devices(config, bundle)
+    view = View.of(bundle.manifest.layout.resolution, config.fit, config.max_pixels)
+    RowLayout(bundle, config.system_prompt)  # refused here rather than by the workers
     fetcher = Fetcher(config.allow_images_from)
     if config.vision_cache:
         # Workers open it too: here it is refused before they start.
         open_vision_cache(config.vision_cache, config.vision_cache_gb, bundle.manifest)
-    job = Job(_answers_depend_on(config, bundle), source.files)
-    schema = source.columns.output_schema()
+    job = Job(_answers_depend_on(config, bundle, view), source.files)
+    schema = source.columns.output_schema(boxes=config.boxes)
     retry = source.wanted if config.retry_errors else None
     with OutputFolder(storage, job, schema, overwrite=config.overwrite, retry=retry) as folder:
         left = source.without(folder.done)
         _announce(say, config, source, folder, left, bundle, devices)
-        settings = recorded_settings(config, len(source.files), bundle, devices)
+        settings = recorded_settings(config, len(source.files), bundle, view, devices)
         report = Report(str(storage), folder.tally, price_per_hour=config.price_per_hour, settings=settings)
         if left.rows:
             report = replace(report, startup_seconds=time.time() - began)
-            report = _answer(config, devices, left, fetcher, bundle, folder, report, say, is_stopped)
+            report = _answer(config, devices, left, view, fetcher, bundle, folder, report, say, is_stopped)
         elif not source.rows:
             folder.write_none()
         if left.rows or not folder.reported():
@@ -127,6 +131,7 @@ def _answer(
     config: CaptionConfig,
     devices: Mapping[str, Device],
     left: Source,
+    view: View,
     fetcher: Fetcher,
     bundle: Bundle,
     folder: OutputFolder,
@@ -142,7 +147,7 @@ def _answer(
         say(f"workers   {plan}")
         sample = choose(left.rows, left.spans())
         stats = RunStats(sample)
-        pipeline = Pipeline(config, bundle, plan, left.columns, fetcher, sample)
+        pipeline = Pipeline(config, bundle, plan, left.columns, view, fetcher, sample)
         # Closed before Ray is: threads of a dataset that is still running would start another Ray.
         with closing(pipeline.answers(left)) as answers:
             tally = _write(answers, folder, stats, left.rows, is_stopped)
@@ -157,7 +162,11 @@ def _answer(
         workers_seconds=min(stats.seconds_to_first_image, seconds),
         stages=stats.utilization(plan.threads, seconds),
         sample=stats.rows,
-        details={"timeline": stats.timeline.record(), "error_examples": stats.examples},
+        details={
+            "timeline": stats.timeline.record(),
+            "error_examples": stats.examples,
+            **({} if stats.unreadable_boxes is None else {"unreadable_boxes": stats.unreadable_boxes}),
+        },
         settings=report.settings | {"plan": asdict(plan), "rows_of_workers": stats.workers},
     )
 
@@ -189,7 +198,7 @@ def _until(is_stopped: IsStopped, tables: Iterable[pa.Table]) -> Iterator[pa.Tab
         yield table
 
 
-def _answers_depend_on(config: CaptionConfig, bundle: Bundle) -> dict[str, Any]:
+def _answers_depend_on(config: CaptionConfig, bundle: Bundle, view: View) -> dict[str, Any]:
     """What the answers of one output must have in common, by the names that a user knows.
 
     Not which images are shown (`config.image_rules`): errors alone become answers by it, and by `--retry-errors`.
@@ -200,8 +209,13 @@ def _answers_depend_on(config: CaptionConfig, bundle: Bundle) -> dict[str, Any]:
         "--id-column": config.id_column,
         "--image-column": config.image_column,
         "--prompt-column": config.prompt_column,
+        "--messages-column": config.messages_column,
+        "--answer-last-turn-again": config.answer_last_turn_again,
+        "--system-prompt": config.system_prompt,
         "--keep-columns": list(config.keep_columns),
         "--max-new-tokens": config.max_new_tokens,
         "--allow-repetition": config.allow_repetition,
-        "--fit": config.fit,
+        "--fit": view.fit,
+        "--max-pixels": view.resolution.max_pixels if view.resolution.is_native else None,
+        "--boxes": config.boxes,
     }

@@ -1,7 +1,7 @@
 """The stages that run the graphs, as functions of Arrow tables: an actor holds each.
 
-What enters and leaves: tables with the columns of `columns.COLUMNS`. Pixels and features are binary columns, read
-without a copy. Rows that have failed keep their failure and are passed on.
+What enters and leaves: tables with the columns of `columns.COLUMNS`. Pixels and features are lists of binary values,
+read without a copy. Rows that have failed keep their failure and are passed on.
 
 This module knows nothing of Ray.
 """
@@ -9,19 +9,21 @@ This module knows nothing of Ray.
 import os
 import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
-from qvl_batch.bundle.layout import Features, Pixels
 from qvl_batch.bundle.loading import Bundle
 from qvl_batch.columns import (
     FAILURE,
     FEATURES,
-    IMAGE_KEY,
+    IMAGE_KEYS,
+    MESSAGES,
     PIXELS,
-    PROMPT,
+    SIZES,
     STARTED,
     WORKERS,
     array,
@@ -30,16 +32,19 @@ from qvl_batch.columns import (
     seconds_column,
     with_columns,
 )
-from qvl_batch.config import Device
-from qvl_batch.decoder.answerer import Answerer, EncodedRow
-from qvl_batch.schema import ANSWER_FIELDS, Failure
+from qvl_batch.config import Device, Fit
+from qvl_batch.conversation import from_json
+from qvl_batch.decoder.answerer import Answerer, EncodedImage, EncodedRow
+from qvl_batch.grounding import boxes, complete
+from qvl_batch.images.view import ImageSize, sizes_of
+from qvl_batch.schema import BOXES_FIELD, Failure, answer_fields, first_failure
 from qvl_batch.vision.cache import open_vision_cache
 from qvl_batch.vision.encoder import VisionEncoder
 from qvl_batch.vision.features import ImageFeatures
 
 
 class VisionStage:
-    """Runs the vision graph: the column `PIXELS` becomes `FEATURES`, float32 (T_img, D) as bytes.
+    """Runs the vision graph: the column `PIXELS` becomes `FEATURES`.
 
     It can be called by several threads at once. With two, the images of the second table fill the threads that the
     first no longer needs.
@@ -70,7 +75,6 @@ class VisionStage:
         os.nice(niceness)
         self._name = name()
         loaded = Bundle.load(bundle, verify=False)
-        self._image_size = loaded.manifest.layout.image_size
         kept = None
         if cache is not None:
             kept = open_vision_cache(*cache, loaded.manifest)
@@ -79,15 +83,19 @@ class VisionStage:
     def __call__(self, table: pa.Table) -> pa.Table:
         """Encode the images of a table."""
         started = time.time()
-        size = self._image_size
         failures = failures_of(table)
-        images: list[Pixels | Failure] = [
-            failure or np.frombuffer(value.as_buffer(), np.uint8).reshape(size, size, 3)
-            for value, failure in zip(table[PIXELS], failures, strict=True)
+        images = [
+            [np.frombuffer(each, np.uint8).reshape(size.seen_height, size.seen_width, 3) for each, size in row]
+            for row in _images(table, PIXELS)
         ]
-        encoded = self._features.of(images, table[IMAGE_KEY].to_pylist())
-        features = [None if isinstance(row, Failure) else row.tobytes() for row in encoded]
-        failed = [row if isinstance(row, Failure) else None for row in encoded]
+        keys = [key for row in table[IMAGE_KEYS].to_pylist() for key in row or ()]
+        encoded = iter(self._features.of([image for row in images for image in row], keys))
+        results = [list(islice(encoded, len(row))) for row in images]
+        failed = [failure or first_failure(row) for failure, row in zip(failures, results, strict=True)]
+        features = [
+            None if failure else [each.tobytes() for each in row if not isinstance(each, Failure)]
+            for failure, row in zip(failed, results, strict=True)
+        ]
         rows, worker = table.num_rows, WORKERS["vision"]
         columns = {
             FEATURES: array(FEATURES, features),
@@ -99,8 +107,29 @@ class VisionStage:
         return with_columns(table.drop_columns([PIXELS, *FAILURE]), columns)
 
 
+@dataclass(frozen=True, slots=True)
+class AnswerForm:
+    """How rows are asked, and how their answers are written.
+
+    Args:
+        max_new_tokens: longest answer in tokens.
+        allow_repetition: keep answers that repeat one phrase until they are cut.
+        system_prompt: text of the system message of conversations that have none.
+        fit: how images became square; None if they kept their own size.
+        lists: sizes of images are lists.
+        boxes: add the boxes that answers contain.
+    """
+
+    max_new_tokens: int
+    allow_repetition: bool = False
+    system_prompt: str | None = None
+    fit: Fit | None = None
+    lists: bool = False
+    boxes: bool = False
+
+
 class DecoderStage:
-    """Runs the decoder: `FEATURES` and `PROMPT` become the columns of `ANSWER_FIELDS`.
+    """Runs the decoder: `MESSAGES`, `FEATURES` and `SIZES` become the columns of an answer.
 
     It can be called by several threads at once; the rows of all are in one engine.
 
@@ -108,40 +137,61 @@ class DecoderStage:
         bundle: folder of the bundle.
         slots: rows that are answered at a time.
         threads: threads of one operator.
-        max_new_tokens: longest answer in tokens.
-        allow_repetition: keep answers that repeat one phrase until they are cut.
+        form: how rows are asked and answers are written.
         name: called once, returns the name of this worker.
 
     Raises:
         BundleError: the bundle cannot be loaded.
+        ConfigError: the system prompt cannot be used with this bundle.
         DeviceError: the device cannot be used, or computes the graph wrongly.
     """
 
-    def __init__(
-        self,
-        bundle: Path,
-        slots: int,
-        threads: int,
-        max_new_tokens: int,
-        allow_repetition: bool,
-        name: Callable[[], str],
-    ) -> None:
-        self._name = name()
+    def __init__(self, bundle: Path, slots: int, threads: int, form: AnswerForm, name: Callable[[], str]) -> None:
+        self._name, self._form = name(), form
         loaded = Bundle.load(bundle, verify=False)
-        self._max_new_tokens = max_new_tokens
-        self._shape = loaded.manifest.feature_shape
-        self._answerer = Answerer(loaded, slots, threads, allow_repetition=allow_repetition)
+        self._grid, self._hidden_size = loaded.manifest.layout.resolution.grid, loaded.manifest.decoder.hidden_size
+        self._answerer = Answerer(
+            loaded, slots, threads, system_prompt=form.system_prompt, allow_repetition=form.allow_repetition
+        )
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Answer the rows of a table."""
-        features: list[Features | Failure] = [
-            failure or np.frombuffer(value.as_buffer(), np.float32).reshape(self._shape)
-            for value, failure in zip(table[FEATURES], failures_of(table), strict=True)
+        form = self._form
+        failures, images = failures_of(table), _images(table, FEATURES)
+        keys, messages = table[IMAGE_KEYS].to_pylist(), table[MESSAGES].to_pylist()
+        sizes = [sizes_of(numbers or ()) for numbers in table[SIZES].to_pylist()]
+        rows = [
+            failure or EncodedRow(from_json(messages[at]), tuple(map(self._encoded, images[at], keys[at])))
+            for at, failure in enumerate(failures)
         ]
-        rows = list(map(EncodedRow, features, table[PROMPT].to_pylist(), table[IMAGE_KEY].to_pylist()))
-        answers = [answer.record() for answer in self._answerer.answer(rows, self._max_new_tokens)]
-        columns = {f.name: pa.array([answer[f.name] for answer in answers], f.type) for f in ANSWER_FIELDS}
+        answers = [
+            replace(answer, image_sizes=tuple(size.numbers for size in seen))
+            for answer, seen in zip(self._answerer.answer(rows, form.max_new_tokens), sizes, strict=True)
+        ]
+        records = [answer.record(lists=form.lists) for answer in answers]
+        columns = {
+            field.name: pa.array([record[field.name] for record in records], field.type)
+            for field in answer_fields(lists=form.lists)
+        }
+        if form.boxes:
+            found = [boxes(complete(each), seen, form.fit) for each, seen in zip(answers, sizes, strict=True)]
+            values = [None if each is None else [asdict(box) for box in each] for each in found]
+            columns[BOXES_FIELD.name] = pa.array(values, BOXES_FIELD.type)
         columns[WORKERS["decoder"]] = array(WORKERS["decoder"], [self._name] * table.num_rows)
         for work, clock in self._answerer.clocks.items():
             columns |= seconds_column(work, clock.take(), table.num_rows)
-        return with_columns(table.drop_columns([FEATURES, PROMPT, IMAGE_KEY, *FAILURE]), columns)
+        return with_columns(table.drop_columns([FEATURES, MESSAGES, SIZES, IMAGE_KEYS, *FAILURE]), columns)
+
+    def _encoded(self, image: tuple[pa.Buffer, ImageSize], key: bytes) -> EncodedImage:
+        features, size = image
+        grid = self._grid(size.seen_height, size.seen_width)
+        return EncodedImage(np.frombuffer(features, np.float32).reshape(-1, self._hidden_size), *grid, key)
+
+
+def _images(table: pa.Table, column: str) -> list[list[tuple[pa.Buffer, ImageSize]]]:
+    """Bytes and sizes of the images of each row, none for a failed row."""
+    rows: list[list[tuple[pa.Buffer, ImageSize]]] = []
+    for images, numbers in zip(table[column], table[SIZES].to_pylist(), strict=True):
+        buffers = [image.as_buffer() for image in images.values] if images.is_valid else []
+        rows.append(list(zip(buffers, sizes_of(numbers or ()), strict=images.is_valid)))
+    return rows

@@ -17,7 +17,7 @@ from qvl_batch.output.parts import Tally
 from qvl_batch.report.sample import sampled, short
 from qvl_batch.report.utilization import Utilization
 from qvl_batch.rows import Row
-from qvl_batch.schema import ID, readable
+from qvl_batch.schema import BOXES_FIELD, ID, readable
 
 #: Rows that are kept of each kind of error.
 EXAMPLES = 5
@@ -38,6 +38,8 @@ class RunStats:
         self.workers: dict[str, Counter[str]] = {stage: Counter() for stage in WORKERS}
         #: The first rows of each kind of error, as id and message.
         self.examples: dict[str, list[dict[str, Any]]] = {}
+        #: Answers that are not readable as boxes; None if no boxes are asked for.
+        self.unreadable_boxes: int | None = None
         self._sample, self._shown = sample, dict[Row, dict[str, Any]]()
         self._busy_seconds = dict.fromkeys(SECONDS, 0.0)
         #: Unix time of the creation.
@@ -70,6 +72,9 @@ class RunStats:
         for work, seconds in seconds_of(table).items():
             self._busy_seconds[work] += seconds
         self._shown |= sampled(table, self._sample)
+        if BOXES_FIELD.name in table.column_names:
+            answered = table.filter(pc.is_valid(table["answer"]))
+            self.unreadable_boxes = (self.unreadable_boxes or 0) + answered[BOXES_FIELD.name].null_count
         if tally.errors:
             self._keep_errors(table.filter(pc.is_valid(table["error_stage"])))
 

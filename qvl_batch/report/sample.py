@@ -1,6 +1,6 @@
 """A random sample of rows to show on the page: which rows, and the columns that carry them to the driver.
 
-What enters: the rows to answer; later, tables of them. What leaves: places; columns with thumbnails and prompts; values
+What enters: the rows to answer; later, tables of them. What leaves: places; columns of thumbnails and questions; values
 to show. Rows are drawn from those that are left to answer, always with the same seed, so two bundles on the same input
 show the same rows.
 """
@@ -16,12 +16,18 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from PIL import Image
 
-from qvl_batch.columns import ASKED, PROMPT, THUMBNAIL, array, places_of
+from qvl_batch.columns import ASKED, MESSAGES, THUMBNAIL, array, places_of
+from qvl_batch.conversation import from_json
 from qvl_batch.rows import Row, Span
 from qvl_batch.schema import ANSWER_FIELDS, ID, readable
 
 #: Rows of the sample, pixels of a thumbnail's longer side, and characters of a text that are kept.
 ROWS, SIDE, CHARACTERS = 24, 160, 1_000
+#: Images of a row that are as large in its thumbnail as a single one; more share the width of these. Pixels between
+#: two of them, and their colour.
+ABREAST, GAP, BETWEEN = 4, 4, (255, 255, 255)
+#: Most images of a row that are shown: a JPEG is at most 65,500 pixels wide.
+MOST_ABREAST = 16
 
 
 def choose(count: int, spans: Iterable[tuple[int, Span]]) -> frozenset[Row]:
@@ -45,21 +51,20 @@ def choose(count: int, spans: Iterable[tuple[int, Span]]) -> frozenset[Row]:
 
 
 def sample_columns(
-    table: pa.Table, pixels: Sequence[NDArray[np.uint8] | object], sample: frozenset[Row]
+    table: pa.Table, images: Sequence[Sequence[NDArray[np.uint8]]], sample: frozenset[Row]
 ) -> dict[str, pa.Array]:
-    """The columns `THUMBNAIL` and `ASKED` for a table that has `PROMPT`.
+    """The columns `THUMBNAIL` and `ASKED` for a table that has `MESSAGES`.
 
     Args:
         table: rows to add the columns to.
-        pixels: for each row uint8 (H, W, 3), or any other object if it has none.
+        images: for each row its images, uint8 (H, W, 3); none if it has none, or has failed.
         sample: places of the sampled rows.
     """
     shown = [row in sample for row in places_of(table)]
     thumbnails = [
-        thumbnail(image, SIDE, quality=80) if show and isinstance(image, np.ndarray) else None
-        for show, image in zip(shown, pixels, strict=True)
+        side_by_side(row, SIDE, quality=80) if show and row else None for show, row in zip(shown, images, strict=True)
     ]
-    asked = [short(text.as_py()) if show else None for show, text in zip(shown, table[PROMPT], strict=True)]
+    asked = [short(_asked(text.as_py())) if show else None for show, text in zip(shown, table[MESSAGES], strict=True)]
     return {THUMBNAIL: array(THUMBNAIL, thumbnails), ASKED: array(ASKED, asked)}
 
 
@@ -78,10 +83,34 @@ def short(text: str | None) -> str | None:
     return text if text is None or len(text) <= CHARACTERS else f"{text[:CHARACTERS]}…"
 
 
-def thumbnail(pixels: NDArray[np.uint8], side: int, quality: int) -> bytes:
-    """A small JPEG of pixels (H, W, 3), its longer side at most `side`; 160 pixels take about 5 KB."""
+def side_by_side(images: Sequence[NDArray[np.uint8]], side: int, quality: int) -> bytes:
+    """A small JPEG of the images of a row, pixels (H, W, 3), from left to right.
+
+    Args:
+        images: at least one; of more than `MOST_ABREAST`, the first are shown.
+        side: longest side of an image in pixels; more than `ABREAST` of them share the width of so many.
+        quality: of the JPEG; 160 pixels take about 5 KB at 80.
+    """
+    images = images[:MOST_ABREAST]
+    small = [_small(pixels, max(1, side * ABREAST // max(ABREAST, len(images)))) for pixels in images]
+    width = sum(image.width for image in small) + GAP * (len(small) - 1)
+    canvas = Image.new("RGB", (width, max(image.height for image in small)), BETWEEN)
+    left = 0
+    for image in small:
+        canvas.paste(image, (left, 0))
+        left += image.width + GAP
+    buffer = io.BytesIO()
+    canvas.save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue()
+
+
+def _small(pixels: NDArray[np.uint8], side: int) -> Image.Image:
     image = Image.fromarray(pixels)
     image.thumbnail((side, side))
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=quality)
-    return buffer.getvalue()
+    return image
+
+
+def _asked(messages: str | None) -> str | None:
+    """Text of the last user message of a conversation in JSON, None if there is no such message."""
+    conversation = () if messages is None else from_json(messages)
+    return next((message.text for message in reversed(conversation) if message.role == "user"), None)

@@ -12,6 +12,7 @@ from typing import Any
 
 from qvl_batch.bundle.loading import Bundle
 from qvl_batch.config import CaptionConfig
+from qvl_batch.images.view import View
 from qvl_batch.output.parts import Tally
 from qvl_batch.report.utilization import Utilization, advice
 
@@ -132,6 +133,10 @@ class Report:
             f"errors    {failed:,}",
             *(f"          {count:,} {kind}" for kind, count in total.errors.most_common()),
         ]
+        if (unreadable := self.details.get("unreadable_boxes")) is not None:
+            answered = self.tally.rows - self.tally.finish_reasons["error"]
+            lines += [f"boxes     {unreadable:,} of {answered:,} answers of this run are not readable as boxes"]
+
         return "\n".join([*lines, *(self._speeds() if self.tally.rows else []), f"answers   {self.output}"])
 
     def _speeds(self) -> list[str]:
@@ -154,7 +159,9 @@ def _rounded(value: float | None) -> float | None:
     return None if value is None else round(value, 3)
 
 
-def recorded_settings(config: CaptionConfig, files: int, bundle: Bundle, devices: Mapping[str, str]) -> dict[str, Any]:
+def recorded_settings(
+    config: CaptionConfig, files: int, bundle: Bundle, view: View, devices: Mapping[str, str]
+) -> dict[str, Any]:
     """The settings that `_run.json` records: those that answers or speed depend on."""
     packages = ("qvl-batch", "ray", "onnxruntime-gpu", "onnxruntime", "tokenizers", "pyarrow", "pillow", "pillow-heif")
     return {
@@ -170,10 +177,11 @@ def recorded_settings(config: CaptionConfig, files: int, bundle: Bundle, devices
             "eos_token_ids": bundle.manifest.generation.eos_token_ids,
             "max_new_tokens": config.max_new_tokens,
             "allow_repetition": config.allow_repetition,
-            "system_prompt": bundle.manifest.system_prompt,
+            "system_prompt": config.system_prompt,
             "prompt": config.prompt,
         },
-        "fit": config.fit,
+        "fit": view.fit or "native",
+        "resolution": asdict(view.resolution),
         "images": asdict(config.image_rules),
         "files": files,
         "limit": config.limit,
