@@ -32,8 +32,9 @@ class CompareConfig(JobConfig):
     expected_column: str | None = None
     """Column of right answers, of strings or integers; '' for none. Without it, `expected` where the input has such
     a column."""
-    fit: tuple[Fit, ...] = ("letterbox",)
-    """How an image that is not square becomes square; given several, each row is asked once with each."""
+    fit: tuple[Fit, ...] = ()
+    """How an image that is not square becomes square; given several, each row is asked once with each. By default,
+    letterbox."""
     layers: bool = False
     """Also compare the hidden state after every vision block and decoder layer. Loads the bundle twice."""
     min_agreement: float = 1.0
@@ -64,8 +65,8 @@ class CompareConfig(JobConfig):
                 raise ConfigError(f"{option} must be at least 0, not {value}")
         if self.gallery < 0:
             raise ConfigError(f"--gallery must be at least 0, not {self.gallery}")
-        if not self.fit or len(set(self.fit)) < len(self.fit):
-            raise ConfigError("--fit needs at least one way to fit an image, each once")
+        if len(set(self.fit)) < len(self.fit):
+            raise ConfigError("--fit names a way to fit an image more than once")
 
     @property
     def folder(self) -> Path:

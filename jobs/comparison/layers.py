@@ -11,9 +11,10 @@ gets an input that can replace it:
 So one run gives the states with accumulated errors; another, with the reference's states given to
 every layer, gives each layer's own error.
 
-What enters: pixels and token ids. What leaves: `States`, and drift at each depth.
+What enters: pixels and tokens of rows. What leaves: `States`, and drift at each depth.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -21,13 +22,14 @@ from typing import Any
 
 import numpy as np
 import onnx
-from numpy.typing import NDArray
 
 from comparison.traces import Array, States
 from export.half import emulated_graph, stream_unit
+from qvl_batch.bundle.layout import Pixels
 from qvl_batch.bundle.loading import Bundle
 from qvl_batch.bundle.manifest import DECODER, HALVES, VISION, Dtype, part_names
 from qvl_batch.decoder.decoder import Decoder, PrefillRow
+from qvl_batch.decoder.prompts import TokenRow
 from qvl_batch.errors import BundleError
 from qvl_batch.runtime.session import Session
 
@@ -68,21 +70,36 @@ class LayerProbe:
                 kind = np.bool_ if spec.dtype == "bool" else np.float32
                 self._past[name] = np.zeros((1, *map(int, spec.shape[1:])), kind)
         self._vision = _Tower(bundle.file(VISION), threads, bundle.manifest.vision_dtype)
+        # Weights of the patch embedding have a row for each colour of each pixel of a patch.
+        graph = onnx.load(bundle.file(VISION), load_external_data=False).graph
+        (rows,) = (weights.dims[0] for weights in graph.initializer if weights.name == "patch_embed")
+        self._patches_per_token = 3 * bundle.manifest.layout.resolution.unit**2 // rows
         self._language = _Tower(bundle.file(DECODER), threads, bundle.manifest.dtype)
 
-    def states(self, pixels: NDArray[np.uint8], input_ids: list[int]) -> States:
-        """Hidden states of one row."""
-        *vision, features = self._vision.run({"pixels": pixels[None]}, "image_features", given=None)
-        *decoder, logits = self._language.run(self._row(input_ids, features), "logits", given=None)
+    def states(self, images: Sequence[Pixels], tokens: TokenRow) -> States:
+        """Hidden states of one row.
+
+        Args:
+            images: of the row, in the order of its tokens.
+            tokens: of the row.
+        """
+        *vision, features = _joined([self._encode(image) for image in images])
+        *decoder, logits = self._language.run(self._row(tokens, features), "logits")
         return States(vision, features, decoder, logits)
 
-    def drift(self, pixels: NDArray[np.uint8], input_ids: list[int], reference: States) -> Drift:
-        """Drift of one row from the reference's states."""
-        found = self.states(pixels, input_ids)
-        vision = self._vision.run({"pixels": pixels[None]}, "image_features", given=reference.vision)
+    def drift(self, images: Sequence[Pixels], tokens: TokenRow, reference: States) -> Drift:
+        """Drift of one row from the reference's states; the other arguments are those of `states`."""
+        encoded: list[list[Array]] = []
+        own_errors: list[list[Array]] = []
+        for image, given in zip(images, _by_image(reference.vision, tokens), strict=True):
+            encoded.append(self._encode(image))
+            own_errors.append(self._encode(image, given))
+        *states, features = _joined(encoded)
+        *decoder, logits = self._language.run(self._row(tokens, features), "logits")
+        found, vision = States(states, features, decoder, logits), _joined(own_errors)
         # The decoder's own error is measured with the reference's features.
-        row = self._row(input_ids, reference.features)
-        decoder = self._language.run(row, "logits", given=reference.decoder)
+        row = self._row(tokens, reference.features)
+        decoder = self._language.run(row, "logits", reference.decoder)
         expected = [*reference.vision, reference.features, *reference.decoder, reference.logits]
         accumulated = [*found.vision, found.features, *found.decoder, found.logits]
         own = [*vision, *decoder]
@@ -91,8 +108,14 @@ class LayerProbe:
             own=[state_error(a, b) for a, b in zip(own, expected, strict=True)],
         )
 
-    def _row(self, input_ids: list[int], features: Array) -> dict[str, Array]:
-        prefill = self._decoder.prefill_inputs([PrefillRow(input_ids, features)])
+    def _encode(self, image: Pixels, given: list[Array] | None = None) -> list[Array]:
+        """States and features of an image, as `_Tower.run`, without patches that the graph adds to fill its parts."""
+        *states, features = self._vision.run({"pixels": image[None]}, "image_features", given)
+        return [*(state[: len(features) * self._patches_per_token] for state in states), features]
+
+    def _row(self, tokens: TokenRow, features: Array) -> dict[str, Array]:
+        parts = np.split(features, _ends(tokens))
+        prefill = self._decoder.prefill_inputs([PrefillRow(tokens.input_ids, tokens.images, parts)])
         return {name: buffer.values for name, buffer in prefill.items()} | self._past
 
 
@@ -107,22 +130,43 @@ class _Tower:
         self._unit = stream_unit(dtype)
         self._states = instrument(model, path)
         self._session = Session(path, threads, model.SerializeToString())
+        #: Lengths of the parts that the last run had each state in.
+        self._lengths: list[list[int]] = []
 
-    def run(self, inputs: dict[str, Array], output: str, given: list[Array] | None) -> list[Array]:
-        """States of the single row in `inputs`, then `output`; states that are `given` replace them in the graph."""
+    def run(self, inputs: dict[str, Array], output: str, given: list[Array] | None = None) -> list[Array]:
+        """States of the single row in `inputs`, then `output`; states that are `given` replace them in the graph, after
+        a run of the same row without them.
+        """
         feeds: dict[str, Any] = {USE_GIVEN: np.array(given is not None)}
         for depth, names in enumerate(self._states):
             unused = [np.zeros((1,), np.float32)] * len(names)
-            parts = unused if given is None else self._split(given[depth] / self._unit, names)
+            parts = unused
+            if given is not None:
+                lengths = self._lengths[depth]
+                missing = [(0, sum(lengths) - len(given[depth])), (0, 0)]
+                parts = np.split(np.pad(given[depth] / self._unit, missing), np.cumsum(lengths)[:-1])
             feeds |= {f"given.{depth}.{part}": state[None] for part, state in enumerate(parts)}
-        found = iter(self._session.run([*chain(*self._states), output], inputs | feeds))
-        states = [self._unit * np.concatenate([next(found)[0] for _ in names]) for names in self._states]
-        return [*states, next(found)[0]]
+        *found, result = self._session.run([*chain(*self._states), output], inputs | feeds)
+        each = iter(found)
+        parts_of = [[next(each)[0] for _ in names] for names in self._states]
+        self._lengths = [[len(part) for part in parts] for parts in parts_of]
+        return [*(self._unit * np.concatenate(parts) for parts in parts_of), result[0]]
 
-    def _split(self, state: Array, names: list[str]) -> list[Array]:
-        """Split a state into the parts that the graph has it in; if there are several, their sizes are static."""
-        sizes = [self._session.outputs[name][1] for name in names[:-1]]
-        return np.split(state, np.cumsum(sizes, dtype=np.int64))
+
+def _ends(tokens: TokenRow) -> Array:
+    """Where the features of each image but the last end."""
+    return np.cumsum([image.tokens for image in tokens.images], dtype=np.int64)[:-1]
+
+
+def _by_image(states: list[Array], tokens: TokenRow) -> list[list[Array]]:
+    """States (N, D) of all images, by image."""
+    patches = len(states[0]) // sum(image.tokens for image in tokens.images)
+    return [list(parts) for parts in zip(*(np.split(state, patches * _ends(tokens)) for state in states), strict=True)]
+
+
+def _joined(runs: list[list[Array]]) -> list[Array]:
+    """The inverse of `_by_image`."""
+    return [np.concatenate(parts) for parts in zip(*runs, strict=True)]
 
 
 def depth_names(depths: int, decoder: int) -> list[str]:

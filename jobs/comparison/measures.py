@@ -21,7 +21,7 @@ class Measures:
 
     `first_difference` and the fields about that token are None if all tokens are equal. A margin is the
     score of a side's own token minus that of the other side's token, after the repetition penalty; it is
-    None if that side had reached its limit before.
+    None if that side had reached its limit before. Those of vision are None for a row without images.
     """
 
     equal: bool
@@ -35,8 +35,8 @@ class Measures:
     token_agreement: float
     edit_similarity: float
     first_token_kl: float
-    vision_cosine: float
-    vision_error: float
+    vision_cosine: float | None
+    vision_error: float | None
     prefill_error: float
     decode_error: float | None
 
@@ -50,6 +50,7 @@ class Measures:
             relative_error(found, expected)
             for found, expected in zip(candidate.logits[:comparable], reference.logits[:comparable], strict=True)
         ]
+        has_images = bool(reference.features.size)
         longer = max(len(reference.token_ids), len(candidate.token_ids))
         tokens = [_at(trace.token_ids, first) for trace in (reference, candidate)]
         return cls(
@@ -64,8 +65,8 @@ class Measures:
             token_agreement=common / longer,
             edit_similarity=Levenshtein.normalized_similarity(reference.text, candidate.text),
             first_token_kl=float(divergence(reference.logits[0], candidate.logits[0])),
-            vision_cosine=float(cosine(reference.features, candidate.features).mean()),
-            vision_error=relative_error(candidate.features, reference.features),
+            vision_cosine=float(cosine(reference.features, candidate.features).mean()) if has_images else None,
+            vision_error=relative_error(candidate.features, reference.features) if has_images else None,
             prefill_error=errors[0],
             decode_error=float(np.max(errors[1:])) if len(errors) > 1 else None,
         )

@@ -1,26 +1,26 @@
-"""The questions of a comparison: rows of the input, their images decoded and fitted once for both sides."""
+"""The questions of a comparison: rows of the input, their images decoded and seen once for both sides."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
-from PIL import Image
 
 from comparison.config import CompareConfig
-from qvl_batch.columns import FILE, IMAGE, PROMPT, ROW, failures_of
-from qvl_batch.config import Fit, ImageRules
-from qvl_batch.errors import ConfigError, ImageError, InputError
-from qvl_batch.images.pixels import decode_image, fit_image
+from qvl_batch.bundle.layout import Resolution
+from qvl_batch.columns import FILE, IMAGES, MESSAGES, ROW, failures_of
+from qvl_batch.config import ImageRules
+from qvl_batch.conversation import Conversation, from_json
+from qvl_batch.errors import ConfigError, InputError
+from qvl_batch.images.pixels import Seen, seen_or_failure
+from qvl_batch.images.view import View
 from qvl_batch.input.fetch import Fetcher
 from qvl_batch.input.reader import read_unit
 from qvl_batch.input.source import Source, open_source
-from qvl_batch.report.sample import thumbnail
+from qvl_batch.report.sample import side_by_side
 from qvl_batch.rows import Row, RowSet
-from qvl_batch.schema import ID, Failure, is_textual, readable, texts
+from qvl_batch.schema import ID, Failure, first_failure, is_textual, readable, texts
 
 EXPECTED = "expected"
 #: Side in pixels of the images on the page.
@@ -29,25 +29,34 @@ SIDE = 336
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One row of the input, asked with one way of fitting its image.
+    """One row of the input, with its images seen in one way.
 
-    `pixels` is uint8 (H, W, 3), the square that both sides see; None where there is a `failure`.
-    `size` is width and height of the image before it was fitted.
+    `images` are what both sides see; there are none where there is a `failure`.
     """
 
     file: int
     row: int
     id: str | int | None
-    prompt: str | None
+    conversation: Conversation
     expected: str | None
-    fit: Fit
-    size: tuple[int, int] | None
-    pixels: NDArray[np.uint8] | None
+    view: View
+    images: tuple[Seen, ...]
     failure: Failure | None
 
+    @property
+    def prompt(self) -> str | None:
+        """Text of the last user message; None if the row could not be read."""
+        asked = [message.text for message in self.conversation if message.role == "user"]
+        return asked[-1] if asked else None
+
+    @property
+    def fit(self) -> str:
+        """How its images are fitted; `native` if they keep their own size."""
+        return self.view.fit or "native"
+
     def thumbnail(self) -> bytes | None:
-        """The fitted image as a small JPEG."""
-        return None if self.pixels is None else thumbnail(self.pixels, SIDE, quality=85)
+        """The images as they are seen, side by side, as a small JPEG."""
+        return side_by_side([image.pixels for image in self.images], SIDE, quality=85) if self.images else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,14 +65,13 @@ class Questions:
 
     source: Source
     fetcher: Fetcher
-    fits: tuple[Fit, ...]
+    views: tuple[View, ...]
     rules: ImageRules
     prompt: str | None
     expected: str | None
-    image_size: int
 
     def __len__(self) -> int:
-        return self.source.rows * len(self.fits)
+        return self.source.rows * len(self.views)
 
     def without(self, rows: Iterable[Row]) -> "Questions":
         """The questions except those about `rows` of the input."""
@@ -85,36 +93,33 @@ class Questions:
             yield self._ask(waiting)
 
     def _ask(self, records: Sequence[dict[str, Any]]) -> list[Question]:
-        return [question for record in records for question in self._fitted(record)]
+        return [question for record in records for question in self._seen(record)]
 
-    def _fitted(self, record: dict[str, Any]) -> Iterator[Question]:
-        data: bytes | None = record.pop(IMAGE)
+    def _seen(self, record: dict[str, Any]) -> Iterator[Question]:
+        """A row once for each view."""
+        files: list[bytes] = record.pop(IMAGES) or []
         failure: Failure | None = record.pop("failure")
-        image: Image.Image | None = None
-        if failure is None and data is not None:
-            try:
-                image = decode_image(data, self.rules)
-            except ImageError as error:
-                failure = Failure.of(error)
-        unfitted = Question(
-            **record, fit=self.fits[0], size=image.size if image else None, pixels=None, failure=failure
-        )
-        for fit in self.fits:
-            yield replace(unfitted, fit=fit, pixels=fit_image(image, self.image_size, fit) if image else None)
+        for view in self.views:
+            seen = [] if failure else [seen_or_failure(file, view, self.rules) for file in files]
+            wrong = failure or first_failure(seen)
+            images = tuple(image for image in seen if isinstance(image, Seen)) if wrong is None else ()
+            yield Question(**record, view=view, images=images, failure=wrong)
 
 
-def open_questions(config: CompareConfig, image_size: int, say: Callable[[str], None]) -> Questions:
+def open_questions(config: CompareConfig, resolution: Resolution, say: Callable[[str], None]) -> Questions:
     """Find the input and check its columns.
 
     Args:
         config: what to ask.
-        image_size: side in pixels of the square that both sides see.
+        resolution: sizes of images that both sides take.
         say: receives a line if the input has a column of right answers that cannot be used.
 
     Raises:
         InputError: nothing is there, a file is no parquet, or its columns cannot be used.
-        ConfigError: the expected column has the name of the id column in the results.
+        ConfigError: the expected column has the name of the id column in the results, or the images of the bundle
+            cannot be seen as the options say.
     """
+    views = tuple(View.of(resolution, fit, config.max_pixels) for fit in config.fit or (None,))
     source, expected = open_source(config), config.expected_column
     if expected is None:
         expected = EXPECTED if EXPECTED in pq.read_schema(source.files[0].path).names else ""
@@ -129,7 +134,7 @@ def open_questions(config: CompareConfig, image_size: int, say: Callable[[str], 
         else:
             source = replace(source, columns=replace(source.columns, kept=(kept,)))
     fetcher = Fetcher(config.allow_images_from)
-    return Questions(source, fetcher, config.fit, config.image_rules, config.prompt, expected or None, image_size)
+    return Questions(source, fetcher, views, config.image_rules, config.prompt, expected or None)
 
 
 def _expected_field(source: Source, name: str) -> pa.Field:
@@ -152,14 +157,14 @@ def _expected_field(source: Source, name: str) -> pa.Field:
 
 
 def _records(table: pa.Table, expected: str | None) -> list[dict[str, Any]]:
-    """Rows of a table as fields of a `Question`, and the image file's bytes."""
+    """Rows of a table as fields of a `Question`, and the bytes of the image files."""
     values = {
         "file": table[FILE].to_pylist(),
         "row": table[ROW].to_pylist(),
         "id": readable(table[ID]),
-        "prompt": table[PROMPT].to_pylist(),
+        "conversation": [from_json(text) if text else () for text in table[MESSAGES].to_pylist()],
         "expected": texts(table[expected]) if expected else [None] * len(table),
-        IMAGE: table[IMAGE].to_pylist(),
+        IMAGES: table[IMAGES].to_pylist(),
         "failure": failures_of(table),
     }
     return [dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True)]

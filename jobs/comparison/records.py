@@ -38,8 +38,8 @@ FIELDS = (
     pa.field("row", pa.int64()),
     pa.field("prompt", pa.string()),
     pa.field("fit", pa.string()),
-    pa.field("image_width", pa.int32()),
-    pa.field("image_height", pa.int32()),
+    pa.field("image_width", pa.list_(pa.int32())),
+    pa.field("image_height", pa.list_(pa.int32())),
     pa.field("expected", pa.string()),
     pa.field("reference", pa.string()),
     pa.field("answer", pa.string()),
@@ -91,15 +91,15 @@ def record(
     side, failure = _failure(question, reference, candidate)
     if side == "input":
         reference = candidate = None
-    width, height = question.size or (None, None)
+    sizes = [image.size for image in question.images]
     return {
         "id": question.id,
         "file": question.file,
         "row": question.row,
         "prompt": question.prompt,
         "fit": question.fit,
-        "image_width": width,
-        "image_height": height,
+        "image_width": [size.width for size in sizes],
+        "image_height": [size.height for size in sizes],
         "expected": question.expected,
         "reference": reference.text if isinstance(reference, Trace) else None,
         "answer": candidate.text if isinstance(candidate, Trace) else None,

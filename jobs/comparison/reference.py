@@ -1,17 +1,19 @@
 """The checkpoint's side of a comparison: transformers, in PyTorch, fp32.
 
 Template, tokenizer, image processor, M-RoPE positions and greedy decoding are all transformers'
-own; of the worker, only the fitted square of pixels is used, which both sides start from.
+own; of the worker, only the pixels of images as they are seen are used, which both sides start from.
 
 Only rows with the same number of tokens are batched, so that there is no padding and a row gives the
 same result as alone (a test compares them).
 """
 
+import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -20,11 +22,12 @@ from transformers.vision_utils import get_vision_window_index
 
 from comparison.questions import Question
 from comparison.traces import Array, States, Trace
-from export.chat import chat_turn
 from export.checkpoint import Checkpoint
 from export.vision import window_order
 from qvl_batch.config import DeviceOption
+from qvl_batch.conversation import Message, images_of
 from qvl_batch.errors import DeviceError, PromptError
+from qvl_batch.images.pixels import Seen
 from qvl_batch.schema import Failure
 
 #: Rows in one call of `generate`.
@@ -36,10 +39,10 @@ class PyTorch:
 
     Args:
         checkpoint: what `export.checkpoint.load_checkpoint` gives.
-        image_tokens: merged patches of an image.
-        system_prompt: text of a system turn, None for the template's own default.
+        system_prompt: text of a system message for conversations without one, None for the template's own default.
         max_new_tokens: longest answer in tokens.
         max_seq_len: longest row in tokens, the bundle's.
+        native: the bundle's images keep their own size; `states` have the order of its graph.
         device: where to run.
 
     Raises:
@@ -49,11 +52,11 @@ class PyTorch:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        image_tokens: int,
         *,
         system_prompt: str | None = None,
         max_new_tokens: int = 64,
         max_seq_len: int = 1024,
+        native: bool = False,
         device: DeviceOption = "auto",
     ) -> None:
         self.device = _torch_device(device)
@@ -61,15 +64,17 @@ class PyTorch:
         self.config = self.model.config
         self.tokenizer, self.processor = checkpoint.tokenizer, checkpoint.image_processor
         self.generation = checkpoint.generation
-        self.image_tokens = image_tokens
         self._image_token = self.tokenizer.convert_ids_to_tokens(self.config.image_token_id)
-        self._added_tokens = [token.content for token in self.tokenizer.added_tokens_decoder.values()]
-        self._system_prompt = system_prompt
+        added = self.tokenizer.added_tokens_decoder.values()
+        self._special_tokens = [token.content for token in added if token.special]
+        vision = self.config.vision_config
+        self._unit = vision.patch_size * vision.spatial_merge_size
+        self._system_prompt, self._native = system_prompt, native
         self._max_new_tokens, self._max_seq_len = max_new_tokens, max_seq_len
 
     def answer(self, questions: Sequence[Question]) -> list[Trace | Failure]:
-        """Answer questions that have pixels, in order."""
-        rows = [self.input_ids(question.prompt or "") for question in questions]
+        """Answer questions that have no failure, in order."""
+        rows = [self.input_ids(question) for question in questions]
         results: dict[int, Trace | Failure] = {}
         by_length: defaultdict[int, list[int]] = defaultdict(list)
         for index, ids in enumerate(rows):
@@ -89,7 +94,7 @@ class PyTorch:
 
     def states(self, question: Question) -> States:
         """Hidden states of a question, vision patches in the order of the graph."""
-        inputs = self.inputs([question], [self.input_ids(question.prompt or "")])
+        inputs = self.inputs([question], [self.input_ids(question)])
         visual, text = self.model.model.visual, self.model.model.language_model
         with (
             torch.inference_mode(),
@@ -107,26 +112,63 @@ class PyTorch:
             logits=_array(logits),
         )
 
-    def input_ids(self, prompt: str) -> list[int]:
+    def input_ids(self, question: Question) -> list[int]:
         """Token ids of a row up to its answer, the image's token repeated for each merged patch."""
-        pad, image_token_id = self._image_token, self.config.image_token_id
-        if any(token in prompt for token in self._added_tokens):
-            # A special token spelled out in the prompt is text; tokenizing the row as a whole would make it special.
-            head, bridge, tail = chat_turn(self.tokenizer, image_token_id, self._system_prompt)
-            spelled = self.tokenizer(prompt, add_special_tokens=False, split_special_tokens=True).input_ids
-            return [*head, *[image_token_id] * self.image_tokens, *bridge, *spelled, *tail]
-        content = [{"type": "image"}, {"type": "text", "text": prompt}]
-        messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
-        if self._system_prompt is not None:
-            messages.insert(0, {"role": "system", "content": self._system_prompt})
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        ids: list[int] = self.tokenizer(text.replace(pad, pad * self.image_tokens)).input_ids
+        messages = list(question.conversation)
+        if self._system_prompt is not None and all(message.role != "system" for message in messages):
+            messages.insert(0, Message("system", self._system_prompt))
+        texts = [part for message in messages for part in message.parts if isinstance(part, str)]
+        if any(token in text for token in self._special_tokens for text in texts):
+            ids = self._stretches(messages)
+        else:
+            ids = self.tokenizer(self._rendered(messages, lambda text: text), add_special_tokens=False).input_ids
+        tokens = iter([image.pixels.shape[0] * image.pixels.shape[1] // self._unit**2 for image in _shown(question)])
+        pad = self.config.image_token_id
+        return [each for token in ids for each in ([pad] * next(tokens) if token == pad else [token])]
+
+    def _rendered(self, messages: Sequence[Message], text: Callable[[str], str]) -> str:
+        """What the template prints, with each piece of text passed through `text`."""
+
+        def part(each: str | int) -> dict[str, str]:
+            return {"type": "text", "text": text(each)} if isinstance(each, str) else {"type": "image"}
+
+        chat = [
+            {
+                "role": message.role,
+                "content": text(message.content)
+                if isinstance(message.content, str)
+                else [part(each) for each in message.content],
+            }
+            for message in messages
+        ]
+        rendered: str = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        return rendered
+
+    def _stretches(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids where text spells special tokens, which is then text: what is between the template's own is
+        tokenized with `split_special_tokens`.
+        """
+        texts: list[str] = []
+
+        def marked(text: str) -> str:
+            texts.append(text)
+            return f"\ue000{len(texts) - 1}\ue001"
+
+        ids: list[int] = []
+        special = re.compile("(" + "|".join(map(re.escape, sorted(self._special_tokens, key=len, reverse=True))) + ")")
+        for stretch in special.split(self._rendered(messages, marked)):
+            if special.fullmatch(stretch):
+                ids.append(self.tokenizer.convert_tokens_to_ids(stretch))
+                continue
+            whole = re.sub("\ue000([0-9]+)\ue001", lambda mark: texts[int(mark[1])], stretch)
+            ids += self.tokenizer(whole, add_special_tokens=False, split_special_tokens=True).input_ids
         return ids
 
     def inputs(self, questions: Sequence[Question], rows: Sequence[list[int]]) -> dict[str, Tensor]:
         """Inputs of the model for rows of one length."""
-        pictures = [Image.fromarray(question.pixels) for question in questions if question.pixels is not None]
-        images = self.processor(pictures, return_tensors="pt")
+        pictures = [Image.fromarray(image.pixels) for question in questions for image in _shown(question)]
+        # Resized already: the checkpoint's own limits of sizes may be others than the bundle's.
+        images = self.processor(pictures, do_resize=False, return_tensors="pt") if pictures else {}
         ids = torch.tensor(rows)
         inputs = {
             **images,
@@ -151,7 +193,10 @@ class PyTorch:
             output = self.model.generate(**self.inputs(questions, rows), generation_config=settings)
         tokens = output.sequences[:, length:].tolist()
         logits = _array(torch.stack(output.logits, dim=1))
-        by_row = _array(features[0]).reshape(len(rows), self.image_tokens, -1)
+        width = self.config.text_config.hidden_size
+        whole = _array(features[0]) if features else np.zeros((0, width), np.float32)
+        counts = [row.count(self.config.image_token_id) for row in rows]
+        by_row = np.split(whole, np.cumsum(counts)[:-1])
         return [self._trace(*row) for row in zip(rows, tokens, logits, by_row, strict=True)]
 
     def _trace(self, input_ids: list[int], tokens: list[int], logits: Array, features: Array) -> Trace:
@@ -164,8 +209,20 @@ class PyTorch:
         """Index in transformers' window order of each merge group in the graph's order, int64 (T_img,)."""
         vision = self.config.vision_config
         index, _ = get_vision_window_index(grid, vision.spatial_merge_size, vision.window_size, vision.patch_size)
-        order, _ = window_order(grid, vision)
-        return torch.argsort(index)[order]
+        orders: list[Tensor] = []
+        start = 0
+        for image in grid:
+            tokens = int(image.prod()) // vision.spatial_merge_size**2
+            # A graph for any size has transformers' own order.
+            order = index[start : start + tokens] if self._native else window_order(image[None], vision)[0] + start
+            orders.append(order)
+            start += tokens
+        return torch.argsort(index)[torch.cat(orders)]
+
+
+def _shown(question: Question) -> list[Seen]:
+    """Images in the order in which the conversation shows them."""
+    return [question.images[index] for index in images_of(question.conversation)]
 
 
 @contextmanager

@@ -81,7 +81,7 @@ def compare(config: CompareConfig, say: Callable[[str], None] = lambda _: None) 
         JobError: input, output, bundle, checkpoint or settings make the comparison impossible.
     """
     sides = _Sides(config, Bundle.load(config.bundle))
-    questions = open_questions(config, sides.bundle.manifest.layout.image_size, say)
+    questions = open_questions(config, sides.bundle.manifest.layout.resolution, say)
     settings = _settings(config, sides, questions)
     id_type = questions.source.columns.id.type
     records = Records.open(config.folder, id_type, settings, overwrite=config.overwrite)
@@ -137,9 +137,9 @@ def _row(
         token_text = sides.candidate.layout.token_text
         tokens = (measures.reference_token, measures.answer_token)
         texts = (token_text(tokens[0]), token_text(tokens[1]))
-        if sides.config.layers and question.pixels is not None:
+        if sides.config.layers and question.images:
             states = sides.reference.states(question)
-            drift = sides.candidate.probe.drift(question.pixels, candidate.input_ids, states)
+            drift = sides.candidate.probe.drift(*sides.candidate.shown(question), states)
     return record(question, reference, candidate, measures, drift, texts)
 
 
@@ -169,16 +169,23 @@ class _Sides:
 
         return PyTorch(
             load_checkpoint(config.checkpoint),
-            self.bundle.manifest.layout.image_tokens,
-            system_prompt=self.bundle.manifest.system_prompt,
+            system_prompt=config.system_prompt,
             max_new_tokens=config.max_new_tokens,
             max_seq_len=self.max_seq_len,
+            native=self.bundle.manifest.layout.resolution.is_native,
             device=config.device,
         )
 
     def _side_of(self, bundle: Bundle) -> BundleSide:
         config = self.config
-        return BundleSide(bundle, config.max_new_tokens, self.max_seq_len, layers=config.layers, device=config.device)
+        return BundleSide(
+            bundle,
+            config.max_new_tokens,
+            self.max_seq_len,
+            layers=config.layers,
+            system_prompt=config.system_prompt,
+            device=config.device,
+        )
 
     @cached_property
     def reference_source(self) -> CheckpointSource:
@@ -201,8 +208,7 @@ def _check_comparable(bundle: Bundle, other: Bundle) -> None:
     """Refuse bundles whose outputs cannot be compared number by number."""
     a, b = bundle.manifest, other.manifest
     for what, ours, theirs in (
-        ("image size", a.layout.image_size, b.layout.image_size),
-        ("image tokens", a.layout.image_tokens, b.layout.image_tokens),
+        ("sizes of images", a.layout.resolution, b.layout.resolution),
         ("decoder shape", a.decoder, b.decoder),
         ("generation settings", a.generation, b.generation),
     ):
@@ -252,8 +258,17 @@ def _settings(config: CompareConfig, sides: _Sides, questions: Questions) -> dic
         "limit": config.limit,
         "prompt": config.prompt,
         "allow_images_from": sorted(config.allow_images_from),
-        "columns": [config.id_column, config.image_column, config.prompt_column, questions.expected],
-        "fit": list(config.fit),
+        "columns": [
+            config.id_column,
+            config.image_column,
+            config.prompt_column,
+            config.messages_column,
+            questions.expected,
+        ],
+        "system_prompt": config.system_prompt,
+        "answer_last_turn_again": config.answer_last_turn_again,
+        "max_pixels": config.max_pixels,
+        "fit": [view.fit or "native" for view in questions.views],
         "max_new_tokens": config.max_new_tokens,
         "layers": config.layers,
         "versions": installed_versions(PACKAGES),
@@ -262,7 +277,7 @@ def _settings(config: CompareConfig, sides: _Sides, questions: Questions) -> dic
 
 def _rows_per_chunk(config: CompareConfig, bundle: Bundle) -> int:
     logits = 2 * config.max_new_tokens * bundle.manifest.decoder.vocab_size * 4
-    return max(1, min(CHUNK, LOGITS_BYTES // logits) // len(config.fit))
+    return max(1, min(CHUNK, LOGITS_BYTES // logits) // max(1, len(config.fit)))
 
 
 def _say_what(say: Callable[[str], None], config: CompareConfig, sides: _Sides, questions: Questions) -> None:

@@ -179,10 +179,12 @@ def _grouped(rows: list[Record], key: Callable[[Record], str | None]) -> list[di
 
 
 def _size_group(row: Record) -> str | None:
-    """Shape of the image, and its longer side as a range between powers of two."""
-    width, height = row["image_width"], row["image_height"]
-    if width is None:
+    """Shape of the image, and its longer side as a range between powers of two; or the number of images."""
+    if not row["image_width"]:
         return None
+    if len(row["image_width"]) > 1:
+        return f"{len(row['image_width'])} images"
+    (width,), (height,) = row["image_width"], row["image_height"]
     shape = "square" if width == height else "wide" if width > height else "tall"
     return f"{shape}, {_up_to(max(width, height))} px"
 

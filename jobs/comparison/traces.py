@@ -23,7 +23,7 @@ class Trace:
         text: the answer, special tokens left out.
         token_ids: its tokens; the last is the end token, unless a limit ended the answer.
         input_ids: tokens of the row up to the answer.
-        features: float32 (T_img, D) of the image.
+        features: float32 (T, D) of all image tokens, in the order of the row.
         logits: float32 (len(token_ids), V), from which each token was chosen; before the repetition penalty.
     """
 
@@ -39,8 +39,8 @@ class States:
     """Hidden states of one row: before the first layer, then after each, as in transformers.
 
     Args:
-        vision: float32 (N, D_vision) each, patches in the order of the exported graph.
-        features: float32 (T_img, D).
+        vision: float32 (N, D_vision) each, patches of one image after the other, in the order of the exported graph.
+        features: float32 (T, D) of all image tokens, in the order of the row.
         decoder: float32 (S, D) each, of the row up to its answer; the last (1, D), of its last token alone.
         logits: float32 (V,) of the first token.
     """
@@ -55,7 +55,7 @@ class Side(Protocol):
     """One side of a comparison: a checkpoint or a bundle."""
 
     def answer(self, questions: Sequence[Question]) -> list[Trace | Failure]:
-        """Answer questions that have pixels, in order."""
+        """Answer questions that have no failure, in order."""
 
     def states(self, question: Question) -> States:
         """Hidden states of a question that this side can answer."""
