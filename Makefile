@@ -59,9 +59,9 @@ lint: $(READY)
 	PYTHONPATH=jobs $(BIN)/lint-imports --no-cache
 	$(BIN)/mypy
 
-bench: $(BENCH)/fp32/bundle.json $(BENCH)/int8/bundle.json
-	$(BIN)/python jobs/bench.py --bundle $(BENCH)/fp32 --reduced-bundle $(BENCH)/int8 --checkpoint $(BENCH)/model \
-		--output $(BENCH) --openvino $(OPENVINO) \
+bench: $(BENCH)/fp32/bundle.json $(BENCH)/int8/bundle.json $(BENCH)/native/bundle.json
+	$(BIN)/python jobs/bench.py --bundle $(BENCH)/fp32 --reduced-bundle $(BENCH)/int8 \
+		--native-bundle $(BENCH)/native --checkpoint $(BENCH)/model --output $(BENCH) --openvino $(OPENVINO) \
 		--against hf $(if $(wildcard $(OPENVINO)/model/openvino_language_model.xml),openvino) $(ARGS)
 
 openvino: $(OPENVINO)/model/openvino_language_model.xml
@@ -78,6 +78,9 @@ $(BENCH)/model/config.json: $(READY) datasets/make_model.py
 
 $(BENCH)/%/bundle.json: $(BENCH)/model/config.json $(wildcard export/*.py) $(wildcard qvl_batch/bundle/*.py)
 	$(BIN)/python -m export $(BENCH)/model --output $(BENCH)/$* --dtype $* --overwrite
+
+$(BENCH)/native/bundle.json: $(BENCH)/model/config.json $(wildcard export/*.py) $(wildcard qvl_batch/bundle/*.py)
+	$(BIN)/python -m export $(BENCH)/model --output $(BENCH)/native --image-size native --overwrite
 
 $(OPENVINO)/model/openvino_language_model.xml: $(OPENVINO)/venv/.ready $(BENCH)/model/config.json
 	rm -rf $(OPENVINO)/model

@@ -1,6 +1,6 @@
 """Measure our engine and our Ray job against peers, side by side in one run.
 
-    python jobs/bench.py --bundle FP32 --reduced-bundle INT8 --checkpoint DIR [--against hf openvino]
+    python jobs/bench.py --bundle FP32 --reduced-bundle INT8 --native-bundle NATIVE --checkpoint DIR
     python jobs/bench.py --device cuda
 
 All contenders answer the same rows with the same number of forced tokens, in alternating rounds, each
@@ -21,12 +21,26 @@ from typing import Any, Literal
 from rich.console import Console
 from transformers import AutoConfig
 
-from benchmark import gpu, limits, situations
+from benchmark import gpu, limits, native, situations
+from benchmark.bundle_rows import BundleRows
+from benchmark.contenders import (
+    FP32,
+    HF_BF16,
+    HF_FP32,
+    OURS,
+    OV_FP32,
+    OV_OWN,
+    REDUCED,
+    Starter,
+    check_equal_work,
+    openvino_python,
+)
 from benchmark.figures import (
     DEMO,
     best_batch,
     choose_batch,
     circumstances,
+    keep,
     measure,
     medians,
     read_rows,
@@ -37,19 +51,12 @@ from benchmark.host import Host
 from benchmark.ours import Ours
 from benchmark.rows import Rows
 from qvl_batch.bundle.loading import Bundle
+from qvl_batch.bundle.manifest import read_manifest
 from qvl_batch.command_line import exit_status, settings
 from qvl_batch.config import check_at_least_one
-from qvl_batch.decoder.prompts import RowLayout
 from qvl_batch.errors import ConfigError, JobError
 from qvl_batch.pipeline.plan import DEFAULT_SLOTS
 
-OURS = FP32, REDUCED = "qvl-batch fp32", "qvl-batch reduced"
-HF_FP32, HF_BF16 = "transformers fp32", "transformers bf16"
-OV_FP32, OV_OWN = "OpenVINO GenAI fp32", "OpenVINO GenAI"
-#: Rows whose numbers of tokens are compared: a peer takes as long to count them as to answer.
-CHECKED_ROWS = 4
-#: Share of a peer's answers in fp32 that must equal the reference's; with made-up weights some tokens are near ties.
-LEAST_EQUAL = 0.9
 #: Rows of the shorter of two jobs that differ by a factor of ten.
 SHORT_JOB_ROWS = 64
 
@@ -66,6 +73,9 @@ class BenchConfig:
     """Folder of a bundle in fp32."""
     reduced_bundle: Path | None = None
     """Folder of a bundle of the same checkpoint in reduced precision."""
+    native_bundle: Path | None = None
+    """Folder of a bundle of the same checkpoint in fp32 whose images keep their own size: compared with --bundle on
+    squares, and with peers on images of many sizes."""
     checkpoint: Path
     """Folder of the checkpoint that the bundles were exported from."""
     against: tuple[Literal["hf", "openvino"], ...] = ("hf",)
@@ -100,8 +110,9 @@ class BenchConfig:
             ConfigError: names the option and what to do.
         """
         check_at_least_one(self, "rows", "new_tokens", "rounds", "slots")
-        if "openvino" in self.against and not self.openvino_python.exists():
-            raise ConfigError(f"--against openvino: {self.openvino_python} is missing; `make openvino` installs it")
+        python = openvino_python(self.openvino)
+        if "openvino" in self.against and not python.exists():
+            raise ConfigError(f"--against openvino: {python} is missing; `make openvino` installs it")
 
     @property
     def bundles(self) -> dict[str, Path]:
@@ -109,17 +120,20 @@ class BenchConfig:
         given = {FP32: self.bundle, REDUCED: self.reduced_bundle}
         return {name: bundle for name, bundle in given.items() if bundle is not None}
 
-    @property
-    def openvino_python(self) -> Path:
-        """Interpreter of OpenVINO's environment."""
-        return self.openvino / "venv" / "bin" / "python"
-
 
 def bench(config: BenchConfig, console: Console) -> dict[str, Any]:
-    """Measure, and return what goes into `bench.json`."""
+    """Measure, and return what goes into `bench.json`.
+
+    Raises:
+        BundleError: there is no bundle.
+        ConfigError: the native bundle cannot be compared with the other.
+        JobError: the contenders do not do the same work, or there are no rows.
+    """
+    if config.native_bundle is not None:
+        native.check_pair(config.bundle, config.native_bundle)
     rows = read_rows(config.bundle, config.input, config.rows, config.output)
     with ExitStack() as stack:
-        hosts = _hosts(config, stack)
+        hosts = _hosts(config, _starter(config, stack))
         batches = {
             name: choose_batch(name, host, rows, console) for name, host in hosts.items() if name not in config.bundles
         }
@@ -142,6 +156,10 @@ def bench(config: BenchConfig, console: Console) -> dict[str, Any]:
         ours = (config.bundles[best], config.slots, config.new_tokens)
         if config.ray_rows:
             _ray(figures, config, hosts[best], ours, rows, console)
+    if config.native_bundle is not None:
+        console.print("images at their own size")
+        keep(figures, config.output)  # what took an hour
+        _native(figures, config, (config.bundle, config.native_bundle), rows, console)
     console.print("limits of the machine")
     _against_limits(figures, config, rows)
     if config.situations:
@@ -150,45 +168,19 @@ def bench(config: BenchConfig, console: Console) -> dict[str, Any]:
     return figures | circumstances(config, ("onnxruntime-gpu", "torch", "transformers", "ray"))
 
 
-def _hosts(config: BenchConfig, stack: ExitStack) -> dict[str, Host]:
+def _starter(config: BenchConfig, stack: ExitStack) -> Starter:
+    return Starter(stack, config.checkpoint, config.openvino, config.slots, config.new_tokens)
+
+
+def _hosts(config: BenchConfig, start: Starter) -> dict[str, Host]:
     """All contenders, each in its own process."""
-    made: list[tuple[str, str, str, tuple[Any, ...], Path | None]] = [
-        (name, "ours", "Ours", (bundle, config.slots, config.new_tokens), None)
-        for name, bundle in config.bundles.items()
-    ]
+    hosts = {name: start.ours(name, bundle) for name, bundle in config.bundles.items()}
     if "hf" in config.against:
-        for name, dtype in ((HF_FP32, "float32"), (HF_BF16, "bfloat16")):
-            arguments: tuple[Any, ...] = (config.checkpoint, dtype, config.bundle, config.new_tokens)
-            made.append((name, "transformers_generate", "HuggingFace", arguments, None))
+        hosts |= {name: start.transformers(name, config.bundle) for name in (HF_FP32, HF_BF16)}
     if "openvino" in config.against:
-        size = Bundle.load(config.bundle).manifest.layout.image_size
-        for name, precision in ((OV_FP32, "f32"), (OV_OWN, None)):
-            arguments = (config.openvino / "model", precision, size, config.new_tokens)
-            made.append((name, "openvino_genai", "OpenVino", arguments, config.openvino_python))
-    return {
-        name: stack.enter_context(Host(name, f"benchmark.{module}", kind, *arguments, python=python))
-        for name, module, kind, arguments, python in made
-    }
-
-
-def check_equal_work(hosts: dict[str, Host], rows: Rows) -> dict[str, list[int]]:
-    """Answer once to warm up; returns how many answers of each contender equal the reference's, and of how many.
-
-    Raises:
-        JobError: the contenders do not do the same work.
-    """
-    lengths = {name: host.call("prompt_tokens", rows.part(0, CHECKED_ROWS)) for name, host in hosts.items()}
-    if any(found != lengths[FP32] for found in lengths.values()):
-        raise JobError(
-            f"contenders count different numbers of tokens for the same rows, so they are not compared: {lengths}"
-        )
-    answers = {name: host.call("answer", rows) for name, host in hosts.items()}
-    reference = answers.get(HF_FP32, answers[FP32])
-    equal = {name: sum(a == b for a, b in zip(found, reference, strict=True)) for name, found in answers.items()}
-    for name, least in ((FP32, len(rows)), (OV_FP32, LEAST_EQUAL * len(rows))):
-        if equal.get(name, len(rows)) < least:
-            raise JobError(f"only {equal[name]} of {len(rows)} answers of {name} equal those of the reference in fp32")
-    return {name: [count, len(rows)] for name, count in equal.items()}
+        resolution = read_manifest(config.bundle).layout.resolution
+        hosts |= {name: start.openvino_genai(name, resolution) for name in (OV_FP32, OV_OWN)}
+    return hosts
 
 
 def ratios_of(speed: dict[str, float]) -> dict[str, float]:
@@ -232,19 +224,28 @@ def _ray(
         }
 
 
+def _native(
+    figures: dict[str, Any], config: BenchConfig, bundles: tuple[Path, Path], rows: Rows, console: Console
+) -> None:
+    """The native bundle, with contenders of its own."""
+    with ExitStack() as stack:
+        start = _starter(config, stack)
+        figures["native"], ratios = native.compared(start, bundles, config.against, rows, config.rounds, console)
+    figures["ratios"] |= ratios
+
+
 def _against_limits(figures: dict[str, Any], config: BenchConfig, rows: Rows) -> None:
     """Share of the measured matrix peak and memory bandwidth that each of our bundles reaches."""
     model_config = AutoConfig.from_pretrained(config.checkpoint)
     bandwidth = limits.copy_bandwidth()
     found: dict[str, Any] = {"copy_gb_per_second": bandwidth / 1e9}
     for name, folder in config.bundles.items():
-        bundle = Bundle.load(folder)
+        bundle, live = Bundle.load(folder), min(config.slots, len(rows))
         manifest, took = bundle.manifest, figures["stages_ms_per_image"][name]
-        tokens = len(RowLayout(bundle).row_ids(rows.prompts[0]))
+        sizes, tokens = BundleRows(bundle).work(rows.part(0, live))
         peak = limits.gemm_peak(manifest.vision_dtype)
-        vision = limits.vision_operations(model_config, manifest.layout) / (took["vision"] / 1e3)
+        vision = limits.vision_operations(model_config, sizes) / (took["vision"] / 1e3)
         prefill = limits.prefill_operations(model_config, tokens) / (took["prefill"] / 1e3)
-        live = min(config.slots, len(rows))
         step = took["decode"] / 1e3 * live / (config.new_tokens - 1)
         read = limits.step_bytes(bundle, live, tokens + config.new_tokens // 2) / step
         found[name] = {

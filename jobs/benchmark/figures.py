@@ -14,8 +14,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmark.rows import Rows
-from qvl_batch.columns import IMAGE, PROMPT
+from qvl_batch.columns import IMAGES, MESSAGES
 from qvl_batch.config import CaptionConfig
+from qvl_batch.conversation import from_json
 from qvl_batch.errors import JobError
 from qvl_batch.input.fetch import Fetcher
 from qvl_batch.input.reader import read_unit
@@ -39,7 +40,7 @@ class Contender(Protocol):
 
 
 def read_rows(bundle: Path, path: Path, count: int, output: Path) -> Rows:
-    """The first `count` rows of a file that have an image and a prompt, repeated if there are fewer.
+    """The first `count` rows of a file that have one image and a prompt, repeated if there are fewer.
 
     Args:
         bundle: folder of the bundle that answers them.
@@ -53,15 +54,20 @@ def read_rows(bundle: Path, path: Path, count: int, output: Path) -> Rows:
     source = open_source(CaptionConfig(bundle=bundle, input=(str(path),), output=str(output)))
     tables = (table for unit in source.units() for table in read_unit(unit, source.columns, None, count, Fetcher(())))
     pairs = [
-        (image, prompt)
+        (images[0], _prompt(messages))
         for table in tables
-        for image, prompt in zip(table[IMAGE].to_pylist(), table[PROMPT].to_pylist(), strict=True)
-        if image is not None and prompt
+        for images, messages in zip(table[IMAGES].to_pylist(), table[MESSAGES].to_pylist(), strict=True)
+        if images is not None and len(images) == 1 and _prompt(messages).strip()
     ]
     if not pairs:
-        raise JobError(f"{path} has no row with an image and a prompt")
+        raise JobError(f"{path} has no row with one image and a prompt")
     chosen = list(itertools.islice(itertools.cycle(pairs), count))
     return Rows([image for image, _ in chosen], [prompt for _, prompt in chosen])
+
+
+def _prompt(messages: str) -> str:
+    """Text of the user's last message."""
+    return next((message.text for message in reversed(from_json(messages)) if message.role == "user"), "")
 
 
 def measure(

@@ -19,6 +19,7 @@ from rich.console import Console
 from transformers import AutoConfig
 
 from benchmark import limits
+from benchmark.bundle_rows import BundleRows
 from benchmark.figures import (
     DEMO,
     best_batch,
@@ -35,7 +36,6 @@ from benchmark.rows import Rows
 from qvl_batch.bundle.loading import Bundle
 from qvl_batch.bundle.manifest import MANIFEST
 from qvl_batch.config import check_at_least_one
-from qvl_batch.decoder.prompts import RowLayout
 from qvl_batch.errors import ConfigError, JobError
 from qvl_batch.runtime.devices import open_cuda, require_cuda
 
@@ -299,15 +299,17 @@ def _against_limits(
     rate, bandwidth = card.call("matrix_rate", TORCH_NAMES[bundle.manifest.dtype]), card.call("copy_bandwidth")
     took = medians([engine.call("stages", rows) for _ in range(config.rounds)])
     found: dict[str, Any] = {"matrix_tflops": rate / 1e12, "copy_gb_per_second": bandwidth / 1e9, "stages_ms": took}
-    tokens = len(RowLayout(bundle).row_ids(rows.prompts[0]))
+    sizes, tokens = BundleRows(bundle).work(rows.part(0, config.slots))
     operations = {
-        "vision": limits.vision_operations(model_config, bundle.manifest.layout),
+        "vision": limits.vision_operations(model_config, sizes),
         "prefill": limits.prefill_operations(model_config, tokens),
     }
     ratios = {f"{stage}_peak": count / (took[stage] / 1e3) / rate for stage, count in operations.items()}
-    for stage in ("vision", "prefill"):
+    # The vision graph for images of any size takes one at a time.
+    at_once = {"vision": (1,) if bundle.manifest.layout.resolution.is_native else config.at_once}
+    for stage, counts in (at_once | {"prefill": config.at_once}).items():
         found[f"{stage}_ms_at_once"] = {
-            count: 1e3 * engine.call(f"{stage}_seconds", rows, count, RUNS) for count in config.at_once
+            count: 1e3 * engine.call(f"{stage}_seconds", rows, count, RUNS) for count in counts
         }
     found["step_ms"] = {live: 1e3 * engine.call("step_seconds", rows, live, STEPS) for live in config.step_rows}
     for live, milliseconds in found["step_ms"].items():

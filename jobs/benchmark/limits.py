@@ -3,6 +3,7 @@
 A multiplication and an addition count as two operations. Causal attention counts as full attention.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,6 @@ import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
 from benchmark.rows import median_seconds
-from qvl_batch.bundle.layout import Layout
 from qvl_batch.bundle.loading import Bundle
 from qvl_batch.bundle.manifest import DECODER, Dtype
 from qvl_batch.decoder.kv_cache import slot_bytes
@@ -38,20 +38,32 @@ def copy_bandwidth() -> float:
     return 2 * COPIED_BYTES / median_seconds(lambda: np.copyto(target, source), REPEATS)
 
 
-def vision_operations(config: Any, layout: Layout) -> float:
-    """Operations of the vision tower for one image."""
-    vision = config.vision_config
-    patches = (layout.image_size // vision.patch_size) ** 2
+def vision_operations(config: Any, sizes: Sequence[tuple[int, int]]) -> float:
+    """Operations of the vision tower for one image: the mean over images of these heights and widths in pixels.
+
+    The two equal frames of a still image count as one.
+    """
+    return sum(_vision_operations(config.vision_config, *size) for size in sizes) / len(sizes)
+
+
+def _vision_operations(vision: Any, height: int, width: int) -> float:
+    rows, columns = height // vision.patch_size, width // vision.patch_size
+    patches = rows * columns
     hidden, merged = vision.hidden_size, vision.spatial_merge_size**2 * vision.hidden_size
     block = 4 * hidden**2 + 3 * hidden * vision.intermediate_size
-    window = (vision.window_size // vision.patch_size) ** 2
-    full = len(vision.fullatt_block_indexes)
-    attention = full * patches + (vision.depth - full) * window
-    products = patches * (3 * vision.patch_size**2 * hidden + vision.depth * block + 2 * attention * hidden)
-    return 2.0 * float(products + layout.image_tokens * merged * (merged + vision.out_hidden_size))
+    side, full = vision.window_size // vision.patch_size, len(vision.fullatt_block_indexes)
+    pairs = full * patches**2 + (vision.depth - full) * _pairs(rows, side) * _pairs(columns, side)
+    products = patches * (3 * vision.patch_size**2 * hidden + vision.depth * block) + 2 * pairs * hidden
+    return 2.0 * float(products + patches // vision.spatial_merge_size**2 * merged * (merged + vision.out_hidden_size))
 
 
-def prefill_operations(config: Any, tokens: int) -> float:
+def _pairs(count: int, side: int) -> int:
+    """Pairs of patches in the same window, along one side of an image; windows at its end can be shorter."""
+    windows, rest = divmod(count, side)
+    return windows * side**2 + rest**2
+
+
+def prefill_operations(config: Any, tokens: float) -> float:
     """Operations of the decoder to prefill a row of `tokens` tokens."""
     text = config.text_config
     head_dim = text.hidden_size // text.num_attention_heads
@@ -60,7 +72,7 @@ def prefill_operations(config: Any, tokens: int) -> float:
     return 2.0 * float(tokens * text.num_hidden_layers * layer + text.hidden_size * text.vocab_size)
 
 
-def step_bytes(bundle: Bundle, rows: int, tokens: int) -> float:
+def step_bytes(bundle: Bundle, rows: int, tokens: float) -> float:
     """Bytes that a decode step must read: the decoder's weights, and the KV cache of `rows` rows of `tokens` tokens.
 
     Tables from which a step reads only a few rows are left out: rotary tables, and an embedding that is not tied to

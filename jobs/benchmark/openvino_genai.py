@@ -11,21 +11,26 @@ import openvino
 import openvino_genai
 
 from benchmark.rows import Peer, Rows
-from qvl_batch.images.pixels import decode_image, fit_image
+from qvl_batch.bundle.layout import Resolution
+from qvl_batch.images.pixels import decode_image, see
+from qvl_batch.images.view import View
 
 
 class OpenVino(Peer):
-    """`ContinuousBatchingPipeline` on images that our code has fitted.
+    """`ContinuousBatchingPipeline` on images as our bundle sees them.
+
+    It takes images of any size, and leaves those as they are whose sides are multiples of 28, within the limits of the
+    checkpoint's image processor. Ours are such images.
 
     Args:
         model: folder that `optimum-cli export openvino` made of the checkpoint.
         precision: OpenVINO's `INFERENCE_PRECISION_HINT`; None for its own choice.
-        image_size: side of the square in pixels.
+        resolution: sizes of images of the bundle.
         new_tokens: tokens of each answer; end tokens are ignored.
     """
 
-    def __init__(self, model: Path, precision: str | None, image_size: int, new_tokens: int) -> None:
-        self._model, self._image_size = model, image_size
+    def __init__(self, model: Path, precision: str | None, resolution: Resolution, new_tokens: int) -> None:
+        self._model, self._view = model, View.of(resolution)
         self._properties = {"INFERENCE_PRECISION_HINT": precision} if precision else {}
         self._requests = 0
         super().__init__(new_tokens)
@@ -50,7 +55,7 @@ class OpenVino(Peer):
         return float(np.mean([r.perf_metrics.get_prepare_embeddings_duration().mean for r in results]))
 
     def _images(self, rows: Rows) -> list[Any]:
-        return [openvino.Tensor(fit_image(decode_image(file), self._image_size)[None]) for file in rows.files]
+        return [openvino.Tensor(see(decode_image(file), self._view).pixels[None]) for file in rows.files]
 
     def _answer(self, rows: Rows, images: list[Any], new_tokens: int) -> list[list[int]]:
         handles = []

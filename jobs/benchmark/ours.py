@@ -7,21 +7,19 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from threading import Semaphore
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from benchmark.bundle_rows import BundleRows
 from benchmark.memory import PeakMemory
 from benchmark.rows import Rows, median_seconds, timed
-from qvl_batch.bundle.layout import Features
+from qvl_batch.bundle.layout import Features, Pixels
 from qvl_batch.bundle.loading import Bundle
 from qvl_batch.config import CaptionConfig
-from qvl_batch.decoder.decoder import Decoder, PrefillRow
-from qvl_batch.decoder.engine import Completion, Engine, Request, decoder_clocks
-from qvl_batch.decoder.prompts import RowLayout
-from qvl_batch.images.pixels import decode_image, fit_image
+from qvl_batch.decoder.decoder import Decoder, PrefillRow, Tokens
+from qvl_batch.decoder.engine import PADDING, Completion, Engine, Request, decoder_clocks
 from qvl_batch.pipeline.capacity import CUDA_VISION_THREADS
 from qvl_batch.runtime.devices import memory_on, resolve_vision_device, usable_cpus
 from qvl_batch.vision.encoder import VisionEncoder
@@ -42,7 +40,7 @@ class Ours:
         loaded, threads = Bundle.load(bundle), usable_cpus()
         device = resolve_vision_device("auto", loaded.manifest)
         self.bundle, self.new_tokens, self.slots = loaded, new_tokens, slots
-        self.vision, self.layout = VisionEncoder(loaded, 1, device), RowLayout(loaded)
+        self.vision, self.rows = VisionEncoder(loaded, 1, device), BundleRows(loaded)
         self.images_at_once = CUDA_VISION_THREADS if device == "cuda" else threads
         self._pool = ThreadPoolExecutor(self.images_at_once)
         self.decoder = Decoder(loaded, slots, threads, memory=memory_on(loaded.manifest.device))
@@ -53,48 +51,62 @@ class Ours:
 
     def answer(self, rows: Rows) -> list[list[int]]:
         """Answer all rows; tokens of each."""
-        return self.decode(self.requests(rows, self.encode(rows)))
+        return self.decode(self.requests(rows))
 
     def prompt_tokens(self, rows: Rows) -> list[int]:
         """Tokens up to the answer of each row."""
-        return [len(self.layout.row_ids(prompt)) for prompt in rows.prompts]
+        return self.rows.lengths(rows, self.rows.images(rows))
 
-    def encode(self, rows: Rows) -> list[Features]:
-        """Features of all rows."""
-        return self.encode_pixels(self.fit(rows))
+    def requests(self, rows: Rows) -> list[Request]:
+        """Requests to the engine, with the images encoded."""
+        return [self.request(row) for row in self.encode(rows)]
 
-    def encode_pixels(self, pixels: Sequence[Any]) -> list[Features]:
-        """Features of fitted images."""
-        return list(self._pool.map(self.vision.encode, pixels))
+    def request(self, row: PrefillRow) -> Request:
+        """Request to the engine for a row that shares nothing with others."""
+        return Request(row, self.new_tokens)
 
-    def requests(self, rows: Rows, features: Sequence[Features]) -> list[Request]:
-        """Requests to the engine; rows share no prefix."""
-        pairs = zip(rows.prompts, features, strict=True)
-        return [Request(self.layout.row_ids(prompt), row, self.new_tokens) for prompt, row in pairs]
+    def encode(self, rows: Rows) -> list[PrefillRow]:
+        """What the decoder gets of all rows."""
+        images = self.rows.images(rows)
+        return self.prefill_rows(rows, images, self.encode_images(images))
+
+    def encode_images(self, images: Sequence[Pixels]) -> list[Features]:
+        """Features of images."""
+        return list(self._pool.map(self.vision.encode, images))
+
+    def prefill_rows(self, rows: Rows, images: Sequence[Pixels], features: Sequence[Features]) -> list[PrefillRow]:
+        """What the decoder gets of rows, by their pixels and features."""
+        return [self.rows.prefill_row(*row) for row in zip(rows.prompts, images, features, strict=True)]
 
     def decode(self, requests: Sequence[Request]) -> list[list[int]]:
         """Answer requests; tokens of each."""
         futures = [self._engine.submit(request) for request in requests]
         return [future.result().token_ids for future in futures]
 
-    def fit(self, rows: Rows) -> list[Any]:
-        """Decode and fit the images."""
-        return [fit_image(decode_image(file), self.layout.layout.image_size) for file in rows.files]
+    def prefill(self, batch: Sequence[PrefillRow]) -> Tokens:
+        """Prefill slots from 0 on as the engine does, the shortest row first; first tokens by slot, int64 (B,)."""
+        tokens: list[Tokens] = []
+        slot = 0
+        for group in prefill_groups(batch, self.decoder.prefill_rows, self.decoder.prefill_tokens):
+            tokens.append(self._prefill(slot, group))
+            slot += len(group)
+        return np.concatenate(tokens)
 
-    def prefill(self, batch: Sequence[PrefillRow]) -> Any:
-        """Prefill slots from 0 on as the engine does, a few rows at a time; first tokens int64 (B,)."""
-        width = self.decoder.prefill_rows
-        groups = range(0, len(batch), width)
-        return np.concatenate([self.decoder.prefill(at, batch[at : at + width]) for at in groups])
+    def _prefill(self, slot: int, group: Sequence[PrefillRow]) -> Tokens:
+        length, most = len(group[0].input_ids), self.decoder.prefill_tokens
+        if length <= most:
+            return self.decoder.prefill(slot, group)
+        parts = [(start, min(start + most, length)) for start in range(0, length, most)]
+        return [self.decoder.prefill_part(slot, group[0], *part) for part in parts][-1]
 
     def stages(self, rows: Rows) -> dict[str, float]:
         """Milliseconds per image of each stage by itself; `decode` is all steps of an answer."""
         count = min(len(rows), self.slots)
         rows = rows.part(0, count)
         took: dict[str, float] = {}
-        pixels = timed(took, "decode+fit", count, lambda: self.fit(rows))
-        features = timed(took, "vision", count, lambda: self.encode_pixels(pixels))
-        batch = [PrefillRow(self.layout.row_ids(p), f) for p, f in zip(rows.prompts, features, strict=True)]
+        images = timed(took, "decode+fit", count, lambda: self.rows.images(rows))
+        features = timed(took, "vision", count, lambda: self.encode_images(images))
+        batch = self.prefill_rows(rows, images, features)
         tokens = timed(took, "prefill", count, lambda: self.prefill(batch))
 
         def decode() -> None:
@@ -111,13 +123,13 @@ class Overlapped(Ours):
 
     def answer(self, rows: Rows) -> list[list[int]]:
         """Answer all rows; tokens of each."""
-        turns, size = Semaphore(self.images_at_once), self.layout.layout.image_size
+        turns = Semaphore(self.images_at_once)
 
         def ask(file: bytes, prompt: str) -> "Future[Completion]":
-            pixels = fit_image(decode_image(file), size)
+            image = self.rows.image(file)
             with turns:
-                features = self.vision.encode(pixels)
-            return self._engine.submit(Request(self.layout.row_ids(prompt), features, self.new_tokens))
+                features = self.vision.encode(image)
+            return self._engine.submit(self.request(self.rows.prefill_row(prompt, image, features)))
 
         with ThreadPoolExecutor(usable_cpus()) as pool:
             return [future.result().token_ids for future in list(pool.map(ask, rows.files, rows.prompts))]
@@ -133,8 +145,8 @@ class Overlapped(Ours):
         return median_seconds(step, steps)
 
     def vision_seconds(self, rows: Rows, at_once: int, times: int) -> float:
-        """Median seconds per image of the vision graph, with `at_once` images in one run."""
-        pixels = np.stack((self.fit(rows.part(0, at_once)) * at_once)[:at_once])
+        """Median seconds per image of the vision graph, with `at_once` images of one size in one run."""
+        pixels = np.stack((self.rows.images(rows.part(0, at_once)) * at_once)[:at_once])
         return median_seconds(lambda: self.vision.run(pixels), times) / at_once
 
     def prefill_seconds(self, rows: Rows, at_once: int, times: int) -> float:
@@ -144,9 +156,28 @@ class Overlapped(Ours):
 
     def _prefill_rows(self, rows: Rows, count: int) -> list[PrefillRow]:
         """`count` rows, repeated if there are fewer."""
-        rows = rows.part(0, count)
-        made = [PrefillRow(self.layout.row_ids(p), f) for p, f in zip(rows.prompts, self.encode(rows), strict=True)]
-        return list(itertools.islice(itertools.cycle(made), count))
+        return list(itertools.islice(itertools.cycle(self.encode(rows.part(0, count))), count))
+
+
+def prefill_groups(rows: Sequence[PrefillRow], most_rows: int, most_tokens: int) -> list[list[PrefillRow]]:
+    """Rows by length, in groups for one prefill each, by the limits of the engine.
+
+    Args:
+        rows: the rows.
+        most_rows: most rows of a group.
+        most_tokens: most tokens of a group, padding included. A longer row is a group by itself.
+    """
+    groups: list[list[PrefillRow]] = []
+    for row in sorted(rows, key=lambda row: len(row.input_ids)):
+        group = [*groups[-1], row] if groups else [row]
+        padded = len(group) * len(row.input_ids)
+        is_small = len(group) <= most_rows and padded <= most_tokens
+        is_alike = sum(len(each.input_ids) for each in group) >= (1 - PADDING) * padded
+        if len(group) > 1 and is_small and is_alike:
+            groups[-1] = group
+        else:
+            groups.append([row])
+    return groups
 
 
 class RayJob:

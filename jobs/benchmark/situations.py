@@ -10,11 +10,11 @@ import numpy as np
 
 from benchmark.ours import Ours
 from benchmark.rows import Rows, seconds
-from qvl_batch.decoder.decoder import PrefillRow
 from qvl_batch.decoder.engine import Request
 from qvl_batch.images.pixels import image_key
+from qvl_batch.images.view import View
 from qvl_batch.runtime.devices import usable_cpus
-from qvl_batch.vision.cache import VisionCache
+from qvl_batch.vision.cache import VisionCache, open_vision_cache
 from qvl_batch.vision.features import ImageFeatures
 
 #: Mean and maximum answer length in tokens: most answers are short, a few have the maximum.
@@ -24,6 +24,8 @@ SKEW_ROWS, SKEW_SLOTS = 256, 16
 SEED = 3
 PROMPTS = ("Describe the image.", "How many shapes are there?", "Is there a star?", "What color is the circle?")
 OTHER_PROMPT = "What is in the picture?"
+#: Bound on the features on disk, more than there are.
+CACHE_GIGABYTES = 1000.0
 
 
 def skew(ours: Ours, rows: Rows) -> dict[str, float]:
@@ -33,16 +35,14 @@ def skew(ours: Ours, rows: Rows) -> dict[str, float]:
     both, so that it depends on how long the model's prefill takes.
     """
     ours = Ours(ours.bundle.path, SKEW_SLOTS, MOST_TOKENS)
-    features = ours.encode(rows)
     lengths = _skewed_lengths(SKEW_ROWS)
-    plain = ours.requests(rows, features)
+    plain = ours.requests(rows)
     requests = [replace(plain[n % len(plain)], max_new_tokens=int(length)) for n, length in enumerate(lengths)]
     batches = [requests[at : at + SKEW_SLOTS] for at in range(0, SKEW_ROWS, SKEW_SLOTS)]
-    ours.prefill([PrefillRow(request.input_ids, request.features) for request in batches[0]])  # touches all memory
+    ours.prefill([request.row for request in batches[0]])  # touches all memory
     prefill = static = 0.0
     for batch in batches:
-        filled = [PrefillRow(request.input_ids, request.features) for request in batch]
-        prefill += seconds(partial(ours.prefill, filled))
+        prefill += seconds(partial(ours.prefill, [request.row for request in batch]))
         static += seconds(partial(_static, ours, batch))
     refilled = seconds(lambda: ours.decode(requests))
     return {"skew": static / ours.clocks["decode"].take(), "skew_with_prefill": (prefill + static) / refilled}
@@ -63,11 +63,10 @@ def four_prompts(ours: Ours, rows: Rows) -> float:
 
 def second_prompt(ours: Ours, rows: Rows) -> float:
     """Time of another prompt on the same images, with their features kept on disk, over that of the first prompt."""
-    manifest = ours.bundle.manifest
     with tempfile.TemporaryDirectory() as folder:
 
         def run(prompt: str) -> None:
-            cache = VisionCache(Path(folder), manifest.vision_sha256, manifest.feature_shape, 1 << 40)
+            cache = open_vision_cache(Path(folder), CACHE_GIGABYTES, ours.bundle.manifest)
             _answer_shared(ours, rows, (prompt,), cache)
 
         first = seconds(lambda: run(PROMPTS[0]))
@@ -75,13 +74,15 @@ def second_prompt(ours: Ours, rows: Rows) -> float:
 
 
 def _answer_shared(ours: Ours, rows: Rows, prompts: tuple[str, ...], cache: VisionCache | None = None) -> None:
-    keys = [image_key(file, "letterbox") for file in rows.files]
-    encoded = ImageFeatures(ours.vision, cache, usable_cpus()).of(ours.fit(rows), keys)
+    view = View.of(ours.rows.resolution)
+    images, keys = ours.rows.images(rows), [image_key(file, view) for file in rows.files]
+    encoded = ImageFeatures(ours.vision, cache, usable_cpus()).of(images, keys)
     requests: list[Request] = []
-    for features, key in zip(encoded, keys, strict=True):
+    for image, features, key in zip(images, encoded, keys, strict=True):
         assert isinstance(features, np.ndarray)
         for prompt in prompts:
-            requests.append(Request(ours.layout.row_ids(prompt), features, ours.new_tokens, key))  # noqa: PERF401
+            row = ours.rows.prefill_row(prompt, image, features)
+            requests.append(Request(row, ours.new_tokens, [key]))
     ours.decode(requests)
 
 

@@ -9,21 +9,22 @@ import torch
 from PIL import Image
 from transformers import GenerationConfig
 
+from benchmark.bundle_rows import BundleRows
 from benchmark.rows import BATCHES, Peer, Rows, timed
 from export.checkpoint import load_checkpoint
 from qvl_batch.bundle.loading import Bundle
-from qvl_batch.decoder.prompts import RowLayout
-from qvl_batch.images.pixels import decode_image, fit_image
 from qvl_batch.runtime.devices import usable_cpus
 
 
 class HuggingFace(Peer):
-    """`Qwen2_5_VLForConditionalGeneration.generate` on the token ids and pixels of our layout.
+    """`Qwen2_5_VLForConditionalGeneration.generate` on the token ids and pixels of a bundle.
+
+    Images of a batch can have different sizes.
 
     Args:
         checkpoint: folder of the checkpoint.
         dtype: type of weights and computation, as torch names it.
-        bundle: folder of a bundle of it, for the layout.
+        bundle: folder of a bundle of it, which says how images are seen and what rows are made of.
         new_tokens: tokens of each answer; end tokens are ignored.
         batches: sizes of a batch to try.
         device: where the model is, as torch names it.
@@ -45,11 +46,11 @@ class HuggingFace(Peer):
         loaded = load_checkpoint(checkpoint)
         self.model, self.processor = loaded.model.to(device, getattr(torch, dtype)), loaded.image_processor
         self._cache = cache
-        self.layout = RowLayout(Bundle.load(bundle))
+        self.rows = BundleRows(Bundle.load(bundle))
 
     def prompt_tokens(self, rows: Rows) -> list[int]:
         """Tokens up to the answer of each row."""
-        return [len(self.layout.row_ids(prompt)) for prompt in rows.prompts]
+        return [len(ids) for ids in self._ids(rows, self._images(rows))]
 
     def _vision(self, rows: Rows, images: dict[str, Any]) -> float:
         took: dict[str, float] = {}
@@ -61,16 +62,21 @@ class HuggingFace(Peer):
         return took["vision"]
 
     def _images(self, rows: Rows) -> dict[str, Any]:
-        size = self.layout.layout.image_size
-        pixels = [Image.fromarray(fit_image(decode_image(file), size)) for file in rows.files]
-        return dict(self.processor(pixels, return_tensors="pt"))
+        pixels = [Image.fromarray(image) for image in self.rows.images(rows)]
+        return dict(self.processor(pixels, do_resize=False, return_tensors="pt"))
+
+    def _ids(self, rows: Rows, images: dict[str, Any]) -> list[list[int]]:
+        """Token ids up to the answer of each row."""
+        merge = self.processor.merge_size
+        grids = [(height // merge, width // merge) for _, height, width in images["image_grid_thw"].tolist()]
+        return [self.rows.tokens(*row).input_ids for row in zip(rows.prompts, grids, strict=True)]
 
     def _on_device(self, tensors: dict[str, Any]) -> dict[str, Any]:
         return {name: tensor.to(self.model.device) for name, tensor in tensors.items()}
 
     def _answer(self, rows: Rows, images: dict[str, Any], new_tokens: int) -> list[list[int]]:
         settings = self.model.config
-        ids = [self.layout.row_ids(prompt) for prompt in rows.prompts]
+        ids = self._ids(rows, images)
         longest = max(map(len, ids))
         padded = torch.tensor([[0] * (longest - len(row)) + row for row in ids])
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in ids])
