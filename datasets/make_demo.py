@@ -1,24 +1,81 @@
-"""Write datasets/demo/questions.parquet: 64 scenes, a question each, and the true answers.
+"""Write scenes, a question each, and the true answers, as a parquet file.
 
-    python datasets/make_demo.py datasets/demo/questions.parquet [--rows 64] [--seed 7]
+    python datasets/make_demo.py datasets/demo/questions.parquet
+    python datasets/make_demo.py build/native.parquet --rows 500 --seed 11 --style native
 
-Images have the layout of Hugging Face datasets, struct<bytes, path>, in three formats, three modes
-and many sizes. Training does not use this seed.
+Styles, all with the columns `id`, `image` and `expected`:
+
+    fixed       one image of 240 to 900 pixels, nearly a square, and `prompt`; it is for images fitted to a square
+    native      one image of 28 x 28 pixels to about a megapixel, up to 20 times as long as wide, and `prompt`
+    pairs       two such images, in a list, and `prompt`
+    turns       one such image, and `messages`: a question, its answer, and a question that refers to them
+    text-first  one such image, and `messages`: a question before its image
+    next-image  two such images, in a list, and `messages`: a question about one, its answer, and the next image
+
+An image has the layout of Hugging Face datasets, struct<bytes, path>; there are three formats and three modes.
+`messages` has the layout that chat templates take: a list of struct<role, content>, content a list of
+struct<type, text>; a part of type `image` stands for the row's next image. Training does not use this seed.
 """
 
 import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from scenes import FORMATS, Scene, encode, questions, render, sample_scene
+from PIL import Image
+from scenes import (
+    FORMATS,
+    Scene,
+    encode,
+    follow_ups,
+    next_image_questions,
+    pair_questions,
+    questions,
+    render,
+    sample_native_scene,
+    sample_scene,
+    sample_size,
+)
 
 KINDS = ("describe", "color", "count", "left of", "above", "size", "presence", "describe")
+#: Kinds of question of each style, in turn.
+NATIVE_KINDS = {
+    "native": ("describe", "color", "count", "left of", "above", "size", "presence"),
+    "pairs": ("which has", "both", "more", "count in", "color in", "describe in"),
+    "turns": ("its size", "its color", "color of it", "another", "and a", "above it", "what are they"),
+    "text-first": ("describe", "color", "count", "left of", "above", "size", "presence"),
+    "next-image": ("count here", "presence here", "describe here"),
+}
+STYLES = ("fixed", *NATIVE_KINDS)
+#: Questions of each style about its scenes, by kind: all texts in turn, the expected answer last.
+QUESTIONS: dict[str, Callable[..., dict[str, list[tuple[str, ...]]]]] = {
+    "native": questions,
+    "pairs": pair_questions,
+    "turns": follow_ups,
+    "text-first": questions,
+    "next-image": next_image_questions,
+}
+
+
+@dataclass(frozen=True)
+class NativeRow:
+    """A row of scenes at their own size: the images' bytes and formats, messages as chat templates take them, and the
+    expected answer.
+    """
+
+    kind: str
+    scenes: tuple[Scene, ...]
+    images: tuple[tuple[bytes, str], ...]
+    messages: list[dict[str, Any]]
+    expected: str
 
 
 def demo_rows(count: int, seed: int) -> list[dict[str, object]]:
-    """Rows of `id`, `image`, `prompt` and `expected`, kinds of question in turn."""
+    """Rows of `id`, `image`, `prompt` and `expected`, kinds of question in turn, for images fitted to a square."""
     rng = np.random.default_rng((seed, 2025))
     return [_row(rng, index) for index in range(count)]
 
@@ -28,14 +85,68 @@ def _row(rng: np.random.Generator, index: int) -> dict[str, object]:
     mode = ("RGB", "RGB", "RGBA", "RGB", "L")[index % 5]
     scene = _scene_with(rng, kind, grey=mode == "L")
     image = render(scene, int(rng.integers(240, 900)), transparent=mode == "RGBA")
-    file_format = FORMATS[(index // 2) % len(FORMATS)]
-    if mode == "RGBA" and file_format == "JPEG":
-        file_format = "PNG"
-    data = encode(image.convert("L") if mode == "L" else image, file_format)
+    data, file_format = _file(image, mode, FORMATS[(index // 2) % len(FORMATS)])
     pairs = questions(scene)[kind]
     prompt, expected = pairs[int(rng.integers(len(pairs)))]
     path = f"scene-{index:04d}.{file_format.lower()}"
     return {"id": f"scene-{index:04d}", "image": {"bytes": data, "path": path}, "prompt": prompt, "expected": expected}
+
+
+def native_rows(style: str, count: int, seed: int) -> list[NativeRow]:
+    """Rows of any other style, kinds of question in turn."""
+    rng = np.random.default_rng((seed, 2026, STYLES.index(style)))
+    kinds = NATIVE_KINDS[style]
+    return [_native_row(rng, style, kinds[index % len(kinds)]) for index in range(count)]
+
+
+def _native_row(rng: np.random.Generator, style: str, kind: str) -> NativeRow:
+    images = 2 if style in {"pairs", "next-image"} else 1
+    modes = ["L" if rng.random() < 0.2 else "RGBA" if rng.random() < 0.2 else "RGB" for _ in range(images)]
+    while True:
+        sizes = [sample_size(rng) for _ in modes]
+        scenes = tuple(
+            sample_native_scene(rng, *size, grey=mode == "L") for size, mode in zip(sizes, modes, strict=True)
+        )
+        asked = QUESTIONS[style](*scenes)[kind]
+        if asked:
+            break
+    texts = _balanced(rng, asked)
+    files = []
+    for scene, size, mode in zip(scenes, sizes, modes, strict=True):
+        image = render(scene, max(size), transparent=mode == "RGBA")
+        files.append(_file(image, mode, FORMATS[rng.integers(len(FORMATS))]))
+    return NativeRow(kind, scenes, tuple(files), _messages(style, texts[:-1]), texts[-1])
+
+
+def _balanced(rng: np.random.Generator, asked: list[tuple[str, ...]]) -> tuple[str, ...]:
+    """One of the questions; all answers that any of them has are equally likely."""
+    answers = sorted({texts[-1] for texts in asked})
+    answer = answers[rng.integers(len(answers))]
+    some = [texts for texts in asked if texts[-1] == answer]
+    return some[rng.integers(len(some))]
+
+
+def _messages(style: str, texts: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Texts in turn, with the images where the style has them."""
+    image = {"type": "image", "text": None}
+    parts = [[{"type": "text", "text": text}] for text in texts]
+    match style:
+        case "text-first":
+            parts[0] = [*parts[0], image]
+        case "pairs":
+            parts[0] = [image, image, *parts[0]]
+        case "next-image":
+            parts[0], parts[2] = [image, *parts[0]], [image, *parts[2]]
+        case _:
+            parts[0] = [image, *parts[0]]
+    return [{"role": ("user", "assistant")[turn % 2], "content": content} for turn, content in enumerate(parts)]
+
+
+def _file(image: Image.Image, mode: str, file_format: str) -> tuple[bytes, str]:
+    """Bytes of an image file and its format, PNG where the format has no alpha."""
+    if mode == "RGBA" and file_format == "JPEG":
+        file_format = "PNG"
+    return encode(image.convert("L") if mode == "L" else image, file_format), file_format
 
 
 def _scene_with(rng: np.random.Generator, kind: str, *, grey: bool) -> Scene:
@@ -46,12 +157,36 @@ def _scene_with(rng: np.random.Generator, kind: str, *, grey: bool) -> Scene:
             return scene
 
 
-def write_demo(path: Path, count: int, seed: int) -> None:
+def write_demo(path: Path, count: int, seed: int, style: str = "fixed") -> None:
     """Write the parquet file."""
     image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    schema = pa.schema([("id", pa.string()), ("image", image), ("prompt", pa.string()), ("expected", pa.string())])
+    part = pa.struct([("type", pa.string()), ("text", pa.string())])
+    message = pa.struct([("role", pa.string()), ("content", pa.list_(part))])
+    asks = ("prompt", pa.string()) if style in {"fixed", "native", "pairs"} else ("messages", pa.list_(message))
+    images = pa.list_(image) if style in {"pairs", "next-image"} else image
+    schema = pa.schema([("id", pa.string()), ("image", images), asks, ("expected", pa.string())])
+    if style == "fixed":
+        rows = demo_rows(count, seed)
+    else:
+        rows = [_record(row, f"{style}-{i:04d}", schema) for i, row in enumerate(native_rows(style, count, seed))]
     path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(demo_rows(count, seed), schema), path, row_group_size=16)
+    pq.write_table(pa.Table.from_pylist(rows, schema), path, row_group_size=16)
+
+
+def _record(row: NativeRow, name: str, schema: pa.Schema) -> dict[str, object]:
+    """The row of the table."""
+    images = [
+        {"bytes": data, "path": f"{name}-{i}.{file_format.lower()}"} for i, (data, file_format) in enumerate(row.images)
+    ]
+    asks = {"prompt": row.messages[0]["content"][-1]["text"], "messages": row.messages}
+    column = schema.names[2]
+    one = pa.types.is_struct(schema.field("image").type)
+    return {
+        "id": name,
+        "image": images[0] if one else images,
+        column: asks[column],
+        "expected": row.expected,
+    }
 
 
 if __name__ == "__main__":
@@ -59,5 +194,6 @@ if __name__ == "__main__":
     parser.add_argument("output", type=Path)
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--style", choices=STYLES, default="fixed")
     args = parser.parse_args()
-    write_demo(args.output, args.rows, args.seed)
+    write_demo(args.output, args.rows, args.seed, args.style)

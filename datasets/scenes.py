@@ -1,9 +1,13 @@
 """Scenes of one to three coloured shapes, with questions and their true answers.
 
 What leaves: a `Scene` (positions and sizes as fractions, so that it renders at any
-resolution), its PIL image, and `(prompt, answer)` pairs that are true of it. Every answer is
-unambiguous by construction: shapes differ in kind, and any two are at least `MIN_GAP` apart in
-x and in y, so "left of" and "above" always have a clear answer.
+resolution), its PIL image, and questions with answers that are true of it: about one scene, about two,
+and with a follow-up. Every answer is unambiguous by construction: shapes differ in kind, and any two are
+at least `MIN_GAP` apart in x and in y, so "left of" and "above" always have a clear answer.
+
+A scene of `sample_scene` is drawn at a size that its user chooses. One of `sample_native_scene` is for one
+size in pixels, from 28 x 28 to about a megapixel and up to 20 times as wide as high or as high as wide, and
+holds only what can be seen at that size.
 
 This module knows nothing of models, tokenizers or parquet.
 """
@@ -26,10 +30,25 @@ COLORS = {
 }
 GREYS = {"black": (15, 15, 15), "gray": (105, 105, 105), "white": (250, 250, 250)}
 
-#: Radius of a shape as a fraction of the longer side, drawn uniformly from its range.
+#: Radius of a shape, drawn uniformly from its range, as a fraction of the longer side or, in a scene more than twice
+#: as long as it is short, of twice the shorter side.
 RADIUS = {"small": (0.055, 0.075), "large": (0.125, 0.155)}
-#: Least distance of two centres in x and in y, as a fraction of the longer side.
+#: Least distance of two centres in x and in y, as a fraction of the same length.
 MIN_GAP = 0.11
+#: In a native scene, the least radius of a shape and the least distance of two centres in x and in y, in pixels. The
+#: tiny checkpoint learned both at 224 x 224, where they are 12 and 25.
+LEGIBLE = 10
+LEGIBLE_GAP = 24
+#: Largest radius of the only shape of a very small scene, as a fraction of the shorter side.
+FILLING = 0.42
+#: Least side of a native scene in pixels, and its area, as a multiple of the area of the smallest: how likely a range
+#: is, and the range, in which the area is drawn log-uniformly.
+NATIVE_SIDE = 28
+Ranges = tuple[tuple[float, float, float], ...]
+NATIVE_AREAS: Ranges = ((0.14, 1, 9), (0.82, 9, 400), (0.04, 400, 1350))
+#: Longer side over shorter: how likely a range is, and the range.
+NATIVE_PROPORTIONS: Ranges = ((0.65, 1, 2), (0.25, 2, 4), (0.1, 4, 20))
+ORDINALS = ("first", "second")
 FORMATS = ("PNG", "JPEG", "WEBP")
 #: Images are drawn this many times larger and reduced, for smooth edges.
 SUPERSAMPLE = 2
@@ -76,6 +95,26 @@ def sample_scene(rng: np.random.Generator, *, grey: bool = False) -> Scene:
         if shapes is not None:
             ordered = tuple(sorted(shapes, key=lambda shape: shape.x))
             return Scene(ordered, aspect, scene.background)
+
+
+def sample_size(rng: np.random.Generator, areas: Ranges = NATIVE_AREAS) -> tuple[int, int]:
+    """A random width and height in pixels, for a native scene."""
+    area = NATIVE_SIDE**2 * _log_uniform(rng, areas)
+    proportion = min(_log_uniform(rng, NATIVE_PROPORTIONS), area / NATIVE_SIDE**2)
+    longer, shorter = round(math.sqrt(area * proportion)), round(math.sqrt(area / proportion))
+    return (longer, shorter) if rng.random() < 0.5 else (shorter, longer)
+
+
+def sample_native_scene(rng: np.random.Generator, width: int, height: int, *, grey: bool = False) -> Scene:
+    """A random scene to be drawn at this size in pixels, with as many shapes as are legible there."""
+    aspect, least = width / height, LEGIBLE / max(width, height)
+    background = _background(rng, grey=grey)
+    extent = Scene((), aspect, background).extent
+    most = 1 if least > RADIUS["large"][1] * _reference(extent) else 3
+    while True:
+        shapes = _place(rng, extent, int(rng.integers(1, most + 1)), GREYS if grey else COLORS, least)
+        if shapes is not None:
+            return Scene(tuple(sorted(shapes, key=lambda shape: shape.x)), aspect, background)
 
 
 def render(scene: Scene, longer_side: int, *, transparent: bool = False) -> Image.Image:
@@ -130,6 +169,71 @@ def questions(scene: Scene) -> dict[str, list[tuple[str, str]]]:
     }
 
 
+def pair_questions(first: Scene, second: Scene) -> dict[str, list[tuple[str, str]]]:
+    """Every question about two scenes that one row shows, as `(prompt, answer)` pairs by kind of question."""
+    scenes = dict(zip(ORDINALS, (first, second), strict=True))
+    here, there = ({shape.kind for shape in scene.shapes} for scene in (first, second))
+    counts = [len(scene.shapes) for scene in (first, second)]
+    more = [("Which image has more shapes?", _which(counts[0] > counts[1]))]
+    return {
+        "which has": [
+            (f"Which image has the {kind}?", _which(kind in here)) for kind in SHAPES if kind in here ^ there
+        ],
+        "both": [
+            (f"Do both images show a {kind}?", _yes(kind in here & there)) for kind in SHAPES if kind in here | there
+        ],
+        "more": more if counts[0] != counts[1] else [],
+        "count in": [
+            (f"How many shapes are in the {name} image?", str(len(scene.shapes))) for name, scene in scenes.items()
+        ],
+        "color in": [
+            (f"What color is the {shape.kind} in the {name} image?", shape.color)
+            for name, scene in scenes.items()
+            for shape in scene.shapes
+        ],
+        "describe in": [(f"Describe the {name} image.", describe(scene)) for name, scene in scenes.items()],
+    }
+
+
+def follow_ups(scene: Scene) -> dict[str, list[tuple[str, str, str, str]]]:
+    """Every question with a follow-up about this scene, as `(prompt, answer, prompt, answer)` by kind of follow-up."""
+    asked = questions(scene)
+    present = [shape.kind for shape in scene.shapes]
+    pairs = [(a, b) for a in scene.shapes for b in scene.shapes if a is not b]
+    return {
+        "its size": [(f"What color is the {s.kind}?", s.color, "And its size?", s.size) for s in scene.shapes],
+        "its color": [(f"How big is the {s.kind}?", s.size, "And its color?", s.color) for s in scene.shapes],
+        "color of it": [(f"Is there a {s.kind}?", "yes", "What color is it?", s.color) for s in scene.shapes],
+        "another": [(f"What color is the {a.kind}?", a.color, f"And the {b.kind}?", b.color) for a, b in pairs],
+        "and a": [
+            (f"Is there a {kind}?", _yes(kind in present), f"And a {other}?", _yes(other in present))
+            for kind in SHAPES
+            for other in SHAPES
+            if other != kind
+        ],
+        "above it": [
+            (f"Is the {a.kind} left of the {b.kind}?", _yes(a.x < b.x), "And above it?", _yes(a.y < b.y))
+            for a, b in pairs
+        ],
+        "what are they": [(*asked["count"][0], "What are they?", describe(scene))],
+    }
+
+
+def next_image_questions(first: Scene, second: Scene) -> dict[str, list[tuple[str, str, str, str]]]:
+    """Every question about one scene with a follow-up about another that is shown only then, like `follow_ups`."""
+    asked = [questions(scene) for scene in (first, second)]
+    return {
+        f"{kind} here": [
+            (*before, prompt, after[1]) for before, after in zip(*(pairs[kind] for pairs in asked), strict=True)
+        ]
+        for kind, prompt in (("count", "And here?"), ("presence", "And here?"), ("describe", "And this one?"))
+    }
+
+
+def _which(first: bool) -> str:
+    return "The first." if first else "The second."
+
+
 def _yes(truth: bool) -> str:
     return "yes" if truth else "no"
 
@@ -142,25 +246,44 @@ def _background(rng: np.random.Generator, *, grey: bool) -> tuple[int, int, int]
     return red, green, blue
 
 
+def _log_uniform(rng: np.random.Generator, ranges: Ranges) -> float:
+    """A number from one of the ranges `(likelihood, low, high)`."""
+    _, low, high = ranges[rng.choice(len(ranges), p=[likely for likely, _, _ in ranges])]
+    return float(np.exp(rng.uniform(np.log(low), np.log(high))))
+
+
+def _reference(extent: tuple[float, float]) -> float:
+    """The length of which `RADIUS` and `MIN_GAP` are fractions, itself a fraction of the longer side."""
+    return min(1.0, 2 * min(extent))
+
+
 def _place(
     rng: np.random.Generator,
     extent: tuple[float, float],
     count: int,
     palette: dict[str, tuple[int, int, int]],
+    least: float = 0.0,
 ) -> list[Shape] | None:
-    """Place `count` shapes of different kinds, or return None when they do not fit."""
+    """Place `count` shapes of different kinds with at least this radius, or return None when they do not fit."""
+    reference = _reference(extent)
+    gap = max(MIN_GAP * reference, least * LEGIBLE_GAP / LEGIBLE)
+    ranges = {size: (max(low * reference, least), high * reference) for size, (low, high) in RADIUS.items()}
+    ranges = {size: (low, high) for size, (low, high) in ranges.items() if low <= high}
+    if not ranges:
+        ranges = {"large": (least, FILLING * min(extent))}
     kinds = rng.permutation(SHAPES)[:count]
     placed: list[Shape] = []
     for kind in kinds:
         color = str(rng.choice(list(palette)))
-        size = str(rng.choice(list(RADIUS)))
-        radius = float(rng.uniform(*RADIUS[size]))
+        size = str(rng.choice(list(ranges)))
+        radius = float(rng.uniform(*ranges[size]))
         rgb = tuple(int(np.clip(c + rng.integers(-12, 13), 0, 255)) for c in palette[color])
         if palette is GREYS:
             rgb = (rgb[0],) * 3
+        edge = radius + 0.01 * reference
         for _ in range(30):
-            x, y = (float(rng.uniform(radius + 0.01, side - radius - 0.01)) for side in extent)
-            if all(_apart(x, y, radius, other) for other in placed):
+            x, y = (float(rng.uniform(edge, side - edge)) for side in extent)
+            if all(_apart(x, y, radius, other, gap) for other in placed):
                 placed.append(Shape(str(kind), color, size, x, y, radius, rgb))
                 break
         else:
@@ -168,10 +291,10 @@ def _place(
     return placed
 
 
-def _apart(x: float, y: float, radius: float, other: Shape) -> bool:
+def _apart(x: float, y: float, radius: float, other: Shape, gap: float) -> bool:
     dx, dy = abs(x - other.x), abs(y - other.y)
     clear = math.hypot(dx, dy) > (radius + other.radius) * 1.15
-    return clear and dx >= MIN_GAP and dy >= MIN_GAP
+    return clear and dx >= gap and dy >= gap
 
 
 def _draw(draw: ImageDraw.ImageDraw, shape: Shape, scale: float) -> None:

@@ -1,14 +1,13 @@
 """Train the tiny Qwen2.5-VL of this folder on made-up scenes, on a CPU.
 
     python datasets/train.py --work-dir /tmp/tiny --output datasets/tiny-qwen2.5-vl
+    python datasets/train.py --work-dir /tmp/tiny --output /tmp/checkpoint --from-checkpoint datasets/tiny-qwen2.5-vl
 
-Two stages: a long one at 224 x 224 (64 image tokens, a ninth of the cost), then a shorter one at
-672 x 672, the size that bundles use. Every step draws its scenes from `(SEED, step)`, and the state is
-saved every few minutes, so a run that was stopped resumes where it was, with the same data.
-
-One row of a batch is one image followed by several questions with their answers. A mask keeps the
-questions from attending to each other, and all start at the same position, so they are trained like
-separate conversations, but the image is computed only once.
+Three stages: a long one at 224 x 224 (64 image tokens, a ninth of the cost), a shorter one at 672 x 672, and one with
+rows as they come: images at their own size, text before them, two images, two turns (`batches.py`). With
+`--from-checkpoint`, only the last stage, from that checkpoint's weights. Every step draws its scenes from
+`(SEED, step)`, and the state is saved every few minutes, so a run that was stopped resumes where it was, with the same
+data.
 
 From answers alone, a vision tower this small learns shapes very slowly (2,000 steps were not enough
 for a star). So probes on its features also learn the kind, colour and size of the shape that each
@@ -16,115 +15,86 @@ merged patch shows. Relations and counts are learned from the answers only.
 """
 
 import argparse
+import multiprocessing
+import os
 import shutil
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from scenes import COLORS, FORMATS, GREYS, RADIUS, SHAPES, Scene, encode, questions, render, sample_scene
+from batches import IGNORE, PROBED, UNSEEN, Batch, Drawing, Packer, Span
+from scenes import ORDINALS
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
-from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen
-
-from qvl_batch.images.pixels import decode_image, fit_image
 
 SEED = 20_250_127
 CHECKPOINT = Path(__file__).parent / "tiny-qwen2.5-vl"
 SAVE_EVERY_S = 120
-IGNORE = -100
-#: Classes of the probes: kind, colour and size of the shape that a merged patch shows.
-PROBED = (SHAPES, (*COLORS, *GREYS), tuple(RADIUS))
 PROBE_WEIGHT = 0.5
+#: A step's gradient is that of so many batches, which processes of one thread each work out.
+PARTS = 4
+#: Patches of a whole window of the vision tower; windows at an image's edge have fewer.
+WINDOW = 64
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Steps `[previous stage's last, last)` at one image size (pixels) and batch size (images)."""
+    """Steps `[previous stage's last, last)`.
+
+    Args:
+        last: the step after its last.
+        image_size: side in pixels that images are fitted to; None for rows as they come.
+        size: images of a part of a step, or, of rows as they come, its cost (`Drawing.cost`).
+        learning_rate: the highest, after the warm-up.
+        final_rate: the last.
+        warmup: steps in which the rate rises.
+    """
 
     last: int
-    image_size: int
-    batch_size: int
-    questions: int
+    image_size: int | None
+    size: int
     learning_rate: float
     final_rate: float
     warmup: int
 
 
-def stages(steps_224: int, steps_672: int, images: int | None = None) -> list[Stage]:
+#: Questions about each image in stages of one image size.
+QUESTIONS = 16
+
+
+def stages(steps_224: int, steps_672: int, steps_native: int, images: int | None = None) -> list[Stage]:
+    """The stages, with these many steps, and so many images in a part of a step of the first two."""
     return [
-        Stage(steps_224, 224, images or 32, 16, 2e-3, 5e-4, 300),
-        Stage(steps_224 + steps_672, 672, images or 8, 16, 1e-3, 1e-5, 50),
+        Stage(steps_224, 224, images or 8, 2e-3, 5e-4, 300),
+        Stage(steps_224 + steps_672, 672, images or 2, 1e-3, 1e-5, 50),
+        Stage(steps_224 + steps_672 + steps_native, None, 270, 8e-4, 1e-5, 100),
     ]
 
 
 class Batches:
-    """Generates the training batch of a step from the step's number alone."""
+    """The training batch of a part of a step, from the numbers of both alone."""
 
-    def __init__(self, config: Qwen2_5_VLConfig, checkpoint: Path) -> None:
-        self.config = config
-        self.tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-        user = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}]
-        text = self.tokenizer.apply_chat_template(user, tokenize=False, add_generation_prompt=True)
-        before, after = text.split("<|image_pad|>")
-        self.before = self.tokenizer(before).input_ids
-        vision_end, self.closing = after.split("?")
-        self.after_image = self.tokenizer(vision_end).input_ids
+    def __init__(self, plan: list[Stage], pack: Packer) -> None:
+        self.plan = plan
+        self.pack = pack
 
-    def __call__(self, step: int, stage: Stage) -> dict[str, Tensor]:
-        """Patches, what they show, and rows of ids, labels, positions and masks."""
-        rng = np.random.default_rng((SEED, step))
-        pixels, rows, shown = [], [], []
-        for index in range(stage.batch_size):
-            scene = sample_scene(rng, grey=index % 8 == 7)
-            side = round(stage.image_size * rng.uniform(0.6, 1.4))
-            data = encode(render(scene, side, transparent=index % 8 == 6), FORMATS[index % 3])
-            pixels.append(fit_image(decode_image(data), stage.image_size))
-            rows.append(_pick(rng, questions(scene), stage.questions))
-            shown.append(what_patches_show(scene, stage.image_size // 28))
-        batch = {"patches": patchify(np.stack(pixels)), "shown": torch.from_numpy(np.stack(shown))}
-        return batch | self._pack(rows, stage.image_size // 28)
-
-    def _pack(self, rows: list[list[tuple[str, str]]], merged: int) -> dict[str, Tensor]:
-        """Lay out image and questions; all questions attend to segment 0, and -1 is padding."""
-        image = [self.config.image_token_id] * merged**2
-        prefix = self.before + image + self.after_image
-        start = len(self.before)
-        resume = start + merged + len(self.after_image)
-        turns = [[self._turn(prompt, answer) for prompt, answer in row] for row in rows]
-        length = len(prefix) + max(sum(len(ids) for ids, _ in row) for row in turns)
-        length = -(-length // 16) * 16
-        ids = torch.full((len(rows), length), self.config.text_config.bos_token_id)
-        labels = torch.full((len(rows), length), IGNORE)
-        segment = torch.full((len(rows), length), -1)
-        weight = torch.zeros((len(rows), length))
-        position = torch.zeros((3, len(rows), length), dtype=torch.long)
-        ids[:, : len(prefix)] = torch.tensor(prefix)
-        segment[:, : len(prefix)] = 0
-        position[:, :, : len(prefix)] = _prefix_positions(start, merged, len(self.after_image))
-        for r, row in enumerate(turns):
-            at = len(prefix)
-            for s, (turn, answer_length) in enumerate(row, start=1):
-                stop = at + len(turn)
-                ids[r, at:stop] = torch.tensor(turn)
-                labels[r, stop - answer_length - 1 : stop - 1] = ids[r, stop - answer_length : stop]
-                weight[r, stop - answer_length - 1 : stop - 1] = 1 / answer_length
-                segment[r, at:stop] = s
-                position[:, r, at:stop] = torch.arange(resume, resume + len(turn))
-                at = stop
-        causal = torch.ones(length, length, dtype=torch.bool).tril()
-        same = (segment[:, None, :] == 0) | (segment[:, None, :] == segment[:, :, None])
-        mask = (causal & same)[:, None]
-        return {"ids": ids, "labels": labels, "weight": weight, "position": position, "mask": mask}
-
-    def _turn(self, prompt: str, answer: str) -> tuple[list[int], int]:
-        question = self.tokenizer(prompt + self.closing).input_ids
-        reply = self.tokenizer(answer + "<|im_end|>").input_ids
-        return question + reply, len(reply)
+    def __call__(self, step: int, part: int) -> Batch:
+        """The batch."""
+        stage = next(stage for stage in self.plan if step < stage.last)
+        drawing = Drawing(np.random.default_rng((SEED, step, part)))
+        if stage.image_size is None:
+            drawing.draw_native(stage.size)
+        else:
+            drawing.draw_fixed(stage.image_size, stage.size, QUESTIONS)
+        return self.pack(drawing)
 
 
 class Probes(nn.Module):
@@ -141,149 +111,219 @@ class Probes(nn.Module):
         self.words = [torch.tensor(words)[:, 0] for words in ids]
         self.ground = nn.Parameter(torch.zeros(len(PROBED), hidden_size))
         self.scale = nn.Parameter(torch.ones(len(PROBED)))
+        self.ordinal = nn.Parameter(torch.zeros(len(ORDINALS), hidden_size))
 
-    def forward(self, features: Tensor, embedding: Tensor, shown: Tensor) -> Tensor:
-        """Cross-entropy of features (B * T_img, D) against classes (B, T_img, probes)."""
-        features = features.float()
-        shown = shown.view(-1, len(PROBED))
-        # Most patches are background: their weight is low, so that together they count as much as shapes.
-        weight = torch.where(shown[:, 0] > 0, 1.0, 0.05)
+    def forward(self, features: Tensor, embedding: Tensor, shown: Tensor, weight: Tensor) -> Tensor:
+        """Cross-entropy of features (T, D) against classes (T, probes), with weights (T,), summed."""
         losses = [
             (F.cross_entropy(logits, shown[:, i], reduction="none") * weight).sum()
-            for i, logits in enumerate(self._logits(features, embedding))
+            for i, logits in enumerate(self._logits(features.float(), embedding))
         ]
-        return sum(losses) / weight.sum()
+        return sum(losses)
+
+    def ordinals(self, hidden: Tensor, ordinals: Tensor, weight: Tensor) -> Tensor:
+        """Cross-entropy of states of image tokens (n, D) against which image of the row they are of (n,), summed."""
+        logits = hidden.float() @ self.ordinal.t()
+        return (F.cross_entropy(logits, ordinals, reduction="none") * weight).sum()
 
     def _logits(self, features: Tensor, embedding: Tensor) -> Iterator[Tensor]:
         for words, ground, scale in zip(self.words, self.ground, self.scale, strict=True):
             yield features @ torch.cat([ground[None], embedding[words]]).t() * scale
 
 
-def what_patches_show(scene: Scene, merged: int) -> np.ndarray:
-    """int64 (merged**2, probes): classes of the shape nearest to each merged patch, 0 if none is near."""
-    inset_x, inset_y = ((1 - side) / 2 for side in scene.extent)
-    centres = (np.arange(merged) + 0.5) / merged
-    shown = np.zeros((merged, merged, len(PROBED)), np.int64)
-    nearest = np.full((merged, merged), np.inf)
-    for shape in scene.shapes:
-        dx, dy = centres[None, :] - shape.x - inset_x, centres[:, None] - shape.y - inset_y
-        distance = np.hypot(dx, dy)
-        near = (distance < shape.radius + 0.3 / merged) & (distance < nearest)
-        nearest[near] = distance[near]
-        names = (shape.kind, shape.color, shape.size)
-        shown[near] = [known.index(name) + 1 for known, name in zip(PROBED, names, strict=True)]
-    return shown.reshape(-1, len(PROBED))
-
-
-def patchify(pixels: np.ndarray) -> Tensor:
-    """uint8 (B, H, W, 3) to normalised patches (B * H/14 * W/14, 3 * 2 * 14 * 14), in the order
-    of `Qwen2VLImageProcessor`: 2 x 2 merge groups, both temporal frames the same.
-    """
-    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]) * 255
-    std = torch.tensor([0.26862954, 0.26130258, 0.27577711]) * 255
-    x = (torch.from_numpy(pixels).float() - mean) / std
-    batch, height, width, _ = x.shape
-    x = x.view(batch, height // 28, 2, 14, width // 28, 2, 14, 3)
-    x = x.permute(0, 1, 4, 2, 5, 7, 3, 6)[:, :, :, :, :, :, None]
-    return x.expand(-1, -1, -1, -1, -1, -1, 2, -1, -1).reshape(-1, 3 * 2 * 14 * 14)
-
-
-def loss_of(
-    model: Qwen2_5_VLForConditionalGeneration, probes: Probes, batch: dict[str, Tensor], side: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Cross-entropy of the answers, that of the probes, and the share of correctly predicted tokens.
+@dataclass(frozen=True)
+class Loss:
+    """Of a batch: cross-entropy of the answers, that of the probes, the share of correctly predicted tokens, and the
+    weight of the batch.
 
     Every answer has the same weight. Otherwise the long description would outweigh the short answers,
     which are decided by their first token.
     """
-    ids = batch["ids"]
-    grid = torch.tensor([[1, side // 14, side // 14]] * len(ids))
-    features = model.model.visual(batch["patches"], grid).pooler_output
-    embeds = model.get_input_embeddings()(ids)
-    image = ids == model.config.image_token_id
-    embeds = embeds.masked_scatter(image[..., None], features.to(embeds.dtype))
-    hidden = model.model.language_model(
+
+    answers: Tensor
+    probes: Tensor
+    right: float
+    weight: float
+
+
+def loss_of(model: Qwen2_5_VLForConditionalGeneration, probes: Probes, batch: Batch) -> Loss:
+    """The loss of a batch, for a model that is `prepared`."""
+    features = model.model.visual(batch.patches, batch.grids).pooler_output
+    embeds = model.get_input_embeddings()(batch.ids)
+    image = batch.ids == model.config.image_token_id
+    embeds = embeds.masked_scatter(image[..., None], features[batch.features].to(embeds.dtype))
+    states = model.model.language_model(
         inputs_embeds=embeds,
-        attention_mask=batch["mask"],
-        position_ids=batch["position"],
+        attention_mask={"full_attention": batch.spans},
+        position_ids=batch.position,
         use_cache=False,
-    ).last_hidden_state
-    answered = batch["labels"] != IGNORE
-    logits = model.lm_head(hidden[answered]).float()
-    labels = batch["labels"][answered]
-    right = (logits.argmax(-1) == labels).float().mean()
-    weight = batch["weight"][answered]
-    loss = (F.cross_entropy(logits, labels, reduction="none") * weight).sum() / weight.sum()
-    return loss, probes(features, model.get_input_embeddings().weight, batch["shown"]), right
+        output_hidden_states=True,
+    )
+    answered = batch.labels != IGNORE
+    logits = model.lm_head(states.last_hidden_state[answered]).float()
+    labels, weights = batch.labels[answered], batch.weight[answered]
+    losses = F.cross_entropy(logits, labels, reduction="none")
+    right = float((logits.argmax(-1) == labels).float().mean())
+    probed = probes(features, model.get_input_embeddings().weight, batch.shown, batch.shown_weight)
+    probed = probed / len(batch.grids)
+    ordinals = probes.ordinals(states.hidden_states[1][image], batch.ordinals, batch.ordinal_weight)
+    probed = probed + ordinals / batch.ordinal_weight.sum()
+    return Loss((losses * weights).sum() / weights.sum(), probed, right, float(weights.sum()))
 
 
-def train(model: nn.Module, batches: Batches, plan: list[Stage], work_dir: Path) -> None:
-    probes = Probes(batches.tokenizer, model.config.text_config.hidden_size)
+class Gradients:
+    """Gradients of a step's parts, worked out by processes that share the weights.
+
+    Processes of one thread each, which take parts as they become free, are not held up by other programs on this
+    machine as threads are that wait for each other at every operator.
+    """
+
+    def __init__(self, model: Qwen2_5_VLForConditionalGeneration, probes: Probes, batches: Batches) -> None:
+        self.model, self.probes, self.batches = model, probes, batches
+        self.parameters = [p for p in (*model.parameters(), *probes.parameters()) if p.requires_grad]
+        for parameter in self.parameters:
+            parameter.share_memory_()
+
+    def set(self, step: int, pool: ProcessPoolExecutor) -> np.ndarray:
+        """Set the gradients of a step; returns the means of its two losses and of the share of predicted tokens."""
+        results = list(pool.map(_part_of_step, [step] * PARTS, range(PARTS)))
+        weights = np.array([weight for *_, weight in results]) / sum(weight for *_, weight in results)
+        mean = torch.from_numpy(sum(weight * flat for weight, (_, flat, _) in zip(weights, results, strict=True)))
+        for parameter, gradient in zip(
+            self.parameters, mean.float().split([p.numel() for p in self.parameters]), strict=True
+        ):
+            parameter.grad = gradient.view(parameter.shape)
+        return weights @ np.array([figures for figures, *_ in results])
+
+    def of_part(self, step: int, part: int) -> tuple[list[float], np.ndarray, float]:
+        """Both losses and the share of predicted tokens, the gradient of a part of a step, flat, and its weight."""
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = loss_of(self.model, self.probes, self.batches(step, part))
+        gradients = torch.autograd.grad(loss.answers + PROBE_WEIGHT * loss.probes, self.parameters)
+        flat = torch.cat([gradient.flatten() for gradient in gradients]).numpy()
+        return [loss.answers.item(), loss.probes.item(), loss.right], flat, loss.weight
+
+
+#: Set before processes are forked, so that each has it.
+_gradients: Gradients
+
+
+def _one_thread_while(parent: int) -> None:
+    """Set up a process: its operators use one thread, and it ends when its parent has ended."""
+    torch.set_num_threads(1)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _part_of_step(step: int, part: int) -> tuple[list[float], np.ndarray, float]:
+    return _gradients.of_part(step, part)
+
+
+def train(model: nn.Module, batches: Batches, work_dir: Path, first: int) -> None:
+    """All steps from `first` on, or from where a saved state is."""
+    global _gradients  # noqa: PLW0603  (see there)
+    probes = Probes(batches.pack.tokenizer, model.config.text_config.hidden_size)
     trained = nn.ModuleList([model, probes])
     optimizer = torch.optim.AdamW(_parameter_groups(trained), betas=(0.9, 0.98), fused=True)
     state = work_dir / "state.pt"
-    first = 0
     if state.exists():
         saved = torch.load(state)
         trained.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         first = saved["step"]
+    _gradients = Gradients(model, probes, batches)
     start, last_save, shown = 0, time.monotonic(), time.monotonic()
-    for stage in plan:
-        for step in range(max(first, start), stage.last):
-            for group in optimizer.param_groups:
-                group["lr"] = _learning_rate(stage, step - start, stage.last - start)
-            with torch.autocast("cpu", torch.bfloat16):
-                loss, probed, right = loss_of(model, probes, batches(step, stage), stage.image_size)
-            (loss + PROBE_WEIGHT * probed).backward()
-            norm = nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            if step % 20 == 0:
-                pace, shown = (time.monotonic() - shown) / 20, time.monotonic()
-                print(
-                    f"step {step} {stage.image_size}px loss {loss:.4f} tokens right {right:.4f}"
-                    f" probes {probed:.4f} norm {norm:.2f} {pace:.2f} s/step",
-                    flush=True,
-                )
-            if time.monotonic() - last_save > SAVE_EVERY_S or step + 1 == stage.last:
-                _save(state, trained, optimizer, step + 1)
-                last_save = time.monotonic()
-        start = stage.last
+    fork = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(os.cpu_count(), fork, _one_thread_while, (os.getpid(),)) as pool:
+        for stage in batches.plan:
+            name = f"{stage.image_size}px" if stage.image_size else "native"
+            for step in range(max(first, start), stage.last):
+                for group in optimizer.param_groups:
+                    group["lr"] = _learning_rate(stage, step - start, stage.last - start)
+                loss, probed, right = _gradients.set(step, pool)
+                norm = nn.utils.clip_grad_norm_(_gradients.parameters, 1.0)
+                optimizer.step()
+                if step % 20 == 0:
+                    pace, shown = (time.monotonic() - shown) / 20, time.monotonic()
+                    print(
+                        f"step {step} {name} loss {loss:.4f} tokens right {right:.4f}"
+                        f" probes {probed:.4f} norm {norm:.2f} {pace:.2f} s/step",
+                        flush=True,
+                    )
+                if time.monotonic() - last_save > SAVE_EVERY_S or step + 1 == stage.last:
+                    _save(state, trained, optimizer, step + 1)
+                    last_save = time.monotonic()
+            start = stage.last
+
+
+def prepared(model: Qwen2_5_VLForConditionalGeneration) -> Qwen2_5_VLForConditionalGeneration:
+    """Make a model take the rows of a `Batch`, and train faster on a CPU. transformers' classes are changed too."""
+    qwen.Qwen2_5_VLVisionAttention.forward = batched_vision_attention
+    qwen.Qwen2_5_VisionPatchEmbed.forward = patch_embedding
+    qwen.ALL_ATTENTION_FUNCTIONS["spans"] = attention_in_spans
+    model.config.text_config._attn_implementation = "spans"
+    return model
+
+
+def attention_in_spans(module, query, key, value, spans: list[Span], **_):
+    """Attention of rows one after the other (1, heads, S, head size), each within itself."""
+    # Split first: the gradient of a slice of all rows would be as large as all rows, once for each row.
+    lengths = [span.stop - span.start for span in spans]
+    key, value = (t.repeat_interleave(module.num_key_value_groups, dim=1) for t in (key, value))
+    rows = zip(spans, *(t[0].split(lengths, dim=1) for t in (query, key, value)), strict=True)
+    return torch.cat([attention(q, k, v, span.mask) for span, q, k, v in rows], dim=1).transpose(0, 1)[None], None
+
+
+def patch_embedding(self, patches):
+    """`Qwen2_5_VisionPatchEmbed.forward` as a product of matrices, which is faster than a convolution."""
+    return F.linear(patches, self.proj.weight.flatten(1))
 
 
 def batched_vision_attention(self, hidden_states, cu_seqlens, position_embeddings, **_):
-    """`Qwen2_5_VLVisionAttention.forward` for windows of equal length, as one batched call.
+    """`Qwen2_5_VLVisionAttention.forward` with windows padded to one length, as one batched call.
 
-    transformers loops over windows in Python, which takes most of a training step at 224 x 224.
+    transformers loops over windows in Python, which takes most of a training step of small images. Whole images of
+    different sizes are looped over here too: padding would cost more.
     """
-    windows = cu_seqlens.numel() - 1
-    qkv = self.qkv(hidden_states).view(windows, -1, 3, self.num_heads, self.head_dim)
-    q, k, v = qkv.permute(2, 0, 3, 1, 4)
-    cos, sin = (t.view(windows, 1, -1, self.head_dim).to(q.dtype) for t in position_embeddings)
+    lengths = cu_seqlens.diff()
+    lengths = lengths[lengths > 0]
+    longest = int(lengths.max())
+    qkv = self.qkv(hidden_states).view(-1, 3, self.num_heads, self.head_dim)
+    q, k, v = qkv.unbind(1)
+    cos, sin = (t[:, None].to(q.dtype) for t in position_embeddings)
     q = q * cos + qwen.rotate_half(q) * sin
     k = k * cos + qwen.rotate_half(k) * sin
-    out = F.scaled_dot_product_attention(q, k, v)
-    return self.proj(out.transpose(1, 2).reshape(hidden_states.shape[0], -1))
+    if (lengths == longest).all():
+        q, k, v = (t.view(-1, longest, self.num_heads, self.head_dim).transpose(1, 2) for t in (q, k, v))
+        out = attention(q, k, v).transpose(1, 2)
+    elif longest <= WINDOW:
+        valid = torch.arange(longest) < lengths[:, None]
+        index = (lengths.cumsum(0) - lengths)[:, None] + torch.arange(longest)
+        index = torch.where(valid, index, 0)
+        q, k, v = (t[index].transpose(1, 2) for t in (q, k, v))
+        out = attention(q, k, v, torch.where(valid, 0.0, UNSEEN)[:, None, None, :]).transpose(1, 2)[valid]
+    else:
+        images = [t.transpose(0, 1)[None].split(lengths.tolist(), dim=2) for t in (q, k, v)]
+        attended = [attention(*image) for image in zip(*images, strict=True)]
+        out = torch.cat(attended, dim=2)[0].transpose(0, 1)
+    return self.proj(out.reshape(hidden_states.shape[0], -1))
 
 
-def _prefix_positions(start: int, merged: int, after: int) -> Tensor:
-    """M-RoPE positions (3, 1, start + merged**2 + after) of the text before the image, the image, and
-    the text after it: Qwen2-VL, arXiv 2409.12191, section 2.1.
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Scaled dot-product attention (..., tokens, head size) in the type of `v`; the mask is added to the scores.
+
+    Forward and backward in bf16 take half the time of PyTorch's own on a CPU.
     """
-    before = torch.arange(start).expand(3, -1)
-    row = torch.arange(merged).repeat_interleave(merged)
-    column = torch.arange(merged).repeat(merged)
-    image = torch.stack([torch.zeros_like(row), row, column]) + start
-    text = torch.arange(start + merged, start + merged + after).expand(3, -1)
-    return torch.cat([before, image, text], dim=1)[:, None]
-
-
-def _pick(rng: np.random.Generator, by_kind: dict[str, list[tuple[str, str]]], count: int) -> list[tuple[str, str]]:
-    """The description, and `count - 1` other questions; all kinds of question are equally likely."""
-    others = [pairs for kind, pairs in by_kind.items() if kind != "describe" and pairs]
-    chosen = [others[i] for i in rng.integers(len(others), size=count - 1)]
-    return by_kind["describe"] + [pairs[rng.integers(len(pairs))] for pairs in chosen]
+    with torch.autocast("cpu", enabled=False):  # which would make the softmax fp32
+        scores = (q * q.shape[-1] ** -0.5).to(v.dtype) @ k.to(v.dtype).transpose(-1, -2)
+        if mask is not None:
+            scores = scores + mask.to(scores.dtype)
+        return scores.softmax(-1) @ v
 
 
 def _parameter_groups(model: nn.Module) -> list[dict[str, object]]:
@@ -312,17 +352,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--work-dir", type=Path, required=True, help="folder for the state of the training")
     parser.add_argument("--output", type=Path, help="folder for the trained checkpoint")
+    parser.add_argument("--from-checkpoint", type=Path, help="only the last stage, from the weights in this folder")
     parser.add_argument("--steps-224", type=int, default=3600)
     parser.add_argument("--steps-672", type=int, default=1400)
-    parser.add_argument("--images", type=int, help="images per step in both stages, instead of 32 and 8")
+    parser.add_argument("--steps-native", type=int, default=2400)
+    parser.add_argument("--images", type=int, help="images in a quarter of a step of the first two stages")
     args = parser.parse_args()
     args.work_dir.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(SEED)
     config = Qwen2_5_VLConfig.from_pretrained(CHECKPOINT)
-    qwen.Qwen2_5_VLVisionAttention.forward = batched_vision_attention
-    model = Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=torch.float32)
+    plan = stages(args.steps_224, args.steps_672, args.steps_native, args.images)
+    if args.from_checkpoint:
+        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(args.from_checkpoint, dtype=torch.float32)
+    else:
+        model = Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=torch.float32)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
-    train(model, Batches(config, CHECKPOINT), stages(args.steps_224, args.steps_672, args.images), args.work_dir)
+    first = plan[-2].last if args.from_checkpoint else 0
+    train(prepared(model), Batches(plan, Packer(config, CHECKPOINT)), args.work_dir, first)
     if args.output:
         model.to(torch.bfloat16).save_pretrained(args.work_dir / "checkpoint")
         args.output.mkdir(parents=True, exist_ok=True)

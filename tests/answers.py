@@ -7,8 +7,11 @@ import pyarrow.parquet as pq
 from conftest import QUESTIONS
 from reference import letterboxed
 
+from qvl_batch.bundle.layout import Features, Layout, PlacedImage
 from qvl_batch.bundle.loading import Bundle
-from qvl_batch.decoder.decoder import Decoder
+from qvl_batch.bundle.manifest import Manifest
+from qvl_batch.conversation import single_turn
+from qvl_batch.decoder.decoder import Decoder, PrefillRow
 from qvl_batch.decoder.engine import Completion, Engine, Request
 from qvl_batch.decoder.prompts import RowLayout
 from qvl_batch.vision.encoder import VisionEncoder
@@ -25,8 +28,8 @@ def requests_of(
 ) -> list[Request]:
     """What the engine is asked for rows, nothing shared between them."""
     vision, layout = vision or VisionEncoder(bundle, threads=2), RowLayout(bundle)
-    pairs = [(layout.row_ids(row["prompt"]), vision.encode(letterboxed(row["image"]["bytes"]))) for row in rows]
-    return [Request(ids, features, max_new_tokens) for ids, features in pairs]
+    pairs = [(row["prompt"], vision.encode(letterboxed(row["image"]["bytes"]))) for row in rows]
+    return [Request(ask(layout, *pair), max_new_tokens) for pair in pairs]
 
 
 def complete(decoder: Decoder, bundle: Bundle, requests: Sequence[Request]) -> list[Completion]:
@@ -34,3 +37,27 @@ def complete(decoder: Decoder, bundle: Bundle, requests: Sequence[Request]) -> l
     with Engine(decoder, bundle.manifest.generation.eos_token_ids) as engine:
         futures = [engine.submit(request) for request in requests]
         return [future.result(timeout=120) for future in futures]
+
+
+def square(layout: Layout) -> tuple[int, int]:
+    """Rows and columns of image tokens of the contract's square."""
+    resolution = layout.resolution
+    assert resolution.image_size is not None
+    return resolution.grid(resolution.image_size, resolution.image_size)
+
+
+def feature_shape(manifest: Manifest) -> tuple[int, int]:
+    """Shape of the features of the contract's square, (T_img, D)."""
+    return manifest.layout.resolution.max_tokens, manifest.decoder.hidden_size
+
+
+def turn(layout: Layout, prompt_ids: Sequence[int], features: Features) -> PrefillRow:
+    """A turn of one square image and a prompt, by its token ids."""
+    image = PlacedImage(layout.image_start, *square(layout))
+    return PrefillRow(layout.row_ids(prompt_ids, image.tokens), [image], [features])
+
+
+def ask(layout: RowLayout, prompt: str, features: Features) -> PrefillRow:
+    """A turn of one square image and a prompt."""
+    tokens = layout.row(single_turn(prompt, 1), [square(layout.layout)])
+    return PrefillRow(tokens.input_ids, tokens.images, [features])
