@@ -102,6 +102,12 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 
 @pytest.fixture(scope="session")
+def native_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The tiny checkpoint for images at their own size, exported once."""
+    return exported(tmp_path_factory.mktemp("bundles") / "native", image_size="native")
+
+
+@pytest.fixture(scope="session")
 def tiny_checkpoint() -> Checkpoint:
     """The tiny checkpoint in PyTorch."""
     return load_checkpoint(TINY)

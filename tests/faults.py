@@ -9,11 +9,14 @@ from typing import Any
 
 import numpy as np
 import onnx
+import pytest
+from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from comparison.run import Outcome
 from qvl_batch.bundle.loading import Bundle
-from qvl_batch.bundle.manifest import DECODER, FP32, MANIFEST, VISION, file_sha256
+from qvl_batch.bundle.manifest import FP32, MANIFEST, VISION, file_sha256
+from qvl_batch.decoder import decoder
 
 
 def assert_points_at(outcome: Outcome, begins_at: str, own: set[str]) -> None:
@@ -48,16 +51,13 @@ def merge_groups_in_raster_order(bundle: Path) -> None:
         order.ints[:] = [0, 1, 2, 4, 5, 3, 6, 7]
 
 
-def positions_of_one_dimension(bundle: Path) -> None:
-    """The decoder's rotary tables are those of a row of text."""
-    with _graph(bundle, DECODER) as graph:
-        initializers = {initializer.name: initializer for initializer in graph.initializer}
-        cos, sin = (_weights(bundle, initializers[name]) for name in ("cos", "sin"))
-        # Before the image all axes are alike: the second token turns by each frequency once.
-        turns = np.arange(len(cos))[:, None] * np.arctan2(sin[1], cos[1])
-        for table, values in ((cos, np.cos(turns)), (sin, np.sin(turns))):
-            table[:] = values
-            table.flush()
+def positions_of_one_dimension(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worker gives the decoder the positions of a row of text."""
+
+    def of_text(length: int, _: object) -> NDArray[np.int64]:
+        return np.tile(np.arange(length), (3, 1))
+
+    monkeypatch.setattr(decoder, "mrope_positions", of_text)
 
 
 def quantize_layer(bundle: Path, graph: str, prefix: str, bits: int = 4) -> None:

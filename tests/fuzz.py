@@ -36,15 +36,18 @@ from PIL import Image
 from profiles import PROPHOTO, rgb_profile
 from tiffs import tiff
 
+from qvl_batch.bundle.layout import Resolution
 from qvl_batch.config import ImageRules
 from qvl_batch.images.formats import FORMATS
-from qvl_batch.images.pixels import pixels_or_failure
+from qvl_batch.images.pixels import Seen, seen_or_failure
+from qvl_batch.images.view import View
 from qvl_batch.schema import Failure
 
 pillow_heif.register_heif_opener()  # to save such files
 
 ROOT = Path(__file__).parent.parent
-SIZE = 56
+#: How images are seen: as a square, or at their own size.
+VIEWS = (View.square(56), View(Resolution(28, None, 56 * 56, 112 * 112), None))
 #: Longest an image may take: the largest that is accepted takes 2 s.
 SECONDS = 30.0
 #: Most memory of an image, in bytes: the largest WebP takes 1.4 GB, all others less.
@@ -183,8 +186,9 @@ def _outcome(data: bytes) -> str:
     warnings.resetwarnings()
     warnings.simplefilter("always")
     warnings.showwarning = lambda message, *_: warned.append(message)
+    view, rules = VIEWS[len(data) // 2 % 2], ImageRules(allow_truncated=len(data) % 2 == 0)
     try:
-        result = pixels_or_failure(data, SIZE, "letterbox", ImageRules(allow_truncated=len(data) % 2 == 0))
+        result = seen_or_failure(data, view, rules)
     except BaseException as error:
         traceback.print_exc()
         return f"raised {type(error).__name__}"
@@ -194,8 +198,11 @@ def _outcome(data: bytes) -> str:
         known = re.match(r"(\w+(Error|Warning)):", result.message)
         first = known[1] if known else re.sub(r"[\d,]+", "N", " ".join(result.message.split()[:5]))
         return f"refused: {first}"
-    kind = getattr(result, "dtype", None), getattr(result, "shape", None)
-    return "decoded" if kind == (np.uint8, (SIZE, SIZE, 3)) else "gave no pixels"
+    if not isinstance(result, Seen):
+        return "gave no pixels"
+    width, height = view.size_of(result.size.width, result.size.height)
+    kind = result.pixels.dtype, result.pixels.shape
+    return "decoded" if kind == (np.uint8, (height, width, 3)) else "gave no pixels"
 
 
 def forget_peak() -> None:

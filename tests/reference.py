@@ -8,19 +8,22 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from comparison.questions import Question
+from qvl_batch.conversation import single_turn
+from qvl_batch.images.pixels import Seen
+from qvl_batch.images.view import ImageSize, View
 
 
 def question(row: dict[str, Any]) -> Question:
     """A row of `image` (a struct with bytes), `prompt` and perhaps `expected`."""
+    width, height = ImageOps.exif_transpose(Image.open(io.BytesIO(row["image"]["bytes"]))).size
     return Question(
         file=0,
         row=0,
         id=row["id"],
-        prompt=row["prompt"],
+        conversation=single_turn(row["prompt"], 1),
         expected=row.get("expected"),
-        fit="letterbox",
-        size=Image.open(io.BytesIO(row["image"]["bytes"])).size,
-        pixels=letterboxed(row["image"]["bytes"]),
+        view=View.square(672),
+        images=(Seen(letterboxed(row["image"]["bytes"]), ImageSize(width, height, 672, 672)),),
         failure=None,
     )
 

@@ -2,13 +2,15 @@
 
     python tests/soak.py --bundle BUNDLE [--kills 50] [--latest 20] [--seed 0]
 
-The job answers the demo questions again and again. Its driver, Ray's own processes and its workers
+The job answers the demo questions again and again; a bundle for images at their own size answers conversations with
+several images. Its driver, Ray's own processes and its workers
 are equally likely to be killed. Where the job does not survive that, the same command is started
 again. At the end every row must have its answer, once, and the one that it has without any kill.
 Exit status 1 says that one has not.
 """
 
 import argparse
+import json
 import math
 import os
 import signal
@@ -24,15 +26,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from conftest import QUESTIONS, ROOT
+from mixed_rows import MIXED, mixed_rows
 from output_folders import read_answers
 
 from benchmark.memory import family
-from qvl_batch import Captioner
+from qvl_batch import Bundle, Captioner
 
 #: Seconds from a kill, or a start, to the next kill, at least and at most: from before Ray runs until workers answer.
 SOONEST, LATEST = 1.0, 20.0
 #: Rows for each second between two kills, so that a fast machine is not done before the last.
 ROWS_PER_SECOND = 8
+#: Different conversations of a soak, and the longest answer in tokens.
+CONVERSATIONS, NEW_TOKENS = 48, 64
 #: A job of which a part was killed must end or write answers within so many seconds, or it hangs.
 PATIENCE = 120.0
 
@@ -64,11 +69,14 @@ class Outcome:
 def soak(bundle: Path, kills: int, seed: int, folder: Path, env: dict[str, str], latest: float = LATEST) -> Outcome:
     """Run a job to its end through so many kills, or fewer if it ends before."""
     rng = np.random.default_rng(seed)
-    demo = pq.read_table(QUESTIONS)
-    repeats = max(2, math.ceil(kills * latest * ROWS_PER_SECOND / demo.num_rows))
+    native = Bundle.load(bundle, verify=False).manifest.layout.resolution.is_native
+    asked = pa.Table.from_pylist(mixed_rows(CONVERSATIONS), MIXED) if native else pq.read_table(QUESTIONS)
+    repeats = max(2, math.ceil(kills * latest * ROWS_PER_SECOND / asked.num_rows))
     source, output = folder / "input", folder / "answers"
-    _write_two_files(source, demo, repeats)
+    _write_two_files(source, asked, repeats)
     command = [sys.executable, "jobs/caption.py", "--bundle", bundle, "--input", source, "--output", output]
+    command += ["--max-new-tokens", NEW_TOKENS]
+    command += ["--messages-column", "messages", "--image-column", "images"] if native else []
     killed: Counter[str] = Counter()
     starts = 0
     while True:
@@ -95,28 +103,33 @@ def soak(bundle: Path, kills: int, seed: int, folder: Path, env: dict[str, str],
             break
         if killed.total() == before:
             raise RuntimeError(f"the job ended by itself, with {job.returncode}: {log.read_text()[-2000:]}")
-    return _compare(bundle, demo, repeats, output, killed, starts)
+    return _compare(bundle, asked, repeats, output, killed, starts)
 
 
-def _write_two_files(folder: Path, demo: pa.Table, repeats: int) -> None:
+def _write_two_files(folder: Path, asked: pa.Table, repeats: int) -> None:
     """Two files, of row groups that are no multiple of anything else."""
     folder.mkdir(parents=True)
     for number in range(2):
         parts = []
         for again in range(number, repeats, 2):
-            ids = [f"{again}/{id_}" for id_ in demo["id"].to_pylist()]
-            parts.append(demo.set_column(demo.schema.get_field_index("id"), "id", pa.array(ids)))
+            ids = [f"{again}/{id_}" for id_ in asked["id"].to_pylist()]
+            parts.append(asked.set_column(asked.schema.get_field_index("id"), "id", pa.array(ids)))
         pq.write_table(pa.concat_tables(parts), folder / f"{number}.parquet", row_group_size=37)
 
 
-def _compare(bundle: Path, demo: pa.Table, repeats: int, output: Path, killed: Counter[str], starts: int) -> Outcome:
+def _compare(bundle: Path, asked: pa.Table, repeats: int, output: Path, killed: Counter[str], starts: int) -> Outcome:
     with Captioner(bundle) as captioner:
-        images = [image["bytes"] for image in demo["image"].to_pylist()]
-        answers = captioner.caption(images, demo["prompt"].to_pylist())
+        if "messages" in asked.column_names:
+            lists = [[image["bytes"] for image in images] for images in asked["images"].to_pylist()]
+            messages = [json.loads(text) for text in asked["messages"].to_pylist()]
+            answers = captioner.caption(lists, messages=messages, max_new_tokens=NEW_TOKENS)
+        else:
+            images = [image["bytes"] for image in asked["image"].to_pylist()]
+            answers = captioner.caption(images, asked["prompt"].to_pylist(), max_new_tokens=NEW_TOKENS)
     expected = {
         f"{again}/{id_}": answer.answer
         for again in range(repeats)
-        for id_, answer in zip(demo["id"].to_pylist(), answers, strict=True)
+        for id_, answer in zip(asked["id"].to_pylist(), answers, strict=True)
     }
     table = read_answers(output)
     found = list(zip(table["id"].to_pylist(), table["answer"].to_pylist(), strict=True))

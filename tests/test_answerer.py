@@ -4,13 +4,14 @@ import dataclasses
 
 import numpy as np
 import pytest
-from answers import demo_rows
+from answers import demo_rows, square
 from faults import add_fp32, edit_manifest, forget_known_answers, spoil
 from reference import letterboxed
 
 from qvl_batch.bundle.loading import Bundle
 from qvl_batch.bundle.manifest import DECODER, VISION
-from qvl_batch.decoder.answerer import Answerer, EncodedRow, repeated_phrase
+from qvl_batch.conversation import single_turn
+from qvl_batch.decoder.answerer import Answerer, EncodedImage, EncodedRow, repeated_phrase
 from qvl_batch.errors import NumericError
 from qvl_batch.vision.encoder import VisionEncoder
 
@@ -19,8 +20,9 @@ ROWS = demo_rows(6)
 
 @pytest.fixture(scope="module")
 def encoded_rows(tiny_bundle):
-    vision = VisionEncoder(tiny_bundle, threads=2)
-    return [EncodedRow(vision.encode(letterboxed(row["image"]["bytes"])), row["prompt"]) for row in ROWS]
+    vision, grid = VisionEncoder(tiny_bundle, threads=2), square(tiny_bundle.manifest.layout)
+    images = [EncodedImage(vision.encode(letterboxed(row["image"]["bytes"])), *grid) for row in ROWS]
+    return [EncodedRow(single_turn(row["prompt"], 1), (image,)) for row, image in zip(ROWS, images, strict=True)]
 
 
 def _answer_all(bundle, encoded_rows, max_new_tokens=64, **options):
@@ -44,11 +46,11 @@ def _never_ends(manifest):
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_a_row_whose_logits_are_not_finite_fails_alone(value, tiny_bundle, encoded_rows):
     whole = _answer_all(tiny_bundle, encoded_rows)
-    broken = encoded_rows[2].features.copy()
-    broken[100, 5] = value
-    found = _answer_all(
-        tiny_bundle, [*encoded_rows[:2], dataclasses.replace(encoded_rows[2], features=broken), *encoded_rows[3:]]
-    )
+    (image,) = encoded_rows[2].images
+    features = image.features.copy()
+    features[100, 5] = value
+    broken = dataclasses.replace(encoded_rows[2], images=(dataclasses.replace(image, features=features),))
+    found = _answer_all(tiny_bundle, [*encoded_rows[:2], broken, *encoded_rows[3:]])
     failure = found[2].failure
     assert (found[2].finish_reason, failure.stage, failure.type) == ("error", "decode", "NumericError")
     assert failure.message == "logits or hidden states are not finite at answer token 1"
@@ -71,7 +73,7 @@ def test_images_that_fail_in_the_vision_graph_are_encoded_again_in_fp32(copied_b
         VisionEncoder(Bundle.load(copied_bundle), threads=2).encode(image)
     assert failure.value.stage == "vision"
     vision = VisionEncoder(add_fp32(copied_bundle, tiny_bundle), threads=2)
-    assert np.array_equal(vision.encode(image), encoded_rows[0].features)
+    assert np.array_equal(vision.encode(image), encoded_rows[0].images[0].features)
 
 
 def test_an_image_that_fails_in_fp32_too_has_failed(copied_bundle):

@@ -6,22 +6,39 @@ import signal
 import subprocess
 import sys
 from contextlib import ExitStack
+from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from conftest import QUESTIONS, ROOT, TINY
+import torch
+from conftest import QUESTIONS, ROOT, TINY, exported
 from rich.console import Console
+from torch.utils.flop_counter import FlopCounterMode
 
 import bench
-from benchmark import gpu, limits
+from benchmark import gpu, limits, native
+from benchmark.bundle_rows import BundleRows
+from benchmark.contenders import NATIVE
 from benchmark.figures import read_rows
 from benchmark.host import Host
+from benchmark.image_sets import LEAST_PIXELS, MOST_PIXELS, mixed, mixed_sizes, squares
 from benchmark.memory import PeakMemory, family
+from benchmark.ours import Ours, prefill_groups
 from benchmark.rows import Peer, Rows
 from benchmark.situations import MEAN_TOKENS, MOST_TOKENS, SKEW_ROWS, _skewed_lengths
+from export.checkpoint import load_checkpoint
+from qvl_batch.bundle.layout import Resolution
 from qvl_batch.bundle.loading import Bundle
+from qvl_batch.decoder.decoder import PrefillRow
 from qvl_batch.errors import ConfigError, JobError
+from qvl_batch.images.pixels import decode_image
 from qvl_batch.runtime.devices import has_cuda
+
+#: Sizes of images of a native bundle, as wide as those of the tiny checkpoint.
+ANY_SIZE = Resolution(28, None, 56 * 56, 3000 * 28 * 28)
 
 
 def test_a_contender_answers_from_its_own_process():
@@ -75,12 +92,78 @@ def test_only_equal_work_is_compared():
         bench.check_equal_work(equal | {bench.OV_FP32: _Fake([9], [[7, 7]])}, rows)
     with pytest.raises(JobError, match="different numbers of tokens"):
         bench.check_equal_work(equal | {bench.HF_FP32: _Fake([8], [[1, 2]])}, rows)
+    with pytest.raises(JobError, match="only 0 of 1 answers of qvl-batch fp32, native"):
+        bench.check_equal_work(equal | {NATIVE: _Fake([9], [[1, 3]])}, rows)
 
 
 def test_ratios_are_over_the_best_of_each_peer():
     speed = {bench.FP32: 3.0, bench.REDUCED: 5.0, bench.HF_FP32: 1.0, bench.HF_BF16: 2.0}
     assert bench.ratios_of(speed) == {"hf_fp32": 3.0, "hf": 2.5}
     assert bench.ratios_of(speed | {bench.OV_FP32: 2.0, bench.OV_OWN: 1.0})["openvino"] == 2.5
+
+
+def test_a_native_bundle_is_compared_by_images_and_by_their_tokens():
+    mix = f"{NATIVE}, mixed sizes"
+    speed, tokens = {bench.FP32: 4.0, NATIVE: 3.0, mix: 5.0}, {bench.FP32: 400.0, NATIVE: 300.0, mix: 380.0}
+    assert native.ratios_of(speed, tokens) == {"native_over_fixed": 0.75, "mixed_over_fixed": 0.95}
+    peers = {f"{name}, mixed sizes": 2.0 for name in (bench.HF_FP32, bench.OV_FP32)}
+    ratios = native.ratios_of(speed | peers, tokens | peers)
+    assert (ratios["hf_mixed"], ratios["openvino_mixed"]) == (2.5, 2.5)
+
+
+def test_the_mix_has_images_from_tiny_to_a_megapixel_and_the_mean_of_a_square():
+    sizes = mixed_sizes(64, ANY_SIZE, 576)
+    assert sizes == mixed_sizes(64, ANY_SIZE, 576)
+    tokens = np.array([width * height / 28**2 for width, height in sizes])
+    assert all(width % 28 == height % 28 == 0 for width, height in sizes)
+    assert LEAST_PIXELS / 28**2 <= tokens.min() < 20
+    assert 1200 < tokens.max() <= MOST_PIXELS / 28**2
+    for count in (8, 16, 32, 64):  # a part of the rows is like all of them
+        assert tokens[:count].mean() == pytest.approx(576, rel=0.12)
+    assert tokens.mean() == pytest.approx(576, rel=0.02)
+    assert min(width / height for width, height in sizes) < 0.5
+    assert max(width / height for width, height in sizes) > 2
+
+
+def test_a_bundle_of_few_sizes_cannot_answer_the_mix():
+    with pytest.raises(ConfigError, match="--native-bundle takes images of 3136 to 200704 pixels, which is no range"):
+        mixed_sizes(4, replace(ANY_SIZE, max_pixels=256 * 28**2), 576)
+
+
+def test_all_contenders_see_the_pixels_of_the_files(tiny_bundle, demo, tmp_path):
+    rows = read_rows(tiny_bundle.path, QUESTIONS, 3, tmp_path)
+    layout = replace(tiny_bundle.manifest.layout, resolution=ANY_SIZE)
+    any_size = BundleRows(replace(tiny_bundle, manifest=replace(tiny_bundle.manifest, layout=layout)))
+    square, mix = squares(rows, tiny_bundle.manifest.layout.resolution), mixed(rows, ANY_SIZE, 576)
+    assert square.image_tokens == 3 * 576
+    for images in (square, mix):
+        seen = any_size.images(images.rows)
+        files = [np.asarray(decode_image(file)) for file in images.rows.files]
+        assert all(np.array_equal(*pair) for pair in zip(seen, files, strict=True))
+        sizes, tokens = any_size.work(images.rows)
+        assert images.image_tokens == sum(height * width for height, width in sizes) / 28**2
+        text = [len(any_size.tokens(prompt, (0, 0)).input_ids) for prompt in images.rows.prompts]
+        assert tokens == pytest.approx((images.image_tokens + sum(text)) / 3)
+    assert BundleRows(tiny_bundle).images(square.rows)[0].shape == (672, 672, 3)
+    assert rows.prompts == square.rows.prompts == mix.rows.prompts == [row["prompt"] for row in demo[:3]]
+
+
+def test_rows_that_are_prefilled_together_are_few_short_and_alike():
+    rows = [PrefillRow([0] * length) for length in (500, 30, 1500, 520, 31, 490, 700, 29)]
+    groups = prefill_groups(rows, 2, 1024)
+    assert [[len(row.input_ids) for row in group] for group in groups] == [
+        [29, 30], [31], [490, 500], [520], [700], [1500],
+    ]  # fmt: skip
+
+
+def test_stages_prefill_rows_as_the_engine_does(tiny_bundle, tmp_path):
+    engine = Ours(tiny_bundle.path, 4, 2)
+    rows = read_rows(tiny_bundle.path, QUESTIONS, 3, tmp_path)
+    batch = sorted(engine.encode(rows), key=lambda row: len(row.input_ids))
+    answers = engine.decode([engine.request(row) for row in batch])
+    assert engine.prefill(batch).tolist() == [answer[0] for answer in answers]
+    engine.decoder.prefill_tokens = 256  # each row is longer
+    assert engine.prefill(batch).tolist() == [answer[0] for answer in answers]
 
 
 def test_the_fastest_batch_stays(monkeypatch):
@@ -107,6 +190,31 @@ def test_skewed_lengths_are_what_they_are_called():
 def test_what_cannot_be_measured_is_refused(options, message, tmp_path):
     with pytest.raises(ConfigError, match=message):
         bench.BenchConfig(bundle=tmp_path, checkpoint=TINY, openvino=tmp_path, **options)
+
+
+def test_a_native_bundle_is_compared_with_one_of_squares_of_the_same_checkpoint(tiny_bundle, tmp_path):
+    fixed = tiny_bundle.manifest
+    any_size = replace(fixed, layout=replace(fixed.layout, resolution=ANY_SIZE))
+    few_sizes = replace(fixed, layout=replace(fixed.layout, resolution=replace(ANY_SIZE, max_pixels=672**2)))
+    other = replace(any_size, source=replace(fixed.source, sha256="0"))
+    manifests = {
+        "fixed": fixed, "native": any_size, "int8": replace(any_size, dtype="int8"), "few": few_sizes, "other": other,
+    }  # fmt: skip
+    for name, manifest in manifests.items():
+        (tmp_path / name).mkdir()
+        manifest.write(tmp_path / name)
+    native.check_pair(tmp_path / "fixed", tmp_path / "native")
+    for name, message in {
+        "fixed": "--native-bundle .*fixed takes squares: export it with --image-size native",
+        "int8": "--native-bundle .*int8 is not in fp32",
+        "few": "--native-bundle takes images of 3136 to 451584 pixels",
+        "other": "--native-bundle .*other is not of the same checkpoint",
+    }.items():
+        config = bench.BenchConfig(bundle=tmp_path / "fixed", native_bundle=tmp_path / name, checkpoint=TINY)
+        with pytest.raises(ConfigError, match=message):
+            bench.bench(config, Console())
+    with pytest.raises(ConfigError, match=r"--bundle .*native does not take squares"):
+        native.check_pair(tmp_path / "native", tmp_path / "native")
 
 
 @pytest.mark.parametrize(
@@ -171,6 +279,22 @@ def test_a_peer_that_does_not_fit_is_tried_no_larger():
     assert set(peer.choose_batch(Rows([b""] * 16, ["x"] * 16))) == {1, 4}
     with pytest.raises(RuntimeError, match="out of memory"):
         Large(1, batches=(8,)).choose_batch(Rows([b""] * 16, ["x"] * 16))
+
+
+def test_operations_of_the_vision_tower_are_those_that_pytorch_counts():
+    checkpoint = load_checkpoint(TINY)
+    visual, config = checkpoint.model.model.visual, checkpoint.config
+    checkpoint.model.set_attn_implementation("eager")  # its products are counted
+    sizes = [(224, 224), (140, 196), (28, 252)]
+    counts = []
+    for height, width in sizes:
+        grid = torch.tensor([[1, height // 14, width // 14]])
+        with FlopCounterMode(display=False) as counter, torch.inference_mode():
+            visual(torch.zeros(height * width // 14**2, 2 * 3 * 14**2), grid)
+        second_frame = 2 * height * width * 3 * config.vision_config.hidden_size
+        counts.append(counter.get_total_flops() - second_frame)
+        assert limits.vision_operations(config, [(height, width)]) == counts[-1]
+    assert limits.vision_operations(config, sizes) == sum(counts) / 3
 
 
 def test_a_step_reads_weights_and_cache_and_no_table(tiny_bundle):
@@ -239,15 +363,21 @@ def test_what_was_measured_of_a_card_is_kept_if_a_peer_fails(tiny_bundle, tmp_pa
 
 @pytest.mark.long
 def test_the_bench_measures_the_tiny_model(tiny_bundle, ray_env, tmp_path):
+    own_sizes = exported(tmp_path / "native", image_size="native")
     command = [sys.executable, "jobs/bench.py", "--bundle", tiny_bundle.path, "--checkpoint", TINY]
-    command += ["--rows", 8, "--rounds", 1, "--new-tokens", 4, "--ray-rows", 16, "--output", tmp_path]
+    command += ["--native-bundle", own_sizes.path, "--output", tmp_path]
+    command += ["--rows", 8, "--rounds", 1, "--new-tokens", 4, "--ray-rows", 16]
     subprocess.run(list(map(str, command)), cwd=ROOT, env=ray_env, check=True)
     figures = json.loads((tmp_path / "bench.json").read_text())
     assert set(figures["ratios"]) == {
         "hf_fp32", "hf", "vision_peak", "prefill_peak", "decode_bandwidth", "skew", "skew_with_prefill",
         "four_prompts", "second_prompt", "ray", "rows_10x_time", "rows_10x_memory",
+        "native_over_fixed", "mixed_over_fixed", "hf_mixed",
     }  # fmt: skip
     assert all(ratio > 0 for ratio in figures["ratios"].values())
+    equal = figures["native"]["answers_equal_to_reference"]
+    assert equal[NATIVE] == equal[f"{NATIVE}, mixed sizes"] == [8, 8]
+    assert figures["native"]["mean_image_tokens"]["squares"] == 576
     assert (tmp_path / "bench.svg").read_text().count("<rect") == 4
 
 
@@ -255,3 +385,15 @@ def test_rows_of_a_bench_are_repeated_and_none_of_its_output(tiny_bundle, tmp_pa
     rows = read_rows(tiny_bundle.path, QUESTIONS, 70, tmp_path)
     assert len(rows) == 70
     assert rows.part(0, 6) == rows.part(64, 70)
+
+
+def test_rows_of_a_bench_have_one_image_and_a_prompt(demo, tmp_path):
+    files = [row["image"]["bytes"] for row in demo[:2]]
+    images, prompts = [files, files[:1], files[1:], None, files[1:]], ["What?", " ", "Which?", "Where?", None]
+    table = pa.table({"id": list("abcde"), "image": images, "prompt": prompts})
+    pq.write_table(table, tmp_path / "rows.parquet")
+    rows = read_rows(tmp_path, tmp_path / "rows.parquet", 2, tmp_path / "out")
+    assert rows == Rows([files[1], files[1]], ["Which?", "Which?"])
+    pq.write_table(table.slice(0, 2), tmp_path / "none.parquet")
+    with pytest.raises(JobError, match=r"none\.parquet has no row with one image and a prompt"):
+        read_rows(tmp_path, tmp_path / "none.parquet", 2, tmp_path / "out")

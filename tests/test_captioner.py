@@ -124,7 +124,7 @@ def encoded(monkeypatch):
 
 @pytest.mark.parametrize("kind", ["int16", "int32", "int64", "uint64"])
 def test_shades_of_a_byte_may_be_in_wider_integers(kind, tiny_bundle, encoded):
-    size = tiny_bundle.manifest.layout.image_size
+    size = tiny_bundle.manifest.layout.resolution.image_size
     shades = np.resize(np.arange(0, 256, 17), (size, size))
     with Captioner(tiny_bundle.path, slots=1) as captioner:
         captioner.caption([shades.astype(kind)], "What?", max_new_tokens=1)
@@ -133,7 +133,7 @@ def test_shades_of_a_byte_may_be_in_wider_integers(kind, tiny_bundle, encoded):
 
 
 def test_pixels_pass_through_unchanged(tiny_bundle, encoded):
-    size = tiny_bundle.manifest.layout.image_size
+    size = tiny_bundle.manifest.layout.resolution.image_size
     one, other = np.random.default_rng(0).integers(0, 256, (2, size, size, 3), dtype=np.uint8)
     with Captioner(tiny_bundle.path, slots=1) as captioner:
         captioner.caption([one, Image.fromarray(other)], "What?", max_new_tokens=1)

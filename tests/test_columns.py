@@ -9,12 +9,13 @@ from conftest import QUESTIONS
 
 from qvl_batch.columns import COLUMNS, FAILURE, OWN, STARTED, failure_columns, failures_of, places_of, with_columns
 from qvl_batch.config import CaptionConfig
+from qvl_batch.images.view import View
 from qvl_batch.input.fetch import Fetcher
 from qvl_batch.input.source import open_source
 from qvl_batch.pipeline.crash_guard import AttemptsInMemory, Guarded
 from qvl_batch.pipeline.prepare import prepare_guarded
 from qvl_batch.pipeline.read import read_units
-from qvl_batch.pipeline.stages import DecoderStage, VisionStage
+from qvl_batch.pipeline.stages import AnswerForm, DecoderStage, VisionStage
 from qvl_batch.schema import ANSWER_FIELDS, Failure
 
 STEPS = ("read", "prepare", "vision", "decoder")
@@ -24,11 +25,11 @@ STEPS = ("read", "prepare", "vision", "decoder")
 def stages(tiny_bundle):
     """What each step after reading does with a table, as its worker runs it."""
     attempts, path = AttemptsInMemory(), tiny_bundle.path
-    size, fit, sample = tiny_bundle.manifest.layout.image_size, "letterbox", frozenset({(0, 1)})
+    view, sample = View.of(tiny_bundle.manifest.layout.resolution), frozenset({(0, 1)})
     vision = VisionStage(path, 2, lambda: "v")
-    decoder = DecoderStage(path, 8, 2, 16, allow_repetition=False, name=lambda: "d")
+    decoder = DecoderStage(path, 8, 2, AnswerForm(16), lambda: "d")
     return {
-        "prepare": lambda table: prepare_guarded(table, attempts, image_size=size, fit=fit, sample=sample),
+        "prepare": lambda table: prepare_guarded(table, attempts, view=view, sample=sample),
         "vision": Guarded(vision, "vision", attempts),
         "decoder": Guarded(decoder, "decode", attempts),
     }

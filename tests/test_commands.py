@@ -61,11 +61,13 @@ TESTS = {
     ],
     "python datasets/train.py": ["test_training_goes_on_where_it_was"],
     "python datasets/make_model.py": ["test_a_model_is_made_up"],
+    "python datasets/evaluate.py": ["test_a_checkpoint_is_asked_about_new_scenes"],
     "python datasets/make_demo.py": ["test_the_demo_is_made_by_its_script"],
     "python datasets/build_tokenizer.py": ["test_the_tokenizer_is_made_by_its_script"],
     "python tests/soak.py": ["test_the_soak_kills_once"],
     "python tests/fuzz.py": ["test_the_fuzz_damages_a_few_images"],
     "python tests/real_size.py": ["test_an_export_of_real_size_is_tried_at_tiny_size"],
+    "python by_hand.py": ["test_native.py::test_the_plain_graphs_run_by_hand_as_the_page_says"],
     "python -m pytest": ["test_tests_are_chosen_by_marks_that_exist"],
     "pip install": ["test_what_pip_is_to_install_exists"],
     "hf download": ["test_the_hub_has_the_options_that_are_named"],
@@ -114,7 +116,7 @@ def _in_blocks(name):
     blocks += [("", block) for block in re.findall(r"(?:^    \S.*\n)+", plain, re.MULTILINE)]
     for kind, block in blocks:
         lines = [line for line in map(_joined, block.replace("\\\n", " ").splitlines()) if line]
-        if kind != "python" and lines[0].split()[0] not in OTHERS:
+        if kind not in ("python", "json") and lines[0].split()[0] not in OTHERS:
             yield from (line.split(" # ")[0] for line in lines)
 
 
@@ -202,6 +204,7 @@ def test_commands_are_found_wherever_a_page_has_them(tmp_path):
     page.write_text(
         "Try `make it ARGS='-x'`, `python -m export` or `rows`.\n\n```\nmake demo   # which shows\n"
         "python jobs/new.py IN \\\n    --out OUT\n```\n\n```\nrows      64\n```\n\n```python\nimport sys\n```\n\n"
+        "```json\n[]\n```\n\n"
         "1. First\n\n   ```\n   pip install .\n   ```\n\nor\n\n    ./new --fast\n\nand `curl x`.\n"
     )
     blocks = ["make demo", "python jobs/new.py IN --out OUT", "pip install .", "./new --fast"]
@@ -354,15 +357,17 @@ def test_the_comparison_compares_two_rows(tiny_bundle, two_rows, run_here, in_a_
 
 
 @pytest.mark.long
-def test_the_bench_measures_two_rows(tiny_bundle, run_here, in_a_folder, monkeypatch, capsys):
+def test_the_bench_measures_two_rows(tiny_bundle, native_bundle, run_here, in_a_folder, monkeypatch, capsys):
     monkeypatch.setenv("OMP_WAIT_POLICY", "passive")  # threads of peers that wait for each other take half of the time
     small = "--rows 2 --rounds 1 --new-tokens 2 --ray-rows 0 --no-situations"
     *_, line = _small("bench", small, BENCH=in_a_folder)
-    for name, target in (("fp32", tiny_bundle.path), ("int8", tiny_bundle.path), ("model", TINY)):
+    bundles = {"fp32": tiny_bundle.path, "int8": tiny_bundle.path, "native": native_bundle.path}
+    for name, target in (bundles | {"model": TINY}).items():
         (in_a_folder / name).symlink_to(target)
     assert run_here(line) == 0
     figures = json.loads((in_a_folder / "bench.json").read_text())
-    assert set(figures["ratios"]) == {"hf_fp32", "hf", "vision_peak", "prefill_peak", "decode_bandwidth"}
+    own = {"native_over_fixed", "mixed_over_fixed", "hf_mixed"}
+    assert set(figures["ratios"]) == {"hf_fp32", "hf", "vision_peak", "prefill_peak", "decode_bandwidth"} | own
     assert all(ratio > 0 for ratio in figures["ratios"].values())
     assert set(figures["answers_equal_to_fp32"]) == {
         "qvl-batch fp32", "qvl-batch reduced", "transformers fp32", "transformers bf16"
@@ -371,7 +376,7 @@ def test_the_bench_measures_two_rows(tiny_bundle, run_here, in_a_folder, monkeyp
     assert f"written to {in_a_folder}" in capsys.readouterr().out
 
 
-def test_the_bench_makes_its_model_and_exports_it_twice():
+def test_the_bench_makes_its_model_and_exports_it_three_times():
     made = [line for line in _small("bench") if "jobs/bench.py" not in line]
     assert made == [
         "python datasets/make_model.py BENCH/model",
@@ -379,6 +384,7 @@ def test_the_bench_makes_its_model_and_exports_it_twice():
             f"python -m export BENCH/model --output BENCH/{kind} --dtype {kind} --overwrite"
             for kind in ("fp32", "int8")
         ),
+        "python -m export BENCH/model --output BENCH/native --image-size native --overwrite",
     ]
 
 
@@ -401,13 +407,18 @@ def test_training_goes_on_where_it_was(run_here, in_a_folder, monkeypatch, capsy
     weights, output = in_a_folder / "work" / "state.pt", in_a_folder / "out" / "model.safetensors"
     found = []
     with torch.random.fork_rng():
-        for steps in ((1, 0), (1, 1)):
-            small = "--images 2 --steps-224 {} --steps-672 {}".format(*steps)
+        for steps in ((1, 0, 0), (1, 1, 0)):
+            small = "--images 2 --steps-224 {} --steps-672 {} --steps-native {}".format(*steps)
             (line,) = _small("train", small, TINY=output.parent, TRAINING=weights.parent)
             assert run_here(line) == 0
             found.append((torch.load(weights)["step"], "step 0 224px loss" in capsys.readouterr().out))
             assert output.stat().st_size == (TINY / "model.safetensors").stat().st_size
     assert found == [(1, True), (2, False)]
+
+
+def test_a_checkpoint_is_asked_about_new_scenes(run_here, capsys):
+    assert run_here(f"python datasets/evaluate.py {TINY} --rows 2 --styles fixed pairs") == 0
+    assert re.findall(r"^(\w+) +all \d of 2$", capsys.readouterr().out, re.MULTILINE) == ["fixed", "pairs"]
 
 
 @pytest.mark.usefixtures("in_a_folder")

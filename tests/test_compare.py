@@ -46,10 +46,12 @@ from export.package import ExportConfig, export_bundle
 from qvl_batch.bundle.loading import Bundle
 from qvl_batch.bundle.manifest import DECODER, DECODER_FULL, VISION
 from qvl_batch.config import ImageRules
+from qvl_batch.conversation import single_turn
 from qvl_batch.decoder.decoder import Decoder
 from qvl_batch.distances import cosine, divergence
 from qvl_batch.errors import BundleError, ConfigError, DeviceError, InputError, JobError, OutputError
-from qvl_batch.images.pixels import pixels_or_failure
+from qvl_batch.images.pixels import seen_or_failure
+from qvl_batch.images.view import View
 from qvl_batch.output.local_folder import LocalFolder
 from qvl_batch.output.resume import Job
 from qvl_batch.schema import Failure
@@ -136,7 +138,7 @@ def test_damage_turns_the_report_red_and_the_layer_plot_points_at_it(
     damage, begins_at, own, copied_bundle, monkeypatch, tmp_path
 ):
     {
-        "1-D positions": lambda: positions_of_one_dimension(copied_bundle),
+        "1-D positions": lambda: positions_of_one_dimension(monkeypatch),
         "merge groups in raster order": lambda: merge_groups_in_raster_order(copied_bundle),
         "image moved by one": lambda: _moved_image(monkeypatch),
         "decoder layer at 4 bits": lambda: quantize_layer(copied_bundle, DECODER, "weights.stack.2."),
@@ -168,7 +170,7 @@ def test_layers_of_an_exact_bundle_agree_at_every_depth(tmp_path):
 
 
 def test_rows_in_a_batch_are_answered_as_alone(tiny_checkpoint, demo):
-    pytorch = PyTorch(tiny_checkpoint, 576)
+    pytorch = PyTorch(tiny_checkpoint)
     questions = [question(row) for row in demo[:16]]
     together = pytorch.answer(questions)
     alone = [pytorch.answer([one])[0] for one in questions]
@@ -184,14 +186,14 @@ def test_pytorch_answers_on_a_gpu_as_on_the_cpu(tiny_checkpoint, demo):
     if not torch.cuda.is_available():
         pytest.skip("PyTorch finds no GPU here")
     questions = [question(row) for row in demo[:16]]
-    expected = PyTorch(tiny_checkpoint, 576, device="cpu").answer(questions)
-    found = PyTorch(load_checkpoint(TINY), 576, device="cuda").answer(questions)
+    expected = PyTorch(tiny_checkpoint, device="cpu").answer(questions)
+    found = PyTorch(load_checkpoint(TINY), device="cuda").answer(questions)
     assert [trace.token_ids for trace in found] == [trace.token_ids for trace in expected]
 
 
-def test_both_sides_read_a_prompt_alike(tiny_bundle, tiny_checkpoint):
+def test_both_sides_read_a_prompt_alike(tiny_bundle, tiny_checkpoint, demo):
     side = BundleSide(tiny_bundle, 4, 1024, layers=False)
-    pytorch = PyTorch(tiny_checkpoint, 576)
+    pytorch = PyTorch(tiny_checkpoint)
     for prompt in (
         "How many?",
         "  two\n\nlines ",
@@ -200,7 +202,8 @@ def test_both_sides_read_a_prompt_alike(tiny_bundle, tiny_checkpoint):
         "<tool_call>",
         "a" * 300,
     ):
-        assert pytorch.input_ids(prompt) == side.layout.row_ids(prompt)
+        asked = dataclasses.replace(question(demo[0]), conversation=single_turn(prompt, 1))
+        assert pytorch.input_ids(asked) == side.shown(asked)[1].input_ids
 
 
 def test_the_bundle_answers_all_questions_in_one_thread(tiny_bundle, demo, monkeypatch):
@@ -342,7 +345,8 @@ def _asked(folder, say=lambda _: None, options=(), **columns):
     for at in range(max(map(len, columns.values()))):
         table = pa.table(plain | {name: values[at] for name, values in columns.items()})
         pq.write_table(table, folder / f"{at}.parquet")
-    questions = open_questions(_compare_config(TINY, folder / "out", input=(str(folder),), **dict(options)), 336, say)
+    config = _compare_config(TINY, folder / "out", input=(str(folder),), **dict(options))
+    questions = open_questions(config, View.square(336).resolution, say)
     return [asked for chunk in questions.chunks(8) for asked in chunk]
 
 
@@ -356,7 +360,7 @@ def test_both_sides_see_the_images_that_a_job_with_these_options_shows(tmp_path)
     shown = _asked(tmp_path, options={"max_image_pixels": 60_000, "allow_truncated": True}, image=images)
     rules = ImageRules(60_000, allow_truncated=True)
     for asked, file in zip(shown, images[0], strict=True):
-        assert np.array_equal(asked.pixels, pixels_or_failure(file, 336, "letterbox", rules))
+        assert np.array_equal(asked.images[0].pixels, seen_or_failure(file, View.square(336), rules).pixels)
 
 
 @pytest.mark.parametrize(
@@ -457,7 +461,7 @@ def test_a_graph_without_such_layers_is_named(tiny_bundle):
         ({"tie_margin": math.nan}, ConfigError, "--tie-margin must be at least 0"),
         ({"gallery": -1}, ConfigError, "--gallery must be at least 0"),
         ({"overwrite": True, "retry_errors": True}, ConfigError, "give one of them"),
-        ({"fit": ()}, ConfigError, "--fit needs"),
+        ({"fit": ("crop", "crop")}, ConfigError, "--fit names a way"),
         ({"max_new_tokens": 0}, ConfigError, "--max-new-tokens must be at least 1"),
         ({"expected_column": "right"}, InputError, r"no single column 'right' \(--expected-column\)"),
         ({"expected_column": "image"}, InputError, "it must be strings or integers"),
@@ -527,7 +531,7 @@ def _compared_row(**changes):
     plain = {
         "difference": "equal", "error_side": None, "error_stage": None, "error_type": None, "input_equal": True,
         "token_agreement": 1.0, "edit_similarity": 1.0, "reference_tokens": 4, "answer_tokens": 4, "prompt": "What?",
-        "image_width": 600, "image_height": 400, "fit": "letterbox", "expected": "yes", "reference": "yes",
+        "image_width": [600], "image_height": [400], "fit": "letterbox", "expected": "yes", "reference": "yes",
         "answer": "yes", "vision_error": 1e-7, "prefill_error": 1e-7, "decode_error": None, "first_token_kl": 0.0,
         "vision_cosine": 1.0, "layer_error": None, "layer_own_error": None,
     }  # fmt: skip
@@ -546,7 +550,7 @@ def test_expected_answers_are_judged_on_both_sides_with_mcnemars_test():
 
 
 def test_systematic_differences_are_found_by_their_group():
-    rows = [_compared_row(prompt=f"prompt {i % 3}", image_width=400 + i) for i in range(90)]
+    rows = [_compared_row(prompt=f"prompt {i % 3}", image_width=[400 + i]) for i in range(90)]
     rows += [_compared_row(prompt="odd one", difference="real") for _ in range(10)]
     summary = summarize(rows, (), BOUNDS)
     assert [group["group"] for group in summary["groups"]["prompt"] if group["systematic"]] == ["odd one"]

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from answers import complete, demo_rows, requests_of
+from answers import complete, demo_rows, feature_shape, requests_of
 from checkpoints import penalised_checkpoint
 from conftest import ROOT, exported
 from shallow import make_shallow
@@ -22,7 +22,8 @@ from export.half import emulated_graph
 from export.package import ExportConfig, export_bundle
 from qvl_batch.bundle.manifest import DECODER, VISION
 from qvl_batch.config import CaptionConfig
-from qvl_batch.decoder.decoder import PREFIX_ENTRIES, Decoder
+from qvl_batch.decoder.decoder import PREFIX_ENTRIES, Decoder, PrefillRow
+from qvl_batch.decoder.engine import Request
 from qvl_batch.decoder.kv_cache import slot_bytes
 from qvl_batch.errors import BundleError, ConfigError, DeviceError
 from qvl_batch.pipeline.capacity import Card, bytes_beside_slots, slots_on_card
@@ -79,7 +80,7 @@ def paired_requests(tiny_bundle):
     images = requests_of(tiny_bundle, demo_rows(6), 24)
     # Two prompts about each image, so that beginnings are kept and moved.
     return [
-        dataclasses.replace(request, input_ids=asked.input_ids, image=b"%d" % number)
+        Request(PrefillRow(asked.row.input_ids, request.row.images, request.row.features), 24, [b"%d" % number])
         for number, request in enumerate(images)
         for asked in images[:2]
     ]
@@ -129,10 +130,10 @@ def test_a_step_copies_tokens_and_their_places_and_nothing_else(half_bundle, pai
     card = CardOfHostMemory()
     memory = CudaMemory(card, device="cpu")
     decoder = Decoder(half_bundle, 4, 2, graph=emulated_graph(half_bundle.file(DECODER)), memory=memory)
-    decoder.prefill(0, paired_requests[:1])
+    decoder.prefill(0, [paired_requests[0].row])
     before, blocks = card.copied, len(card.blocks)
     decoder.step(np.array([5]))
-    assert card.copied - before == 8 + 8 + 4 + 8  # token, place, length, next token
+    assert card.copied - before == 8 + 24 + 8 + 4 + 8  # token, positions, place, length, next token
     assert len(card.blocks) == blocks
 
 
@@ -336,7 +337,7 @@ def _stays_on_the_gpu(report):
         assert not report["nodes"][graph]["copies"]
     # Token, place, length and next token, of two rows and then of one.
     crossed = [(step["crossings"], step["crossed_bytes"]) for step in report["steps"]]
-    assert crossed == [(4, 28 * rows) for rows in (2, 2, 2, 2, 1, 1)]
+    assert crossed == [(5, 52 * rows) for rows in (2, 2, 2, 2, 1, 1)]
     # Captured when first run, and played back from then on.
     assert [step["captures"] for step in report["steps"]] == [1, 0, 0, 0, 1, 0]
     assert all(step["launches"] == 1 for step in report["steps"])
@@ -349,12 +350,12 @@ def test_every_node_runs_on_the_gpu_and_only_tokens_cross_the_bus(half_bundle, a
     layer = {"MatMul": 5, "Split": 2, "RotaryEmbedding": 1, "GroupQueryAttention": 1, "QuickGelu": 1}
     nodes = report["nodes"][DECODER]["CUDAExecutionProvider"]
     assert {name: nodes[name] for name in layer} == {name: 4 * count for name, count in layer.items()}
-    assert nodes["Cast"] <= 4 * 6 + 4
+    assert nodes["Cast"] <= 4 * 6 + 5
     assert report["nodes"][VISION]["CUDAExecutionProvider"]["MultiHeadAttention"] == 4
     shape = half_bundle.manifest.decoder
     assert report["moved"]["moved_bytes"] % (2 * shape.layers * shape.kv_heads * shape.head_dim * 2) == 0
     assert not report["moved"]["crossings"]
-    assert report["features"] == [[1, *half_bundle.manifest.feature_shape]]
+    assert report["features"] == [[1, *feature_shape(half_bundle.manifest)]]
     assert (report["last_error"], report["not_freed"]) == (0, 0)
     _attention_is_fused(report)
     # Rows of whatever lengths take no more than the decoder had when it started.

@@ -4,6 +4,7 @@ That the commands in them can be run is looked at in `test_commands.py`.
 """
 
 import dataclasses
+import json
 import os
 import re
 import subprocess
@@ -19,6 +20,8 @@ from benchmark.gpu import GpuBenchConfig
 from comparison.config import CompareConfig
 from export.package import ExportConfig
 from qvl_batch.config import CaptionConfig
+from qvl_batch.conversation import images_of
+from qvl_batch.input.messages import read_messages
 
 #: Every page, and what it says.
 PAGES = {
@@ -100,6 +103,7 @@ def after_the_demo(tiny_bundle, tmp_path):
     (tmp_path / "datasets" / "demo").mkdir(parents=True)
     (tmp_path / "datasets" / "demo" / QUESTIONS.name).symlink_to(QUESTIONS)
     Image.new("RGB", (300, 200), "white").save(tmp_path / "photo.jpg")
+    Image.new("RGB", (100, 420), "black").save(tmp_path / "other.png")
     return tmp_path
 
 
@@ -119,7 +123,8 @@ def _example(page, word):
 
 
 def test_every_example_is_one_that_is_run():
-    assert [page for page, _ in EXAMPLES] == ["README.md", "jobs/README.md", "jobs/README.md"]
+    # That of the export is run by `test_native.py`.
+    assert [page for page, _ in EXAMPLES] == ["README.md", "export/README.md", *["jobs/README.md"] * 3]
 
 
 def test_the_notebook_example_runs(after_the_demo):
@@ -136,10 +141,31 @@ def test_the_example_of_a_folder_of_photos_answers_each_once(after_the_demo, ray
 
 
 def test_the_example_of_a_loop_sets_aside_what_failed(after_the_demo):
-    said = _run_example(_example("jobs/README.md", "Captioner"), after_the_demo, dict(os.environ)).splitlines()
+    said = _run_example(_example("jobs/README.md", "failures"), after_the_demo, dict(os.environ)).splitlines()
     assert len(said) == 9
     assert all(re.match(r"scene-\d{4}: \w+", line) for line in said[:8])
     assert said[8].startswith("broken failed in stage image: ")
+
+
+def test_the_example_of_pairs_and_conversations_shows_images_at_their_own_size(after_the_demo, native_bundle):
+    (after_the_demo / "build" / "native-bundle").symlink_to(native_bundle.path)
+    said = _run_example(_example("jobs/README.md", "messages="), after_the_demo, dict(os.environ))
+    assert re.findall(r"\(images seen: (.*)\)$", said, re.MULTILINE) == [
+        "308 x 196, 112 x 420", "308 x 196", "308 x 196",
+    ]  # fmt: skip
+
+
+#: Conversations in a page: the values of the image column beside each, and how many images it shows.
+CONVERSATIONS = ((["a", "b"], 2), ([], 1), (["a"], 1), ([], 0))
+
+
+def test_the_conversations_in_a_page_are_read():
+    blocks = [code for text in PAGES.values() for _, kind, code in FENCED.findall(text) if kind == "json"]
+    rows = [line for block in blocks for line in block.splitlines()]
+    for line, (column, images) in zip(rows, CONVERSATIONS, strict=True):
+        asked = read_messages(line, column)
+        assert len(asked.conversation) == len(json.loads(line))
+        assert len(list(images_of(asked.conversation))) == len(asked.images) == images
 
 
 def _prose(text):

@@ -11,7 +11,7 @@ from contextlib import suppress
 
 import numpy as np
 import pytest
-from answers import complete, demo_rows, requests_of
+from answers import ask, complete, demo_rows, requests_of
 from checkpoints import penalised_checkpoint
 from conftest import ROOT, exported
 from reference import question
@@ -19,7 +19,7 @@ from reference import question
 from comparison.reference import PyTorch
 from export.checkpoint import load_checkpoint
 from qvl_batch.bundle.loading import Bundle
-from qvl_batch.decoder.decoder import Decoder, PrefillRow
+from qvl_batch.decoder.decoder import Decoder
 from qvl_batch.decoder.engine import Engine, Request
 from qvl_batch.decoder.prompts import RowLayout
 from qvl_batch.errors import BundleError
@@ -76,35 +76,36 @@ def test_rows_of_one_image_share_its_beginning_and_are_answered_the_same(
 ):
     layout = RowLayout(tiny_bundle)
     rows = [
-        dataclasses.replace(request, input_ids=layout.row_ids(question["prompt"]), image=bytes([index]))
+        Request(ask(layout, question["prompt"], *request.row.features), request.max_new_tokens, [bytes([index])])
         for index, request in enumerate(requests[:6])
         for question in questions[:prompts]
     ]
     order = np.random.default_rng(slots).permutation(len(rows))
     rows = [rows[i] for i in order]
     calls = []
-    for name in ("prefill", "prefill_after_prefix"):
+    for name in ("prefill", "prefill_part"):
         plain = getattr(Decoder, name)
         counted = lambda self, *args, name=name, plain=plain: calls.append(name) or plain(self, *args)  # noqa: E731
         monkeypatch.setattr(Decoder, name, counted)
     shared = _completions(tiny_bundle, rows, slots)
-    rest = calls.count("prefill_after_prefix")
+    rest = calls.count("prefill_part")
     calls.clear()
-    assert shared == _completions(tiny_bundle, [dataclasses.replace(row, image=None) for row in rows], slots)
-    assert "prefill_after_prefix" not in calls
+    assert shared == _completions(tiny_bundle, [dataclasses.replace(row, images=()) for row in rows], slots)
+    assert "prefill_part" not in calls
     assert rest >= 6 * (prompts - 1) - 6  # what was submitted while the first were prefilled may miss
 
 
 def test_a_row_goes_on_from_a_shared_beginning_as_from_a_whole_prefill(tiny_bundle, requests, questions):
     decoder = Decoder(tiny_bundle, 3, threads=2, keep_logits=True)
     layout = RowLayout(tiny_bundle)
-    rows = [PrefillRow(layout.row_ids(q["prompt"]), requests[0].features) for q in questions[:3]]
+    rows = [ask(layout, q["prompt"], requests[0].row.features[0]) for q in questions[:3]]
+    prefix = rows[0].images[0].stop
     decoder.prefill(0, rows[:1])
-    decoder.store_prefix(0, 1)
+    decoder.store_prefix(0, 1, prefix)
     for row in rows:
         whole = decoder.prefill(1, [row])
         expected = decoder.logits.copy()
-        assert decoder.prefill_after_prefix(2, 1, row) == whole
+        assert decoder.prefill_part(2, row, prefix, len(row.input_ids), 1) == whole
         assert np.abs(decoder.logits - expected).max() <= 1e-6 * np.abs(expected).max()
         for token in (5, 6, 7):  # which look at all that the cache has of the row
             decoder.step(np.array([token] * 3))
@@ -114,12 +115,12 @@ def test_a_row_goes_on_from_a_shared_beginning_as_from_a_whole_prefill(tiny_bund
 
 def test_a_row_may_fill_the_contract_to_its_last_token(tiny_bundle, requests):
     contract = tiny_bundle.manifest.layout
-    prompt = RowLayout(tiny_bundle).row_ids(" the" * (contract.room - 3))
+    row = ask(RowLayout(tiny_bundle), " the" * (contract.room - 3), requests[0].row.features[0])
     never_stops = Decoder(tiny_bundle, 2, threads=1)
     with Engine(never_stops, eos_token_ids=()) as engine:
-        result = engine.submit(Request(prompt, requests[0].features, 1000)).result(timeout=60)
+        result = engine.submit(Request(row, 1000)).result(timeout=60)
     assert (len(result.token_ids), result.finish_reason) == (3, "length")
-    assert len(prompt) + 3 == contract.max_seq_len
+    assert len(row.input_ids) + 3 == contract.max_seq_len
 
 
 @pytest.fixture(scope="module", params=[pytest.param(1.05, marks=pytest.mark.long), 1.7])
@@ -137,9 +138,9 @@ def test_the_repetition_penalty_is_that_of_transformers(penalised, requests, que
     checkpoint, bundle = penalised
     rows = list(zip(questions, requests, strict=True))[:6]
     # The same image twice, so that some rows begin where another one's beginning was kept.
-    asked = [dataclasses.replace(request, max_new_tokens=12, image=b"%d" % k) for k, (_, request) in enumerate(rows)]
+    asked = [dataclasses.replace(request, max_new_tokens=12, images=[b"%d" % k]) for k, (_, request) in enumerate(rows)]
     found = _completions(bundle, asked + asked, slots=4)
-    pytorch = PyTorch(checkpoint, 576, max_new_tokens=12)
+    pytorch = PyTorch(checkpoint, max_new_tokens=12)
     expected = [trace.text for trace in pytorch.answer([question(row) for row, _ in rows])]
     layout = RowLayout(bundle)
     assert [layout.text(result.token_ids) for result in found] == expected * 2
@@ -155,10 +156,10 @@ def test_a_manifest_with_another_penalty_is_refused(tiny_bundle):
 
 
 def test_features_are_those_of_transformers(tiny_checkpoint, questions, requests):
-    pytorch = PyTorch(tiny_checkpoint, 576)
+    pytorch = PyTorch(tiny_checkpoint)
     for row, request in list(zip(questions, requests, strict=True))[:4]:
         expected = pytorch.states(question(row)).features
-        assert np.abs(request.features - expected).max() <= 1e-4 * np.abs(expected).max()
+        assert np.abs(request.row.features[0] - expected).max() <= 1e-4 * np.abs(expected).max()
 
 
 def test_a_decoder_that_fails_fails_all_that_wait(tiny_bundle, requests, monkeypatch):
@@ -243,16 +244,14 @@ def test_an_engine_that_nobody_holds_finishes_and_goes(tiny_bundle, requests, al
 def test_a_process_may_end_while_its_engine_steps(end, status, tiny_bundle):
     script = f"""
 import os, signal, threading
-import numpy as np
 from qvl_batch.bundle.loading import Bundle
-from qvl_batch.decoder.decoder import Decoder
+from qvl_batch.decoder.decoder import Decoder, PrefillRow
 from qvl_batch.decoder.engine import Engine, Request
 bundle = Bundle.load({str(tiny_bundle.path)!r}, verify=False)
 decoder, stepped, step = Decoder(bundle, 2, 2), threading.Event(), Decoder.step
 decoder.step = lambda tokens: (stepped.set(), step(decoder, tokens))[1]
 engine = Engine(decoder, ())
-features = np.ones(bundle.manifest.feature_shape, np.float32)
-futures = [engine.submit(Request(bundle.manifest.layout.row_ids([5]), features, 400)) for _ in range(40)]
+futures = [engine.submit(Request(PrefillRow([5] * 600), 400)) for _ in range(40)]
 stepped.wait()
 {end}
 """

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 import torch
@@ -16,11 +17,12 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 import export.decoder
 import export.vision
 from export.checkpoint import load_checkpoint
-from export.decoder import DecoderWeights, FullDecoder, mrope_positions
+from export.decoder import DecoderWeights, FullDecoder
 from export.graphs import Traces
 from export.package import ExportConfig, export_bundle
 from export.progress import Progress
 from export.vision import split_windows
+from qvl_batch.bundle.layout import PlacedImage, mrope_positions
 from qvl_batch.bundle.loading import Bundle
 from qvl_batch.bundle.manifest import DECODER, DECODER_FULL, KNOWN_ANSWERS, VISION
 from qvl_batch.errors import ExportError
@@ -64,7 +66,7 @@ def test_any_shape_passes_the_parity_gate(name, tmp_path):
     assert manifest.parity is not None
     assert manifest.parity.tokens_equal == manifest.parity.tokens == 3 * 32
     assert max(manifest.parity.features, manifest.parity.logits) < 1e-4
-    assert manifest.layout.image_tokens == (size // 28) ** 2
+    assert manifest.layout.resolution.max_tokens == (size // 28) ** 2
     assert Bundle.load(tmp_path / "bundle").manifest == manifest
 
 
@@ -119,16 +121,24 @@ def test_positions_in_the_graph_are_those_of_transformers():
     assert torch.equal(is_image, ids == model.config.image_token_id)
 
 
-def test_positions_of_the_contract_are_those_of_transformers(tiny_bundle):
+@pytest.mark.parametrize("seed", range(40))
+def test_positions_of_any_images_are_those_of_transformers(seed):
+    chance = np.random.default_rng(seed)
     config = Qwen2_5_VLConfig.from_pretrained(TINY)
     with torch.device("meta"):
         model = Qwen2_5_VLForConditionalGeneration._from_config(config)  # noqa: SLF001  (no public way)
-    ids = torch.tensor([tiny_bundle.manifest.layout.row_ids([5, 6, 7, 8])])
-    grid = torch.tensor([[1, 48, 48]])
-    expected, delta = model.model.get_rope_index(ids, (ids == config.image_token_id).int(), image_grid_thw=grid)
-    found = mrope_positions(tiny_bundle.manifest.layout)
-    assert torch.equal(found[:, : ids.shape[1]], expected[:, 0])
-    assert found[0, -1] - (found.shape[1] - 1) == delta.item() == -552
+    ids, images = [], []
+    for _ in range(int(chance.integers(5))):
+        ids += [5] * int(chance.integers(1, 9))  # images that touch would be one to transformers
+        images.append(PlacedImage(len(ids), *chance.integers(1, 12, 2).tolist()))
+        ids += [config.image_token_id] * images[-1].tokens
+    ids += [5] * int(chance.integers(1, 9))
+    grid = torch.tensor([[1, 2 * image.rows, 2 * image.columns] for image in images]) if images else None
+    row = torch.tensor([ids])
+    expected, delta = model.model.get_rope_index(row, (row == config.image_token_id).int(), image_grid_thw=grid)
+    found = mrope_positions(len(ids), images)
+    assert np.array_equal(found, expected[:, 0].numpy())
+    assert found[0, -1] - (len(ids) - 1) == delta.item()
 
 
 def _one_dimensional(mrope_section):
@@ -246,8 +256,15 @@ def _edit(path: Path, **changes) -> None:
         (_nothing, {"image_size": 28}, "image processor would resize it"),
         (_nothing, {"max_seq_len": 600}, "--max-seq-len 600 leaves"),
         (_nothing, {"max_seq_len": 5000}, "is more than the 4096 positions"),
-        (_nothing, {"system_prompt": "word " * 500}, "--max-seq-len 1024 leaves"),
-        (_nothing, {"system_prompt": "<|image_pad|>"}, "chat template must produce one"),
+        (_nothing, {"max_pixels": 10_000}, "--max-pixels is for --image-size native"),
+        (_nothing, {"image_size": "native", "min_pixels": 500}, "--min-pixels 500 and --max-pixels .* at least 784"),
+        (_nothing, {"image_size": "native", "max_pixels": 3000}, "--min-pixels 3136 and --max-pixels 3000"),
+        (_nothing, {"image_size": "native", "max_pixels": 4_000_000}, "--max-seq-len 4096 leaves"),
+        (
+            lambda path: _edit(path / "tokenizer_config.json", chat_template="{{ messages[0].content[1].text }}"),
+            {},
+            "chat template must produce one",
+        ),
     ],
 )
 def test_wrong_input_is_refused_in_one_line_and_leaves_nothing(damage, options, message, tmp_path):

@@ -23,6 +23,11 @@ class _Counting:
     def __init__(self, hold=None):
         self.encoded, self._hold = [], hold
 
+    hidden_size = 3
+
+    def tokens(self, image):
+        return len(image[0])
+
     def encode(self, image):
         self.encoded.append(int(image[0, 0, 0]))
         if self._hold:
@@ -73,6 +78,17 @@ def test_the_latest_stay_in_memory_and_others_go():
     assert len(vision.encoded) == RECENT + 1
     features.of(images[:1], keys[:1])
     assert vision.encoded[-1] == 1
+
+
+def test_large_ones_that_stay_are_fewer(monkeypatch):
+    monkeypatch.setattr("qvl_batch.vision.features.RECENT_BYTES", 2 * 4 * 3 * 3)
+    vision = _Counting()
+    features = ImageFeatures(vision)
+    for at in range(3):
+        features.of(*([each[at]] for each in _images(1, 2, 3)))
+    for at in (2, 1, 0):
+        features.of(*([each[at]] for each in _images(1, 2, 3)))
+    assert vision.encoded == [1, 2, 3, 1]
 
 
 def test_features_that_mean_nothing_fail_every_row_of_their_image():
@@ -126,14 +142,14 @@ def test_kept_features_are_not_made_again(tmp_path):
     encoded = []
     for _ in range(2):
         vision = _Counting()
-        features = ImageFeatures(vision, VisionCache(tmp_path, "a" * 64, (3, 3), 10**6)).of(images, keys)
+        features = ImageFeatures(vision, VisionCache(tmp_path, "a" * 64, 3, 10**6)).of(images, keys)
         assert [int(row[0, 0]) for row in features] == [7, 8]
         encoded.append(vision.encoded)
     assert encoded == [[7, 8], []]
 
 
 def test_a_folder_that_cannot_be_written_ends_the_job(tmp_path):
-    kept = VisionCache(tmp_path / "kept", "a" * 64, (3, 3), 10**6)
+    kept = VisionCache(tmp_path / "kept", "a" * 64, 3, 10**6)
     for folder in (tmp_path / "kept").iterdir():
         folder.rmdir()
         folder.write_text("in the way")

@@ -78,6 +78,13 @@ def test_other_files_are_not(location, message, images):
         Fetcher([str(images / "allowed")]).fetch(location.format(images), images / "allowed")
 
 
+@pytest.mark.parametrize("location", ["\ud800", "inner/\udcff", "file:///\ud800", "https://host/\ud800"])
+def test_a_location_that_is_no_unicode_is_not_repeated(location, images):
+    with pytest.raises(ImageError, match="the path of the image is not valid Unicode") as error:
+        Fetcher([str(images), "https://host"]).fetch(location, images / "allowed")
+    str(error.value).encode()
+
+
 def test_nothing_is_allowed_unasked(images):
     for location in ("inner/image", "https://example.com/image", "s3://bucket/image", "ftp://host/image"):
         with pytest.raises(ImageError, match="--allow-images-from"):
@@ -146,9 +153,6 @@ def _as_text(kind, size=80, **options):
         (f" {_as_text('JPEG')}\n", "base64"),
         (base64.encodebytes(base64.b64decode(_as_text("PNG"))).decode(), "base64"),
         (base64.urlsafe_b64encode(base64.b64decode(_as_text("BMP"))).decode(), "base64"),
-        (f"data:image/png;base64,{_as_text('PNG')}", "a data: address"),
-        (f"DATA:image/png;base64,{_as_text('PNG', 1)}", "a data: address"),
-        ("data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg'/>", "a data: address"),
     ],
     ids=lambda value: value[:24],
 )

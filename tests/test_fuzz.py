@@ -26,16 +26,27 @@ HARM = {
     "bytes(1 << 34)": "too much memory",
     "1 / 0": "raised ZeroDivisionError",
     "warnings.warn('odd')": "warned UserWarning",
-    "np.zeros((56, 56, 3), np.float32)": "gave no pixels",
-    "np.zeros((3, 56, 56), np.uint8)": "gave no pixels",
+    "_seen(np.zeros((56, 56, 3), np.float32))": "gave no pixels",
+    "_seen(np.zeros((3, 56, 56), np.uint8))": "gave no pixels",
 }
+
+
+PROGRAM = """
+import fuzz, os, time, warnings
+import numpy as np
+from qvl_batch.images.pixels import Seen
+from qvl_batch.images.view import ImageSize
+def _seen(pixels):
+    return Seen(pixels, ImageSize(56, 56, 56, 56))
+fuzz.seen_or_failure = lambda *_: {}
+fuzz.decode_all()
+"""
 
 
 @pytest.mark.parametrize("harm", HARM)
 def test_harm_is_seen_kept_and_named(harm, tmp_path, monkeypatch, capsys):
-    program = f"import fuzz, os, time, warnings\nimport numpy as np\nfuzz.pixels_or_failure = lambda *_: {harm}\n"
     decoder = fuzz.Decoder
-    monkeypatch.setattr(fuzz, "Decoder", lambda: decoder(["-c", program + "fuzz.decode_all()"]))
+    monkeypatch.setattr(fuzz, "Decoder", lambda: decoder(["-c", PROGRAM.format(harm)]))
     monkeypatch.setattr(fuzz, "SECONDS", 1.0 if "sleep" in harm else 60.0)
     monkeypatch.setattr(fuzz, "PEAK", 80_000_000)
     outcome = fuzz.fuzz(2, 0, tmp_path)

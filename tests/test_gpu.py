@@ -5,7 +5,7 @@ import sys
 
 import numpy as np
 import pytest
-from answers import complete, demo_rows, requests_of
+from answers import complete, demo_rows, requests_of, turn
 from conftest import QUESTIONS, ROOT, TINY, exported
 from reference import letterboxed
 from shallow import make_shallow
@@ -15,7 +15,7 @@ from export.package import ExportConfig, export_bundle
 from qvl_batch.bundle.loading import Bundle
 from qvl_batch.bundle.manifest import DECODER, VISION
 from qvl_batch.captioner import Captioner
-from qvl_batch.decoder.decoder import PREFIX_ENTRIES, Decoder, PrefillRow
+from qvl_batch.decoder.decoder import PREFIX_ENTRIES, Decoder
 from qvl_batch.decoder.kv_cache import slot_bytes
 from qvl_batch.errors import DeviceError
 from qvl_batch.pipeline.capacity import CARD_RESERVE, bytes_beside_slots, card_of_this_process
@@ -72,7 +72,8 @@ def test_attention_of_published_shapes_is_what_was_emulated(shape, dtype, tmp_pa
     expected = VisionEncoder(bundle, 8, graph=emulated[VISION]).encode(pixels)
     features = VisionEncoder(bundle, 1, "cuda").encode(pixels)
     assert np.abs(features - expected).max() <= bound * np.abs(expected).max()
-    rows = [PrefillRow(bundle.manifest.layout.row_ids([5] * length), expected) for length in (3, 40, 9)]
+    rows = [turn(bundle.manifest.layout, [5] * length, expected) for length in (3, 40, 9)]
+    prefix = rows[1].images[0].stop
     decoders = [
         Decoder(bundle, 4, 8, graph=emulated[DECODER], keep_logits=True),
         Decoder(bundle, 4, 1, memory=memory_on("cuda"), keep_logits=True),
@@ -80,7 +81,10 @@ def test_attention_of_published_shapes_is_what_was_emulated(shape, dtype, tmp_pa
     for run in (
         lambda decoder: decoder.prefill(0, rows),
         *[lambda decoder: decoder.step(np.array([7, 8, 9]))] * 3,
-        lambda decoder: (decoder.store_prefix(0, 0), decoder.prefill_after_prefix(3, 0, rows[1])),
+        lambda decoder: (
+            decoder.store_prefix(0, 0, prefix),
+            decoder.prefill_part(3, rows[1], prefix, len(rows[1].input_ids), 0),
+        ),
         *[lambda decoder: decoder.step(np.array([7, 8, 9, 10]))] * 3,
     ):
         for decoder in decoders:
@@ -98,7 +102,8 @@ def _answered_on_gpu(bundle, slots=8):
 def test_in_fp32_every_demo_row_has_the_tokens_of_the_cpu(bundles, on_cpu):
     requests, answers = _answered_on_gpu(bundles("fp32"))
     for found, expected in zip(requests, on_cpu[0], strict=True):
-        assert np.abs(found.features - expected.features).max() <= 1e-4 * np.abs(expected.features).max()
+        (features,), (right,) = found.row.features, expected.row.features
+        assert np.abs(features - right).max() <= 1e-4 * np.abs(right).max()
     assert answers == on_cpu[1]
 
 

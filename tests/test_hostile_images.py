@@ -16,7 +16,8 @@ from qvl_batch.config import ImageRules
 from qvl_batch.errors import ImageError
 from qvl_batch.images.formats import FORMATS
 from qvl_batch.images.limits import LONGEST_SIDE
-from qvl_batch.images.pixels import decode_image, pixels_or_failure
+from qvl_batch.images.pixels import decode_image, seen_or_failure
+from qvl_batch.images.view import View
 from qvl_batch.schema import Failure
 
 
@@ -229,8 +230,9 @@ def test_no_other_program_is_started(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 20_000), (20_000, 1), (100_000, 3)])
 def test_images_of_any_shape_are_fitted(size):
-    pixels = pixels_or_failure(image_file(Image.new("L", size, 90), "PNG"), 56, "letterbox")
-    assert (pixels == 90).all(axis=-1).any()
+    seen = seen_or_failure(image_file(Image.new("L", size, 90), "PNG"), View.square(56))
+    assert (seen.pixels == 90).all(axis=-1).any()
+    assert (seen.size.width, seen.size.height) == size
 
 
 def _sixteen(*shades):
@@ -329,10 +331,12 @@ def test_an_image_of_any_mode_is_turned_upright(mode, orientation):
 HANGS = """
 import pyarrow as pa
 from qvl_batch.pipeline import prepare
-from qvl_batch.columns import FAILURE, IMAGE
+from qvl_batch.columns import FAILURE, IMAGES
+from qvl_batch.images.view import View
 prepare.SECONDS = 0.5
-prepare.pixels_or_failure = lambda *_: sum(range(10**15))
-prepare.prepare(pa.table({IMAGE: [b"x"], **dict.fromkeys(FAILURE, pa.nulls(1, pa.string()))}), 1, "crop")
+prepare.seen_or_failure = lambda *_: sum(range(10**15))
+table = pa.table({IMAGES: [[b"x"]], **dict.fromkeys(FAILURE, pa.nulls(1, pa.string()))})
+prepare.prepare(table, View.square(1, "crop"))
 """
 
 
@@ -362,6 +366,6 @@ def test_a_photo_of_a_phone_whose_file_says_that_it_is_small_takes_no_memory():
 
 def test_an_image_without_pixels_is_refused(monkeypatch):
     monkeypatch.setattr("qvl_batch.images.damage.opened", lambda *_: Image.new("RGB", (0, 5)))
-    failure = pixels_or_failure(b"any", 56, "letterbox")
+    failure = seen_or_failure(b"any", View.square(56))
     assert isinstance(failure, Failure)
     assert failure.message == "the image has 0 x 5 pixels; a side can have 1 to 1,000,000"

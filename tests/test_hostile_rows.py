@@ -8,9 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fuzz import forget_peak, peak_memory
-from reading import caption_config, read_rows
+from reading import caption_config, images_of, prompts_of, read_rows
 
-from qvl_batch.columns import FAILURE, IMAGE, PROMPT, ROW
+from qvl_batch.columns import FAILURE, IMAGES, MESSAGES, ROW
 from qvl_batch.errors import InputError
 from qvl_batch.input.fetch import Fetcher
 from qvl_batch.input.reader import read_unit
@@ -64,9 +64,9 @@ def test_rows_of_a_damaged_row_group_fail_with_what_can_be_read_of_them(column, 
     assert set(damaged[KIND].to_pylist()) == {"RecordError"}
     for row, message in enumerate(damaged[MESSAGE].to_pylist()):
         assert message.startswith(f"row {row} of {tmp_path}/a.parquet (row group 0) cannot be read: ")
-    assert damaged[IMAGE].null_count == damaged[PROMPT].null_count == half
+    assert damaged[IMAGES].null_count == damaged[MESSAGES].null_count == half
     assert whole["id"].to_pylist() == [*table["id"].to_pylist()[half:], *table["id"].to_pylist()]
-    assert whole[IMAGE].null_count == 0
+    assert whole[IMAGES].null_count == 0
     assert set(whole[STAGE].to_pylist()) == {None}
 
 
@@ -139,7 +139,7 @@ def test_a_prompt_that_is_no_text_fails_alone(dictionary, tmp_path):
     table = pa.table({"id": range(4), "image": [b"x"] * 4, "prompt": prompts})
     pq.write_table(table, tmp_path / "a.parquet")
     rows = read_rows(_source(tmp_path))
-    assert rows[PROMPT].to_pylist() == ["fine", None, None, "wörter"]
+    assert prompts_of(rows) == ["fine", None, None, "wörter"]
     assert rows[KIND].to_pylist() == [None, "RecordError", "RecordError", None]
     assert "a string is not valid Unicode text" in rows[MESSAGE][2].as_py()
 
@@ -150,7 +150,7 @@ def test_a_path_that_is_no_text_fails_alone_and_not_beside_bytes(tmp_path):
     )
     pq.write_table(pa.table({"id": range(4), "image": image}), tmp_path / "a.parquet")
     rows = read_rows(_source(tmp_path, prompt="What?", allow_images_from=(str(tmp_path),)), prompt="What?")
-    assert rows[IMAGE].to_pylist() == [None, None, b"inside", b"inside"]
+    assert images_of(rows) == [None, None, b"inside", b"inside"]
     assert rows[KIND].to_pylist() == ["ImageError", "RecordError", None, None]
 
 
@@ -167,7 +167,7 @@ def test_control_characters_are_text(tmp_path):
     table = pa.table({"id": [odd], "image": [b"x"], "prompt": [odd]})
     pq.write_table(table, tmp_path / "a.parquet")
     rows = read_rows(_source(tmp_path))
-    assert (rows["id"].to_pylist(), rows[PROMPT].to_pylist()) == ([odd], [odd])
+    assert (rows["id"].to_pylist(), prompts_of(rows)) == ([odd], [odd])
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,8 @@ def test_control_characters_are_text(tmp_path):
         ({"id": [1.5]}, r"'id' \(--id-column\) is double"),
         ({"id": pa.nulls(1)}, r"'id' \(--id-column\) is null"),
         ({"id": [["a"]]}, r"'id' \(--id-column\) is list"),
-        ({"image": [["a"]]}, r"'image' \(--image-column\) is list"),
+        ({"image": [[[b"a"]]]}, r"'image' \(--image-column\) is list"),
+        ({"image": [[{"data": b"x"}]]}, r"'image' \(--image-column\) is list<[^:]*: struct<data: binary>>; it must be"),
         ({"image": [{"data": b"x"}]}, r"'image' \(--image-column\) is struct<data: binary>"),
         (
             {"image": pa.StructArray.from_arrays([pa.array([b"x"])] * 3, ["path", "bytes", "bytes"])},
@@ -214,7 +215,7 @@ def test_what_else_a_struct_has_is_not_looked_at(tmp_path):
     image = pa.StructArray.from_arrays(columns, names=["bytes", "taken", "taken"])
     pq.write_table(pa.table({"id": [1, 2], "image": image, "prompt": ["?"] * 2}), tmp_path / "a.parquet")
     rows = read_rows(_source(tmp_path))
-    assert rows[IMAGE].to_pylist() == [b"inside", None]
+    assert images_of(rows) == [b"inside", None]
     assert rows[MESSAGE].to_pylist() == [None, "the image is null"]
 
 

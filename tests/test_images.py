@@ -201,7 +201,7 @@ def test_any_size_fits(size, fit):
 
 
 def test_transformers_processor_leaves_a_fitted_image_as_it_is(tiny_bundle):
-    size = tiny_bundle.manifest.layout.image_size
+    size = tiny_bundle.manifest.layout.resolution.image_size
     fitted = fit_image(_gradient(500, 300), size)
     processor = Qwen2VLImageProcessorPil.from_pretrained(TINY)
     patches = processor([Image.fromarray(fitted)], return_tensors="np")

@@ -43,7 +43,8 @@ from qvl_batch.pipeline.run import run
 POISON_FILE, POISON_IMAGE, POISON_PROMPT = b"ends whatever reads it", b"ends whatever decodes it", "End."
 CAPTION = [sys.executable, "jobs/caption.py"]
 ANSWER_COLUMNS = [
-    "answer", "finish_reason", "prompt_tokens", "answer_tokens", "error_stage", "error_type", "error_message",
+    "answer", "finish_reason", "prompt_tokens", "answer_tokens", "image_width", "image_height", "seen_width",
+    "seen_height", "error_stage", "error_type", "error_message",
 ]  # fmt: skip
 
 
@@ -119,7 +120,7 @@ def test_the_demo_is_answered_right_and_as_pytorch_answers_it(tiny_bundle, tiny_
     rows = _rows_by_id(output)
     assert list(rows[0]) == ["id", "expected", *ANSWER_COLUMNS]
     assert [row["id"] for row in rows] == [row["id"] for row in demo]
-    expected = PyTorch(tiny_checkpoint, 576).answer([question(row) for row in demo])
+    expected = PyTorch(tiny_checkpoint).answer([question(row) for row in demo])
     assert [row["answer"] for row in rows] == [trace.text for trace in expected]
     right = sum(row["answer"] == row["expected"] for row in rows)
     assert right >= 0.95 * len(rows)
@@ -183,10 +184,10 @@ def test_rows_that_fail_say_why_and_the_others_are_answered(tiny_bundle, demo, j
     messages = {str(row["error_message"]) for row in rows if row["extra"] in failed}
     assert {each["message"] for kind in run["error_examples"].values() for each in kind} == messages
     assert all(html.escape(message, quote=False)[:30] in page for message in messages)
-    # All rows, in the order of the input; those whose prompt failed have an image.
+    # All rows, in the order of the input; one whose prompt is too long has an image.
     assert [row[0] for row in shown] == [str(row["id"]) for row in rows]
     assert [row[2] for row in shown] == [None if row["extra"] in failed else row["answer"] or "(empty)" for row in rows]
-    assert [row[3] for row in shown] == [row["extra"] not in (1, 2, 3) for row in rows]
+    assert [row[3] for row in shown] == [row["extra"] not in (1, 2, 3, 4) for row in rows]
     assert shown[5][1] == ("word " * 2000)[:1000] + "…"
     assert "7 of 12 rows answered, 5 failed" in page
     assert run["stages"]["vision"]["at_once"] == 2
@@ -416,8 +417,10 @@ def test_rows_added_to_the_input_are_answered_and_failed_ones_again(tiny_bundle,
 
 
 @pytest.mark.long
-def test_a_job_that_is_killed_again_and_again_answers_every_row_once(tiny_bundle, ray_env, tmp_path):
-    outcome = soak(tiny_bundle.path, 2, 1, tmp_path, ray_env, latest=8.0)
+@pytest.mark.parametrize("kind", ["tiny_bundle", "native_bundle"])
+def test_a_job_that_is_killed_again_and_again_answers_every_row_once(kind, ray_env, tmp_path, request):
+    bundle = request.getfixturevalue(kind)
+    outcome = soak(bundle.path, 2, 1, tmp_path, ray_env, latest=8.0)
     assert outcome.killed.total() == 2
     assert outcome.passed, str(outcome)
 

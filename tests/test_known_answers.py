@@ -40,12 +40,13 @@ def saturating(monkeypatch):
 
 def test_a_bundle_carries_what_pytorch_makes_of_an_image_and_a_prompt(tiny_bundle):
     known, layout = KnownAnswers.of(tiny_bundle), tiny_bundle.manifest.layout
-    assert known.pixels.shape == (layout.image_size, layout.image_size, 3)
-    assert known.features.shape == known.embeds.shape == (math.ceil(layout.image_tokens / SPACING), 128)
+    tokens = layout.resolution.max_tokens
+    assert known.pixels.shape == (672, 672, 3)
+    assert known.features.shape == known.embeds.shape == (math.ceil(tokens / SPACING), 128)
     assert len(known.answer) == len(known.following) == STEPS
     assert (known.answer == known.following).all()  # in fp32, the graph says what PyTorch does
     assert known.is_decided.all()
-    assert known.input_ids.tolist().count(layout.image_token_id) == layout.image_tokens
+    assert known.input_ids.tolist().count(layout.image_token_id) == tokens
     assert tiny_bundle.file(KNOWN_ANSWERS).stat().st_size < 2e6
 
 
@@ -56,7 +57,7 @@ def test_pytorch_says_them_again(tiny_bundle, tiny_checkpoint):
     model = tiny_checkpoint.weights.streamed()
     image = tiny_checkpoint.image_processor([Image.fromarray(known.pixels)], return_tensors="pt")
     ids = torch.from_numpy(known.input_ids[None])
-    embeds = torch.from_numpy(repeated(known.embeds, layout.image_tokens))
+    embeds = torch.from_numpy(repeated(known.embeds, layout.resolution.max_tokens))
     with torch.inference_mode():
         features = model.model.visual(image["pixel_values"], grid_thw=image["image_grid_thw"]).pooler_output
         inputs = model.get_input_embeddings()(ids)
@@ -174,7 +175,7 @@ def test_a_graph_in_fp32_for_failed_rows_is_proved_too(saturating, copied_bundle
 
 def test_a_decoder_answers_as_if_it_had_not_been_proved(tiny_bundle):
     known = KnownAnswers.of(tiny_bundle)
-    row = PrefillRow(known.input_ids.tolist(), np.zeros(tiny_bundle.manifest.feature_shape, np.float32))
+    row = PrefillRow(known.input_ids.tolist())
     decoders = [Decoder(tiny_bundle, 2, 2, keep_logits=True, prove=prove) for prove in (True, False)]
     for decoder in decoders:
         decoder.prefill(0, [row, row])
@@ -206,10 +207,10 @@ def test_a_job_says_that_nobody_can_tell_whether_its_machines_compute_right(copi
 def test_features_of_machines_that_nobody_checked_are_kept_apart(tiny_bundle, tmp_path):
     unchecked = dataclasses.replace(tiny_bundle.manifest, tolerance=None)
     checked = [open_vision_cache(tmp_path, 1, manifest) for manifest in (tiny_bundle.manifest, unchecked)]
-    features = np.ones(tiny_bundle.manifest.feature_shape, np.float32)
+    features = np.ones((7, 128), np.float32)
     checked[1].put(b"key", features)
-    assert checked[0].get(b"key") is None
-    assert (checked[1].get(b"key") == features).all()
+    assert checked[0].get(b"key", 7) is None
+    assert (checked[1].get(b"key", 7) == features).all()
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[:500], lambda _: b"", lambda _: b"PK"])

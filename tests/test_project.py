@@ -86,7 +86,8 @@ def test_tasks_that_only_read_and_decode_import_no_heavy_library():
 
 
 def test_public_names():
-    names = {"Answer", "Bundle", "Captioner", "Failure", "JobError", "QvlBatchError", "RowError"}
+    names = {"Answer", "Box", "Bundle", "Captioner", "Failure", "ImageSize", "JobError", "QvlBatchError", "RowError"}
+    names.add("boxes")
     assert set(qvl_batch.__all__) == names
     assert all(hasattr(qvl_batch, name) for name in names)
 

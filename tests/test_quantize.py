@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import onnx
 import pytest
-from answers import demo_rows
+from answers import ask, demo_rows
 from conftest import QUESTIONS, ROOT, TINY, TRACES, exported
 from onnx import numpy_helper
 from reference import letterboxed
@@ -22,7 +22,7 @@ from export.package import ExportConfig, export_bundle
 from export.quantize import _to_int8
 from qvl_batch.bundle.loading import Bundle
 from qvl_batch.bundle.manifest import DECODER, DECODER_FULL, FP32, VISION
-from qvl_batch.decoder.decoder import NO_TOKEN, Decoder, PrefillRow
+from qvl_batch.decoder.decoder import NO_TOKEN, Decoder
 from qvl_batch.decoder.prompts import RowLayout
 from qvl_batch.errors import ExportError
 from qvl_batch.runtime.devices import processor
@@ -118,7 +118,7 @@ def rows():
 def test_a_row_does_not_depend_on_its_neighbours(reduced, rows):
     vision, layout = VisionEncoder(reduced, threads=2), RowLayout(reduced)
     features = [vision.encode(letterboxed(row["image"]["bytes"])) for row in rows]
-    prefill = [PrefillRow(layout.row_ids(row["prompt"]), f) for row, f in zip(rows, features, strict=True)]
+    prefill = [ask(layout, row["prompt"], f) for row, f in zip(rows, features, strict=True)]
     decoder = Decoder(reduced, 4, threads=2, keep_logits=True)
     decoder.prefill(0, prefill)
     together = [decoder.logits.copy()]
@@ -139,7 +139,7 @@ def test_a_row_does_not_depend_on_its_neighbours(reduced, rows):
 def test_a_row_that_is_not_finite_fails_alone(reduced, rows):
     vision, layout = VisionEncoder(reduced, threads=2), RowLayout(reduced)
     features = [vision.encode(letterboxed(row["image"]["bytes"])) for row in rows]
-    prefill = [PrefillRow(layout.row_ids(row["prompt"]), f) for row, f in zip(rows, features, strict=True)]
+    prefill = [ask(layout, row["prompt"], f) for row, f in zip(rows, features, strict=True)]
     decoder = Decoder(reduced, 4, threads=2)
     whole = decoder.prefill(0, prefill), decoder.step(np.array([5, 6, 7, 8]))
     features[1][40, 3] = np.inf
@@ -213,7 +213,7 @@ def test_answers_are_the_same_without_vnni(tmp_path):
     config = ExportConfig(checkpoint=TINY, output=tmp_path / "bundle", dtype="int8", image_size=224)
     export_bundle(config, traces=TRACES)
     script = f"""if True:
-        from answers import demo_rows
+        from answers import ask, demo_rows
         from qvl_batch import Captioner
         images, prompts = zip(*((row["image"]["bytes"], row["prompt"]) for row in demo_rows(8)))
         for answer in Captioner({str(tmp_path / "bundle")!r}).caption(images, prompts): print(answer.record())"""

@@ -1,5 +1,6 @@
 """What is said of a run is what happened, in bounded memory however long it lasts."""
 
+import io
 import math
 import random
 from collections import Counter
@@ -7,16 +8,18 @@ from collections import Counter
 import numpy as np
 import pyarrow as pa
 import pytest
+from PIL import Image
 
-from qvl_batch.columns import ASKED, FILE, PROMPT, ROW, SECONDS, STARTED, THUMBNAIL, WORKERS, seconds_column
+from qvl_batch.columns import ASKED, FILE, MESSAGES, ROW, SECONDS, STARTED, THUMBNAIL, WORKERS, seconds_column
 from qvl_batch.config import CaptionConfig
+from qvl_batch.conversation import Message, single_turn, to_json
 from qvl_batch.errors import ConfigError
 from qvl_batch.input.source import Source
 from qvl_batch.output.parts import Tally
 from qvl_batch.pipeline.plan import Plan
 from qvl_batch.report.progress import ProgressLine
 from qvl_batch.report.run_stats import BIN_SECONDS, BINS, EXAMPLES, RunStats, Timeline
-from qvl_batch.report.sample import CHARACTERS, ROWS, SIDE, choose, sample_columns
+from qvl_batch.report.sample import ABREAST, CHARACTERS, GAP, MOST_ABREAST, ROWS, SIDE, choose, sample_columns
 from qvl_batch.report.summary import Report
 from qvl_batch.report.utilization import Utilization
 from qvl_batch.rows import RowSet
@@ -24,7 +27,7 @@ from qvl_batch.schema import ANSWER_FIELDS, ID, Answer, Failure
 
 PLAN = Plan(
     vision_workers=3, vision_threads=2, vision_cpus=1, decoder_workers=4, decoder_threads=1, decoder_cpus=1,
-    slots=8, slot_bytes=1, slots_in_memory=9, tasks_at_once=5,
+    slots=8, slot_bytes=1, slots_in_memory=9, block_bytes=1, calls_per_decoder=2, tasks_at_once=5,
 )  # fmt: skip
 
 
@@ -79,14 +82,34 @@ def test_the_sample_is_of_rows_that_are_left_and_always_the_same():
 
 
 def test_only_the_sample_has_small_thumbnails_and_short_prompts():
-    pixels = [np.random.default_rng(0).integers(0, 255, (672, 672, 3), np.uint8)] * 3 + [Failure("image", "E", "m")]
-    table = pa.table({FILE: [0] * 4, ROW: range(4), PROMPT: pa.array(["x" * 100_000, "b", None, "d"])})
-    columns = sample_columns(table, pixels, frozenset({(0, 0), (0, 2), (0, 3), (9, 1)}))
+    pixels = [np.random.default_rng(0).integers(0, 255, (672, 672, 3), np.uint8)]
+    several = (Message("user", "a"), Message("assistant", "b"), Message("user", ("c", 0, "d")))
+    asked = [single_turn("x" * 100_000, 1), single_turn("b", 1), None, single_turn("d", 1), several]
+    messages = [each and to_json(each) for each in asked]
+    table = pa.table({FILE: [0] * 5, ROW: range(5), MESSAGES: messages})
+    images = [pixels, pixels, pixels, [], pixels]  # the fourth has failed
+    columns = sample_columns(table, images, frozenset({(0, 0), (0, 2), (0, 3), (0, 4), (9, 1)}))
     thumbnails = columns[THUMBNAIL].to_pylist()
-    assert [value is not None for value in thumbnails] == [True, False, True, False]
+    assert [value is not None for value in thumbnails] == [True, False, True, False, True]
     assert thumbnails[0][:2] == b"\xff\xd8"
     assert len(thumbnails[0]) < 3 * SIDE**2 / 3
-    assert columns[ASKED].to_pylist() == ["x" * CHARACTERS + "…", None, None, "d"]
+    assert columns[ASKED].to_pylist() == ["x" * CHARACTERS + "…", None, None, "d", "cd"]
+
+
+@pytest.mark.parametrize("count", [1, 2, ABREAST, 3 * ABREAST, SIDE * ABREAST + 1])
+def test_images_of_a_row_stand_side_by_side_in_one_small_thumbnail(count):
+    colours = [(200, 0, 0), (0, 200, 0), (0, 0, 200)]
+    images = [np.full((200, 200, 3), colours[number % 3], np.uint8) for number in range(count)]
+    table = pa.table({FILE: [0], ROW: [0], MESSAGES: [to_json(single_turn("?", count))]})
+    data = sample_columns(table, [images], frozenset({(0, 0)}))[THUMBNAIL][0].as_py()
+    shown = np.asarray(Image.open(io.BytesIO(data)), np.int16)
+    count = min(count, MOST_ABREAST)
+    width = SIDE * ABREAST // max(ABREAST, count)
+    assert shown.shape == (width, count * width + (count - 1) * GAP, 3)
+    if count < 2 * ABREAST:
+        for number in range(count):
+            middle = shown[width // 2, number * (width + GAP) + width // 2]
+            assert np.abs(middle - colours[number % 3]).max() < 20
 
 
 def _answered(first, answers, started=1e12):

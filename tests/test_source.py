@@ -12,9 +12,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from reading import caption_config, read_rows
+from reading import caption_config, images_of, prompts_of, read_rows
 
-from qvl_batch.columns import FAILURE, FILE, IMAGE, PROMPT, ROW
+from qvl_batch.columns import FAILURE, FILE, ROW
 from qvl_batch.config import CaptionConfig
 from qvl_batch.errors import ConfigError, InputError
 from qvl_batch.input.discovery import passed_over
@@ -23,8 +23,7 @@ from qvl_batch.input.reader import read_unit
 from qvl_batch.input.source import open_source
 from qvl_batch.rows import RowSet
 
-IMAGES = pa.array([b"a", b"b", b"c"])
-TABLE = pa.table({"id": [1, 2, 3], "image": IMAGES, "prompt": ["x", "y", None]})
+TABLE = pa.table({"id": [1, 2, 3], "image": [b"a", b"b", b"c"], "prompt": ["x", "y", None]})
 
 
 def _rows_of(config, rows_per_table=2):
@@ -254,8 +253,8 @@ def test_images_may_be_structs_bytes_or_paths(tmp_path):
     pq.write_table(pa.table({"id": range(count), "image": struct}), tmp_path / "a.parquet")
     rows = _rows_of(caption_config(tmp_path, prompt="What?", allow_images_from=(str(tmp_path),)))
     file = b"from a file"
-    assert rows[IMAGE].to_pylist() == [b"inside", file, file, file, None, None, None]
-    assert rows[PROMPT].to_pylist() == ["What?"] * count
+    assert images_of(rows) == [b"inside", file, file, file, None, None, None]
+    assert prompts_of(rows) == ["What?"] * count
     messages = rows[FAILURE[2]].to_pylist()
     assert messages[4:6] == ["the image is null"] * 2
     assert messages[6].startswith("missing cannot be read: FileNotFoundError")
@@ -272,13 +271,13 @@ def test_relative_paths_start_where_the_file_is_named_not_where_a_link_leads(tmp
     config = caption_config(
         tmp_path, tmp_path / "other", tmp_path / "blobs" / "abc", allow_images_from=(str(tmp_path),)
     )
-    assert _rows_of(config)[IMAGE].to_pylist() == [b"data"]
+    assert images_of(_rows_of(config)) == [b"data"]
 
 
 def test_a_path_column_of_strings_is_read(tmp_path):
     (tmp_path / "image").write_bytes(b"data")
     pq.write_table(pa.table({"id": ["a"], "image": ["image"], "prompt": ["x"]}), tmp_path / "a.parquet")
-    assert _rows_of(caption_config(tmp_path, allow_images_from=(str(tmp_path),)))[IMAGE].to_pylist() == [b"data"]
+    assert images_of(_rows_of(caption_config(tmp_path, allow_images_from=(str(tmp_path),)))) == [b"data"]
     with pytest.raises(InputError, match=r"column 'image' has paths or addresses of images; .* --allow-images-from"):
         open_source(caption_config(tmp_path))
 
@@ -322,7 +321,7 @@ def test_kept_columns_of_views_are_kept_as_what_rows_can_be_taken_of(value, kind
 )
 def test_images_may_be_views(image, tmp_path):
     pq.write_table(pa.table({"id": [1, 2], "image": image, "prompt": ["x", "y"]}), tmp_path / "a.parquet")
-    assert _rows_of(caption_config(tmp_path))[IMAGE].to_pylist() == [b"a", None]
+    assert images_of(_rows_of(caption_config(tmp_path))) == [b"a", None]
 
 
 @pytest.mark.parametrize(
@@ -376,7 +375,7 @@ def test_a_file_without_an_id_column_is_given_one_by_the_line_that_the_error_has
     pq.write_table(TABLE.drop_columns("id"), tmp_path / "a.parquet")
     rows = _rows_of(_converted(tmp_path, caption_config(tmp_path)))
     assert rows["id"].to_pylist() == [0, 1, 2]
-    assert rows[IMAGE].to_pylist() == [b"a", b"b", b"c"]
+    assert images_of(rows) == [b"a", b"b", None]  # the last has no prompt
     pq.write_table(TABLE, tmp_path / "b.parquet")
     two = pa.Table.from_arrays([pa.array([1])] * 2, ["id", "id"])
     pq.write_table(two, tmp_path / "c.parquet")
@@ -385,30 +384,11 @@ def test_a_file_without_an_id_column_is_given_one_by_the_line_that_the_error_has
             open_source(caption_config(tmp_path, tmp_path / f"{name}.parquet", **option))
 
 
-@pytest.mark.parametrize("make", [pa.list_, pa.large_list])
-@pytest.mark.parametrize(
-    ("kind", "values"),
-    [
-        (
-            pa.struct([("bytes", pa.binary()), ("path", pa.string())]),
-            [{"bytes": b"a"}, {"bytes": b"b"}, {"bytes": b"c"}],
-        ),
-        (pa.binary(), [b"a", b"b", b"c"]),
-    ],
-    ids=str,
-)
-def test_of_a_list_of_images_the_line_that_the_error_has_takes_the_first(make, kind, values, tmp_path):
-    lists = pa.array([[values[0]], [], None, values[1:]], make(kind))
-    table = pa.table({"id": range(4), "it's": lists, "prompt": ["x"] * 4})
-    pq.write_table(table, tmp_path / "a.parquet", row_group_size=3)
-    rows = _rows_of(_converted(tmp_path, caption_config(tmp_path, image_column="it's")))
-    assert rows[IMAGE].to_pylist() == [b"a", None, None, b"b"]
-    assert rows["id"].to_pylist() == [0, 1, 2, 3]
-    # Bytes as a list of numbers are no list of images.
-    pq.write_table(TABLE.set_column(1, "image", pa.array([[1], [2], [3]])), tmp_path / "a.parquet")
-    with pytest.raises(
-        InputError, match=r"is list<[^:]*: int64>; it must be a struct of bytes and path, bytes, or paths$"
-    ):
+@pytest.mark.parametrize("numbers", [pa.list_(pa.int64()), pa.list_(pa.uint8(), 1)])
+def test_bytes_as_a_list_of_numbers_are_no_list_of_images(numbers, tmp_path):
+    pq.write_table(TABLE.set_column(1, "image", pa.array([[1], [2], [3]], numbers)), tmp_path / "a.parquet")
+    wanted = "a struct of bytes and path, bytes, or paths, or lists of them"
+    with pytest.raises(InputError, match=rf"'image' \(--image-column\) is \w*list<[^;]*; it must be {wanted}$"):
         open_source(caption_config(tmp_path))
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from answers import ask
 from conftest import QUESTIONS
 
 from qvl_batch.clock import Clock
@@ -17,13 +18,14 @@ from qvl_batch.config import CaptionConfig
 from qvl_batch.decoder.decoder import Decoder
 from qvl_batch.decoder.engine import Engine, Request, decoder_clocks
 from qvl_batch.decoder.prompts import RowLayout
+from qvl_batch.images.view import View
 from qvl_batch.input.fetch import Fetcher
 from qvl_batch.input.reader import read_unit
 from qvl_batch.input.source import open_source
 from qvl_batch.pipeline.crash_guard import AttemptsInMemory, Guarded
 from qvl_batch.pipeline.prepare import prepare
 from qvl_batch.pipeline.read import timed
-from qvl_batch.pipeline.stages import DecoderStage, VisionStage
+from qvl_batch.pipeline.stages import AnswerForm, DecoderStage, VisionStage
 from qvl_batch.report.sample import choose, sampled
 from qvl_batch.report.utilization import ADVICE, Utilization, advice
 from qvl_batch.vision.encoder import VisionEncoder
@@ -121,15 +123,15 @@ def test_each_image_and_each_step_is_counted(tiny_bundle):
     assert features.clock.take() == 3.0
 
     layout, decoder = RowLayout(tiny_bundle), Decoder(tiny_bundle, 4, threads=2)
-    ids = layout.row_ids("How many shapes are there?")
+    row = ask(layout, "How many shapes are there?", found[0])
     clocks = decoder_clocks()
     with Engine(decoder, (), clocks) as engine:
         for _ in range(2):
-            engine.submit(Request(ids, found[0], 5)).result(60)
+            engine.submit(Request(row, 5)).result(60)
             # Prefill makes the first token, each step another.
             assert {work: clock.take() for work, clock in clocks.items()} == {"prefill": 1.0, "decode": 4.0}
         # The second row of an image takes the first one's beginning.
-        pair = [engine.submit(Request(ids, found[1], 3, b"b")) for _ in range(2)]
+        pair = [engine.submit(Request(row, 3, [b"b"])) for _ in range(2)]
         for future in pair:
             future.result(60)
         assert clocks["prefill"].take() == 2.0
@@ -142,9 +144,9 @@ def test_tables_carry_work_and_sample_through_all_stages(tiny_bundle, tmp_path):
     source = open_source(config)
     sample = frozenset({(0, 1), (0, 4)})
     read = timed(read_unit(next(source.units()), source.columns, None, 8, Fetcher(())))
-    (table,) = [prepare(each, tiny_bundle.manifest.layout.image_size, "letterbox", sample) for each in read]
+    (table,) = [prepare(each, View.of(tiny_bundle.manifest.layout.resolution), sample) for each in read]
     vision = VisionStage(tiny_bundle.path, 2, lambda: "v")
-    decoder = DecoderStage(tiny_bundle.path, 8, 2, 16, allow_repetition=False, name=lambda: "d")
+    decoder = DecoderStage(tiny_bundle.path, 8, 2, AnswerForm(16), lambda: "d")
     table = decoder(vision(table))
     for work in WORK:
         first, *others = table[SECONDS[work]].to_pylist()

@@ -8,9 +8,11 @@ import threading
 import numpy as np
 import pytest
 
+from qvl_batch.bundle.layout import Resolution
 from qvl_batch.config import CaptionConfig
 from qvl_batch.errors import ConfigError, OutputError
 from qvl_batch.images.pixels import image_key
+from qvl_batch.images.view import View
 from qvl_batch.vision.cache import VisionCache, open_vision_cache
 
 SHAPE = (4, 3)
@@ -27,10 +29,10 @@ def _files(folder):
 
 def test_what_is_put_is_got_bit_for_bit_by_another_process_too(tmp_path):
     features = np.random.default_rng(0).standard_normal(SHAPE).astype(np.float32)
-    VisionCache(tmp_path, GRAPH, SHAPE, 10**6).put(b"key", features)
-    assert (VisionCache(tmp_path, GRAPH, SHAPE, 10**6).get(b"key") == features).all()
-    assert VisionCache(tmp_path, GRAPH, SHAPE, 10**6).get(b"other") is None
-    assert VisionCache(tmp_path, "b" * 64, SHAPE, 10**6).get(b"key") is None
+    VisionCache(tmp_path, GRAPH, SHAPE[1], 10**6).put(b"key", features)
+    assert (VisionCache(tmp_path, GRAPH, SHAPE[1], 10**6).get(b"key", SHAPE[0]) == features).all()
+    assert VisionCache(tmp_path, GRAPH, SHAPE[1], 10**6).get(b"other", SHAPE[0]) is None
+    assert VisionCache(tmp_path, "b" * 64, SHAPE[1], 10**6).get(b"key", SHAPE[0]) is None
 
 
 @pytest.mark.parametrize(
@@ -39,30 +41,30 @@ def test_what_is_put_is_got_bit_for_bit_by_another_process_too(tmp_path):
     ids=["cut", "empty", "changed", "longer"],
 )
 def test_a_damaged_file_is_taken_for_missing_and_replaced(damage, tmp_path):
-    cache = VisionCache(tmp_path, GRAPH, SHAPE, 10**6)
+    cache = VisionCache(tmp_path, GRAPH, SHAPE[1], 10**6)
     cache.put(b"key", _filled(1))
     (file,) = _files(tmp_path)
     file.write_bytes(damage(file.read_bytes()))
-    assert cache.get(b"key") is None
+    assert cache.get(b"key", SHAPE[0]) is None
     cache.put(b"key", _filled(1))
-    assert (cache.get(b"key") == 1).all()
+    assert (cache.get(b"key", SHAPE[0]) == 1).all()
 
 
 def test_the_folder_keeps_its_bound_and_what_was_used_last(tmp_path):
-    cache, made = VisionCache(tmp_path, GRAPH, SHAPE, 10**6), []
+    cache, made = VisionCache(tmp_path, GRAPH, SHAPE[1], 10**6), []
     for key in range(10):
         cache.put(bytes([key]), _filled(key))
         made += [path for path in _files(tmp_path) if path not in made]
     for age, key in enumerate((3, 7, 1)):
         os.utime(made[key], (2e9 + age, 2e9 + age))
     size = _files(tmp_path)[0].stat().st_size
-    VisionCache(tmp_path, GRAPH, SHAPE, 4 * size)
+    VisionCache(tmp_path, GRAPH, SHAPE[1], 4 * size)
     assert sum(path.stat().st_size for path in _files(tmp_path)) <= 4 * size
-    assert all(cache.get(bytes([key])) is not None for key in (3, 7, 1))
+    assert all(cache.get(bytes([key]), SHAPE[0]) is not None for key in (3, 7, 1))
 
 
 def test_what_a_killed_worker_left_is_swept_up(tmp_path):
-    cache = VisionCache(tmp_path, GRAPH, SHAPE, 10**6)
+    cache = VisionCache(tmp_path, GRAPH, SHAPE[1], 10**6)
     cache.put(b"key", _filled(1))
     left, fresh = (_files(tmp_path)[0].with_suffix(f".partial-{name}") for name in ("left", "fresh"))
     for path in (left, fresh):
@@ -73,11 +75,11 @@ def test_what_a_killed_worker_left_is_swept_up(tmp_path):
 
 
 def test_workers_may_share_a_folder(tmp_path):
-    caches = [VisionCache(tmp_path, GRAPH, SHAPE, 3000) for _ in range(4)]
+    caches = [VisionCache(tmp_path, GRAPH, SHAPE[1], 3000) for _ in range(4)]
 
     def work(cache, failures):
         for key in list(range(60)) * 3:
-            kept = cache.get(bytes([key]))
+            kept = cache.get(bytes([key]), SHAPE[0])
             if kept is None:
                 cache.put(bytes([key]), _filled(key))
             elif not (kept == key).all():
@@ -98,7 +100,7 @@ def test_workers_may_share_a_folder(tmp_path):
 def test_a_folder_that_cannot_be_used_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match=r"--vision-cache .*file cannot be used"):
-        VisionCache(tmp_path / "file", GRAPH, SHAPE, 10**6)
+        VisionCache(tmp_path / "file", GRAPH, SHAPE[1], 10**6)
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch):
@@ -107,7 +109,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch):
 
     monkeypatch.setattr("tempfile.TemporaryFile", read_only)
     with pytest.raises(OutputError, match=r"--vision-cache .* cannot be used: Read-only file system"):
-        VisionCache(tmp_path, GRAPH, SHAPE, 10**6)
+        VisionCache(tmp_path, GRAPH, SHAPE[1], 10**6)
 
 
 def test_a_disk_that_is_full_is_named_and_nothing_is_left(tmp_path, monkeypatch):
@@ -115,7 +117,7 @@ def test_a_disk_that_is_full_is_named_and_nothing_is_left(tmp_path, monkeypatch)
         path.touch()
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    cache = VisionCache(tmp_path, GRAPH, SHAPE, 10**6)
+    cache = VisionCache(tmp_path, GRAPH, SHAPE[1], 10**6)
     monkeypatch.setattr("pathlib.Path.write_bytes", write)
     with pytest.raises(OutputError, match=r"--vision-cache .* cannot be written: No space left"):
         cache.put(b"key", _filled(1))
@@ -130,15 +132,17 @@ def test_a_size_is_a_number_above_0(gigabytes, tmp_path):
 
 def test_features_of_other_versions_are_not_taken(tiny_bundle, tmp_path, monkeypatch):
     manifest = tiny_bundle.manifest
-    features = np.ones(manifest.feature_shape, np.float32)
+    features = np.ones((SHAPE[0], 128), np.float32)
     open_vision_cache(tmp_path, 1, manifest).put(b"key", features)
-    assert (open_vision_cache(tmp_path, 1, manifest).get(b"key") == features).all()
+    assert (open_vision_cache(tmp_path, 1, manifest).get(b"key", SHAPE[0]) == features).all()
     for name in ("PIL.__version__", "qvl_batch.vision.cache.ORT_VERSION"):
         with monkeypatch.context() as changed:
             changed.setattr(name, "another")
-            assert open_vision_cache(tmp_path, 1, manifest).get(b"key") is None
+            assert open_vision_cache(tmp_path, 1, manifest).get(b"key", SHAPE[0]) is None
 
 
 def test_a_key_stands_for_contents_and_fit():
-    assert image_key(b"a", "crop") == image_key(b"a", "crop")
-    assert len({image_key(b"a", "crop"), image_key(b"a", "stretch"), image_key(b"b", "crop")}) == 3
+    crop, stretch = View.square(672, "crop"), View.square(672, "stretch")
+    native = [View.of(Resolution(28, None, 784, most)) for most in (10_000, 20_000)]
+    assert image_key(b"a", crop) == image_key(b"a", View.square(672, "crop"))
+    assert len({image_key(b"a", view) for view in (crop, stretch, *native)} | {image_key(b"b", crop)}) == 5

@@ -25,7 +25,7 @@ def _poison_reader(module):
     image = module._bytes_or_location  # noqa: SLF001
 
     def poisoned(value):
-        return _die() if POISON_FILE in value else image(value)
+        return _die() if isinstance(value, bytes) and POISON_FILE in value else image(value)
 
     module._bytes_or_location = poisoned  # noqa: SLF001
 
@@ -40,12 +40,12 @@ def _poison_images(module):
 
 
 def _poison_layout(module):
-    row_ids = module.RowLayout.row_ids
+    row = module.RowLayout.row
 
-    def poisoned(self, prompt):
-        return _die() if prompt == POISON_PROMPT else row_ids(self, prompt)
+    def poisoned(self, conversation, grids):
+        return _die() if conversation[-1].text == POISON_PROMPT else row(self, conversation, grids)
 
-    module.RowLayout.row_ids = poisoned
+    module.RowLayout.row = poisoned
 
 
 AfterImport(

@@ -18,6 +18,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
+from qvl_batch.bundle.layout import PlacedImage
 from qvl_batch.bundle.loading import Bundle
 from qvl_batch.bundle.manifest import DECODER, VISION
 from qvl_batch.decoder.decoder import PREFIX_ENTRIES, Decoder, PrefillRow
@@ -40,7 +41,7 @@ def report(bundle: Bundle) -> dict[str, Any]:
     memory = CudaMemory(open_cuda("--device cuda"))
     nodes = {name: _nodes(bundle.file(name), memory, captures=name == DECODER) for name in (DECODER, VISION)}
     decoder = Decoder(bundle, 4, 1, memory=memory, prove=False)  # they compute nothing
-    rows = [PrefillRow(bundle.manifest.layout.row_ids([5] * n), _zero_features(bundle)) for n in (2, 3)]
+    rows = [_turn(bundle, n) for n in (2, 3)]
     _kernels()  # of the largest prefill, which the decoder has run
     decoder.prefill(0, rows)
     kernels = {"prefill": _kernels()}
@@ -48,10 +49,11 @@ def report(bundle: Bundle) -> dict[str, Any]:
     moved = _counted(lambda: decoder.move(1, 0))
     steps += [_counted(lambda: decoder.step(np.array([5]))) for _ in range(2)]
     kernels["step"] = _kernels()
-    decoder.store_prefix(0, 0)
-    decoder.prefill_after_prefix(1, 0, rows[1])
+    prefix = rows[1].images[0].stop
+    decoder.store_prefix(0, 0, prefix)
+    decoder.prefill_part(1, rows[1], prefix, len(rows[1].input_ids), 0)
     kernels["rest"] = _kernels()
-    size = bundle.manifest.layout.image_size
+    size = bundle.manifest.layout.resolution.image_size
     vision = Session(bundle.file(VISION), 1, memory=memory)
     _runtime().cudaStreamBeginCapture(None, 0)
     with ThreadPoolExecutor(1) as other:
@@ -96,10 +98,10 @@ def _memory_taken(bundle: Bundle) -> dict[str, int]:
     started = taken()
     for _ in range(40):
         lengths = chance.integers(2, 300, size=chance.integers(1, slots, endpoint=True))
-        decoder.prefill(0, [PrefillRow(manifest.layout.row_ids([5] * n), _zero_features(bundle)) for n in lengths])
+        decoder.prefill(0, [_turn(bundle, n) for n in lengths])
         decoder.step(np.array([5] * len(lengths)))
     answered = taken()
-    vision, size = Session(bundle.file(VISION), 1, memory=memory), manifest.layout.image_size
+    vision, size = Session(bundle.file(VISION), 1, memory=memory), manifest.layout.resolution.image_size
     pixels = {"pixels": np.zeros((1, size, size, 3), np.uint8)}
     with ThreadPoolExecutor(CUDA_VISION_THREADS) as threads:
         list(threads.map(lambda _: vision.run(["image_features"], pixels), range(16)))
@@ -135,8 +137,13 @@ def _nodes(path: Path, memory: CudaMemory, *, captures: bool) -> dict[str, dict[
     return {provider: dict(counts) for provider, counts in found.items()}
 
 
-def _zero_features(bundle: Bundle) -> Any:
-    return np.zeros(bundle.manifest.feature_shape, np.float32)
+def _turn(bundle: Bundle, prompt_tokens: int) -> PrefillRow:
+    layout = bundle.manifest.layout
+    size = layout.resolution.image_size
+    assert size is not None
+    image = PlacedImage(layout.image_start, *layout.resolution.grid(size, size))
+    features = np.zeros((image.tokens, bundle.manifest.decoder.hidden_size), np.float32)
+    return PrefillRow(layout.row_ids([5] * prompt_tokens, image.tokens), [image], [features])
 
 
 def _counted(work: Any) -> dict[str, int]:
