@@ -61,7 +61,7 @@ def on_paper(shape: str) -> bool:
     mean, std = tiny.image_processor.image_mean, tiny.image_processor.image_std
     with tempfile.TemporaryDirectory() as folder:
         model = write_config(Path(folder) / shape, shape)
-    vision = trace_vision(model, layout, mean, std, "bf16")
+    vision = trace_vision(model, layout.resolution, mean, std, "bf16")
     decoder = trace_decoder(model, layout, "bf16", "cuda")
     wrong = _wrong(vision, vision_parts(model, std, "bf16"), model)
     wrong += _wrong(decoder, decoder_parts(model, "bf16"), model)

@@ -70,9 +70,9 @@ class LayerProbe:
                 kind = np.bool_ if spec.dtype == "bool" else np.float32
                 self._past[name] = np.zeros((1, *map(int, spec.shape[1:])), kind)
         self._vision = _Tower(bundle.file(VISION), threads, bundle.manifest.vision_dtype)
-        # Weights of the patch embedding have a row for each colour of each pixel of a patch.
+        # The mean of pixels is repeated for each colour of each pixel of a patch.
         graph = onnx.load(bundle.file(VISION), load_external_data=False).graph
-        (rows,) = (weights.dims[0] for weights in graph.initializer if weights.name == "patch_embed")
+        (rows,) = (weights.dims[0] for weights in graph.initializer if weights.name == "mean")
         self._patches_per_token = 3 * bundle.manifest.layout.resolution.unit**2 // rows
         self._language = _Tower(bundle.file(DECODER), threads, bundle.manifest.dtype)
 
