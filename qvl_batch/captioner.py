@@ -1,9 +1,8 @@
 """Images and prompts, or conversations, to answers, in order, in one process and without Ray."""
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -21,7 +20,7 @@ from qvl_batch.errors import ConfigError, ImageError, RowError
 from qvl_batch.grounding import Box, boxes, complete
 from qvl_batch.images.pixels import DEFAULT_RULES, Seen, decode_image, image_key, see, upright_rgb
 from qvl_batch.images.view import ImageSize, View
-from qvl_batch.input.messages import Asked, of_data_address, read_messages
+from qvl_batch.input.messages import Asked, plain_image, read_messages
 from qvl_batch.runtime.devices import resolve_device, resolve_vision_device, usable_cpus
 from qvl_batch.schema import Answer, Failure, first_failure
 from qvl_batch.vision.encoder import VisionEncoder
@@ -148,33 +147,32 @@ class Captioner(Stoppable):
         assert self._parts is not None
         features, answerer = self._parts
         seen = [row if isinstance(row, Failure) else self._seen(row.images) for row in rows]
-        images = [image for row in seen if not isinstance(row, Failure) for image in row]
-        keys = [image_key(image.pixels.tobytes(), self._view) for image in images]
-        encoded = zip(features.of([image.pixels for image in images], keys), images, keys, strict=True)
-        encoded_rows = [self._encoded(asked, row, encoded) for asked, row in zip(rows, seen, strict=True)]
-        answers = answerer.answer(encoded_rows, max_new_tokens)
-        sizes = [() if isinstance(row, Failure) else tuple(image.size.numbers for image in row) for row in seen]
+        shown = [[] if isinstance(row, Failure) else row for row in seen]
+        images = [[image.pixels for image in row] for row in shown]
+        keys = [[image_key(each.tobytes(), self._view) for each in row] for row in images]
+        encoded = features.of_rows(images, keys)
+        questions = map(self._question, rows, seen, encoded, keys)
+        answers = answerer.answer(list(questions), max_new_tokens)
+        sizes = [tuple(image.size.numbers for image in row) for row in shown]
         return [replace(answer, image_sizes=each) for answer, each in zip(answers, sizes, strict=True)]
 
-    def _encoded(
+    def _question(
         self,
         asked: Asked | Failure,
         seen: list[Seen] | Failure,
-        encoded: Iterator[tuple[Features | Failure, Seen, bytes]],
+        encoded: list[Features] | Failure,
+        keys: Sequence[bytes],
     ) -> EncodedRow | Failure:
-        """A row with the features of its images, which are the next of `encoded`; or why there is none."""
+        """A row for the decoder, or the first of its failures."""
         if isinstance(asked, Failure):
             return asked
         if isinstance(seen, Failure):
             return seen
-        results = list(islice(encoded, len(seen)))
-        grid = self._view.resolution.grid
-        images = tuple(
-            EncodedImage(features, *grid(*image.pixels.shape[:2]), key)
-            for features, image, key in results
-            if not isinstance(features, Failure)
-        )
-        return first_failure([features for features, _, _ in results]) or EncodedRow(asked.conversation, images)
+        if isinstance(encoded, Failure):
+            return encoded
+        grids = [self._view.resolution.grid(*image.pixels.shape[:2]) for image in seen]
+        images = (EncodedImage(each, *grid, key) for each, grid, key in zip(encoded, grids, keys, strict=True))
+        return EncodedRow(asked.conversation, tuple(images))
 
     def _seen(self, images: Sequence[object]) -> list[Seen] | Failure:
         """Images of a row as they are seen, or the failure of the first that cannot be."""
@@ -254,15 +252,8 @@ def _is_pixels(images: object) -> bool:
     return isinstance(images, np.ndarray) and images.ndim in {2, 3}
 
 
-def _plain(image: object) -> object:
-    """An image that is given as `datasets` has it, or as a data: address, by its bytes or its path."""
-    if isinstance(image, dict):
-        image = next((image[name] for name in ("bytes", "path") if image.get(name) is not None), None)
-    return of_data_address(image) if isinstance(image, str) and image[:5].lower() == "data:" else image
-
-
 def _picture(image: object, rules: ImageRules = DEFAULT_RULES) -> Image.Image:
-    image = _plain(image)
+    image = plain_image(image)
     if isinstance(image, bytes | bytearray):
         return decode_image(bytes(image), rules)
     if isinstance(image, str | Path):

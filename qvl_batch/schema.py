@@ -28,13 +28,16 @@ class Failure:
         """Convert the error of a row."""
         return cls(error.stage, type(error).__name__, stable_message(error))
 
+    def of_image(self, number: int, count: int) -> "Failure":
+        """The same of image `number`, from 1 on, of a row's `count` images: if there are several, it says which."""
+        return replace(self, message=f"image {number} of {count}: {self.message}") if count > 1 else self
+
 
 def first_failure(results: Sequence[object]) -> Failure | None:
     """The first failure among the results for a row's images, which says which image it is; None if there is none."""
     for number, result in enumerate(results, 1):
         if isinstance(result, Failure):
-            place = f"image {number} of {len(results)}: " if len(results) > 1 else ""
-            return replace(result, message=place + result.message)
+            return result.of_image(number, len(results))
     return None
 
 

@@ -3,6 +3,7 @@
 import fcntl
 import functools
 import hashlib
+import logging
 import os
 import shutil
 import signal
@@ -144,6 +145,22 @@ def ray_folder() -> Iterator[str]:
     folder = tempfile.mkdtemp(prefix="qvl")
     yield folder
     shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    """A cluster with this process as its driver, whose workers are warm after the first job."""
+    import ray  # noqa: PLC0415  (machines with a GPU may be without it)
+
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    with ray_folder() as folder:
+        ray.init(
+            address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING,
+            _temp_dir=folder,
+        )  # fmt: skip
+        signal.signal(signal.SIGTERM, on_sigterm)  # Ray puts its own in its place
+        yield
+        ray.shutdown()
 
 
 @pytest.fixture

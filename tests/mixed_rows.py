@@ -1,11 +1,11 @@
 """Rows as people have them: images of many sizes, several of them, conversations."""
 
-import io
 import json
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from image_files import image_file
 from PIL import Image
 
 IMAGE = pa.struct({"bytes": pa.binary(), "path": pa.string()})
@@ -22,9 +22,8 @@ def picture(seed: int, size: tuple[int, int]) -> bytes:
     chance = np.random.default_rng((seed, *size))
     coarse = Image.fromarray(chance.integers(0, 256, (6, 6, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC)
     pixels = np.asarray(coarse) ^ chance.integers(0, 16, (size[1], size[0], 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
+    data: bytes = image_file(Image.fromarray(pixels))
+    return data
 
 
 def mixed_rows(count: int, seed: int = 0, most_images: int = 4) -> list[dict[str, Any]]:

@@ -6,7 +6,6 @@ on one cluster: of the seconds that a job of few rows takes, most are Ray's to s
 
 import html
 import json
-import logging
 import os
 import re
 import signal
@@ -23,8 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import ray
-from conftest import QUESTIONS, ROOT, TINY, ray_folder
+from conftest import QUESTIONS, ROOT, TINY
 from image_files import image_file
 from output_folders import read_answers
 from PIL import Image
@@ -73,20 +71,6 @@ def _free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
-
-
-@pytest.fixture(scope="module")
-def cluster():
-    """A cluster with this process as its driver, whose workers are warm after the first job."""
-    on_sigterm = signal.getsignal(signal.SIGTERM)
-    with ray_folder() as folder:
-        ray.init(
-            address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING,
-            _temp_dir=folder,
-        )  # fmt: skip
-        signal.signal(signal.SIGTERM, on_sigterm)  # Ray puts its own in its place
-        yield
-        ray.shutdown()
 
 
 @pytest.fixture

@@ -154,26 +154,6 @@ def test_a_job_of_lists_and_conversations(native_bundle, tmp_path, monkeypatch):
     assert [size[2] for size in alone.image_sizes] == answers["row-0"]["seen_width"]
 
 
-@pytest.fixture(scope="module")
-def cluster():
-    """A cluster with this process as its driver."""
-    import logging  # noqa: PLC0415
-    import signal  # noqa: PLC0415
-
-    import ray  # noqa: PLC0415
-    from conftest import ray_folder  # noqa: PLC0415
-
-    on_sigterm = signal.getsignal(signal.SIGTERM)
-    with ray_folder() as folder:
-        ray.init(
-            address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING,
-            _temp_dir=folder,
-        )  # fmt: skip
-        signal.signal(signal.SIGTERM, on_sigterm)
-        yield
-        ray.shutdown()
-
-
 def _by_hand(script, bundle, image, prompt, folder):
     (folder / "by_hand.py").write_text(script)
     command = [sys.executable, "by_hand.py", str(bundle.path), str(image), prompt]

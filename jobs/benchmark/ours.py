@@ -19,7 +19,7 @@ from qvl_batch.bundle.layout import Features, Pixels
 from qvl_batch.bundle.loading import Bundle
 from qvl_batch.config import CaptionConfig
 from qvl_batch.decoder.decoder import Decoder, PrefillRow, Tokens
-from qvl_batch.decoder.engine import PADDING, Completion, Engine, Request, decoder_clocks
+from qvl_batch.decoder.engine import Completion, Engine, Request, decoder_clocks, fit_one_prefill
 from qvl_batch.pipeline.capacity import CUDA_VISION_THREADS
 from qvl_batch.runtime.devices import memory_on, resolve_vision_device, usable_cpus
 from qvl_batch.vision.encoder import VisionEncoder
@@ -170,10 +170,8 @@ def prefill_groups(rows: Sequence[PrefillRow], most_rows: int, most_tokens: int)
     groups: list[list[PrefillRow]] = []
     for row in sorted(rows, key=lambda row: len(row.input_ids)):
         group = [*groups[-1], row] if groups else [row]
-        padded = len(group) * len(row.input_ids)
-        is_small = len(group) <= most_rows and padded <= most_tokens
-        is_alike = sum(len(each.input_ids) for each in group) >= (1 - PADDING) * padded
-        if len(group) > 1 and is_small and is_alike:
+        lengths = [len(each.input_ids) for each in group]
+        if 1 < len(group) <= most_rows and fit_one_prefill(lengths, most_tokens):
             groups[-1] = group
         else:
             groups.append([row])

@@ -111,6 +111,12 @@ class _Partial:
     entry: int | None = None
 
 
+def fit_one_prefill(lengths: Sequence[int], most_tokens: int) -> bool:
+    """Whether rows of these lengths can be one prefill: of at most so many tokens, and with little padding."""
+    padded = len(lengths) * max(lengths)
+    return padded <= most_tokens and sum(lengths) >= (1 - PADDING) * padded
+
+
 class Stoppable(ABC):
     """A context manager: closed at its end, stopped if an exception leaves it."""
 
@@ -270,21 +276,15 @@ class _Loop(threading.Thread):
         little padding; no two that share a prefix, since the second can take over that of the first.
         """
         length = [len(request.row.input_ids) for request, _ in self._waiting]
-        chosen, widest, total = [0], length[0], length[0]
+        chosen = [0]
         for index in sorted(range(1, len(length)), key=lambda index: abs(length[index] - length[0])):
-            rows, width = len(chosen) + 1, max(widest, length[index])
-            if rows > count:
+            if len(chosen) == count:
                 break
-            is_small = rows * width <= self._decoder.prefill_tokens
-            is_alike = total + length[index] >= (1 - PADDING) * rows * width
             request = self._waiting[index][0]
-            if (
-                is_small
-                and is_alike
-                and not any(request.shared_with(self._waiting[other][0].content) for other in chosen)
+            if fit_one_prefill([length[at] for at in (*chosen, index)], self._decoder.prefill_tokens) and not any(
+                request.shared_with(self._waiting[other][0].content) for other in chosen
             ):
                 chosen.append(index)
-                widest, total = width, total + length[index]
         items = [self._waiting[index] for index in sorted(chosen)]
         for item in items:
             self._waiting.remove(item)

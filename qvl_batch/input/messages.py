@@ -205,6 +205,17 @@ class _Reading:
         return len(self._values) - 1
 
 
+def plain_image(image: object) -> object:
+    """An image that is given as `datasets` has it, or as a data: address, by its bytes or its path.
+
+    Raises:
+        ImageError: a data: address is not in base64, or damaged.
+    """
+    if isinstance(image, dict):
+        image = next((image[name] for name in ("bytes", "path") if image.get(name) is not None), None)
+    return of_data_address(image) if isinstance(image, str) and image[:5].lower() == "data:" else image
+
+
 def of_data_address(text: str) -> bytes:
     """The image in a data: address (RFC 2397), in base64.
 

@@ -31,7 +31,7 @@ from qvl_batch.errors import (
 )
 from qvl_batch.input.fetch import Fetcher
 from qvl_batch.input.input_columns import InputColumns, item_type
-from qvl_batch.input.messages import MARK, MOST_IMAGES, MOST_VALUES, Asked, of_data_address, read_messages
+from qvl_batch.input.messages import MARK, MOST_IMAGES, MOST_VALUES, Asked, plain_image, read_messages
 from qvl_batch.input.source import Unit, footer_sha256
 from qvl_batch.schema import EXPECTED_FIELD, ID, Failure, first_failure
 
@@ -318,15 +318,12 @@ def _failure(images: Sequence[bytes | RowError]) -> Failure | None:
 
 
 def _bytes_or_location(value: object) -> bytes | str | RowError:
-    if isinstance(value, dict):  # of a message
-        value = next((value[name] for name in ("bytes", "path") if value.get(name) is not None), None)
+    try:
+        value = plain_image(value)
+    except ImageError as error:
+        return error
     if value is None:
         return ImageError("the image is null")
-    if isinstance(value, str) and value[:5].lower() == "data:":
-        try:
-            return of_data_address(value)
-        except ImageError as error:
-            return error
     if isinstance(value, bytes | str | RowError):
         return value
     return RecordError(f"the image is a {type(value).__name__}, not bytes or a path")

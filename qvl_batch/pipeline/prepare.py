@@ -8,7 +8,6 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -100,8 +99,7 @@ class _Seeing:
                     self._known[key] = seen_or_failure(data, self._view, self._rules)
             seen = self._known[key]
             if isinstance(seen, Failure):
-                place = f"image {number} of {len(files)}: " if len(files) > 1 else ""
-                return replace(seen, message=place + seen.message)
+                return seen.of_image(number, len(files))
             found.append((key, seen))
         return found
 

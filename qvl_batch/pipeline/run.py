@@ -61,7 +61,9 @@ def run(config: CaptionConfig, say: Say = lambda _: None, is_stopped: IsStopped 
     bundle = Bundle.load(config.bundle)
     devices = _devices(config, bundle)
     view = View.of(bundle.manifest.layout.resolution, config.fit, config.max_pixels)
-    RowLayout(bundle, config.system_prompt)  # refused here rather than by the workers
+    if config.system_prompt is not None:
+        # Workers put it in front too: here it is refused before they start.
+        RowLayout(bundle, config.system_prompt)
     fetcher = Fetcher(config.allow_images_from)
     if config.vision_cache:
         # Workers open it too: here it is refused before they start.

@@ -10,7 +10,6 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +36,7 @@ from qvl_batch.conversation import from_json
 from qvl_batch.decoder.answerer import Answerer, EncodedImage, EncodedRow
 from qvl_batch.grounding import boxes, complete
 from qvl_batch.images.view import ImageSize, sizes_of
-from qvl_batch.schema import BOXES_FIELD, Failure, answer_fields, first_failure
+from qvl_batch.schema import BOXES_FIELD, Failure, answer_fields
 from qvl_batch.vision.cache import open_vision_cache
 from qvl_batch.vision.encoder import VisionEncoder
 from qvl_batch.vision.features import ImageFeatures
@@ -88,14 +87,10 @@ class VisionStage:
             [np.frombuffer(each, np.uint8).reshape(size.seen_height, size.seen_width, 3) for each, size in row]
             for row in _images(table, PIXELS)
         ]
-        keys = [key for row in table[IMAGE_KEYS].to_pylist() for key in row or ()]
-        encoded = iter(self._features.of([image for row in images for image in row], keys))
-        results = [list(islice(encoded, len(row))) for row in images]
-        failed = [failure or first_failure(row) for failure, row in zip(failures, results, strict=True)]
-        features = [
-            None if failure else [each.tobytes() for each in row if not isinstance(each, Failure)]
-            for failure, row in zip(failed, results, strict=True)
-        ]
+        encoded = self._features.of_rows(images, [keys or () for keys in table[IMAGE_KEYS].to_pylist()])
+        results = [failure or row for failure, row in zip(failures, encoded, strict=True)]
+        failed = [row if isinstance(row, Failure) else None for row in results]
+        features = [None if isinstance(row, Failure) else [each.tobytes() for each in row] for row in results]
         rows, worker = table.num_rows, WORKERS["vision"]
         columns = {
             FEATURES: array(FEATURES, features),

@@ -46,18 +46,14 @@ class VisionEncoder:
         graph: bytes | None = None,
         prove: bool = True,
     ) -> None:
-        self.layout, self.hidden_size, self._bundle = (
-            bundle.manifest.layout,
-            bundle.manifest.decoder.hidden_size,
-            bundle,
-        )
+        self.layout, self._bundle = bundle.manifest.layout, bundle
+        self.hidden_size = bundle.manifest.decoder.hidden_size
         self._fp32 = Fp32Fallback(bundle, lambda exact: VisionEncoder(exact, threads))
         self._session = Session(bundle.file(VISION), threads, graph, memory_on(device, "--vision-device cuda"))
         resolution = self.layout.resolution
         expected = [None if resolution.is_native else resolution.max_tokens, self.hidden_size]
-        found = [
-            each if isinstance(each, int) else None for each in self._session.outputs.get("image_features", [])[1:]
-        ]
+        shape = self._session.outputs.get("image_features", [])[1:]
+        found = [each if isinstance(each, int) else None for each in shape]
         if found != expected:
             raise BundleError(f"{bundle.path / VISION} has features of shape {found}, the contract says {expected}")
         if prove:

@@ -9,12 +9,13 @@ This module knows nothing of rows but their images.
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain, islice
 from typing import cast
 
 from qvl_batch.bundle.layout import Features, Pixels
 from qvl_batch.clock import Clock
 from qvl_batch.errors import NumericError
-from qvl_batch.schema import Failure
+from qvl_batch.schema import Failure, first_failure
 from qvl_batch.vision.cache import VisionCache
 from qvl_batch.vision.encoder import VisionEncoder
 
@@ -61,6 +62,22 @@ class ImageFeatures:
                 if isinstance(row, Future) and row.cancel():
                     self._forget(cast("bytes", key))
             raise
+
+    def of_rows(
+        self, images: Sequence[Sequence[Pixels]], keys: Sequence[Sequence[bytes]]
+    ) -> list[list[Features] | Failure]:
+        """Features of the images of each row, in order; or the first failure of a row.
+
+        Args:
+            images: of each row, pixels, uint8 (H, W, 3).
+            keys: of each row, keys of the images.
+
+        Raises:
+            OutputError: the cache on disk cannot be written.
+        """
+        found = iter(self.of(list(chain(*images)), list(chain(*keys))))
+        results = [list(islice(found, len(row))) for row in images]
+        return [first_failure(row) or [each for each in row if not isinstance(each, Failure)] for row in results]
 
     def close(self) -> None:
         """Encode what is queued, then end the threads."""
