@@ -8,13 +8,12 @@ import pytest
 from interrupts import press_ctrl_c
 from PIL import Image
 
+from qvl_batch.bundle.layout import Layout, Resolution
 from qvl_batch.errors import NumericError, OutputError
 from qvl_batch.schema import Failure
 from qvl_batch.vision.cache import VisionCache
 from qvl_batch.vision.encoder import VisionEncoder
 from qvl_batch.vision.features import RECENT, ImageFeatures
-
-NO_IMAGE = Failure("image", "ImageError", "no")
 
 
 class _Counting:
@@ -24,6 +23,7 @@ class _Counting:
         self.encoded, self._hold = [], hold
 
     hidden_size = 3
+    layout = Layout(Resolution(1, 3, 9, 9), 7, 0, (), (), ())
 
     def tokens(self, image):
         return len(image[0])
@@ -44,10 +44,9 @@ def _images(*values):
 def test_rows_of_one_image_share_its_features():
     vision = _Counting()
     images, keys = _images(1, 2, 1, 1, 2)
-    found = ImageFeatures(vision).of([NO_IMAGE, *images], [None, *keys])
+    found = ImageFeatures(vision).of(images, keys)
     assert vision.encoded == [1, 2]
-    assert found[0] is NO_IMAGE
-    assert [int(row[0, 0]) for row in found[1:]] == [1, 2, 1, 1, 2]
+    assert [int(row[0, 0]) for row in found] == [1, 2, 1, 1, 2]
 
 
 def test_calls_at_one_time_share_an_image_that_is_being_encoded():
@@ -96,6 +95,18 @@ def test_features_that_mean_nothing_fail_every_row_of_their_image():
     found = ImageFeatures(_Counting()).of(images, keys)
     assert [isinstance(row, Failure) for row in found] == [True, False, True]
     assert found[0].type == "NumericError"
+
+
+def test_images_that_leave_no_room_for_an_answer_are_not_encoded():
+    vision = _Counting()
+    ((a, b, c), keys), ((d,), other) = _images(1, 2, 3), _images(4)
+    found = ImageFeatures(vision).of_rows([[d], [a, b, c], [a, b], []], [other, keys, keys[:2], []])
+    assert vision.encoded == [4, 1, 2]
+    assert [isinstance(row, Failure) or [int(each[0, 0]) for each in row] for row in found] == [[4], True, [1, 2], []]
+    assert (found[1].stage, found[1].type) == ("layout", "PromptError")
+    assert found[1].message.startswith(
+        "the row has too many tokens: 9 of 3 images; the bundle takes 6 beside an answer"
+    )
 
 
 def test_what_happened_once_is_not_remembered_of_an_image():

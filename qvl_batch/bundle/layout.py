@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from qvl_batch.errors import PromptError
+
 #: An image as input of the vision graph, RGB (H, W, 3), and as input of the decoder, (T_img, D).
 Pixels = NDArray[np.uint8]
 Features = NDArray[np.float32]
@@ -107,6 +109,34 @@ class Layout:
         """Tokens left for prompt and answer together, beside one image of the largest size."""
         fixed = len(self.head_ids) + self.resolution.max_tokens + len(self.bridge_ids) + len(self.tail_ids)
         return self.max_seq_len - fixed
+
+    def check_room(self, image_tokens: Sequence[int], text_tokens: int | None = 0) -> None:
+        """Check that a row leaves room for an answer.
+
+        Args:
+            image_tokens: tokens of each of its images.
+            text_tokens: tokens of its text; None if they were not counted, and are more than the longest row's.
+
+        Raises:
+            PromptError: it does not.
+        """
+        images, of_images = len(image_tokens), sum(image_tokens)
+        if text_tokens is not None and of_images + text_tokens < self.max_seq_len:
+            return
+        counts, advice = [], []
+        if images:
+            counts.append(f"{of_images} of {images} image{'s' * (images > 1)}")
+        if text_tokens != 0:
+            counts.append(f"{text_tokens or f'more than {self.max_seq_len}'} of text")
+            advice.append("shorten the text")
+        if images > 1:
+            advice.append("use fewer images")
+        if images and self.resolution.is_native:
+            advice.append("lower --max-pixels")
+        raise PromptError(
+            f"the row has too many tokens: {' and '.join(counts)}; the bundle takes {self.max_seq_len - 1} beside an "
+            f"answer (exported with --max-seq-len {self.max_seq_len}): {' or '.join(advice)}"
+        )
 
     def row_ids(self, prompt_ids: Iterable[int], image_tokens: int) -> list[int]:
         """Token ids, up to its answer, of a turn of one image of `image_tokens` tokens and a prompt."""

@@ -141,18 +141,17 @@ class RowLayout:
         for index in shown:
             if not 0 <= index < len(grids):
                 raise PromptError(f"the conversation shows image {index + 1} of {len(grids)}")
-        image_tokens = sum(rows * columns for rows, columns in (grids[index] for index in shown))
+        image_tokens = [rows * columns for rows, columns in (grids[index] for index in shown)]
+        self.layout.check_room(image_tokens)
         if self._bytes(conversation) > self._max_bytes:
-            raise self._too_long(len(shown), image_tokens, f"more than {self.layout.max_seq_len}")
+            self.layout.check_room(image_tokens, text_tokens=None)
         tokens = self._tokens(self._template.render(conversation))
         if tokens.count(self.layout.image_token_id) != len(shown):
             raise PromptError(
                 f"the chat template places {tokens.count(self.layout.image_token_id)} images where the conversation "
                 f"shows {len(shown)}"
             )
-        text_tokens = len(tokens) - len(shown)
-        if text_tokens + image_tokens >= self.layout.max_seq_len:
-            raise self._too_long(len(shown), image_tokens, str(text_tokens))
+        self.layout.check_room(image_tokens, len(tokens) - len(shown))
         ids: list[int] = []
         images: list[ShownImage] = []
         for token in tokens:
@@ -204,19 +203,6 @@ class RowLayout:
         except (TypeError, UnicodeError) as error:  # the conversation's text has been looked at
             raise PromptError(f"the chat template prints text that is not valid Unicode: {error}") from error
         return ids
-
-    def _too_long(self, images: int, image_tokens: int, text_tokens: str) -> PromptError:
-        shown = "" if not images else f"{image_tokens} of {images} image{'s' * (images > 1)} and "
-        advice = "shorten the text"
-        if images > 1:
-            advice += ", use fewer images"
-        if images and self.layout.resolution.is_native:
-            advice += ", or lower --max-pixels"
-        return PromptError(
-            f"the row has too many tokens: {shown}{text_tokens} of text; the bundle takes "
-            f"{self.layout.max_seq_len - 1} beside an answer (exported with --max-seq-len {self.layout.max_seq_len}): "
-            f"{advice}"
-        )
 
     def text(self, token_ids: list[int]) -> str:
         """Text of an answer, without special tokens."""

@@ -9,12 +9,11 @@ This module knows nothing of rows but their images.
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import chain, islice
-from typing import cast
+from itertools import islice
 
 from qvl_batch.bundle.layout import Features, Pixels
 from qvl_batch.clock import Clock
-from qvl_batch.errors import NumericError
+from qvl_batch.errors import NumericError, PromptError
 from qvl_batch.schema import Failure, first_failure
 from qvl_batch.vision.cache import VisionCache
 from qvl_batch.vision.encoder import VisionEncoder
@@ -41,32 +40,30 @@ class ImageFeatures:
         #: Busy thread-seconds of encoding and cache access.
         self.clock = Clock()
 
-    def of(self, images: Sequence[Pixels | Failure], keys: Sequence[bytes | None]) -> list[Features | Failure]:
-        """Features of each image, float32 (T_img, D), in order; failures are passed through.
+    def of(self, images: Sequence[Pixels], keys: Sequence[bytes]) -> list[Features | Failure]:
+        """Features of each image, float32 (T_img, D), in order; or why there are none.
 
         Args:
-            images: pixels, uint8 (H, W, 3), or why there are none.
-            keys: keys of the images, None for failures.
+            images: pixels, uint8 (H, W, 3).
+            keys: keys of the images.
 
         Raises:
             OutputError: the cache on disk cannot be written.
         """
-        begun = [
-            image if isinstance(image, Failure) else self._begin(image, cast("bytes", key))
-            for image, key in zip(images, keys, strict=True)
-        ]
+        begun = list(map(self._begin, images, keys))
         try:
-            return [_features_or_failure(row) if isinstance(row, Future) else row for row in begun]
+            return list(map(_features_or_failure, begun))
         except KeyboardInterrupt:  # the interpreter would encode all queued images before it exits
-            for row, key in zip(begun, keys, strict=True):
-                if isinstance(row, Future) and row.cancel():
-                    self._forget(cast("bytes", key))
+            for future, key in zip(begun, keys, strict=True):
+                if future.cancel():
+                    self._forget(key)
             raise
 
     def of_rows(
         self, images: Sequence[Sequence[Pixels]], keys: Sequence[Sequence[bytes]]
     ) -> list[list[Features] | Failure]:
-        """Features of the images of each row, in order; or the first failure of a row.
+        """Features of the images of each row, in order; or the first failure of a row. Images that leave no room for
+        an answer are not encoded.
 
         Args:
             images: of each row, pixels, uint8 (H, W, 3).
@@ -75,9 +72,11 @@ class ImageFeatures:
         Raises:
             OutputError: the cache on disk cannot be written.
         """
-        found = iter(self.of(list(chain(*images)), list(chain(*keys))))
-        results = [list(islice(found, len(row))) for row in images]
-        return [first_failure(row) or [each for each in row if not isinstance(each, Failure)] for row in results]
+        refused = list(map(self._refused, images))
+        rows = zip(images, keys, refused, strict=True)
+        fitting = [pair for row, ids, failure in rows if failure is None for pair in zip(row, ids, strict=True)]
+        found = iter(self.of([image for image, _ in fitting], [key for _, key in fitting]))
+        return [failure or _of_row(list(islice(found, len(row)))) for row, failure in zip(images, refused, strict=True)]
 
     def close(self) -> None:
         """Encode what is queued, then end the threads."""
@@ -86,6 +85,13 @@ class ImageFeatures:
     def stop(self) -> None:
         """Cancel what is queued, and end the threads after the images that they are encoding."""
         self._pool.shutdown(cancel_futures=True)
+
+    def _refused(self, images: Sequence[Pixels]) -> Failure | None:
+        try:
+            self._vision.layout.check_room(list(map(self._vision.tokens, images)))
+        except PromptError as error:
+            return Failure.of(error)
+        return None
 
     def _begin(self, image: Pixels, key: bytes) -> "Future[Features]":
         with self._lock:
@@ -122,3 +128,7 @@ def _features_or_failure(future: "Future[Features]") -> Features | Failure:
         return future.result()
     except NumericError as error:
         return Failure.of(error)
+
+
+def _of_row(results: list[Features | Failure]) -> list[Features] | Failure:
+    return first_failure(results) or [each for each in results if not isinstance(each, Failure)]
