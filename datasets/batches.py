@@ -79,6 +79,8 @@ CHEAP = 250
 LONE_WEIGHT = 3.0
 #: An image of this many tokens costs twice as much a token as a very small one.
 COSTLY = 600
+#: Rows are padded to a multiple of so many tokens: PyTorch compiles its products of matrices for each new shape.
+ROUND = 64
 
 
 @dataclass(frozen=True)
@@ -261,6 +263,7 @@ class Packer:
     def __init__(self, config: Qwen2_5_VLConfig, checkpoint: Path) -> None:
         self.image_token_id = config.image_token_id
         self.tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+        self.pad_token_id = self.tokenizer.pad_token_id
         self._ids: dict[str, list[int]] = {}
 
     def __call__(self, drawing: Drawing) -> Batch:
@@ -300,6 +303,7 @@ class Packer:
             tokens.next_position = resume
             for part, learned in segment:
                 self._add(tokens, part, pictures, segment=number, weight=row.weight if learned else 0.0)
+        tokens.pad(self.pad_token_id, segment=len(row.segments) + 1)
         return tokens
 
     def _add(
@@ -332,7 +336,7 @@ class RowTokens:
 
     def add_text(self, ids: list[int], segment: int, weight: float) -> None:
         """Text, or an answer with a weight, which its tokens share."""
-        self._add(ids, segment, weight / len(ids))
+        self._add(ids, segment, weight and weight / len(ids))
         self.positions.append(np.tile(self.next_position + np.arange(len(ids)), (3, 1)))
         self.next_position += len(ids)
 
@@ -344,6 +348,10 @@ class RowTokens:
         self.positions.append(self.next_position + np.stack([np.zeros_like(row), row, column]))
         self.next_position += max(rows, columns)
         self.images.append(index)
+
+    def pad(self, token_id: int, segment: int) -> None:
+        """Tokens that nothing learns from or attends to, up to a multiple of `ROUND`."""
+        self.add_text([token_id] * (-len(self) % ROUND), segment, 0.0)
 
     def _add(self, ids: list[int], segment: int, weight: float) -> None:
         self.ids += ids

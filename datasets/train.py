@@ -43,6 +43,8 @@ PROBE_WEIGHT = 0.5
 PARTS = 4
 #: Patches of a whole window of the vision tower; windows at an image's edge have fewer.
 WINDOW = 64
+#: From here on PyTorch's own attention is as fast as ours, and takes no memory for scores.
+MANY_PATCHES = 2000
 
 
 @dataclass(frozen=True)
@@ -308,9 +310,8 @@ def batched_vision_attention(self, hidden_states, cu_seqlens, position_embedding
         q, k, v = (t[index].transpose(1, 2) for t in (q, k, v))
         out = attention(q, k, v, torch.where(valid, 0.0, UNSEEN)[:, None, None, :]).transpose(1, 2)[valid]
     else:
-        images = [t.transpose(0, 1)[None].split(lengths.tolist(), dim=2) for t in (q, k, v)]
-        attended = [attention(*image) for image in zip(*images, strict=True)]
-        out = torch.cat(attended, dim=2)[0].transpose(0, 1)
+        images = zip(*(t.transpose(0, 1).split(lengths.tolist(), dim=1) for t in (q, k, v)), strict=True)
+        out = torch.cat([image_attention(*image) for image in images], dim=1).transpose(0, 1)
     return self.proj(out.reshape(hidden_states.shape[0], -1))
 
 
@@ -324,6 +325,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
         if mask is not None:
             scores = scores + mask.to(scores.dtype)
         return scores.softmax(-1) @ v
+
+
+def image_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`attention` of a whole image (heads, tokens, head size), without its scores in memory if they are many."""
+    if q.shape[1] < MANY_PATCHES:
+        return attention(q, k, v)
+    q, k, v = (t[None].to(v.dtype) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v)[0]
 
 
 def _parameter_groups(model: nn.Module) -> list[dict[str, object]]:
