@@ -1,7 +1,7 @@
 """Export a checkpoint of real size with made-up weights, and trace the shapes that are larger still.
 
-    python tests/real_size.py [--work-dir build/real-size] [--shape 3b] [--dtype fp32] [--most 1.3]
-        [--on-paper 7b 32b 72b]
+    python tests/real_size.py [--work-dir build/real-size] [--shape 3b] [--dtype fp32] [--image-size 672]
+        [--most 1.3] [--on-paper 7b 32b 72b]
 
 The export must take at most `--most` times the memory of the checkpoint's weights, parity gate included.
 Larger shapes are traced without weights: every parameter must be in a graph, in its shape.
@@ -30,11 +30,12 @@ from qvl_batch.bundle.loading import Bundle
 GIGABYTE = 1e9
 
 
-def export(checkpoint: Path, dtype: str, output: Path, most: float) -> bool:
+def export(checkpoint: Path, dtype: str, image_size: str, output: Path, most: float) -> bool:
     """Export, print what it took, and say whether that is within bounds."""
     weights = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
     began = time.time()
-    command = [sys.executable, "-m", "export", checkpoint, "--dtype", dtype, "--output", output, "--overwrite"]
+    command = [sys.executable, "-m", "export", checkpoint, "--output", output, "--overwrite"]
+    command += ["--dtype", dtype, "--image-size", image_size]
     with subprocess.Popen([*map(str, command)], cwd=ROOT) as process:
         own = mapped = 0
         while process.poll() is None:
@@ -98,6 +99,7 @@ def main() -> int:
     parser.add_argument("--work-dir", type=Path, default=Path("build/real-size"))
     parser.add_argument("--shape", choices=SHAPES, default="3b")
     parser.add_argument("--dtype", default="fp32")
+    parser.add_argument("--image-size", default="672")
     parser.add_argument("--on-paper", nargs="*", choices=SHAPES, default=["7b", "32b", "72b"])
     parser.add_argument("--most", type=float, default=1.3, help="memory of the export over the bytes of the weights")
     options = parser.parse_args()
@@ -105,7 +107,8 @@ def main() -> int:
     if not (checkpoint / "model.safetensors.index.json").is_file():
         shutil.rmtree(checkpoint, ignore_errors=True)
         print(f"{make_model(checkpoint, options.shape):,} parameters in {checkpoint}", flush=True)
-    right = export(checkpoint, options.dtype, options.work_dir / f"{options.shape}-{options.dtype}", options.most)
+    output = options.work_dir / f"{options.shape}-{options.dtype}-{options.image_size}"
+    right = export(checkpoint, options.dtype, options.image_size, output, options.most)
     return 0 if all([right, *map(on_paper, options.on_paper)]) else 1
 
 
