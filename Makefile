@@ -1,10 +1,10 @@
-# demo       export the tiny model and answer the demo questions through Ray Data
+# demo       export the tiny model, for squares and for images at their own size, and answer the demo's rows by Ray Data
 # test       run the tests
 # test-long  run the tests that take minutes each
 # soak       kill random processes of a job 50 times, resume each time, and compare with an uninterrupted run
 # fuzz       decode 10,000 damaged images, each to pixels or to an error
 # real-size  export a checkpoint of 3.75 G parameters, and trace larger ones (20 minutes, 25 GB of disk)
-# compare    compare the tiny bundle with its checkpoint in PyTorch, layer by layer
+# compare    compare both tiny bundles with their checkpoint in PyTorch, layer by layer
 # lint     ruff, mypy, and the order of imports
 # bench      measure engine and Ray job against transformers' generate on a made-up model (an hour)
 # openvino   install OpenVINO GenAI in its own environment, so that `bench` measures it too
@@ -17,7 +17,9 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TINY := datasets/tiny-qwen2.5-vl
 BUNDLE := build/tiny-bundle
+NATIVE := build/tiny-native
 QUESTIONS := datasets/demo/questions.parquet
+CONVERSATIONS := datasets/demo/conversations.parquet
 ANSWERS := build/demo-answers
 COMPARISON := build/comparison
 BENCH := build/bench
@@ -29,10 +31,13 @@ PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscop
 .PHONY: demo test test-long soak fuzz real-size compare lint bench openvino train clean browser emulator
 .DELETE_ON_ERROR:
 
-demo: $(BUNDLE)/bundle.json
-	$(BIN)/python jobs/caption.py --bundle $(BUNDLE) --input $(QUESTIONS) --output $(ANSWERS) \
+demo: $(BUNDLE)/bundle.json $(NATIVE)/bundle.json
+	$(BIN)/python jobs/caption.py --bundle $(BUNDLE) --input $(QUESTIONS) --output $(ANSWERS)/squares \
 		--keep-columns prompt expected --overwrite $(ARGS)
-	$(BIN)/python jobs/show.py $(ANSWERS)
+	$(BIN)/python jobs/show.py $(ANSWERS)/squares
+	$(BIN)/python jobs/caption.py --bundle $(NATIVE) --input $(CONVERSATIONS) --messages-column messages \
+		--output $(ANSWERS)/native --keep-columns prompt expected --overwrite $(ARGS)
+	$(BIN)/python jobs/show.py $(ANSWERS)/native
 
 test: $(READY) browser
 	$(PYTEST)
@@ -49,9 +54,11 @@ fuzz: $(READY)
 real-size: $(READY)
 	$(BIN)/python tests/real_size.py $(ARGS)
 
-compare: $(BUNDLE)/bundle.json
+compare: $(BUNDLE)/bundle.json $(NATIVE)/bundle.json
 	$(BIN)/python jobs/compare.py --bundle $(BUNDLE) --checkpoint $(TINY) --input $(QUESTIONS) \
-		--output $(COMPARISON) --layers --overwrite $(ARGS)
+		--output $(COMPARISON)/squares --layers --overwrite $(ARGS)
+	$(BIN)/python jobs/compare.py --bundle $(NATIVE) --checkpoint $(TINY) --input $(CONVERSATIONS) \
+		--messages-column messages --output $(COMPARISON)/native --layers --overwrite $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -69,8 +76,13 @@ openvino: $(OPENVINO)/model/openvino_language_model.xml
 train: $(READY)
 	$(BIN)/python datasets/train.py --work-dir $(TRAINING) --output $(TINY) $(ARGS)
 
-$(BUNDLE)/bundle.json: $(READY) $(wildcard $(TINY)/*) $(wildcard export/*.py) $(wildcard qvl_batch/bundle/*.py)
+EXPORT := $(READY) $(wildcard $(TINY)/*) $(wildcard export/*.py) $(wildcard qvl_batch/bundle/*.py)
+
+$(BUNDLE)/bundle.json: $(EXPORT)
 	$(BIN)/python -m export $(TINY) --output $(BUNDLE) --overwrite
+
+$(NATIVE)/bundle.json: $(EXPORT)
+	$(BIN)/python -m export $(TINY) --output $(NATIVE) --image-size native --overwrite
 
 $(BENCH)/model/config.json: $(READY) datasets/make_model.py
 	rm -rf $(BENCH)/model

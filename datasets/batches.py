@@ -68,7 +68,7 @@ TURN_END = "<|im_end|>\n<|im_start|>assistant\n"
 ANSWER_END = "<|im_end|>"
 NEXT_TURN = "\n<|im_start|>user\n"
 #: Kinds of native rows, and how often each is drawn.
-NATIVE_ROWS = {"single": 0.32, "pair": 0.38, "question first": 0.14, "next image": 0.12, "fixed": 0.04}
+NATIVE_ROWS = {"single": 0.26, "pair": 0.28, "question first": 0.24, "next image": 0.12, "fixed": 0.10}
 #: Areas of native images, like `scenes.NATIVE_AREAS`: most are smaller, so that there are more of them for the time.
 TRAINED_AREAS = ((0.14, 1, 9), (0.62, 9, 100), (0.21, 100, 400), (0.03, 400, 1350))
 #: How often a native picture is one that another row of the batch has too.
@@ -195,7 +195,7 @@ class Drawing:
     def _single(self, index: int) -> None:
         scene = self.pictures[index].scene
         segments = [_turns(*pair) for pair in _pick(self.rng, questions(scene), 8)]
-        segments += [_turns(*turns) for turns in _draw(self.rng, follow_ups(scene), 4)]
+        segments += [_turns(*turns) for turns in _draw(self.rng, follow_ups(scene), 6)]
         self.rows.append(Row(self._some_opening([index]), segments))
 
     def _pair(self, indices: list[int]) -> None:

@@ -11,6 +11,8 @@ Styles, all with the columns `id`, `image` and `expected`:
     turns       one such image, and `messages`: a question, its answer, and a question that refers to them
     text-first  one such image, and `messages`: a question before its image
     next-image  two such images, in a list, and `messages`: a question about one, its answer, and the next image
+    mixed       rows of these five in turn, all with images in a list, `messages`, and `prompt`, their text to be read;
+                so is `demo/conversations.parquet`, of 40 rows
 
 An image has the layout of Hugging Face datasets, struct<bytes, path>; there are three formats and three modes.
 `messages` has the layout that chat templates take: a list of struct<role, content>, content a list of
@@ -18,7 +20,7 @@ struct<type, text>; a part of type `image` stands for the row's next image. Trai
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,7 +52,13 @@ NATIVE_KINDS = {
     "text-first": ("describe", "color", "count", "left of", "above", "size", "presence"),
     "next-image": ("count here", "presence here", "describe here"),
 }
+MIXED = "mixed"
+#: Styles of rows; files can also be of `MIXED`.
 STYLES = ("fixed", *NATIVE_KINDS)
+#: Parquet types of an image, and of messages.
+IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+PART = pa.struct([("type", pa.string()), ("text", pa.string())])
+MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.list_(PART))]))
 #: Questions of each style about its scenes, by kind: all texts in turn, the expected answer last.
 QUESTIONS: dict[str, Callable[..., dict[str, list[tuple[str, ...]]]]] = {
     "native": questions,
@@ -159,18 +167,25 @@ def _scene_with(rng: np.random.Generator, kind: str, *, grey: bool) -> Scene:
 
 def write_demo(path: Path, count: int, seed: int, style: str = "fixed") -> None:
     """Write the parquet file."""
-    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    part = pa.struct([("type", pa.string()), ("text", pa.string())])
-    message = pa.struct([("role", pa.string()), ("content", pa.list_(part))])
-    asks = ("prompt", pa.string()) if style in {"fixed", "native", "pairs"} else ("messages", pa.list_(message))
-    images = pa.list_(image) if style in {"pairs", "next-image"} else image
-    schema = pa.schema([("id", pa.string()), ("image", images), asks, ("expected", pa.string())])
+    asks = {"prompt": pa.string()} if style in {"fixed", "native", "pairs", MIXED} else {}
+    asks |= {"messages": MESSAGES} if style not in {"fixed", "native", "pairs"} else {}
+    images = pa.list_(IMAGE) if style in {"pairs", "next-image", MIXED} else IMAGE
+    schema = pa.schema([("id", pa.string()), ("image", images), *asks.items(), ("expected", pa.string())])
     if style == "fixed":
         rows = demo_rows(count, seed)
     else:
-        rows = [_record(row, f"{style}-{i:04d}", schema) for i, row in enumerate(native_rows(style, count, seed))]
+        rows = [_record(row, name, schema) for name, row in _named_rows(style, count, seed)]
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.Table.from_pylist(rows, schema), path, row_group_size=16)
+
+
+def _named_rows(style: str, count: int, seed: int) -> Iterator[tuple[str, NativeRow]]:
+    """Rows with their ids."""
+    styles = tuple(NATIVE_KINDS) if style == MIXED else (style,)
+    by_style = {each: native_rows(each, -(-count // len(styles)), seed) for each in styles}
+    for index in range(count):
+        at, turn = divmod(index, len(styles))
+        yield f"{styles[turn]}-{at:04d}", by_style[styles[turn]][at]
 
 
 def _record(row: NativeRow, name: str, schema: pa.Schema) -> dict[str, object]:
@@ -178,15 +193,22 @@ def _record(row: NativeRow, name: str, schema: pa.Schema) -> dict[str, object]:
     images = [
         {"bytes": data, "path": f"{name}-{i}.{file_format.lower()}"} for i, (data, file_format) in enumerate(row.images)
     ]
-    asks = {"prompt": row.messages[0]["content"][-1]["text"], "messages": row.messages}
-    column = schema.names[2]
-    one = pa.types.is_struct(schema.field("image").type)
-    return {
+    is_text = "messages" not in schema.names
+    prompt = row.messages[0]["content"][-1]["text"] if is_text else _readable(row.messages)
+    record = {
         "id": name,
-        "image": images[0] if one else images,
-        column: asks[column],
+        "image": images[0] if schema.field("image").type == IMAGE else images,
+        "prompt": prompt,
+        "messages": row.messages,
         "expected": row.expected,
     }
+    return {column: record[column] for column in schema.names}
+
+
+def _readable(messages: list[dict[str, Any]]) -> str:
+    """Messages as one text."""
+    turns = (" ".join(part["text"] or "[image]" for part in message["content"]) for message in messages)
+    return " / ".join(turns)
 
 
 if __name__ == "__main__":
@@ -194,6 +216,6 @@ if __name__ == "__main__":
     parser.add_argument("output", type=Path)
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--seed", type=int, default=7)
-    parser.add_argument("--style", choices=STYLES, default="fixed")
+    parser.add_argument("--style", choices=(*STYLES, MIXED), default="fixed")
     args = parser.parse_args()
     write_demo(args.output, args.rows, args.seed, args.style)

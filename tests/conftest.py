@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "datasets" / "tiny-qwen2.5-vl"
 QUESTIONS = ROOT / "datasets" / "demo" / "questions.parquet"
+CONVERSATIONS = ROOT / "datasets" / "demo" / "conversations.parquet"
 
 
 class SharedTraces(Traces):

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import tyro
-from conftest import QUESTIONS, ROOT, TINY, TRACES
+from conftest import CONVERSATIONS, QUESTIONS, ROOT, TINY, TRACES
 from packaging.requirements import Requirement
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLVisionAttention
 
@@ -41,7 +41,7 @@ TESTS = {
     "make soak": ["test_the_soak_kills_once"],
     "make fuzz": ["test_the_fuzz_damages_a_few_images"],
     "make real-size": ["test_an_export_of_real_size_is_tried_at_tiny_size"],
-    "make compare": ["test_the_comparison_compares_two_rows"],
+    "make compare": ["test_the_comparison_compares_some_rows"],
     "make bench": ["test_the_bench_measures_two_rows"],
     "make openvino": ["test_what_openvino_is_installed_from_can_be_read"],
     "make train": ["test_training_goes_on_where_it_was"],
@@ -49,11 +49,11 @@ TESTS = {
     "make browser": ["test_what_tests_need_is_installed_where_it_is_not"],
     "make emulator": ["test_what_tests_need_is_installed_where_it_is_not"],
     ".ci/run": ["test_the_machine_that_checks_all_runs_lint_and_tests"],
-    "python -m export": ["test_the_demo_exports_its_bundle"],
+    "python -m export": ["test_the_demo_exports_its_bundles"],
     "python jobs/caption.py": ["test_the_demo_answers_and_shows"],
     "python jobs/check.py": ["test_known_answers.py::test_check_is_a_command"],
     "python jobs/show.py": ["test_the_demo_answers_and_shows"],
-    "python jobs/compare.py": ["test_the_comparison_compares_two_rows"],
+    "python jobs/compare.py": ["test_the_comparison_compares_some_rows"],
     "python jobs/bench.py": [
         "test_the_bench_measures_two_rows",
         "test_bench.py::test_without_a_gpu_nothing_is_made_for_one",
@@ -302,19 +302,29 @@ def in_a_folder(tmp_path, monkeypatch):
 @pytest.fixture
 def two_rows(tmp_path):
     """The first two demo questions."""
-    path = tmp_path / "questions.parquet"
-    pq.write_table(pq.read_table(QUESTIONS).slice(0, 2), path)
+    return _some_rows(tmp_path / "questions.parquet", QUESTIONS, 2)
+
+
+@pytest.fixture
+def six_conversations(tmp_path):
+    """The first six rows of the demo of conversations."""
+    return _some_rows(tmp_path / "conversations.parquet", CONVERSATIONS, 6)
+
+
+def _some_rows(path, source, count):
+    pq.write_table(pq.read_table(source).slice(0, count), path)
     return path
 
 
-def _run_target(target, tmp_path, bundle=None, env=None, **variables):
+def _run_target(target, tmp_path, bundle=None, env=None, native=None, **variables):
     """Run a target as make does, with this environment in place of one that it would install."""
     programs = tmp_path / "bin"
     programs.mkdir()
     (programs / "python").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
     (programs / "python").chmod(0o755)
-    given = {"BIN": programs, "READY": "ready"} | ({"BUNDLE": bundle.path} if bundle else {}) | variables
-    there = ["ready", *([f"{bundle.path}/bundle.json"] if bundle else [])]
+    bundles = {name: each.path for name, each in (("BUNDLE", bundle), ("NATIVE", native)) if each}
+    given = {"BIN": programs, "READY": "ready"} | bundles | variables
+    there = ["ready", *(f"{path}/bundle.json" for path in bundles.values())]
     options = [*(f"--old-file={name}" for name in there), *(f"{name}={value}" for name, value in given.items())]
     return _make(target, *options, env=(env or os.environ) | {"PYTHONPATH": str(ROOT)})
 
@@ -326,34 +336,42 @@ def _small(target, arguments="", **variables):
 
 
 @pytest.mark.long
-def test_the_demo_answers_and_shows(tiny_bundle, two_rows, ray_env, tmp_path):
-    result = _run_target("demo", tmp_path, tiny_bundle, ray_env, QUESTIONS=two_rows, ANSWERS=tmp_path / "answers")
-    assert "rows      2 (2 stop)\nerrors    0\n" in result.stdout
-    assert "2 of 2 answers match what was expected (100.0%)" in result.stdout
+def test_the_demo_answers_and_shows(tiny_bundle, native_bundle, two_rows, six_conversations, ray_env, tmp_path):
+    given = {"QUESTIONS": two_rows, "CONVERSATIONS": six_conversations, "ANSWERS": tmp_path / "answers"}
+    result = _run_target("demo", tmp_path, tiny_bundle, ray_env, native_bundle, **given)
+    for rows in (2, 6):
+        assert f"rows      {rows} ({rows} stop)\nerrors    0\n" in result.stdout
+        assert f"{rows} of {rows} answers match what was expected (100.0%)" in result.stdout
     # As the README shows it.
     figures = re.search(r"^rows      64 .*?^answers ", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)[0]
     shown = re.search(r"^rows      2 .*?^answers ", result.stdout, re.DOTALL | re.MULTILINE)[0]
     assert [line[:10] for line in shown.splitlines()] == [line[:10] for line in figures.splitlines()]
 
 
-def test_the_demo_exports_its_bundle(run_here, in_a_folder, monkeypatch, capsys):
-    line, *_ = _small("demo", BUNDLE=in_a_folder / "bundle", TINY=TINY)
-    assert line.startswith("python -m export ")
-    # As the bundle that tests share was made, whose gate it passed.
+def test_the_demo_exports_its_bundles(run_here, in_a_folder, monkeypatch, capsys):
+    square, native, *_ = _small("demo", BUNDLE=in_a_folder / "square", NATIVE=in_a_folder / "native", TINY=TINY)
+    # As the bundles that tests share were made, whose gate they passed.
     quick = lambda config, progress: export_bundle(replace(config, skip_parity=True), progress, traces=TRACES)  # noqa: E731
     monkeypatch.setattr("export.package.export_bundle", quick)
-    assert run_here(line) == 0
-    assert f"{in_a_folder}/bundle: " in capsys.readouterr().out
-    Bundle.load(in_a_folder / "bundle")
+    for line, name, is_native in ((square, "square", False), (native, "native", True)):
+        assert line.startswith("python -m export ")
+        assert run_here(line) == 0
+        assert f"{in_a_folder}/{name}: " in capsys.readouterr().out
+        assert Bundle.load(in_a_folder / name).manifest.layout.resolution.is_native == is_native
 
 
-def test_the_comparison_compares_two_rows(tiny_bundle, two_rows, run_here, in_a_folder, capsys):
-    *_, line = _small("compare", BUNDLE=tiny_bundle.path, TINY=TINY, QUESTIONS=two_rows, COMPARISON=in_a_folder / "out")
-    assert run_here(line) == 0
-    assert "equal     2 of 2 answers" in capsys.readouterr().out
-    assert {path.name for path in (in_a_folder / "out").iterdir()} >= {
-        "report.html", "comparison.parquet", "summary.json"
-    }  # fmt: skip
+def test_the_comparison_compares_some_rows(
+    tiny_bundle, native_bundle, two_rows, six_conversations, run_here, in_a_folder, capsys
+):
+    bundles = {"BUNDLE": tiny_bundle.path, "NATIVE": native_bundle.path}
+    rows = {"QUESTIONS": two_rows, "CONVERSATIONS": six_conversations}
+    *_, square, native = _small("compare", TINY=TINY, COMPARISON=in_a_folder, **bundles, **rows)
+    for line, name, count in ((square, "squares", 2), (native, "native", 6)):
+        assert run_here(line) == 0
+        assert f"equal     {count} of {count} answers" in capsys.readouterr().out
+        assert {path.name for path in (in_a_folder / name).iterdir()} >= {
+            "report.html", "comparison.parquet", "summary.json"
+        }  # fmt: skip
 
 
 @pytest.mark.long
@@ -425,6 +443,8 @@ def test_a_checkpoint_is_asked_about_new_scenes(run_here, capsys):
 def test_the_demo_is_made_by_its_script(run_here):
     assert run_here("python datasets/make_demo.py few.parquet --rows 2 --seed 7") == 0
     assert pq.read_table("few.parquet").equals(pq.read_table(QUESTIONS).slice(0, 2))
+    assert run_here("python datasets/make_demo.py all.parquet --rows 40 --style mixed") == 0
+    assert pq.read_table("all.parquet").equals(pq.read_table(CONVERSATIONS))
 
 
 def test_the_tokenizer_is_made_by_its_script(run_here, in_a_folder):
@@ -441,10 +461,10 @@ def test_the_soak_kills_once(tiny_bundle, tmp_path):
 
 @pytest.mark.long
 def test_an_export_of_real_size_is_tried_at_tiny_size(tmp_path):
-    small = f"--shape tiny --on-paper tiny --most 1000 --work-dir {tmp_path}/work"
+    small = f"--shape tiny --image-size native --on-paper tiny --most 1000 --work-dir {tmp_path}/work"
     result = _run_target("real-size", tmp_path, ARGS=small)
     assert "tiny on paper: 0.0 G parameters, 0 of another shape" in result.stdout
-    assert Bundle.load(tmp_path / "work" / "tiny-fp32").manifest.parity
+    assert Bundle.load(tmp_path / "work" / "tiny-fp32-native").manifest.parity
 
 
 def test_the_machine_that_checks_all_runs_lint_and_tests():
