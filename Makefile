@@ -8,7 +8,7 @@
 # lint     ruff, mypy, and the order of imports
 # bench      measure engine and Ray job against transformers' generate on a made-up model (an hour)
 # openvino   install OpenVINO GenAI in its own environment, so that `bench` measures it too
-# train      train the tiny model again (an hour or two)
+# train      train the tiny model again (three hours)
 # The first target installs everything into .venv. ARGS='...' passes more options to the script.
 
 PYTHON ?= python3

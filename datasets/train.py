@@ -364,7 +364,7 @@ def main() -> None:
     parser.add_argument("--from-checkpoint", type=Path, help="only the last stage, from the weights in this folder")
     parser.add_argument("--steps-224", type=int, default=3600)
     parser.add_argument("--steps-672", type=int, default=1400)
-    parser.add_argument("--steps-native", type=int, default=2400)
+    parser.add_argument("--steps-native", type=int, default=4500)
     parser.add_argument("--images", type=int, help="images in a quarter of a step of the first two stages")
     args = parser.parse_args()
     args.work_dir.mkdir(parents=True, exist_ok=True)
