@@ -336,7 +336,7 @@ class RowTokens:
 
     def add_text(self, ids: list[int], segment: int, weight: float) -> None:
         """Text, or an answer with a weight, which its tokens share."""
-        self._add(ids, segment, weight and weight / len(ids))
+        self._add(ids, segment, weight / len(ids))
         self.positions.append(np.tile(self.next_position + np.arange(len(ids)), (3, 1)))
         self.next_position += len(ids)
 
@@ -351,7 +351,8 @@ class RowTokens:
 
     def pad(self, token_id: int, segment: int) -> None:
         """Tokens that nothing learns from or attends to, up to a multiple of `ROUND`."""
-        self.add_text([token_id] * (-len(self) % ROUND), segment, 0.0)
+        if missing := -len(self) % ROUND:
+            self.add_text([token_id] * missing, segment, 0.0)
 
     def _add(self, ids: list[int], segment: int, weight: float) -> None:
         self.ids += ids

@@ -167,10 +167,11 @@ def _scene_with(rng: np.random.Generator, kind: str, *, grey: bool) -> Scene:
 
 def write_demo(path: Path, count: int, seed: int, style: str = "fixed") -> None:
     """Write the parquet file."""
-    asks = {"prompt": pa.string()} if style in {"fixed", "native", "pairs", MIXED} else {}
-    asks |= {"messages": MESSAGES} if style not in {"fixed", "native", "pairs"} else {}
+    is_plain = style in {"fixed", "native", "pairs"}
+    asks = [("prompt", pa.string())] if is_plain or style == MIXED else []
+    asks += [] if is_plain else [("messages", MESSAGES)]
     images = pa.list_(IMAGE) if style in {"pairs", "next-image", MIXED} else IMAGE
-    schema = pa.schema([("id", pa.string()), ("image", images), *asks.items(), ("expected", pa.string())])
+    schema = pa.schema([("id", pa.string()), ("image", images), *asks, ("expected", pa.string())])
     if style == "fixed":
         rows = demo_rows(count, seed)
     else:
