@@ -105,9 +105,9 @@ def _on_mixed(name: str) -> str:
 def _measured(
     runs: Mapping[str, tuple[Contender, ImageSet]], rounds: int, console: Console
 ) -> tuple[dict[str, Any], dict[str, float]]:
-    """Answer in rounds in which all take turns; and stages on squares."""
+    """Answer in rounds in which all take turns; and the stages of our bundles."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    stages: dict[str, list[dict[str, float]]] = {FP32: [], NATIVE: []}
+    stages: dict[str, list[dict[str, float]]] = {FP32: [], NATIVE: [], _on_mixed(NATIVE): []}
     for number in range(rounds):
         for name, (host, images) in runs.items():
             seconds[name].append(host.seconds("answer", images.rows))
