@@ -23,18 +23,7 @@ from transformers import AutoConfig
 
 from benchmark import gpu, limits, native, situations
 from benchmark.bundle_rows import BundleRows
-from benchmark.contenders import (
-    FP32,
-    HF_BF16,
-    HF_FP32,
-    OURS,
-    OV_FP32,
-    OV_OWN,
-    REDUCED,
-    Starter,
-    check_equal_work,
-    openvino_python,
-)
+from benchmark.contenders import FP32, OURS, PEERS, REDUCED, Starter, check_equal_work, openvino_python
 from benchmark.figures import (
     DEMO,
     best_batch,
@@ -79,8 +68,8 @@ class BenchConfig:
     checkpoint: Path
     """Folder of the checkpoint that the bundles were exported from."""
     against: tuple[Literal["hf", "openvino"], ...] = ("hf",)
-    """Peers to measure: transformers' `generate` in fp32 and bf16 (hf), OpenVINO GenAI in fp32 and in the precision
-    that it chooses (openvino)."""
+    """Peers to measure in fp32: transformers' `generate` (hf), OpenVINO GenAI (openvino). With --reduced-bundle, they
+    are measured in reduced precision too: bf16 (hf), what OpenVINO GenAI chooses (openvino)."""
     openvino: Path = Path("build/openvino")
     """Folder with OpenVINO's environment, `venv`, and the checkpoint converted for it, `model`."""
     input: Path = DEMO
@@ -175,11 +164,12 @@ def _starter(config: BenchConfig, stack: ExitStack) -> Starter:
 def _hosts(config: BenchConfig, start: Starter) -> dict[str, Host]:
     """All contenders, each in its own process."""
     hosts = {name: start.ours(name, bundle) for name, bundle in config.bundles.items()}
-    if "hf" in config.against:
-        hosts |= {name: start.transformers(name, config.bundle) for name in (HF_FP32, HF_BF16)}
-    if "openvino" in config.against:
-        resolution = read_manifest(config.bundle).layout.resolution
-        hosts |= {name: start.openvino_genai(name, resolution) for name in (OV_FP32, OV_OWN)}
+    resolution = read_manifest(config.bundle).layout.resolution
+    for key in config.against:
+        for name in PEERS[key] if config.reduced_bundle else PEERS[key][:1]:
+            hosts[name] = (
+                start.transformers(name, config.bundle) if key == "hf" else start.openvino_genai(name, resolution)
+            )
     return hosts
 
 
@@ -187,9 +177,11 @@ def ratios_of(speed: dict[str, float]) -> dict[str, float]:
     """Our images/s over those of each peer: fp32 over fp32, and the best of ours over the best of theirs."""
     ours = max(speed[name] for name in OURS if name in speed)
     ratios: dict[str, float] = {}
-    for key, plain, reduced in (("hf", HF_FP32, HF_BF16), ("openvino", OV_FP32, OV_OWN)):
+    for key, (plain, reduced) in PEERS.items():
         if plain in speed:
-            ratios |= {f"{key}_fp32": speed[FP32] / speed[plain], key: ours / max(speed[plain], speed[reduced])}
+            ratios[f"{key}_fp32"] = speed[FP32] / speed[plain]
+        if reduced in speed:
+            ratios[key] = ours / max(speed[plain], speed[reduced])
     return ratios
 
 
@@ -242,12 +234,12 @@ def _against_limits(figures: dict[str, Any], config: BenchConfig, rows: Rows) ->
     for name, folder in config.bundles.items():
         bundle, live = Bundle.load(folder), min(config.slots, len(rows))
         manifest, took = bundle.manifest, figures["stages_ms_per_image"][name]
-        sizes, tokens = BundleRows(bundle).work(rows.part(0, live))
+        sizes, lengths = BundleRows(bundle).work(rows.part(0, live))
         peak = limits.gemm_peak(manifest.vision_dtype)
         vision = limits.vision_operations(model_config, sizes) / (took["vision"] / 1e3)
-        prefill = limits.prefill_operations(model_config, tokens) / (took["prefill"] / 1e3)
+        prefill = limits.prefill_operations(model_config, lengths) / (took["prefill"] / 1e3)
         step = took["decode"] / 1e3 * live / (config.new_tokens - 1)
-        read = limits.step_bytes(bundle, live, tokens + config.new_tokens // 2) / step
+        read = limits.step_bytes(bundle, live, statistics.mean(lengths) + config.new_tokens // 2) / step
         found[name] = {
             "gemm_peak_gflops": peak / 1e9,
             "vision_peak": vision / peak,

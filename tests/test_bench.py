@@ -1,6 +1,7 @@
 """The bench compares equal work only, and says who failed; the whole of it is a long test."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -21,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import bench
 from benchmark import gpu, limits, native
 from benchmark.bundle_rows import BundleRows
-from benchmark.contenders import NATIVE
+from benchmark.contenders import FP32, HF_BF16, HF_FP32, NATIVE, OV_FP32, OV_OWN, REDUCED, check_equal_work
 from benchmark.figures import read_rows
 from benchmark.host import Host
 from benchmark.image_sets import LEAST_PIXELS, MOST_PIXELS, mixed, mixed_sizes, squares
@@ -79,34 +80,35 @@ class _Fake:
 # Functions of the bench are called here: a whole run takes minutes, and its figures cannot be chosen.
 def test_only_equal_work_is_compared():
     rows = Rows([b""], ["x"])
-    equal = {name: _Fake([9], [[1, 2]]) for name in (bench.FP32, bench.HF_FP32)}
-    reduced = {bench.REDUCED: _Fake([9], [[1, 3]])}
-    assert bench.check_equal_work(equal | reduced, rows) == {
-        bench.FP32: [1, 1],
-        bench.HF_FP32: [1, 1],
-        bench.REDUCED: [0, 1],
+    equal = {name: _Fake([9], [[1, 2]]) for name in (FP32, HF_FP32)}
+    reduced = {REDUCED: _Fake([9], [[1, 3]])}
+    assert check_equal_work(equal | reduced, rows) == {
+        FP32: [1, 1],
+        HF_FP32: [1, 1],
+        REDUCED: [0, 1],
     }
     with pytest.raises(JobError, match="only 0 of 1 answers of qvl-batch fp32"):
-        bench.check_equal_work(equal | {bench.FP32: _Fake([9], [[1, 3]])}, rows)
+        check_equal_work(equal | {FP32: _Fake([9], [[1, 3]])}, rows)
     with pytest.raises(JobError, match="only 0 of 1 answers of OpenVINO GenAI fp32"):
-        bench.check_equal_work(equal | {bench.OV_FP32: _Fake([9], [[7, 7]])}, rows)
+        check_equal_work(equal | {OV_FP32: _Fake([9], [[7, 7]])}, rows)
     with pytest.raises(JobError, match="different numbers of tokens"):
-        bench.check_equal_work(equal | {bench.HF_FP32: _Fake([8], [[1, 2]])}, rows)
+        check_equal_work(equal | {HF_FP32: _Fake([8], [[1, 2]])}, rows)
     with pytest.raises(JobError, match="only 0 of 1 answers of qvl-batch fp32, native"):
-        bench.check_equal_work(equal | {NATIVE: _Fake([9], [[1, 3]])}, rows)
+        check_equal_work(equal | {NATIVE: _Fake([9], [[1, 3]])}, rows)
 
 
 def test_ratios_are_over_the_best_of_each_peer():
-    speed = {bench.FP32: 3.0, bench.REDUCED: 5.0, bench.HF_FP32: 1.0, bench.HF_BF16: 2.0}
+    speed = {FP32: 3.0, REDUCED: 5.0, HF_FP32: 1.0, HF_BF16: 2.0}
+    assert bench.ratios_of({FP32: 3.0, HF_FP32: 1.0}) == {"hf_fp32": 3.0}
     assert bench.ratios_of(speed) == {"hf_fp32": 3.0, "hf": 2.5}
-    assert bench.ratios_of(speed | {bench.OV_FP32: 2.0, bench.OV_OWN: 1.0})["openvino"] == 2.5
+    assert bench.ratios_of(speed | {OV_FP32: 2.0, OV_OWN: 1.0})["openvino"] == 2.5
 
 
 def test_a_native_bundle_is_compared_by_images_and_by_their_tokens():
     mix = f"{NATIVE}, mixed sizes"
-    speed, tokens = {bench.FP32: 4.0, NATIVE: 3.0, mix: 5.0}, {bench.FP32: 400.0, NATIVE: 300.0, mix: 380.0}
+    speed, tokens = {FP32: 4.0, NATIVE: 3.0, mix: 5.0}, {FP32: 400.0, NATIVE: 300.0, mix: 380.0}
     assert native.ratios_of(speed, tokens) == {"native_over_fixed": 0.75, "mixed_over_fixed": 0.95}
-    peers = {f"{name}, mixed sizes": 2.0 for name in (bench.HF_FP32, bench.OV_FP32)}
+    peers = {f"{name}, mixed sizes": 2.0 for name in (HF_FP32, OV_FP32)}
     ratios = native.ratios_of(speed | peers, tokens | peers)
     assert (ratios["hf_mixed"], ratios["openvino_mixed"]) == (2.5, 2.5)
 
@@ -140,10 +142,10 @@ def test_all_contenders_see_the_pixels_of_the_files(tiny_bundle, demo, tmp_path)
         seen = any_size.images(images.rows)
         files = [np.asarray(decode_image(file)) for file in images.rows.files]
         assert all(np.array_equal(*pair) for pair in zip(seen, files, strict=True))
-        sizes, tokens = any_size.work(images.rows)
+        sizes, lengths = any_size.work(images.rows)
         assert images.image_tokens == sum(height * width for height, width in sizes) / 28**2
         text = [len(any_size.tokens(prompt, (0, 0)).input_ids) for prompt in images.rows.prompts]
-        assert tokens == pytest.approx((images.image_tokens + sum(text)) / 3)
+        assert lengths == [image // 28**2 + rest for image, rest in zip(map(math.prod, sizes), text, strict=True)]
     assert BundleRows(tiny_bundle).images(square.rows)[0].shape == (672, 672, 3)
     assert rows.prompts == square.rows.prompts == mix.rows.prompts == [row["prompt"] for row in demo[:3]]
 
@@ -164,6 +166,15 @@ def test_stages_prefill_rows_as_the_engine_does(tiny_bundle, tmp_path):
     assert engine.prefill(batch).tolist() == [answer[0] for answer in answers]
     engine.decoder.prefill_tokens = 256  # each row is longer
     assert engine.prefill(batch).tolist() == [answer[0] for answer in answers]
+
+
+def test_features_come_in_the_order_of_the_images(native_bundle, tmp_path):
+    engine = Ours(native_bundle.path, 1, 1)
+    rows = read_rows(native_bundle.path, QUESTIONS, 4, tmp_path)
+    sides = (56, 112, 28, 84)
+    images = [image[:side, :side] for image, side in zip(engine.rows.images(rows), sides, strict=True)]
+    for image, features in zip(images, engine.encode_images(images), strict=True):
+        assert np.array_equal(features, engine.vision.encode(image))
 
 
 def test_the_fastest_batch_stays(monkeypatch):
@@ -297,6 +308,17 @@ def test_operations_of_the_vision_tower_are_those_that_pytorch_counts():
     assert limits.vision_operations(config, sizes) == sum(counts) / 3
 
 
+def test_operations_of_a_prefill_are_those_that_pytorch_counts():
+    checkpoint = load_checkpoint(TINY)
+    checkpoint.model.set_attn_implementation("eager")
+    counts = []
+    for length in (7, 30):
+        with FlopCounterMode(display=False) as counter, torch.inference_mode():
+            checkpoint.model(input_ids=torch.ones((1, length), dtype=torch.int64), logits_to_keep=1)
+        counts.append(counter.get_total_flops())
+    assert limits.prefill_operations(checkpoint.config, [7, 30]) == sum(counts) / 2
+
+
 def test_a_step_reads_weights_and_cache_and_no_table(tiny_bundle):
     shape = tiny_bundle.manifest.decoder
     cache = 2 * shape.layers * shape.kv_heads * shape.head_dim * 4
@@ -370,15 +392,16 @@ def test_the_bench_measures_the_tiny_model(tiny_bundle, ray_env, tmp_path):
     subprocess.run(list(map(str, command)), cwd=ROOT, env=ray_env, check=True)
     figures = json.loads((tmp_path / "bench.json").read_text())
     assert set(figures["ratios"]) == {
-        "hf_fp32", "hf", "vision_peak", "prefill_peak", "decode_bandwidth", "skew", "skew_with_prefill",
-        "four_prompts", "second_prompt", "ray", "rows_10x_time", "rows_10x_memory",
+        "hf_fp32", "vision_peak", "prefill_peak", "decode_bandwidth", "skew", "skew_with_prefill", "four_prompts",
+        "second_prompt", "ray", "rows_10x_time", "rows_10x_memory",
         "native_over_fixed", "mixed_over_fixed", "hf_mixed",
     }  # fmt: skip
     assert all(ratio > 0 for ratio in figures["ratios"].values())
     equal = figures["native"]["answers_equal_to_reference"]
     assert equal[NATIVE] == equal[f"{NATIVE}, mixed sizes"] == [8, 8]
     assert figures["native"]["mean_image_tokens"]["squares"] == 576
-    assert (tmp_path / "bench.svg").read_text().count("<rect") == 4
+    assert set(figures["native"]["operations_per_image_token"]) == {"squares", "mixed"}
+    assert (tmp_path / "bench.svg").read_text().count("<rect") == 3
 
 
 def test_rows_of_a_bench_are_repeated_and_none_of_its_output(tiny_bundle, tmp_path):

@@ -5,7 +5,6 @@ What enters: `Rows`. What leaves: pixels, uint8 (H, W, 3), and rows of token ids
 This module loads no graph.
 """
 
-import statistics
 from collections.abc import Sequence
 
 from benchmark.rows import Rows
@@ -60,8 +59,8 @@ class BundleRows:
         tokens = self.tokens(prompt, self.resolution.grid(*image.shape[:2]))
         return PrefillRow(tokens.input_ids, tokens.images, [features])
 
-    def work(self, rows: Rows) -> tuple[list[tuple[int, int]], float]:
-        """Height and width of each image as it is seen, and the mean number of tokens up to the answer."""
+    def work(self, rows: Rows) -> tuple[list[tuple[int, int]], list[int]]:
+        """Height and width of each image as it is seen, and tokens up to the answer of each row."""
         images = self.images(rows)
         sizes = [(image.shape[0], image.shape[1]) for image in images]
-        return sizes, statistics.mean(self.lengths(rows, images))
+        return sizes, self.lengths(rows, images)

@@ -14,6 +14,8 @@ from qvl_batch.errors import JobError
 OURS = FP32, REDUCED, NATIVE = "qvl-batch fp32", "qvl-batch reduced", "qvl-batch fp32, native"
 HF_FP32, HF_BF16 = "transformers fp32", "transformers bf16"
 OV_FP32, OV_OWN = "OpenVINO GenAI fp32", "OpenVINO GenAI"
+#: Peers by the names that `--against` has for them: in fp32, and in reduced precision.
+PEERS = {"hf": (HF_FP32, HF_BF16), "openvino": (OV_FP32, OV_OWN)}
 #: Rows whose numbers of tokens are compared: a peer takes as long to count them as to answer.
 CHECKED_ROWS = 4
 #: Share of a peer's answers in fp32 that must equal the reference's; with made-up weights some tokens are near ties.

@@ -299,10 +299,10 @@ def _against_limits(
     rate, bandwidth = card.call("matrix_rate", TORCH_NAMES[bundle.manifest.dtype]), card.call("copy_bandwidth")
     took = medians([engine.call("stages", rows) for _ in range(config.rounds)])
     found: dict[str, Any] = {"matrix_tflops": rate / 1e12, "copy_gb_per_second": bandwidth / 1e9, "stages_ms": took}
-    sizes, tokens = BundleRows(bundle).work(rows.part(0, config.slots))
+    sizes, lengths = BundleRows(bundle).work(rows.part(0, config.slots))
     operations = {
         "vision": limits.vision_operations(model_config, sizes),
-        "prefill": limits.prefill_operations(model_config, tokens),
+        "prefill": limits.prefill_operations(model_config, lengths),
     }
     ratios = {f"{stage}_peak": count / (took[stage] / 1e3) / rate for stage, count in operations.items()}
     # The vision graph for images of any size takes one at a time.
@@ -313,6 +313,6 @@ def _against_limits(
         }
     found["step_ms"] = {live: 1e3 * engine.call("step_seconds", rows, live, STEPS) for live in config.step_rows}
     for live, milliseconds in found["step_ms"].items():
-        read = limits.step_bytes(bundle, live, tokens + STEPS // 2)
+        read = limits.step_bytes(bundle, live, statistics.mean(lengths) + STEPS // 2)
         ratios[f"step_{live}"] = read / (milliseconds / 1e3) / bandwidth
     return found, ratios

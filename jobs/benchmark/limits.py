@@ -63,9 +63,12 @@ def _pairs(count: int, side: int) -> int:
     return windows * side**2 + rest**2
 
 
-def prefill_operations(config: Any, tokens: float) -> float:
-    """Operations of the decoder to prefill a row of `tokens` tokens."""
-    text = config.text_config
+def prefill_operations(config: Any, lengths: Sequence[int]) -> float:
+    """Operations of the decoder to prefill a row: the mean over rows of these numbers of tokens."""
+    return sum(_prefill_operations(config.text_config, length) for length in lengths) / len(lengths)
+
+
+def _prefill_operations(text: Any, tokens: int) -> float:
     head_dim = text.hidden_size // text.num_attention_heads
     projections = 2 * text.hidden_size**2 + 2 * text.hidden_size * text.num_key_value_heads * head_dim
     layer = projections + 3 * text.hidden_size * text.intermediate_size + 2 * tokens * text.hidden_size

@@ -10,19 +10,21 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from transformers import AutoConfig
 
-from benchmark.contenders import FP32, HF_FP32, NATIVE, OV_FP32, Starter, check_equal_work
+from benchmark import limits
+from benchmark.bundle_rows import BundleRows
+from benchmark.contenders import FP32, HF_FP32, NATIVE, OV_FP32, PEERS, Starter, check_equal_work
 from benchmark.figures import Contender, best_batch, choose_batch, medians
 from benchmark.host import Host
 from benchmark.image_sets import ImageSet, mixed, mixed_sizes, squares
 from benchmark.rows import Rows
+from qvl_batch.bundle.loading import Bundle
 from qvl_batch.bundle.manifest import Manifest, read_manifest
 from qvl_batch.errors import ConfigError
 
 #: Added to the name of a contender for its figures on the mix of sizes.
 ON_MIXED = ", mixed sizes"
-#: Peers by the names that `--against` has for them.
-PEERS = {"hf": HF_FP32, "openvino": OV_FP32}
 
 
 def check_pair(fixed: Path, native: Path) -> None:
@@ -89,6 +91,7 @@ def compared(
     runs |= {_on_mixed(name): (host, sets["mixed"]) for name, host in mix.items()}
     figures, ratios = _measured(runs, rounds, console)
     figures |= {
+        "operations_per_image_token": _operations(start.checkpoint, native, sets),
         "mean_image_tokens": {name: images.image_tokens / len(rows) for name, images in sets.items()},
         "peak_memory_gb": {name: host.peak_memory() / 1e9 for name, host in (ours | peers).items()},
         "best_batch": {name: best_batch(sizes) for name, sizes in tried.items()},
@@ -96,6 +99,19 @@ def compared(
         "batches_tried": tried,
     }
     return figures, ratios
+
+
+def _operations(checkpoint: Path, bundle: Path, sets: Mapping[str, ImageSet]) -> dict[str, float]:
+    """Operations of vision and prefill by set. Attention makes them grow faster than the tokens of an image."""
+    config = AutoConfig.from_pretrained(checkpoint)
+    as_seen = BundleRows(Bundle.load(bundle))
+
+    def of_set(images: ImageSet) -> float:
+        sizes, lengths = as_seen.work(images.rows)
+        row = limits.vision_operations(config, sizes) + limits.prefill_operations(config, lengths)
+        return len(sizes) * row / images.image_tokens
+
+    return {name: of_set(images) for name, images in sets.items()}
 
 
 def _on_mixed(name: str) -> str:
@@ -138,5 +154,5 @@ def ratios_of(speed: dict[str, float], image_tokens: dict[str, float]) -> dict[s
         "native_over_fixed": speed[NATIVE] / speed[FP32],
         "mixed_over_fixed": image_tokens[_on_mixed(NATIVE)] / image_tokens[FP32],
     }
-    theirs = {f"{key}_mixed": speed.get(_on_mixed(name)) for key, name in PEERS.items()}
+    theirs = {f"{key}_mixed": speed.get(_on_mixed(name)) for key, (name, _) in PEERS.items()}
     return ratios | {key: speed[_on_mixed(NATIVE)] / each for key, each in theirs.items() if each}

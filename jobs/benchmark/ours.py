@@ -71,8 +71,11 @@ class Ours:
         return self.prefill_rows(rows, images, self.encode_images(images))
 
     def encode_images(self, images: Sequence[Pixels]) -> list[Features]:
-        """Features of images."""
-        return list(self._pool.map(self.vision.encode, images))
+        """Features of images. The largest enter first, so that no CPU is left alone with a large one at the end."""
+        places = sorted(range(len(images)), key=lambda place: images[place].size, reverse=True)
+        features = self._pool.map(lambda place: self.vision.encode(images[place]), places)
+        by_place = dict(zip(places, features, strict=True))
+        return [by_place[place] for place in range(len(images))]
 
     def prefill_rows(self, rows: Rows, images: Sequence[Pixels], features: Sequence[Features]) -> list[PrefillRow]:
         """What the decoder gets of rows, by their pixels and features."""
