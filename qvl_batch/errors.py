@@ -12,8 +12,10 @@
         ├── RecordError          the row, or one of its values such as its messages, cannot be read (stage `read`)
         ├── ImageError           the image is missing or cannot be decoded (stage `image`)
         ├── PromptError          prompt or conversation cannot be asked, or is too long (stage `layout`)
+        ├── ConstraintError      what the answer must be is wrong, or cannot be followed (stage `layout`)
         ├── NumericError         the model computed unusable values (stage `vision`, `decode`)
         ├── RepetitionError      the answer repeats a phrase until it is cut off (stage `decode`)
+        ├── TruncatedError       the answer is cut off before it is what it must be (stage `decode`)
         └── WorkerLostError      the row kills every worker process (stage `read`, `image`, `vision`, `decode`)
 
 Errors of third-party libraries are translated where they occur, so that a caller needs to catch nothing else.
@@ -78,6 +80,12 @@ class PromptError(RowError):
     stage = "layout"
 
 
+class ConstraintError(RowError):
+    """What the answer must be is no choices, regular expression or JSON schema, or one that cannot be followed."""
+
+    stage = "layout"
+
+
 class NumericError(RowError):
     """The model computed unusable values: not finite, or all the same."""
 
@@ -90,6 +98,12 @@ class NumericError(RowError):
 
 class RepetitionError(RowError):
     """The answer repeats a phrase until it is cut off at the token limit."""
+
+    stage = "decode"
+
+
+class TruncatedError(RowError):
+    """The answer is cut off at the token limit before it is what it must be."""
 
     stage = "decode"
 
