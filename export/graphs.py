@@ -1,7 +1,7 @@
-"""Traces a checkpoint's model, and writes three ONNX files and two weight files.
+"""Traces a checkpoint's model, and writes four ONNX files and two weight files.
 
 What enters: the checkpoint's weights and the layout contract. What leaves, in one directory: `vision.onnx`,
-`decoder.onnx` and, in fp32, `decoder_full.onnx`; the last two share one weight file.
+`decoder.onnx`, `decoder_guided.onnx` and, in fp32, `decoder_full.onnx`; the last three share one weight file.
 """
 
 import contextlib
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from export.decoder import CachedDecoder, DecoderWeights, FullDecoder
+from export.guided import guide
 from export.half import to_half
 from export.lazy import LazyWeights, decoder_parts, vision_parts, without_weights
 from export.progress import Progress, Update
@@ -27,7 +28,17 @@ from export.quantize import quantize
 from export.vision import NativeTower, SquareTower
 from export.weights import Weights
 from qvl_batch.bundle.layout import Layout, Resolution
-from qvl_batch.bundle.manifest import DECODER, DECODER_FULL, HALVES, VISION, Dtype, GraphSpec, TensorSpec, part_names
+from qvl_batch.bundle.manifest import (
+    DECODER,
+    DECODER_FULL,
+    DECODER_GUIDED,
+    HALVES,
+    VISION,
+    Dtype,
+    GraphSpec,
+    TensorSpec,
+    part_names,
+)
 from qvl_batch.config import Device
 from qvl_batch.errors import ExportError
 
@@ -113,7 +124,9 @@ def export_decoders(
     progress: Progress,
     traces: Traces,
 ) -> None:
-    """Write `decoder.onnx`, in fp32 also `decoder_full.onnx`, and one file with the weights of both."""
+    """Write `decoder.onnx` and `decoder_guided.onnx`, in fp32 also `decoder_full.onnx`, and one file with the weights
+    of all.
+    """
     with progress.step("decoder graphs" if precision.has_full else "decoder graph"):
         dtype, model = _traced_as(precision.decoder), weights.skeleton
         graphs = {DECODER: traces.once(trace_decoder, model, layout, dtype, precision.device, penalty)}
@@ -123,6 +136,7 @@ def export_decoders(
         for graph in graphs.values():
             lazy.fill(graph)
         _reduce(graphs[DECODER], precision.decoder, precision.fp32_layers)
+        graphs[DECODER_GUIDED] = guide(graphs[DECODER].clone(), model.config.text_config.vocab_size)
     with progress.step("decoder weights") as update:
         _write(graphs, out, update)
 

@@ -27,6 +27,7 @@ from qvl_batch.bundle.manifest import (
     CHAT_TEMPLATE,
     DECODER,
     DECODER_FULL,
+    DECODER_GUIDED,
     FORMAT_VERSION,
     FP32,
     HALVES,
@@ -225,7 +226,7 @@ def _fill(
     normalisation = (processor.image_mean, processor.image_std)
     export_vision(checkpoint.weights, layout, *normalisation, precision, staging, progress, traces)
     export_decoders(checkpoint.weights, layout, precision, penalty, staging, progress, traces)
-    names = [name for name in (VISION, DECODER, DECODER_FULL) if (staging / name).is_file()]
+    names = [name for name in (VISION, DECODER, DECODER_GUIDED, DECODER_FULL) if (staging / name).is_file()]
     graphs = {name: graph_spec(staging / name) for name in names}
     check_contract(layout, checkpoint.config.text_config.hidden_size, staging, precision)
     parity, tolerance = None, None

@@ -16,10 +16,11 @@ from qvl_batch.bundle.layout import Layout
 from qvl_batch.config import Device
 from qvl_batch.errors import BundleError
 
-FORMAT_VERSION = 6
+FORMAT_VERSION = 7
 MANIFEST = "bundle.json"
 VISION = "vision.onnx"
 DECODER = "decoder.onnx"
+DECODER_GUIDED = "decoder_guided.onnx"
 DECODER_FULL = "decoder_full.onnx"
 TOKENIZER = "tokenizer.json"
 CHAT_TEMPLATE = "chat_template.jinja"
@@ -160,6 +161,11 @@ class Manifest:
         """Write `bundle.json`."""
         text = json.dumps(asdict(self), indent=1)
         (directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+def mask_bytes(vocab_size: int) -> int:
+    """Bytes of the mask of a row for `decoder_guided.onnx`: a bit for each token, in words of 32."""
+    return 4 * -(-vocab_size // 32)
 
 
 def part_names(vision: int, decoder: int) -> list[str]:
