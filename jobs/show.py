@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import tyro
 from rich.console import Console
 from rich.table import Table
@@ -15,13 +16,16 @@ from rich.text import Text
 
 from qvl_batch.command_line import exit_status, settings
 from qvl_batch.errors import ConfigError, InputError
+from qvl_batch.json_schema import dumps
 from qvl_batch.output.parts import PARTS, read_part
 from qvl_batch.output.storage import folder_at
 from qvl_batch.report.page import printable
-from qvl_batch.schema import is_textual, texts
+from qvl_batch.schema import PARSED, is_textual, texts
 
 EXPECTED = "expected"
 COLUMNS = ("id", "prompt", "answer", EXPECTED, "error_type", "error_message")
+#: Begins the names of the fields of parsed answers, which are shown in place of their text.
+FIELDS = f"{PARSED}."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,9 +61,10 @@ def show(config: ShowConfig, console: Console) -> None:
     if not rows:
         raise InputError(f"{config.answers} holds no answers")
     judged = [row for row in rows if row[EXPECTED] is not None]
-    table = Table("id", "prompt", "answer", *([EXPECTED, ""] if judged else []))
+    fields = [name for name in rows[0] if name.startswith(FIELDS)]
+    table = Table("id", "prompt", *(fields or ["answer"]), *([EXPECTED, ""] if judged else []))
     for row in rows[: config.rows]:
-        table.add_row(*(Text(str(printable(cell))) for cell in _cells(row, judged=bool(judged))))
+        table.add_row(*(Text(str(printable(cell))) for cell in _cells(row, fields, judged=bool(judged))))
     console.print(table)
     if judged:
         right = sum(map(_is_right, judged))
@@ -71,14 +76,20 @@ def _rows(table: pa.Table) -> list[dict[str, str | None]]:
     """The shown columns of each row; null where a column is missing or cannot be shown as text."""
     held = {name: table[name] for name in COLUMNS if name in table.column_names}
     columns = {name: texts(column) for name, column in held.items() if is_textual(column.type)}
-    return [{name: columns[name][row] if name in columns else None for name in COLUMNS} for row in range(len(table))]
+    if PARSED in table.column_names and pa.types.is_struct(table[PARSED].type):
+        for field in table[PARSED].type:
+            values = pc.struct_field(table[PARSED], field.name).to_pylist()
+            columns[FIELDS + field.name] = [each if isinstance(each, str) else dumps(each) for each in values]
+    names = [*COLUMNS, *(name for name in columns if name not in COLUMNS)]
+    return [{name: columns[name][row] if name in columns else None for name in names} for row in range(len(table))]
 
 
-def _cells(row: dict[str, str | None], *, judged: bool) -> list[str]:
+def _cells(row: dict[str, str | None], fields: list[str], *, judged: bool) -> list[str]:
     answer, expected = row["answer"], row[EXPECTED]
+    shown = [row[name] or "" for name in fields] or [answer or ""]
     if answer is None:
-        answer = f"({row['error_type']}: {row['error_message']})"
-    cells = ["(no id)" if row["id"] is None else row["id"], row["prompt"] or "", answer]
+        shown[0] = f"({row['error_type']}: {row['error_message']})"
+    cells = ["(no id)" if row["id"] is None else row["id"], row["prompt"] or "", *shown]
     if judged:
         cells += ["", ""] if expected is None else [expected, "✓" if _is_right(row) else "✗"]
     return cells

@@ -13,10 +13,11 @@ from PIL import Image
 from qvl_batch.bundle.layout import Features
 from qvl_batch.bundle.loading import Bundle
 from qvl_batch.config import DEFAULT_MAX_NEW_TOKENS, MAX_IMAGE_PIXELS, DeviceOption, Fit, ImageRules
+from qvl_batch.constraints import Constraint, Kind, constraint_of
 from qvl_batch.conversation import single_turn
 from qvl_batch.decoder.answerer import Answerer, EncodedImage, EncodedRow
 from qvl_batch.decoder.engine import Stoppable
-from qvl_batch.errors import ConfigError, ImageError, RowError
+from qvl_batch.errors import ConfigError, ConstraintError, ImageError, RowError
 from qvl_batch.grounding import Box, boxes, complete
 from qvl_batch.images.pixels import DEFAULT_RULES, Seen, decode_image, image_key, see, upright_rgb
 from qvl_batch.images.view import ImageSize, View
@@ -59,6 +60,7 @@ class Captioner(Stoppable):
         max_image_pixels: largest number of pixels of an image.
         allow_truncated: use the intact part of image files that are truncated or damaged.
         allow_repetition: accept an answer that repeats a phrase until it is cut off; without it, the row fails.
+        confidence: answers say how sure the model is.
 
     Raises:
         BundleError: there is no bundle, or it is damaged.
@@ -80,6 +82,7 @@ class Captioner(Stoppable):
         max_image_pixels: int = MAX_IMAGE_PIXELS,
         allow_truncated: bool = False,
         allow_repetition: bool = False,
+        confidence: bool = False,
     ) -> None:
         for name, value in (("slots", slots), ("max_image_pixels", max_image_pixels)):
             if value < 1:
@@ -95,7 +98,13 @@ class Captioner(Stoppable):
         threads = usable_cpus()
         features = ImageFeatures(VisionEncoder(self._bundle, threads, encoder_device))
         answerer = Answerer(
-            self._bundle, slots, threads, system_prompt=system_prompt, allow_repetition=allow_repetition
+            self._bundle,
+            slots,
+            threads,
+            system_prompt=system_prompt,
+            allow_repetition=allow_repetition,
+            guided=True,
+            logprobs=confidence,
         )
         #: None once closed.
         self._parts: tuple[ImageFeatures, Answerer] | None = (features, answerer)
@@ -107,6 +116,9 @@ class Captioner(Stoppable):
         *,
         messages: Iterable[Messages] | None = None,
         max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS,
+        choices: Sequence[str] | None = None,
+        regex: str | None = None,
+        json_schema: Mapping[str, Any] | str | None = None,
     ) -> list[Answer]:
         """Answer each prompt about its image or images, or each conversation.
 
@@ -120,10 +132,14 @@ class Captioner(Stoppable):
             prompts: one for each row, or one string for all rows.
             messages: in place of prompts, a conversation for each row, as for `--messages-column` of the job.
             max_new_tokens: longest answer in tokens.
+            choices: every answer is one of these texts.
+            regex: every answer is a match of this regular expression, from its first character to its last.
+            json_schema: every answer is compact JSON that follows this schema: objects, or text.
 
         Raises:
             ConfigError: the numbers of prompts and images differ, `images` is a single image and not a list, both
-                prompts and messages are given or neither, or `max_new_tokens` is less than 1.
+                prompts and messages are given or neither, `max_new_tokens` is less than 1, or what answers must be is
+                wrong, or given twice.
             RuntimeError: this object was closed, or created before a fork.
         """
         if self._parts is None:
@@ -132,10 +148,11 @@ class Captioner(Stoppable):
             raise RuntimeError("this Captioner was created before a fork: create one in this process")
         if max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+        constraint = _constraint({"choices": choices, "regex": regex, "json_schema": json_schema})
         rows = _asked(images, prompts, messages)
         answers: list[Answer] = []
         for start in range(0, len(rows), WINDOW):
-            answers.extend(self._answer(rows[start : start + WINDOW], max_new_tokens))
+            answers.extend(self._answer(rows[start : start + WINDOW], max_new_tokens, constraint))
         return answers
 
     def boxes(self, answer: Answer, *, upright: bool = False) -> list[Box] | None:
@@ -143,7 +160,9 @@ class Captioner(Stoppable):
         sizes = [ImageSize(*size) for size in answer.image_sizes]
         return boxes(complete(answer), sizes, self._view.fit, upright=upright)
 
-    def _answer(self, rows: Sequence[Asked | Failure], max_new_tokens: int) -> list[Answer]:
+    def _answer(
+        self, rows: Sequence[Asked | Failure], max_new_tokens: int, constraint: Constraint | None
+    ) -> list[Answer]:
         assert self._parts is not None
         features, answerer = self._parts
         seen = [row if isinstance(row, Failure) else self._seen(row.images) for row in rows]
@@ -151,7 +170,7 @@ class Captioner(Stoppable):
         images = [[image.pixels for image in row] for row in shown]
         keys = [[image_key(each.tobytes(), self._view) for each in row] for row in images]
         encoded = features.of_rows(images, keys)
-        questions = map(self._question, rows, seen, encoded, keys)
+        questions = map(self._question, rows, seen, encoded, keys, [constraint] * len(rows))
         answers = answerer.answer(list(questions), max_new_tokens)
         sizes = [tuple(image.size.numbers for image in row) for row in shown]
         return [replace(answer, image_sizes=each) for answer, each in zip(answers, sizes, strict=True)]
@@ -162,6 +181,7 @@ class Captioner(Stoppable):
         seen: list[Seen] | Failure,
         encoded: list[Features] | Failure,
         keys: Sequence[bytes],
+        constraint: Constraint | None,
     ) -> EncodedRow | Failure:
         """A row for the decoder, or the first of its failures."""
         if isinstance(asked, Failure):
@@ -172,7 +192,7 @@ class Captioner(Stoppable):
             return encoded
         grids = [self._view.resolution.grid(*image.pixels.shape[:2]) for image in seen]
         images = (EncodedImage(each, *grid, key) for each, grid, key in zip(encoded, grids, keys, strict=True))
-        return EncodedRow(asked.conversation, tuple(images))
+        return EncodedRow(asked.conversation, tuple(images), constraint)
 
     def _seen(self, images: Sequence[object]) -> list[Seen] | Failure:
         """Images of a row as they are seen, or the failure of the first that cannot be."""
@@ -228,6 +248,21 @@ def _asked(
         else Failure.of(ImageError("the list of images is empty"))
         for text, row in zip(texts, rows, strict=True)
     ]
+
+
+def _constraint(given: Mapping[Kind, object]) -> Constraint | None:
+    """What every answer must be.
+
+    Raises:
+        ConfigError: it is wrong, or there is more than one.
+    """
+    found = [(kind, value) for kind, value in given.items() if value is not None]
+    if len(found) > 1:
+        raise ConfigError(f"{' and '.join(kind for kind, _ in found)}: an answer can only be one of them; give one")
+    try:
+        return constraint_of(*found[0]) if found else None
+    except ConstraintError as error:
+        raise ConfigError(f"{found[0][0]}: {error}") from error
 
 
 def _check_count(images: Sequence[object], others: Sequence[object], name: str) -> None:

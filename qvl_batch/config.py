@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from qvl_batch.errors import ConfigError
+from qvl_batch.constraints import Constraint, Kind, constraint_of
+from qvl_batch.errors import ConfigError, ConstraintError
 
 Fit = Literal["letterbox", "stretch", "crop"]
 Device = Literal["cpu", "cuda"]
@@ -102,6 +103,11 @@ class JobConfig:
         return ()
 
     @property
+    def constraint_column(self) -> tuple[str, Kind] | None:
+        """Column of the input that says what each answer must be, and of which kind it is."""
+        return None
+
+    @property
     def image_rules(self) -> ImageRules:
         """Which images are accepted."""
         return ImageRules(self.max_image_pixels, self.allow_truncated)
@@ -122,6 +128,21 @@ class CaptionConfig(JobConfig):
     fit: Fit | None = None
     """How an image that is not square becomes square. By default, letterbox.
     Not for a bundle that shows images at their own size."""
+    choices: tuple[str, ...] = ()
+    """Answer with one of these: `yes,no,unclear`, or several values, in which commas are text."""
+    regex: str | None = None
+    """Answer with a match of this regular expression, from its first character to its last."""
+    json_schema: Path | None = None
+    """File of a JSON schema: answer with compact JSON that follows it, also as the column `parsed` of its type."""
+    choices_column: str | None = None
+    """Column of choices for each row: lists of strings, or the same as JSON text. A null leaves its answer free."""
+    regex_column: str | None = None
+    """Column of regular expressions. A null leaves the row's answer free."""
+    json_schema_column: str | None = None
+    """Column of JSON schemas as text. A null leaves the row's answer free. There is no column `parsed`."""
+    confidence: bool = False
+    """Add how sure the model is: the columns `confidence`, `mean_logprob` and `min_token_probability`, and with choices
+    `choice_probabilities`."""
     boxes: bool = False
     """Add the column `boxes`: the boxes and points that an answer names as JSON, in pixels of the image file."""
     allow_repetition: bool = False
@@ -155,6 +176,9 @@ class CaptionConfig(JobConfig):
             raise ConfigError(f"--vision-cache-gb must be a number above 0, not {self.vision_cache_gb}")
         if self.price_per_hour is not None and not 0 <= self.price_per_hour < math.inf:
             raise ConfigError(f"--price-per-hour must be a number from 0 on, not {self.price_per_hour}")
+        given = [name for name in _CONSTRAINTS if getattr(self, name)]
+        if len(given) > 1:
+            raise ConfigError(f"{' and '.join(map(_option, given))}: an answer can only be one of them; give one")
         repeated = sorted({name for name in self.keep_columns if self.keep_columns.count(name) > 1})
         if repeated:
             raise ConfigError(f"--keep-columns names {repeated[0]} more than once")
@@ -165,9 +189,60 @@ class CaptionConfig(JobConfig):
         return self.keep_columns
 
     @property
+    def constraint_column(self) -> tuple[str, Kind] | None:
+        """Column of the input that says what each answer must be, and of which kind it is."""
+        named: dict[Kind, str | None] = {
+            "choices": self.choices_column,
+            "regex": self.regex_column,
+            "json_schema": self.json_schema_column,
+        }
+        return next(((name, kind) for kind, name in named.items() if name is not None), None)
+
+    @property
+    def scores_choices(self) -> bool:
+        """Whether the probability of each choice is asked for."""
+        return self.confidence and bool(self.choices or self.choices_column)
+
+    def constraint(self) -> Constraint | None:
+        """What every answer must be, if that is anything; reads the file of a JSON schema.
+
+        Raises:
+            ConfigError: names the option, and what is wrong with it.
+        """
+        try:
+            if self.choices:
+                # One value is a list; several are choices.
+                several = len(self.choices) > 1
+                return constraint_of("choices", self.choices if several else self.choices[0].split(","))
+            if self.regex is not None:
+                return constraint_of("regex", self.regex)
+            if self.json_schema is None:
+                return None
+            found = constraint_of("json_schema", self.json_schema.read_text(encoding="utf-8"))
+            assert found.parsed_type is not None
+        except (ConstraintError, OSError, UnicodeError) as error:
+            raise self.refused(error) from error
+        return found
+
+    def refused(self, error: Exception) -> ConfigError:
+        """The error for a constraint that cannot be used."""
+        name = next(name for name in _CONSTRAINTS if getattr(self, name))
+        value = f" {self.json_schema}" if name == "json_schema" else ""
+        reason = error.strerror if isinstance(error, OSError) else error
+        return ConfigError(f"{_option(name)}{value}: {reason}")
+
+    @property
     def going_on(self) -> str:
         """The command that resumes this job: a second `--overwrite` would delete its answers."""
         return "the same command" + (" without --overwrite" if self.overwrite else "")
+
+
+#: Options that say what answers must be.
+_CONSTRAINTS = ("choices", "regex", "json_schema", "choices_column", "regex_column", "json_schema_column")
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def check_at_least_one(config: object, *names: str) -> None:
@@ -179,4 +254,4 @@ def check_at_least_one(config: object, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         if value is not None and value < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+            raise ConfigError(f"{_option(name)} must be at least 1, not {value}")

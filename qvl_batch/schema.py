@@ -4,7 +4,8 @@ A row of the output has `id`, the kept columns, then the fields of `answer_field
 `finish_reason = error`, and the stage, type and message of its error.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
@@ -63,17 +64,40 @@ BOXES_FIELD = pa.field(
 )
 
 
-def answer_fields(*, lists: bool = False, boxes: bool = False) -> tuple[pa.Field, ...]:
+#: Column of the value of an answer that is JSON of one schema.
+PARSED = "parsed"
+#: How sure the model is of an answer: see `Answer`.
+CONFIDENCE_FIELDS = tuple(
+    pa.field(name, pa.float64()) for name in ("confidence", "mean_logprob", "min_token_probability")
+)
+#: Probability of each choice, the most probable first.
+CHOICES_FIELD = pa.field("choice_probabilities", pa.map_(pa.string(), pa.float64()))
+
+
+def answer_fields(
+    *,
+    lists: bool = False,
+    boxes: bool = False,
+    parsed: pa.DataType | None = None,
+    confidence: bool = False,
+    choices: bool = False,
+) -> tuple[pa.Field, ...]:
     """Fields of an answer.
 
     Args:
         lists: rows can have several images or none, so that sizes are lists.
         boxes: with the boxes that answers contain.
+        parsed: type of the value of an answer that is JSON of one schema.
+        confidence: with how sure the model is.
+        choices: with the probability of each choice.
     """
     size = pa.list_(pa.int32()) if lists else pa.int32()
     return (
         pa.field("answer", pa.string()),
+        *([pa.field(PARSED, parsed)] if parsed is not None else []),
         *([BOXES_FIELD] if boxes else []),
+        *(CONFIDENCE_FIELDS if confidence else ()),
+        *([CHOICES_FIELD] if choices else []),
         pa.field("finish_reason", pa.string()),
         pa.field("prompt_tokens", pa.int32()),
         pa.field("answer_tokens", pa.int32()),
@@ -99,6 +123,10 @@ class Answer:
     Both are None if the row failed. `image_sizes` has five numbers for each image: those that `SIZE_NAMES` names, and
     the EXIF orientation of its file (see `images.view.ImageSize`). It is empty if the row failed before its images were
     seen.
+
+    `logprobs` has the log-probability of each token, and of the end token if one came, after the repetition penalty and
+    among the tokens that a constraint allows; it is empty if nobody asked. `confidence` is the probability of the whole
+    answer, the product of these. With choices, `choice_probabilities` has the probability of each.
     """
 
     answer: str | None
@@ -107,6 +135,29 @@ class Answer:
     answer_tokens: int | None = None
     failure: Failure | None = None
     image_sizes: tuple[tuple[int, ...], ...] = ()
+    logprobs: tuple[float, ...] = ()
+    choice_probabilities: Mapping[str, float] | None = None
+
+    @property
+    def confidence(self) -> float | None:
+        """Probability of the whole answer; None if it is not known."""
+        return math.exp(math.fsum(self.logprobs)) if self.logprobs else None
+
+    @property
+    def mean_logprob(self) -> float | None:
+        """Mean of `logprobs`; None if they are not known."""
+        return math.fsum(self.logprobs) / len(self.logprobs) if self.logprobs else None
+
+    @property
+    def min_token_probability(self) -> float | None:
+        """Probability of the token that the model was least sure of; None if it is not known."""
+        return math.exp(min(self.logprobs)) if self.logprobs else None
+
+    def _by_probability(self) -> list[tuple[str, float]] | None:
+        """Choices and their probabilities, the most probable first."""
+        if self.choice_probabilities is None:
+            return None
+        return sorted(self.choice_probabilities.items(), key=lambda each: -each[1])
 
     @classmethod
     def failed(cls, failure: Failure) -> "Answer":
@@ -118,8 +169,10 @@ class Answer:
             return f"({self.failure.type}: {self.failure.message})"
         return self.answer or ""
 
-    def record(self, *, lists: bool = False) -> dict[str, Any]:
-        """Values of `answer_fields` by column name, boxes left out; sizes are lists, or those of the only image."""
+    def record(self, *, lists: bool = False, confidence: bool = False, choices: bool = False) -> dict[str, Any]:
+        """Values of `answer_fields` by column name, boxes and parsed values left out. Sizes are lists, or those of the
+        only image.
+        """
         sizes: list[Any] = [list(each) for each in zip(*self.image_sizes, strict=True)] or [[]] * (len(SIZE_NAMES) + 1)
         if not lists:
             sizes = [each[0] if each else None for each in sizes]
@@ -130,6 +183,8 @@ class Answer:
             "finish_reason": self.finish_reason,
             "prompt_tokens": self.prompt_tokens,
             "answer_tokens": self.answer_tokens,
+            **({field.name: getattr(self, field.name) for field in CONFIDENCE_FIELDS} if confidence else {}),
+            **({CHOICES_FIELD.name: self._by_probability()} if choices else {}),
             **dict(zip(SIZE_NAMES, sizes, strict=False)),
             **error_values(self.failure),
         }

@@ -178,6 +178,104 @@ def test_rows_that_fail_say_why_and_the_others_are_answered(tiny_bundle, demo, j
     assert run["stages"]["decoder"]["at_once"] == 2
 
 
+def test_answers_are_json_of_a_schema_and_a_column_of_its_type(tiny_bundle, demo, job, tmp_path):
+    schema = {
+        "type": "object",
+        "properties": {
+            "color": {"enum": ["red", "green", "blue"]},
+            "count": {"type": "integer", "minimum": 0, "maximum": 9},
+            "note": {"type": "string", "maxLength": 3},
+        },
+        "required": ["color", "count"],
+    }
+    (tmp_path / "schema.json").write_text(json.dumps(schema))
+    pq.write_table(pa.Table.from_pylist([*demo[:6], demo[6] | {"image": None}]), tmp_path / "rows.parquet")
+    options = (
+        "--bundle", tiny_bundle.path, "--input", tmp_path / "rows.parquet", "--output", tmp_path / "out",
+        "--json-schema", tmp_path / "schema.json",
+    )  # fmt: skip
+    job(*options)
+    answers = read_answers(tmp_path / "out")
+    fields = pa.struct({"color": pa.string(), "count": pa.int64(), "note": pa.string()})
+    assert answers.schema.names == ["id", "answer", "parsed", *ANSWER_COLUMNS[1:]]
+    assert answers.schema.field("parsed").type == fields
+    rows = sorted(answers.to_pylist(), key=lambda row: row["id"])
+    for row in rows[:6]:
+        assert row["parsed"] == {"note": None} | json.loads(row["answer"])
+        assert row["parsed"]["color"] in ("red", "green", "blue")
+        assert row["finish_reason"] == "stop"
+    assert (rows[6]["answer"], rows[6]["parsed"], rows[6]["error_type"]) == (None, None, "ImageError")
+    assert job(*options).stdout.startswith("rows      7 (")  # nothing is left
+    (tmp_path / "schema.json").write_text(json.dumps(schema | {"required": ["color"]}))
+    assert "--json-schema" in job(*options, status=1).stderr
+
+
+def test_answers_say_how_sure_the_model_is(tiny_bundle, demo, job, tmp_path):
+    pq.write_table(pa.Table.from_pylist([*demo[:8], demo[8] | {"image": None}]), tmp_path / "rows.parquet")
+    options = ("--bundle", tiny_bundle.path, "--input", tmp_path / "rows.parquet")
+    job(*options, "--output", tmp_path / "plain")
+    job(*options, "--output", tmp_path / "sure", "--confidence")
+    plain, sure = _rows_by_id(tmp_path / "plain"), _rows_by_id(tmp_path / "sure")
+    names = ("confidence", "mean_logprob", "min_token_probability")
+    assert list(sure[0]) == ["id", "answer", *names, *ANSWER_COLUMNS[1:]]
+    assert [{name: row[name] for name in plain[0]} for row in sure] == plain
+    for row in sure[:8]:
+        assert 0 < row["confidence"] <= row["min_token_probability"] <= 1
+        steps = row["answer_tokens"] + 1  # with the end token
+        assert row["confidence"] == pytest.approx(np.exp(steps * row["mean_logprob"]))
+    assert [sure[8][name] for name in names] == [None] * 3
+
+
+def test_a_column_says_what_each_answer_must_be(tiny_bundle, demo, job, tmp_path):
+    choices = [["yes", "no"], None, ["a", "b"], [], ["x", "x"], ["red", None], ["blue"]]
+    table = pa.Table.from_pylist(demo[:7]).append_column("labels", pa.array(choices))
+    pq.write_table(table, tmp_path / "rows.parquet")
+    as_text = [None if each is None else json.dumps(each) for each in choices]
+    pq.write_table(table.set_column(4, "labels", pa.array(as_text)), tmp_path / "text.parquet")
+    free = tmp_path / "free"
+    job("--bundle", tiny_bundle.path, "--input", tmp_path / "rows.parquet", "--output", free)
+    for name in ("rows", "text"):
+        output = tmp_path / f"{name}-out"
+        job(
+            "--bundle", tiny_bundle.path, "--input", tmp_path / f"{name}.parquet", "--output", output,
+            "--choices-column", "labels",
+        )  # fmt: skip
+        rows = _rows_by_id(output)
+        for at in (0, 2, 6):
+            assert rows[at]["answer"] in choices[at]
+        assert [row["answer"] for row in rows[3:6]] == [None] * 3
+        assert rows[1] == _rows_by_id(free)[1]
+        assert [row["error_message"] for row in rows[3:6]] == [
+            "the choices are []; they must be a list of at least one text",
+            "choice 2, 'x', occurs twice",
+            "choice 2 is null; it must be text",
+        ]
+        assert {(row["error_stage"], row["error_type"]) for row in rows[3:6]} == {("layout", "ConstraintError")}
+
+
+def test_columns_of_patterns_and_schemas_are_per_row_too(tiny_bundle, demo, job, tmp_path):
+    patterns = ["[0-9]{2}", "[", None, "[0-9]{999}"]
+    schemas = [json.dumps({"type": "boolean"}), "{", None, json.dumps({"$ref": "#/x"})]
+    table = pa.Table.from_pylist(demo[:4])
+    table = table.append_column("pattern", pa.array(patterns)).append_column("schema", pa.array(schemas))
+    pq.write_table(table, tmp_path / "rows.parquet")
+    for option, column, first, reasons in (
+        ("--regex-column", "pattern", r"\d\d", ("unclosed character class", "takes 999 tokens, and --max-new-tokens")),
+        ("--json-schema-column", "schema", "true|false", ("the schema is not JSON", "cannot be followed")),
+    ):
+        output = tmp_path / column
+        job(
+            "--bundle", tiny_bundle.path, "--input", tmp_path / "rows.parquet", "--output", output, option, column,
+        )  # fmt: skip
+        rows = _rows_by_id(output)
+        assert re.fullmatch(first, rows[0]["answer"])
+        assert rows[2]["finish_reason"] == "stop"
+        for row, reason in zip((rows[1], rows[3]), reasons, strict=True):
+            assert reason in row["error_message"]
+            assert row["error_type"] == "ConstraintError"
+        assert "parsed" not in rows[0]
+
+
 def test_an_empty_input_gives_an_empty_answer(tiny_bundle, demo, call, tmp_path):
     pq.write_table(pa.Table.from_pylist(demo[:1]).slice(0, 0), tmp_path / "empty.parquet")
     call("--bundle", tiny_bundle.path, "--input", tmp_path / "empty.parquet", "--output", tmp_path / "out")
@@ -196,6 +294,14 @@ def test_an_empty_input_gives_an_empty_answer(tiny_bundle, demo, call, tmp_path)
         ({"--slots": "0"}, "--slots must be at least 1, not 0"),
         ({"--output": "LICENSE"}, "LICENSE cannot be written"),
         ({"--vision-cache": "LICENSE"}, "caption: --vision-cache LICENSE cannot be used: "),
+        ({"--choices": "yes,,no"}, "--choices: choice 2 is ''; it must be text"),
+        ({"--choices": "yes,no", "--regex": "yes"}, "--choices and --regex: an answer can only be one of them"),
+        ({"--regex": "["}, "--regex: the regular expression cannot be followed"),
+        ({"--regex": "[0-9]{200}"}, "takes 200 tokens, and --max-new-tokens allows 128"),
+        ({"--json-schema": "nowhere.json"}, "--json-schema nowhere.json: No such file or directory"),
+        ({"--json-schema": "LICENSE"}, "--json-schema LICENSE: the schema is not JSON"),
+        ({"--choices-column": "labels"}, "has no single column 'labels' (--choices-column)"),
+        ({"--choices-column": "image"}, "is struct<bytes: binary, path: string>; it must be lists of strings"),
     ],
 )
 def test_a_job_that_cannot_be_done_says_so_in_one_line(options, message, tiny_bundle, call, tmp_path):

@@ -1,12 +1,14 @@
 """The decoder graph over the KV cache: prefills rows into slots, and runs decode steps over all live slots.
 
-What enters: token ids of rows, places and features of their images. What leaves: the next token of each row, by argmax
-after the repetition penalty, or -1 if a logit or hidden state of the row is not finite. Arrays are allocated once, in
-the memory of the device, and bound by address. A machine that computes the graph wrongly is refused.
+What enters: token ids of rows, places and features of their images, and, if answers are guided, which tokens may come
+next. What leaves: the next token of each row, by argmax after the repetition penalty, or -1 if a logit or hidden state
+of the row is not finite; and its log-probability, if it is asked for. Arrays are allocated once, in the memory of the
+device, and bound by address. A machine that computes the graph wrongly is refused.
 
 This module knows nothing of prompts as text, of when an answer ends, or of waiting rows.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +19,7 @@ from numpy.typing import NDArray
 from qvl_batch.bundle.known_answers import Figure, KnownAnswers, known_figures, refuse_wrong, repeated
 from qvl_batch.bundle.layout import Features, PlacedImage, mrope_positions
 from qvl_batch.bundle.loading import Bundle
-from qvl_batch.bundle.manifest import DECODER, HALVES, MANIFEST, Manifest, Tolerance
+from qvl_batch.bundle.manifest import DECODER, DECODER_GUIDED, HALVES, MANIFEST, Manifest, Tolerance, mask_bytes
 from qvl_batch.config import Device
 from qvl_batch.decoder.kv_cache import KvCache
 from qvl_batch.errors import BundleError
@@ -28,6 +30,8 @@ from qvl_batch.runtime.session import NO_GRAPH, Binding, Session
 Tokens = NDArray[np.int64]
 #: The next token of a row with a logit or hidden state that is not finite.
 NO_TOKEN = -1
+#: A word of a mask that allows every token.
+ALL = np.int32(-1)
 #: Number of prefix-cache entries.
 PREFIX_ENTRIES = 2
 #: Most tokens of a prefill, padding included, by device; a longer row is prefilled in parts of so many. More would
@@ -40,11 +44,14 @@ PREFILL_ROWS = 32
 
 @dataclass(frozen=True, eq=False)
 class PrefillRow:
-    """Token ids of a row up to its answer, places of its images in order, and features of each, float32 (T_img, D)."""
+    """Token ids of a row up to its answer, places of its images in order, features of each, float32 (T_img, D), and
+    tokens whose scores as the first of the answer are asked for, if the decoder is guided.
+    """
 
     input_ids: Sequence[int]
     images: Sequence[PlacedImage] = ()
     features: Sequence[Features] = ()
+    candidates: Sequence[int] = ()
 
     @cached_property
     def positions(self) -> NDArray[np.int64]:
@@ -65,6 +72,8 @@ class Decoder:
             of each number of rows is captured as a CUDA graph when it first runs. In fp32 it is not: attention copies
             addresses from the host to the GPU, and a captured step would copy the same ones again.
         graph: ONNX file contents to load in place of the bundle's graph.
+        guided: let callers say in `allowed` which tokens may come next.
+        logprobs: with `guided`, keep each call's log-probabilities in `logprobs`, until the next call.
         prove: check the graph against the bundle's known answers, which takes a prefill and a few steps of one row.
 
     Raises:
@@ -82,6 +91,8 @@ class Decoder:
         keep_logits: bool = False,
         memory: Memory | None = None,
         graph: bytes | None = None,
+        guided: bool = False,
+        logprobs: bool = False,
         prove: bool = True,
     ) -> None:
         manifest, self._bundle = bundle.manifest, bundle
@@ -92,7 +103,19 @@ class Decoder:
         self.prefill_tokens = prefill_tokens(manifest, self.memory.device)
         self.prefill_rows = min(PREFILL_ROWS, slots)
         self._captures = self.memory.device == "cuda" and manifest.dtype in HALVES
-        self._session = Session(bundle.file(DECODER), threads, graph, self.memory, captures=self._captures)
+        size = mask_bytes(manifest.decoder.vocab_size)
+        self._allowed = self.memory.zeros((slots, size), "uint8") if guided else None
+        #: Which token may be the next of the row in each slot, int32 (N, ⌈V / 32⌉): token t is bit t % 32 of word
+        #: t // 32. Read by each prefill and step, and never written here.
+        self.allowed = self._allowed.values.view(np.int32) if self._allowed else np.zeros((slots, 0), np.int32)
+        self.allowed[...] = ALL
+        # Every run has candidates: one whose score nobody takes, if none are asked for.
+        self._no_candidates = self.memory.zeros((slots, 1), "int64", on_host=False)
+        self._asked = self._allocate_candidates(slots)
+        #: Scores of the candidates of the last prefill: logits after penalty and mask, float32 (B, K).
+        self.candidate_scores = np.zeros((0, 0), np.float32)
+        path = bundle.file(DECODER_GUIDED if guided else DECODER)
+        self._session = Session(path, threads, graph, self.memory, captures=self._captures)
         kinds = self._session.inputs
         if kinds.get("image_embeds") != "float":
             raise BundleError(f"{bundle.path / DECODER} has no residual stream in fp32: export the checkpoint again")
@@ -113,6 +136,10 @@ class Decoder:
         self._outputs = {"next_token": self.memory.zeros((slots,), "int64")}
         if keep_logits:
             self._outputs["logits"] = self.memory.zeros((slots, manifest.decoder.vocab_size), "float")
+        #: Log-probability of each next token among those that are allowed, after the repetition penalty: float32 (B,).
+        self.logprobs = np.zeros(0, np.float32)
+        if logprobs:
+            self._outputs["token_logprob"] = self.memory.zeros((slots,), "float")
         if self.memory.device == "cuda":
             self._reserve_memory()
         if prove:
@@ -244,6 +271,10 @@ class Decoder:
             "seqlens_k": self.memory.zeros((rows,), "int32"),
         }
 
+    def _allocate_candidates(self, count: int) -> tuple[Buffer, Buffer]:
+        """Arrays for so many candidates and their scores."""
+        return self.memory.zeros((count,), "int64"), self.memory.zeros((count,), "float")
+
     def _run_prefill(
         self,
         first: int,
@@ -260,7 +291,17 @@ class Decoder:
             end = len(row.input_ids) if stop is None else stop
             self._lengths[slot] = end
             self._deltas[slot] = row.positions[:, :end].max() + 1 - end
-        self._bind(first, len(rows), self.prefill_inputs(rows, start, stop), seen=seen, logits=logits).run()
+        inputs, scores = self.prefill_inputs(rows, start, stop), None
+        if most := max(len(row.candidates) for row in rows):
+            shape = (len(rows), most)
+            if math.prod(shape) > self._asked[0].shape[0]:
+                self._asked = self._allocate_candidates(math.prod(shape))
+            inputs["candidates"], scores = (each.shaped(shape) for each in self._asked)
+            inputs["candidates"].values[...] = 0
+            for candidates, row in zip(inputs["candidates"].values, rows, strict=True):
+                candidates[: len(row.candidates)] = row.candidates
+        self._bind(first, len(rows), inputs, seen=seen, logits=logits, scores=scores).run()
+        self.candidate_scores = scores.values if scores else np.zeros((len(rows), 0), np.float32)
         return self._next_tokens(len(rows))
 
     def _bind(
@@ -271,6 +312,7 @@ class Decoder:
         *,
         seen: Buffer | None = None,
         logits: Buffer | None = None,
+        scores: Buffer | None = None,
         graph: int = NO_GRAPH,
     ) -> Binding:
         """Bind a run of `rows` rows, from slot `first` on.
@@ -281,12 +323,17 @@ class Decoder:
             inputs: inputs of the graph, without the cache.
             seen: tokens that the rows contain before the run; by default those of the slots.
             logits: receives the logits; by default those of `keep_logits` do, if requested.
+            scores: receives those of candidates, if there are any.
             graph: number of the CUDA graph, see `Session.bind`.
         """
         outputs = {name: each.rows(0, rows) for name, each in self._outputs.items()}
         outputs |= {"logits": logits} if logits else {}
         inputs = inputs | self._cache.past(first, rows)
         outputs |= self._cache.present(first, rows)
+        if self._allowed:
+            nobody = {} if scores else {"candidates": self._no_candidates.rows(first, rows)}
+            inputs |= {"allowed": self._allowed.rows(first, rows)} | nobody
+            outputs |= {"candidate_scores": scores} if scores else {}
         if self._seen:
             inputs["past_seen"] = seen or self._seen.of_slots.rows(first, rows)
             outputs["present_seen"] = self._seen.of_slots.rows(first, rows)
@@ -305,6 +352,7 @@ class Decoder:
         """Copy the next tokens out of the outputs, and publish the logits if they are kept."""
         found = {name: each.values[:rows] for name, each in self._outputs.items()}
         self.logits = found.get("logits", self.logits)
+        self.logprobs = found.get("token_logprob", self.logprobs)
         tokens: Tokens = found["next_token"].copy()
         return tokens
 

@@ -1,9 +1,9 @@
 """Continuous batching: a thread that keeps the decoder's slots full.
 
-What enters: requests, from any thread. What leaves: a future for each, with the tokens of its answer, or a
-`NumericError` if its logits are not finite. Rows are admitted as soon as a slot is free and retired as soon as they
-end, so a long answer does not delay others. A long row is prefilled in parts, with a decode step of the live rows after
-each. Waiting rows that begin alike, whatever with, share a prefix-cache entry.
+What enters: requests, from any thread. What leaves: a future for each, with the tokens of its answer, or a `RowError`
+if its logits are not finite, or its answer cannot become what it must be. Rows are admitted as soon as a slot is free
+and retired as soon as they end, so a long answer does not delay others. A long row is prefilled in parts, with a decode
+step of the live rows after each. Waiting rows that begin alike, whatever with, share a prefix-cache entry.
 
 The loop runs in a thread and not as a coroutine, since Ray blocks its actors' event loops for seconds under
 back-pressure.
@@ -30,8 +30,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qvl_batch.clock import Clock
-from qvl_batch.decoder.decoder import NO_TOKEN, PREFIX_ENTRIES, Decoder, PrefillRow
-from qvl_batch.errors import NumericError
+from qvl_batch.decoder.decoder import ALL, NO_TOKEN, PREFIX_ENTRIES, Decoder, PrefillRow
+from qvl_batch.decoder.grammar import Grammar, Grammars, Guide
+from qvl_batch.errors import ConstraintError, NumericError, RowError, TruncatedError
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ def decoder_clocks() -> dict[str, Clock]:
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """A row up to its answer, the longest answer in tokens, and keys of its images.
+    """A row up to its answer, the longest answer in tokens, keys of its images, and the grammar of its answer if any.
 
     Images with the same key must have the same features; those with None share nothing. Without keys, no image does.
     """
@@ -57,6 +58,7 @@ class Request:
     row: PrefillRow
     max_new_tokens: int
     images: Sequence[bytes | None] = ()
+    grammar: Grammar | None = None
 
     @cached_property
     def content(self) -> NDArray[np.int64]:
@@ -81,10 +83,14 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """Tokens of an answer, without the end token, and why it ended."""
+    """Tokens of an answer, without the end token, and why it ended. If the decoder gives them, the log-probability of
+    each token, and of the end token if one came; and scores of the row's candidates.
+    """
 
     token_ids: list[int]
     finish_reason: Literal["stop", "length"]
+    logprobs: list[float] = field(default_factory=list)
+    candidate_scores: list[float] = field(default_factory=list)
 
 
 _Pending = tuple[Request, "Future[Completion]"]
@@ -92,11 +98,20 @@ _Pending = tuple[Request, "Future[Completion]"]
 
 @dataclass(slots=True)
 class _LiveRow:
-    """A row in a slot, its answer so far, and its longest answer `budget`. The KV cache lacks the last of `tokens`."""
+    """A row in a slot, its answer so far, and its longest answer `budget`. The KV cache lacks the last of `tokens`.
+    A row whose answer has a grammar has a guide.
+    """
 
     budget: int
     future: "Future[Completion]"
+    guide: Guide | None = None
     tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    candidate_scores: list[float] = field(default_factory=list)
+
+    def ended(self, reason: Literal["stop", "length"]) -> Completion:
+        """The row as it is answered."""
+        return Completion(self.tokens, reason, self.logprobs, self.candidate_scores)
 
 
 @dataclass(slots=True)
@@ -147,12 +162,17 @@ class Engine(Stoppable):
         decoder: the decoder; not to be used by others while there are requests.
         eos_token_ids: tokens that end an answer.
         clocks: from `decoder_clocks`, for busy time. A row's last step is counted before its future has a result.
+        grammars: of which requests can have one, if the decoder is guided.
     """
 
     def __init__(
-        self, decoder: Decoder, eos_token_ids: Sequence[int], clocks: Mapping[str, Clock] | None = None
+        self,
+        decoder: Decoder,
+        eos_token_ids: Sequence[int],
+        clocks: Mapping[str, Clock] | None = None,
+        grammars: Grammars | None = None,
     ) -> None:
-        self._loop = _Loop(decoder, frozenset(eos_token_ids), clocks or decoder_clocks())
+        self._loop = _Loop(decoder, frozenset(eos_token_ids), clocks or decoder_clocks(), grammars)
         self._loop.start()
         # The thread references the loop but not the engine, so an engine that is dropped is collected.
         weakref.finalize(self, self._loop.submitted.put, None).atexit = False
@@ -160,8 +180,8 @@ class Engine(Stoppable):
     def submit(self, request: Request) -> "Future[Completion]":
         """Queue a request.
 
-        Its future fails if the row's logits are not finite, or if the engine fails or is stopped. A request whose
-        future is cancelled while it waits for a slot is dropped.
+        Its future fails if the row's logits are not finite, its answer is cut off before its grammar allows an end, or
+        the engine fails or is stopped. A request whose future is cancelled while it waits for a slot is dropped.
 
         Raises:
             RuntimeError: the engine was closed or has failed.
@@ -182,11 +202,13 @@ class Engine(Stoppable):
 class _Loop(threading.Thread):
     """The thread of an engine, and its state."""
 
-    def __init__(self, decoder: Decoder, eos: frozenset[int], clocks: Mapping[str, Clock]) -> None:
+    def __init__(
+        self, decoder: Decoder, eos: frozenset[int], clocks: Mapping[str, Clock], grammars: Grammars | None
+    ) -> None:
         super().__init__(name="qvl-engine", daemon=True)
         #: Submitted requests, in order; None after the last one.
         self.submitted: queue.SimpleQueue[_Pending | None] = queue.SimpleQueue()
-        self._decoder, self._eos, self._clocks = decoder, eos, clocks
+        self._decoder, self._eos, self._clocks, self._grammars = decoder, eos, clocks, grammars
         self._waiting: deque[_Pending] = deque()
         #: Contents of the prefix-cache entries, by entry, the least recently used first.
         self._prefixes: dict[int, NDArray[np.int64]] = {}
@@ -313,10 +335,13 @@ class _Loop(threading.Thread):
             return 0
         first = len(self._live)
         self._occupy_slots(admitted)
+        for slot, (request, _) in enumerate(admitted, start=first):
+            self._allow_first(slot, request)
         with self._clocks["prefill"].running():
             tokens = self._decoder.prefill(first, [request.row for request, _ in admitted])
         for slot, (request, _) in enumerate(admitted, start=first):
             self._store_prefix(slot, request)
+            self._take_scores(slot, request, slot - first)
         self._append_tokens(first, tokens.tolist())
         return len(admitted) * max(len(request.row.input_ids) for request, _ in admitted)
 
@@ -325,6 +350,7 @@ class _Loop(threading.Thread):
         request = partial.item[0]
         start, end = partial.done, len(request.row.input_ids)
         stop = min(end, start + self._decoder.prefill_tokens)
+        self._allow_first(partial.slot, request)
         with self._clocks["prefill"].running():
             tokens = self._decoder.prefill_part(partial.slot, request.row, start, stop, partial.entry)
         partial.done, partial.entry = stop, None
@@ -334,6 +360,7 @@ class _Loop(threading.Thread):
                 self._decoder.move(partial.slot, slot)
             self._occupy_slots([partial.item])
             self._store_prefix(slot, request)
+            self._take_scores(slot, request, 0)
             self._append_tokens(slot, tokens.tolist())
         return stop - start
 
@@ -351,10 +378,28 @@ class _Loop(threading.Thread):
     def _occupy_slots(self, admitted: "list[_Pending]") -> None:
         for request, future in admitted:
             budget = min(request.max_new_tokens, self._decoder.layout.max_seq_len - len(request.row.input_ids))
-            self._live.append(_LiveRow(budget, future))
+            guide = request.grammar.guide() if request.grammar else None
+            self._live.append(_LiveRow(budget, future, guide))
+
+    def _take_scores(self, slot: int, request: Request, row: int) -> None:
+        """Keep the scores of a request's candidates, row `row` of the last prefill."""
+        count = len(request.row.candidates)
+        self._live[slot].candidate_scores = self._decoder.candidate_scores[row, :count].tolist() if count else []
+
+    def _allow_first(self, slot: int, request: Request) -> None:
+        """Say which tokens the answer of the row in a slot may begin with."""
+        self._decoder.allowed[slot] = request.grammar.first_mask if request.grammar else ALL
+
+    def _allow_next(self) -> None:
+        """Say which tokens may be next in each live row."""
+        if self._grammars:
+            self._decoder.allowed[[slot for slot, row in enumerate(self._live) if not row.guide]] = ALL
+            guides = [(row.guide, slot) for slot, row in enumerate(self._live) if row.guide]
+            self._grammars.fill(guides, self._decoder.allowed)
 
     def _step(self) -> None:
         if self._live:
+            self._allow_next()
             tokens = np.array([row.tokens[-1] for row in self._live], np.int64)
             with self._clocks["decode"].running():
                 following = self._decoder.step(tokens)
@@ -362,6 +407,8 @@ class _Loop(threading.Thread):
 
     def _append_tokens(self, first: int, tokens: list[int]) -> None:
         """Append the next tokens to the rows in slots `first`, `first + 1`, ..., and retire rows that end."""
+        for row, logprob in zip(self._live[first:], self._decoder.logprobs.tolist(), strict=False):
+            row.logprobs.append(logprob)
         # From the last slot down: the row that `_retire` moves into a gap then has its token already.
         for slot in reversed(range(first, first + len(tokens))):
             row, token = self._live[slot], tokens[slot - first]
@@ -370,13 +417,13 @@ class _Loop(threading.Thread):
                     slot, NumericError(f"logits or hidden states are not finite at answer token {len(row.tokens) + 1}")
                 )
             elif token in self._eos:
-                self._retire(slot, Completion(row.tokens, "stop"))
+                self._retire(slot, row.ended("stop"))
             else:
                 row.tokens.append(token)
-                if len(row.tokens) >= row.budget:
-                    self._retire(slot, Completion(row.tokens, "length"))
+                if outcome := _outcome(row):
+                    self._retire(slot, outcome)
 
-    def _retire(self, slot: int, outcome: Completion | NumericError) -> None:
+    def _retire(self, slot: int, outcome: Completion | RowError) -> None:
         """Move the last live row into the slot of a row that ended, and set the result of that row's future."""
         row, last = self._live[slot], self._live[-1]
         if last is not row:
@@ -400,6 +447,24 @@ class _Loop(threading.Thread):
                 waiting.append(item[1])
         for future in [*running, *filter(Future.set_running_or_notify_cancel, waiting)]:
             future.set_exception(error)
+
+
+def _outcome(row: _LiveRow) -> Completion | RowError | None:
+    """What ends a row after its last token; None if it goes on."""
+    is_cut = len(row.tokens) >= row.budget
+    if row.guide:
+        try:
+            row.guide.accept(row.tokens[-1])
+        except ConstraintError as error:
+            return error
+        if row.guide.is_complete:
+            return row.ended("stop")
+        if is_cut and not row.guide.may_end:
+            return TruncatedError(
+                f"the answer was cut off at {len(row.tokens)} tokens before it was what it must be: raise "
+                "--max-new-tokens"
+            )
+    return row.ended("length") if is_cut else None
 
 
 @atexit.register

@@ -109,7 +109,7 @@ class RowLayout:
         turn = single_turn(_PROBE, 1)
         try:
             rendered = self._template.render(turn)
-            whole, probe = self._encode(rendered.fill(rendered.parts)), self._encode(_PROBE)
+            whole, probe = self.encode(rendered.fill(rendered.parts)), self.encode(_PROBE)
             # From here on, the spelling of a special token is tokenized as plain text.
             self._tokenizer.encode_special_tokens = True
             row = self.row(turn, [(1, 1)])
@@ -187,15 +187,20 @@ class RowLayout:
             for match in self._added.finditer(part):
                 if match[0] in self._special:
                     stretch.append(part[end : match.start()])
-                    tokens += self._encode(rendered.fill(stretch))
+                    tokens += self.encode(rendered.fill(stretch))
                     tokens.append(self._special[match[0]])
                     stretch = []
                     end = match.end()
             stretch.append(part[end:])
-        tokens += self._encode(rendered.fill(stretch))
+        tokens += self.encode(rendered.fill(stretch))
         return tokens
 
-    def _encode(self, text: str) -> list[int]:
+    def encode(self, text: str) -> list[int]:
+        """Token ids of text, in which the spelling of a special token is text.
+
+        Raises:
+            PromptError: it is not valid Unicode text.
+        """
         if not text:
             return []
         try:

@@ -6,10 +6,12 @@ schema of the answers follows; or an error that names file and column.
 
 from collections import Counter
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pyarrow as pa
 
 from qvl_batch.config import JobConfig
+from qvl_batch.constraints import Kind
 from qvl_batch.errors import ConfigError, InputError
 from qvl_batch.schema import EXPECTED_FIELD, ID, answer_fields, is_text, plain_type
 
@@ -39,6 +41,7 @@ class InputColumns:
         messages: name, None if rows are an image and a prompt.
         has_lists: rows can have several images or none: the image column is of lists, or there are messages.
         answer_last_turn_again: an assistant's turn at the end of messages becomes the column `expected`.
+        constraint: name of a column that says what each answer must be, and of which kind it is; None if there is none.
     """
 
     id: pa.Field
@@ -48,11 +51,13 @@ class InputColumns:
     messages: str | None = None
     has_lists: bool = False
     answer_last_turn_again: bool = False
+    constraint: tuple[str, Kind] | None = None
 
     @property
     def names(self) -> list[str]:
         """Every column to read, each once."""
         asked = [name for name in (self.prompt, self.messages) if name is not None]
+        asked += [self.constraint[0]] if self.constraint else []
         return list(dict.fromkeys([self.id.name, self.image, *asked, *(field.name for field in self.kept)]))
 
     def joined(self, other: "InputColumns") -> "InputColumns | None":
@@ -67,10 +72,10 @@ class InputColumns:
         fields = (a if kind == a.type else a.with_type(kind) for a, kind in zip(self.kept, kept, strict=True))
         return replace(self, kept=tuple(fields), has_lists=self.has_lists or other.has_lists)
 
-    def output_schema(self, *, boxes: bool = False) -> pa.Schema:
-        """Schema of the answers, perhaps with the boxes that they contain."""
+    def output_schema(self, **options: Any) -> pa.Schema:
+        """Schema of the answers; the options are those of `answer_fields`."""
         expected = [EXPECTED_FIELD] if self.answer_last_turn_again else []
-        answers = answer_fields(lists=self.has_lists, boxes=boxes)
+        answers = answer_fields(lists=self.has_lists, **options)
         return pa.schema([pa.field(ID, self.id.type), *self.kept, *expected, *answers])
 
 
@@ -83,7 +88,8 @@ def input_columns(schema: pa.Schema, file: str, config: JobConfig) -> InputColum
         ConfigError: a kept column has the name of an output column.
     """
     again = config.answer_last_turn_again
-    reserved = {ID, *(field.name for field in [*answer_fields(boxes=True), *([EXPECTED_FIELD] if again else [])])}
+    answers = answer_fields(boxes=True, parsed=pa.null(), confidence=True, choices=True)
+    reserved = {ID, *(field.name for field in [*answers, *([EXPECTED_FIELD] if again else [])])}
     clash = [name for name in config.copied_columns if name in reserved]
     if clash:
         raise ConfigError(f"--keep-columns {clash[0]}: the output already has a column of this name")
@@ -94,6 +100,9 @@ def input_columns(schema: pa.Schema, file: str, config: JobConfig) -> InputColum
         _check_prompt(_field(schema, prompt, file, "--prompt-column"), file)
     if messages is not None:
         _check_messages(_field(schema, messages, file, "--messages-column"), file)
+    if config.constraint_column is not None:
+        name, kind = config.constraint_column
+        _check_constraint(_field(schema, name, file, _option(kind)), kind, file)
     lists = messages is not None
     if messages is None or config.image_column in schema.names:
         image = _field(schema, config.image_column, file, "--image-column")
@@ -114,7 +123,13 @@ def input_columns(schema: pa.Schema, file: str, config: JobConfig) -> InputColum
         messages,
         has_lists=lists,
         answer_last_turn_again=again,
+        constraint=config.constraint_column,
     )
+
+
+def _option(kind: Kind) -> str:
+    """The option that names a column of constraints."""
+    return f"--{kind.replace('_', '-')}-column"
 
 
 def _field(schema: pa.Schema, name: str, file: str, option: str, how_to_add: str | None = None) -> pa.Field:
@@ -160,9 +175,7 @@ def _check_image(field: pa.Field, file: str) -> None:
 
 
 def _check_messages(field: pa.Field, file: str) -> None:
-    kind = plain_type(field.type)
-    if isinstance(kind, pa.JsonType):  # parquet's own type for JSON, which is text
-        kind = kind.storage_type
+    kind = _without_json(plain_type(field.type))
     item = item_type(kind)
     kinds = (pa.types.is_struct, pa.types.is_map, pa.types.is_null)  # null: of lists that are all empty
     if not (is_text(kind) or pa.types.is_null(kind) or (item and any(is_kind(item) for is_kind in kinds))):
@@ -170,6 +183,24 @@ def _check_messages(field: pa.Field, file: str) -> None:
             f"{file}: column {field.name!r} (--messages-column) is {field.type}; it must be lists of messages, structs "
             "of role and content or of from and value, or the same as JSON text"
         )
+
+
+def _check_constraint(field: pa.Field, kind: Kind, file: str) -> None:
+    plain = _without_json(plain_type(field.type))
+    item = item_type(plain)
+    is_list = kind == "choices" and item is not None and (is_text(plain_type(item)) or pa.types.is_null(item))
+    if not (is_text(plain) or pa.types.is_null(plain) or is_list):
+        wanted = {
+            "choices": "lists of strings, or the same as JSON text",
+            "regex": "strings",
+            "json_schema": "JSON schemas as text",
+        }[kind]
+        raise InputError(f"{file}: column {field.name!r} ({_option(kind)}) is {field.type}; it must be {wanted}")
+
+
+def _without_json(kind: pa.DataType) -> pa.DataType:
+    """The type itself, or for parquet's own type for JSON the text that it is."""
+    return kind.storage_type if isinstance(kind, pa.JsonType) else kind
 
 
 def item_type(kind: pa.DataType) -> pa.DataType | None:

@@ -1,4 +1,5 @@
-"""Reads rows of the input's files as tables: id, kept columns, conversation, and images as bytes of files.
+"""Reads rows of the input's files as tables: id, kept columns, conversation, what its answer must be, and images as
+bytes of files.
 
 What enters: a `Unit` of rows. What leaves: tables with the columns that `qvl_batch.columns` defines for this stage, the
 id and the kept columns. Every row is in one of them; a row that cannot be read has a failure. Reading streams, so that
@@ -18,7 +19,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from qvl_batch.columns import IMAGES, MESSAGES, array, failure_columns, place_columns
+from qvl_batch.columns import CONSTRAINT, IMAGES, MESSAGES, array, failure_columns, place_columns
+from qvl_batch.constraints import Constraint, constraint_of
 from qvl_batch.conversation import single_turn, to_json
 from qvl_batch.errors import (
     ImageError,
@@ -144,8 +146,10 @@ def _records(
     """The next stage's table: places, id, kept columns, conversations, images, failures. `error` fails all rows."""
     rows = range(first_row, first_row + table.num_rows)
     asked: list[Asked | RowError]
+    constraints: list[Constraint | None] = [None] * len(rows)
     if error is None:
-        asked = _asked(table, columns, prompt)
+        constraints, wrong = _constraints(table, columns)
+        asked = [error or each for error, each in zip(wrong, _asked(table, columns, prompt), strict=True)]
         _note_marks(asked)
         images, failures = _images(asked, Path(unit.file).parent, fetcher)
     else:
@@ -156,6 +160,7 @@ def _records(
         ID: table[columns.id.name].cast(columns.id.type),
         **{field.name: table[field.name].cast(field.type) for field in columns.kept},
         MESSAGES: array(MESSAGES, [to_json(each.conversation) if isinstance(each, Asked) else None for each in asked]),
+        CONSTRAINT: array(CONSTRAINT, [each and each.to_json() for each in constraints]),
         IMAGES: array(IMAGES, images),
         **failure_columns(failures),
     }
@@ -175,6 +180,22 @@ def _asked(table: pa.Table, columns: InputColumns, prompt: str | None) -> list[A
         return [_result(partial(_conversation, value, shown, again=again)) for value, shown in messages]
     prompts: list[object] = [prompt] * len(table) if columns.prompt is None else _values(table[columns.prompt])
     return [_result(partial(_turn, each, shown)) for each, shown in zip(prompts, images, strict=True)]
+
+
+def _constraints(table: pa.Table, columns: InputColumns) -> tuple[list[Constraint | None], list[RowError | None]]:
+    """What the answer of each row must be, None where the column is null; and what is wrong with it."""
+    found: list[Constraint | None] = [None] * len(table)
+    wrong: list[RowError | None] = [None] * len(table)
+    if columns.constraint is not None:
+        name, kind = columns.constraint
+        for at, value in enumerate(_values(table[name])):
+            try:
+                if isinstance(value, RowError):
+                    raise value
+                found[at] = None if value is None else constraint_of(kind, value)
+            except RowError as error:
+                wrong[at] = error
+    return found, wrong
 
 
 def _result(read: Callable[[], Asked]) -> Asked | RowError:

@@ -19,6 +19,7 @@ from ray.data import ActorPoolStrategy, DataContext, Dataset, TaskPoolStrategy
 
 from qvl_batch.bundle.loading import Bundle
 from qvl_batch.config import CaptionConfig
+from qvl_batch.constraints import Constraint
 from qvl_batch.images.view import View
 from qvl_batch.input.fetch import Fetcher
 from qvl_batch.input.input_columns import InputColumns
@@ -54,6 +55,7 @@ class Pipeline:
         view: how images are seen.
         fetcher: reads images that are not in the input's files.
         sample: places of rows to show in the report.
+        constraint: what all answers must be, if that is anything.
     """
 
     config: CaptionConfig
@@ -63,6 +65,7 @@ class Pipeline:
     view: View
     fetcher: Fetcher
     sample: frozenset[Row]
+    constraint: Constraint | None = None
     attempts: RemoteAttempts = field(default_factory=RemoteAttempts)
 
     def answers(self, source: Source) -> Generator[pa.Table, None, None]:
@@ -148,6 +151,10 @@ class Pipeline:
             self.view.fit,
             lists=self.columns.has_lists,
             boxes=config.boxes,
+            constraint=self.constraint,
+            guided=self.constraint is not None or self.columns.constraint is not None,
+            confidence=config.confidence,
+            choices=config.scores_choices,
         )
         return (self.bundle.path, self.plan.slots, self.plan.decoder_threads, form, worker_name)
 

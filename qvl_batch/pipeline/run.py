@@ -16,8 +16,10 @@ import pyarrow as pa
 
 from qvl_batch.bundle.loading import Bundle
 from qvl_batch.config import CaptionConfig, Device
+from qvl_batch.constraints import Constraint
+from qvl_batch.decoder.answerer import grammars_of
 from qvl_batch.decoder.prompts import RowLayout
-from qvl_batch.errors import DeviceError, JobError
+from qvl_batch.errors import ConstraintError, DeviceError, JobError
 from qvl_batch.images.view import View
 from qvl_batch.input.discovery import passed_over
 from qvl_batch.input.fetch import Fetcher
@@ -64,12 +66,18 @@ def run(config: CaptionConfig, say: Say = lambda _: None, is_stopped: IsStopped 
     if config.system_prompt is not None:
         # Workers put it in front too: here it is refused before they start.
         RowLayout(bundle, config.system_prompt)
+    constraint = _constraint(config, bundle)
     fetcher = Fetcher(config.allow_images_from)
     if config.vision_cache:
         # Workers open it too: here it is refused before they start.
         open_vision_cache(config.vision_cache, config.vision_cache_gb, bundle.manifest)
-    job = Job(_answers_depend_on(config, bundle, view), source.files)
-    schema = source.columns.output_schema(boxes=config.boxes)
+    job = Job(_answers_depend_on(config, bundle, view, constraint), source.files)
+    schema = source.columns.output_schema(
+        boxes=config.boxes,
+        parsed=constraint.parsed_type if constraint else None,
+        confidence=config.confidence,
+        choices=config.scores_choices,
+    )
     retry = source.wanted if config.retry_errors else None
     with OutputFolder(storage, job, schema, overwrite=config.overwrite, retry=retry) as folder:
         left = source.without(folder.done)
@@ -78,13 +86,28 @@ def run(config: CaptionConfig, say: Say = lambda _: None, is_stopped: IsStopped 
         report = Report(str(storage), folder.tally, price_per_hour=config.price_per_hour, settings=settings)
         if left.rows:
             report = replace(report, startup_seconds=time.time() - began)
-            report = _answer(config, devices, left, view, fetcher, bundle, folder, report, say, is_stopped)
+            report = _answer(config, devices, left, view, fetcher, bundle, folder, report, say, is_stopped, constraint)
         elif not source.rows:
             folder.write_none()
         if left.rows or not folder.reported():
             record = report.record()
             folder.write_report(record, render(record, report.sample))
     return report
+
+
+def _constraint(config: CaptionConfig, bundle: Bundle) -> Constraint | None:
+    """What every answer must be. Workers compile it too: here it is refused before they start.
+
+    Raises:
+        ConfigError: it cannot be used.
+    """
+    constraint = config.constraint()
+    if constraint is not None:
+        try:
+            grammars_of(bundle, RowLayout(bundle), threads=1).compile(constraint).check_room(config.max_new_tokens)
+        except ConstraintError as error:
+            raise config.refused(error) from error
+    return constraint
 
 
 def _devices(config: CaptionConfig, bundle: Bundle) -> dict[str, Device]:
@@ -140,6 +163,7 @@ def _answer(
     report: Report,
     say: Say,
     is_stopped: IsStopped,
+    constraint: Constraint | None,
 ) -> Report:
     """Answer what is left; the report of it, from one of what was before."""
     began = time.time()
@@ -149,7 +173,7 @@ def _answer(
         say(f"workers   {plan}")
         sample = choose(left.rows, left.spans())
         stats = RunStats(sample)
-        pipeline = Pipeline(config, bundle, plan, left.columns, view, fetcher, sample)
+        pipeline = Pipeline(config, bundle, plan, left.columns, view, fetcher, sample, constraint)
         # Closed before Ray is: threads of a dataset that is still running would start another Ray.
         with closing(pipeline.answers(left)) as answers:
             tally = _write(answers, folder, stats, left.rows, is_stopped)
@@ -200,7 +224,9 @@ def _until(is_stopped: IsStopped, tables: Iterable[pa.Table]) -> Iterator[pa.Tab
         yield table
 
 
-def _answers_depend_on(config: CaptionConfig, bundle: Bundle, view: View) -> dict[str, Any]:
+def _answers_depend_on(
+    config: CaptionConfig, bundle: Bundle, view: View, constraint: Constraint | None
+) -> dict[str, Any]:
     """What the answers of one output must have in common, by the names that a user knows.
 
     Not which images are shown (`config.image_rules`): errors alone become answers by it, and by `--retry-errors`.
@@ -220,4 +246,11 @@ def _answers_depend_on(config: CaptionConfig, bundle: Bundle, view: View) -> dic
         "--fit": view.fit,
         "--max-pixels": view.resolution.max_pixels if view.resolution.is_native else None,
         "--boxes": config.boxes,
+        "--confidence": config.confidence,
+        "--choices": constraint.choices if constraint else [],
+        "--regex": config.regex,
+        "--json-schema": constraint.text if constraint and config.json_schema else None,
+        "--choices-column": config.choices_column,
+        "--regex-column": config.regex_column,
+        "--json-schema-column": config.json_schema_column,
     }

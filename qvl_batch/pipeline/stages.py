@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from qvl_batch.bundle.loading import Bundle
 from qvl_batch.columns import (
+    CONSTRAINT,
     FAILURE,
     FEATURES,
     IMAGE_KEYS,
@@ -32,11 +33,13 @@ from qvl_batch.columns import (
     with_columns,
 )
 from qvl_batch.config import Device, Fit
+from qvl_batch.constraints import Constraint
 from qvl_batch.conversation import from_json
 from qvl_batch.decoder.answerer import Answerer, EncodedImage, EncodedRow
 from qvl_batch.grounding import boxes, complete
 from qvl_batch.images.view import ImageSize, sizes_of
-from qvl_batch.schema import BOXES_FIELD, Failure, answer_fields
+from qvl_batch.json_schema import value_of
+from qvl_batch.schema import BOXES_FIELD, PARSED, Failure, answer_fields
 from qvl_batch.vision.cache import open_vision_cache
 from qvl_batch.vision.encoder import VisionEncoder
 from qvl_batch.vision.features import ImageFeatures
@@ -113,6 +116,10 @@ class AnswerForm:
         fit: how images became square; None if they kept their own size.
         lists: sizes of images are lists.
         boxes: add the boxes that answers contain.
+        constraint: what answers must be, where a row has nothing of its own.
+        guided: answers must be something, of some rows at least.
+        confidence: add how sure the model is.
+        choices: add the probability of each choice.
     """
 
     max_new_tokens: int
@@ -121,6 +128,15 @@ class AnswerForm:
     fit: Fit | None = None
     lists: bool = False
     boxes: bool = False
+    constraint: Constraint | None = None
+    guided: bool = False
+    confidence: bool = False
+    choices: bool = False
+
+    @property
+    def parsed_type(self) -> pa.DataType | None:
+        """Type of the column `PARSED`; None if there is none."""
+        return self.constraint.parsed_type if self.constraint else None
 
 
 class DecoderStage:
@@ -146,8 +162,15 @@ class DecoderStage:
         loaded = Bundle.load(bundle, verify=False)
         self._grid, self._hidden_size = loaded.manifest.layout.resolution.grid, loaded.manifest.decoder.hidden_size
         self._answerer = Answerer(
-            loaded, slots, threads, system_prompt=form.system_prompt, allow_repetition=form.allow_repetition
+            loaded,
+            slots,
+            threads,
+            system_prompt=form.system_prompt,
+            allow_repetition=form.allow_repetition,
+            guided=form.guided,
+            logprobs=form.confidence,
         )
+        self._parsed_type = form.parsed_type
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Answer the rows of a table."""
@@ -155,19 +178,25 @@ class DecoderStage:
         failures, images = failures_of(table), _images(table, FEATURES)
         keys, messages = table[IMAGE_KEYS].to_pylist(), table[MESSAGES].to_pylist()
         sizes = [sizes_of(numbers or ()) for numbers in table[SIZES].to_pylist()]
+        constraints = [self._constraint(each) for each in table[CONSTRAINT].to_pylist()]
         rows = [
-            failure or EncodedRow(from_json(messages[at]), tuple(map(self._encoded, images[at], keys[at])))
+            failure
+            or EncodedRow(from_json(messages[at]), tuple(map(self._encoded, images[at], keys[at])), constraints[at])
             for at, failure in enumerate(failures)
         ]
         answers = [
             replace(answer, image_sizes=tuple(size.numbers for size in seen))
             for answer, seen in zip(self._answerer.answer(rows, form.max_new_tokens), sizes, strict=True)
         ]
-        records = [answer.record(lists=form.lists) for answer in answers]
+        kinds = {"lists": form.lists, "confidence": form.confidence, "choices": form.choices}
+        records = [answer.record(**kinds) for answer in answers]
         columns = {
             field.name: pa.array([record[field.name] for record in records], field.type)
-            for field in answer_fields(lists=form.lists)
+            for field in answer_fields(**kinds)
         }
+        if self._parsed_type is not None:
+            parsed = [None if each.answer is None else value_of(each.answer, self._parsed_type) for each in answers]
+            columns[PARSED] = pa.array(parsed, self._parsed_type)
         if form.boxes:
             found = [boxes(complete(each), seen, form.fit) for each, seen in zip(answers, sizes, strict=True)]
             values = [None if each is None else [asdict(box) for box in each] for each in found]
@@ -175,7 +204,12 @@ class DecoderStage:
         columns[WORKERS["decoder"]] = array(WORKERS["decoder"], [self._name] * table.num_rows)
         for work, clock in self._answerer.clocks.items():
             columns |= seconds_column(work, clock.take(), table.num_rows)
-        return with_columns(table.drop_columns([FEATURES, MESSAGES, SIZES, IMAGE_KEYS, *FAILURE]), columns)
+        done = [FEATURES, MESSAGES, CONSTRAINT, SIZES, IMAGE_KEYS, *FAILURE]
+        return with_columns(table.drop_columns(done), columns)
+
+    def _constraint(self, text: str | None) -> Constraint | None:
+        """What the answer of a row must be."""
+        return self._form.constraint if text is None else Constraint.from_json(text)
 
     def _encoded(self, image: tuple[pa.Buffer, ImageSize], key: bytes) -> EncodedImage:
         features, size = image

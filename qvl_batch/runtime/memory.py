@@ -23,6 +23,7 @@ ELEMENTS: dict[str, Any] = {
     "bfloat16": np.uint16,
     "int64": np.int64,
     "int32": np.int32,
+    "uint8": np.uint8,
     "bool": np.bool_,
 }
 

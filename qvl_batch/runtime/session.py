@@ -130,6 +130,8 @@ class Binding:
                 element = ONNX_TYPES.get(array.element, ELEMENTS[array.element])
                 bind(name, array.device, 0, element, array.shape, array.address)
         self._options = ort.RunOptions()
+        if memory.device == "cpu":
+            self._options.only_execute_path_to_fetches = True  # what only unbound outputs need is not computed
         if memory.device == "cuda":
             self._options.add_run_config_entry("gpu_graph_id", str(graph))
             # `run` copies the outputs in the same stream, then waits for it once.
