@@ -293,7 +293,9 @@ def test_what_no_answer_can_be_is_refused_with_the_reason(kind, value, message, 
 )
 def test_what_has_no_room_is_refused_with_the_tokens_that_it_takes(kind, value, text, grammars):
     grammar = grammars.compile(constraint_of(kind, value))
-    message = f"an answer such as '{re.escape(text)}.*' takes \\d+ tokens, and --max-new-tokens allows 5"
+    message = (
+        f"an answer such as '{re.escape(text)}.*' takes \\d+ tokens, and there is room for 5: raise --max-new-tokens"
+    )
     with pytest.raises(ConstraintError, match=message):
         grammar.check_room(5)
     grammar.check_room(200)
@@ -345,6 +347,19 @@ def _probabilities(pytorch, row, spelled, eos):
             probability *= float(sum(weights[tokens.index(token)] for token in chosen))
         found.append(probability)
     return found
+
+
+@pytest.mark.parametrize("confidence", [False, True])
+def test_a_row_without_room_for_its_choices_fails_alone(confidence, tiny_bundle, questions):
+    image, longest = questions[0]["image"]["bytes"], tiny_bundle.manifest.layout.max_seq_len
+    with Captioner(tiny_bundle.path, slots=2, confidence=confidence) as captioner:
+        (short,) = captioner.caption([image], ["?"])
+        long = "a " * (longest - short.prompt_tokens - 6) + "?"
+        (free,) = captioner.caption([image], [long])
+        assert 0 < longest - free.prompt_tokens < 12
+        full, other = captioner.caption([image] * 2, [long, "How many?"], choices=["yes", "no, there is none at all"])
+    assert re.search(r"'no, there is none at all' takes \d+ tokens, and there is room for \d+: raise", str(full))
+    assert other.failure is None
 
 
 def test_a_constraint_survives_its_text():

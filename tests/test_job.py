@@ -260,7 +260,12 @@ def test_columns_of_patterns_and_schemas_are_per_row_too(tiny_bundle, demo, job,
     table = table.append_column("pattern", pa.array(patterns)).append_column("schema", pa.array(schemas))
     pq.write_table(table, tmp_path / "rows.parquet")
     for option, column, first, reasons in (
-        ("--regex-column", "pattern", r"\d\d", ("unclosed character class", "takes 999 tokens, and --max-new-tokens")),
+        (
+            "--regex-column",
+            "pattern",
+            r"\d\d",
+            ("unclosed character class", "takes 999 tokens, and there is room for 128"),
+        ),
         ("--json-schema-column", "schema", "true|false", ("the schema is not JSON", "cannot be followed")),
     ):
         output = tmp_path / column
@@ -297,7 +302,7 @@ def test_an_empty_input_gives_an_empty_answer(tiny_bundle, demo, call, tmp_path)
         ({"--choices": "yes,,no"}, "--choices: choice 2 is ''; it must be text"),
         ({"--choices": "yes,no", "--regex": "yes"}, "--choices and --regex: an answer can only be one of them"),
         ({"--regex": "["}, "--regex: the regular expression cannot be followed"),
-        ({"--regex": "[0-9]{200}"}, "takes 200 tokens, and --max-new-tokens allows 128"),
+        ({"--regex": "[0-9]{200}"}, "takes 200 tokens, and there is room for 128"),
         ({"--json-schema": "nowhere.json"}, "--json-schema nowhere.json: No such file or directory"),
         ({"--json-schema": "LICENSE"}, "--json-schema LICENSE: the schema is not JSON"),
         ({"--choices-column": "labels"}, "has no single column 'labels' (--choices-column)"),

@@ -142,8 +142,10 @@ class Answerer:
         if isinstance(row, Failure):
             return row
         try:
-            grammar = self._grammar(row.constraint, max_new_tokens)
+            grammar = self._grammar(row.constraint)
             tokens = self._layout.row(row.conversation, [(image.rows, image.columns) for image in row.images])
+            if grammar is not None:
+                grammar.check_room(min(max_new_tokens, self._layout.layout.max_seq_len - len(tokens.input_ids)))
         except RowError as error:
             return Failure.of(error)
         images = [row.images[placed.index] for placed in tokens.images]
@@ -161,13 +163,11 @@ class Answerer:
         places = [replace(place, max_new_tokens=1, grammar=None) for place in places]
         return _Asked(prompt_tokens, places, grammar)
 
-    def _grammar(self, constraint: Constraint | None, max_new_tokens: int) -> Grammar | None:
+    def _grammar(self, constraint: Constraint | None) -> Grammar | None:
         if constraint is None:
             return None
         assert self._grammars is not None
-        grammar = self._grammars.compile(constraint)
-        grammar.check_room(max_new_tokens)
-        return grammar
+        return self._grammars.compile(constraint)
 
     def _complete(self, requests: Sequence[Request]) -> list[Completion | RowError]:
         outcomes = self._run(self._engine, requests)

@@ -69,17 +69,17 @@ class Grammar(ABC):
     def guide(self) -> Guide:
         """A guide for one answer."""
 
-    def check_room(self, max_new_tokens: int) -> None:
+    def check_room(self, room: int) -> None:
         """Refuse choices that are longer than so many tokens, or a grammar whose shortest answer is.
 
         Raises:
             ConstraintError: says how many tokens it takes.
         """
         tokens, text = self._needed
-        if tokens > max_new_tokens:
+        if tokens > room:
             raise ConstraintError(
-                f"an answer such as {excerpt(text)!r} takes {tokens} tokens, and --max-new-tokens allows "
-                f"{max_new_tokens}"
+                f"an answer such as {excerpt(text)!r} takes {tokens} tokens, and there is room for {room}: raise "
+                "--max-new-tokens, or ask in fewer tokens"
             )
 
 
