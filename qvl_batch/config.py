@@ -128,7 +128,7 @@ class CaptionConfig(JobConfig):
     fit: Fit | None = None
     """How an image that is not square becomes square. By default, letterbox.
     Not for a bundle that shows images at their own size."""
-    choices: tuple[str, ...] = ()
+    choices: tuple[str, ...] | None = None
     """Answer with one of these: `yes,no,unclear`, or several values, in which commas are text."""
     regex: str | None = None
     """Answer with a match of this regular expression, from its first character to its last."""
@@ -176,8 +176,7 @@ class CaptionConfig(JobConfig):
             raise ConfigError(f"--vision-cache-gb must be a number above 0, not {self.vision_cache_gb}")
         if self.price_per_hour is not None and not 0 <= self.price_per_hour < math.inf:
             raise ConfigError(f"--price-per-hour must be a number from 0 on, not {self.price_per_hour}")
-        given = [name for name in _CONSTRAINTS if getattr(self, name)]
-        if len(given) > 1:
+        if len(given := self._constraints) > 1:
             raise ConfigError(f"{' and '.join(map(_option, given))}: an answer can only be one of them; give one")
         repeated = sorted({name for name in self.keep_columns if self.keep_columns.count(name) > 1})
         if repeated:
@@ -201,7 +200,12 @@ class CaptionConfig(JobConfig):
     @property
     def scores_choices(self) -> bool:
         """Whether the probability of each choice is asked for."""
-        return self.confidence and bool(self.choices or self.choices_column)
+        return self.confidence and self._constraints in (["choices"], ["choices_column"])
+
+    @property
+    def _constraints(self) -> list[str]:
+        """Names of the options that are given of those that say what answers must be."""
+        return [name for name in _CONSTRAINTS if getattr(self, name) is not None]
 
     def constraint(self) -> Constraint | None:
         """What every answer must be, if that is anything; reads the file of a JSON schema.
@@ -210,10 +214,10 @@ class CaptionConfig(JobConfig):
             ConfigError: names the option, and what is wrong with it.
         """
         try:
-            if self.choices:
+            if self.choices is not None:
                 # One value is a list; several are choices.
-                several = len(self.choices) > 1
-                return constraint_of("choices", self.choices if several else self.choices[0].split(","))
+                is_list = len(self.choices) == 1
+                return constraint_of("choices", self.choices[0].split(",") if is_list else self.choices)
             if self.regex is not None:
                 return constraint_of("regex", self.regex)
             if self.json_schema is None:
@@ -226,7 +230,7 @@ class CaptionConfig(JobConfig):
 
     def refused(self, error: Exception) -> ConfigError:
         """The error for a constraint that cannot be used."""
-        name = next(name for name in _CONSTRAINTS if getattr(self, name))
+        (name,) = self._constraints
         value = f" {self.json_schema}" if name == "json_schema" else ""
         reason = error.strerror if isinstance(error, OSError) else error
         return ConfigError(f"{_option(name)}{value}: {reason}")

@@ -110,6 +110,8 @@ class _Typed:
         kinds = {bool: pa.bool_(), int: pa.int64(), float: pa.float64(), str: pa.string(), type(None): pa.null()}
         if not isinstance(values, list) or not values or any(type(value) not in kinds for value in values):
             raise ConstraintError(f"{at} must be an enum of strings, numbers, booleans or null")
+        if any(type(value) is int and abs(value) > MOST_INTEGER for value in values):
+            raise ConstraintError(f"{at} has an integer beyond {MOST_INTEGER:,}, so no column follows from it")
         return _common([kinds[type(value)] for value in values], at)
 
     def _of_kind(self, kind: Any, schema: Mapping[str, Any], at: str) -> pa.DataType:

@@ -301,6 +301,8 @@ def test_an_empty_input_gives_an_empty_answer(tiny_bundle, demo, call, tmp_path)
         ({"--vision-cache": "LICENSE"}, "caption: --vision-cache LICENSE cannot be used: "),
         ({"--choices": "yes,,no"}, "--choices: choice 2 is ''; it must be text"),
         ({"--choices": "yes,no", "--regex": "yes"}, "--choices and --regex: an answer can only be one of them"),
+        ({"--choices": ""}, "--choices: choice 1 is ''; it must be text"),
+        ({"--regex": ""}, "--regex: the regular expression is ''; it must be text"),
         ({"--regex": "["}, "--regex: the regular expression cannot be followed"),
         ({"--regex": "[0-9]{200}"}, "takes 200 tokens, and there is room for 128"),
         ({"--json-schema": "nowhere.json"}, "--json-schema nowhere.json: No such file or directory"),

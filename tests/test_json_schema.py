@@ -57,6 +57,7 @@ def test_a_column_has_the_type_of_its_schema(schema, kind):
             },
             "#/properties/next/anyOf/0 refers to # inside of it",
         ),
+        ({"enum": [1, 2**70]}, "# has an integer beyond 999,999,999,999,999,999"),
         ({"type": "integer", "maximum": 2**70}, "# has a bound beyond 999,999,999,999,999,999"),
     ],
 )
