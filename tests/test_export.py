@@ -24,7 +24,7 @@ from export.progress import Progress
 from export.vision import split_windows
 from qvl_batch.bundle.layout import PlacedImage, mrope_positions
 from qvl_batch.bundle.loading import Bundle
-from qvl_batch.bundle.manifest import DECODER, DECODER_FULL, KNOWN_ANSWERS, VISION
+from qvl_batch.bundle.manifest import DECODER, DECODER_FULL, DECODER_GUIDED, KNOWN_ANSWERS, VISION
 from qvl_batch.errors import ExportError
 
 SHAPES = {
@@ -77,10 +77,11 @@ def test_parts_of_an_image_are_whole_windows_in_order():
     assert split_windows([(2, 64)], 16) == [[(1, 64)]] * 2
 
 
-def test_weights_of_both_decoders_are_on_disk_once(tiny_bundle):
+def test_weights_of_all_decoders_are_on_disk_once(tiny_bundle):
     files = {path.name for path in tiny_bundle.path.glob("*.onnx*")}
-    assert files == {VISION, f"{VISION}.data", DECODER, f"{DECODER}.data", DECODER_FULL}
-    assert (tiny_bundle.path / DECODER_FULL).stat().st_size < 200_000
+    assert files == {VISION, f"{VISION}.data", DECODER, f"{DECODER}.data", DECODER_GUIDED, DECODER_FULL}
+    for name in (DECODER_GUIDED, DECODER_FULL):
+        assert (tiny_bundle.path / name).stat().st_size < 200_000
 
 
 def test_the_plain_contract_graph_has_no_contrib_operators(tiny_bundle):

@@ -19,7 +19,7 @@ from export.package import ExportConfig, export_bundle
 from qvl_batch import Captioner
 from qvl_batch.bundle.known_answers import SPACING, STEPS, Figure, KnownAnswers, digits, repeated
 from qvl_batch.bundle.loading import Bundle
-from qvl_batch.bundle.manifest import DECODER, KNOWN_ANSWERS, VISION
+from qvl_batch.bundle.manifest import DECODER, DECODER_GUIDED, KNOWN_ANSWERS, VISION
 from qvl_batch.config import CaptionConfig
 from qvl_batch.decoder.decoder import Decoder, PrefillRow
 from qvl_batch.errors import BundleError, DeviceError
@@ -133,7 +133,7 @@ def test_a_wrong_decoder_graph_is_refused_before_a_row(saturating, tiny_bundle):
     assert not any(figure.is_within for figure in Decoder(tiny_bundle, 2, threads=2, prove=False).figures())
 
 
-@pytest.mark.parametrize(("name", "graph"), [(VISION, "vision"), (DECODER, "decoder")])
+@pytest.mark.parametrize(("name", "graph"), [(VISION, "vision"), (DECODER_GUIDED, "decoder")])
 def test_a_captioner_of_a_wrong_graph_is_not_made(name, graph, saturating, tiny_bundle):
     saturating(name)
     with pytest.raises(DeviceError, match=f"this machine computes the {graph} graph wrongly"):
