@@ -97,14 +97,14 @@ def _choices(value: object) -> list[str]:
         raise ConstraintError(f"the choices are {_shown(value)}; they must be a list of at least one text")
     if len(value) > MOST_CHOICES:
         raise ConstraintError(f"there are {len(value):,} choices; the limit is {MOST_CHOICES:,}")
-    found: list[str] = []
+    found: dict[str, None] = {}  # in order
     for number, choice in enumerate(value, 1):
         if not isinstance(choice, str) or not choice.strip():
             raise ConstraintError(f"choice {number} is {_shown(choice)}; it must be text")
         if choice in found:
             raise ConstraintError(f"choice {number}, {choice!r}, occurs twice")
-        found.append(_unicode(choice))
-    return found
+        found[_unicode(choice)] = None
+    return list(found)
 
 
 def _schema(value: object) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -92,9 +93,6 @@ class Grammars:
         eos_token_ids: tokens that end an answer.
         threads: threads that make masks.
         spelling: how the tokenizer spells text, in which special tokens are text: text to token ids, and back.
-
-    Raises:
-        BundleError: the tokenizer cannot be read.
     """
 
     def __init__(
@@ -106,20 +104,26 @@ class Grammars:
         spelling: tuple[Callable[[str], list[int]], Callable[[list[int]], str]],
     ) -> None:
         self._encode, self._decode = spelling
-        try:
-            text = tokenizer.read_text(encoding="utf-8")
-            self._tokenizer = LLTokenizer(text, n_vocab=vocab_size, eos_token=list(eos_token_ids))
-        except Exception as error:  # llguidance raises no class of its own
-            raise BundleError(f"{tokenizer} cannot be used for answers with a constraint: {error}") from error
+        self._file, self._vocab_size = tokenizer, vocab_size
         self._executor = LLExecutor(threads)
         self._words, self._eos = mask_bytes(vocab_size) // 4, tuple(eos_token_ids)
         self._kept: OrderedDict[Constraint, Grammar] = OrderedDict()
         self._lock = threading.Lock()
 
+    @cached_property
+    def _tokenizer(self) -> LLTokenizer:
+        """The vocabulary as llguidance has it. That takes it seconds, and choices do not need it."""
+        try:
+            text = self._file.read_text(encoding="utf-8")
+            return LLTokenizer(text, n_vocab=self._vocab_size, eos_token=list(self._eos))
+        except Exception as error:  # llguidance raises no class of its own
+            raise BundleError(f"{self._file} cannot be used for answers with a constraint: {error}") from error
+
     def compile(self, constraint: Constraint) -> Grammar:
         """The grammar of a constraint, kept for rows with the same.
 
         Raises:
+            BundleError: the tokenizer cannot be read.
             ConstraintError: it is wrong, or uses what cannot be followed.
         """
         with self._lock:
