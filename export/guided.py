@@ -1,13 +1,15 @@
-"""The decoder graph for guided answers: what a mask does not allow is never the next token.
+"""The decoder graph for guided answers: what a mask does not allow is never the next token, and the next token can be
+drawn in place of the most probable one.
 
-    logits ─ repetition penalty ─ scores ─ + (0 or -inf) ─┬─ argmax ─ next_token
-                                              │           ├─ log-sum-exp ─ token_logprob
-                  allowed, one bit a token ───┘           └─ gather ─ candidate_scores
-                                                                │
-                                                 candidates ────┘
+    logits ─ repetition penalty ─ + (0 or -inf) ─ scores ─┬─ argmax ─ next_token
+                                     │                    ├─ log-sum-exp ─ token_logprob
+         allowed, one bit a token ───┘                    ├─ gather ─ candidate_scores
+                                                          │    └─ candidates
+                                                          ├─ top k ─ top_scores, top_tokens
+                                                          └─ x inverse_temperature ─ log-sum-exp ─ scaled_total
 
-It is the worker's decoder graph with two inputs and two outputs more, and shares its weights. Jobs that guide no answer
-run the other one. B rows, V vocabulary, K candidates.
+It is the worker's decoder graph with three inputs and six outputs more, and shares its weights. Jobs that guide no
+answer run the other one. B rows, V vocabulary, K candidates.
 """
 
 from collections.abc import Sequence
@@ -21,12 +23,21 @@ from qvl_batch.bundle.manifest import mask_bytes
 FP32 = ir.DataType.FLOAT
 #: Begins the names of what is added.
 OWN = "guide."
+#: Tokens of `top_tokens`. Of a model's distribution at temperature 1 they hold nearly everything; where they do not,
+#: the worker draws from all scores.
+TOP = 64
 
 
 def guide(model: ir.Model, vocab_size: int) -> ir.Model:
-    """Add inputs `allowed`, uint8 (B, `mask_bytes`): token t is bit t % 8 of byte t // 8; and `candidates`, int64
-    (B, K), tokens. Add outputs `token_logprob`, float32 (B,), the log-probability of `next_token` among those that are
-    allowed, after the repetition penalty; and `candidate_scores`, float32 (B, K), logits after both.
+    """Add what guides answers. Scores are logits after the repetition penalty, -inf where a token is not allowed.
+
+    Inputs: `allowed`, uint8 (B, `mask_bytes`): token t is bit t % 8 of byte t // 8; `candidates`, int64 (B, K), tokens;
+    `inverse_temperature`, float32 (B, 1).
+
+    Outputs: `token_logprob`, float32 (B,), the log-probability of `next_token`; `candidate_scores`, float32 (B, K);
+    `scores`, float32 (B, V); `top_scores`, float32, and `top_tokens`, int64, both (B, `TOP`) or of the whole vocabulary
+    if that is smaller: the largest scores, in descending order, and their tokens; `scaled_total`, float32 (B,), the
+    log-sum-exp of scores x `inverse_temperature`.
 
     Each byte of the mask looks its 8 tokens up in a table, since operators on single bits have no CUDA kernels.
 
@@ -36,45 +47,62 @@ def guide(model: ir.Model, vocab_size: int) -> ir.Model:
     """
     graph = model.graph
     (argmax,) = (node for node in graph if node.op_type == "ArgMax")
-    scores = argmax.inputs[0]
-    assert scores is not None
+    logits = argmax.inputs[0]
+    assert logits is not None
     allowed = ir.Value(
         name="allowed", shape=ir.Shape(["B", mask_bytes(vocab_size)]), type=ir.TensorType(ir.DataType.UINT8)
     )
     candidates = ir.Value(name="candidates", shape=ir.Shape(["B", "K"]), type=ir.TensorType(ir.DataType.INT64))
-    graph.inputs.extend([allowed, candidates])
+    cold = ir.Value(name="inverse_temperature", shape=ir.Shape(["B", 1]), type=ir.TensorType(FP32))
+    graph.inputs.extend([allowed, candidates, cold])
     bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
     table = _constant(model, "table", np.where(bits, 0, -np.inf).astype(np.float32))
     nodes: list[ir.Node] = []
 
-    def apply(operator: str, inputs: Sequence[ir.Value], **attributes: int | ir.DataType) -> ir.Value:
-        node = ir.node(operator, inputs, attributes=attributes)
-        node.outputs[0].name = f"{OWN}{operator.lower()}.{len(nodes)}"
+    def apply(
+        operator: str, inputs: Sequence[ir.Value], results: int = 1, **attributes: int | ir.DataType
+    ) -> list[ir.Value]:
+        node = ir.node(operator, inputs, attributes=attributes, num_outputs=results)
+        for at, value in enumerate(node.outputs):
+            value.name = f"{OWN}{operator.lower()}.{len(nodes)}.{at}"
         nodes.append(node)
-        return node.outputs[0]
+        return list(node.outputs)
 
-    index = apply("Cast", [allowed], to=ir.DataType.INT32)
-    by_byte = apply("Gather", [table, index], axis=0)
-    mask = apply("Reshape", [by_byte, _constant(model, "shape", np.array([0, -1]))])
+    (index,) = apply("Cast", [allowed], to=ir.DataType.INT32)
+    (by_byte,) = apply("Gather", [table, index], axis=0)
+    (mask,) = apply("Reshape", [by_byte, _constant(model, "shape", np.array([0, -1]))])
     if vocab_size % 32:
         ends = [
             _constant(model, name, np.array([at])) for name, at in (("start", 0), ("stop", vocab_size), ("axis", 1))
         ]
-        mask = apply("Slice", [mask, *ends])
-    if scores.dtype != FP32:
-        scores = apply("Cast", [scores], to=FP32)
-    masked = apply("Add", [scores, mask])
-    axis = _constant(model, "axis", np.array([1]))
-    best = apply("ReduceMax", [masked, axis], keepdims=0)
-    total = apply("ReduceLogSumExp", [masked, axis], keepdims=0)
-    logprob = apply("Sub", [best, total])
-    chosen = apply("GatherElements", [masked, candidates], axis=1)
-    for value, name, shape in ((logprob, "token_logprob", ["B"]), (chosen, "candidate_scores", ["B", "K"])):
-        value.name, value.shape, value.type = name, ir.Shape(shape), ir.TensorType(FP32)
-        graph.outputs.append(value)
+        (mask,) = apply("Slice", [mask, *ends])
+    if logits.dtype != FP32:
+        (logits,) = apply("Cast", [logits], to=FP32)
+    (scores,) = apply("Add", [logits, mask])
+    count = min(TOP, vocab_size)
+    axis, top = _constant(model, "axis", np.array([1])), _constant(model, "top", np.array([count]))
+    (best,) = apply("ReduceMax", [scores, axis], keepdims=0)
+    (total,) = apply("ReduceLogSumExp", [scores, axis], keepdims=0)
+    (logprob,) = apply("Sub", [best, total])
+    (chosen,) = apply("GatherElements", [scores, candidates], axis=1)
+    top_scores, top_tokens = apply("TopK", [scores, top], results=2, axis=1)
+    (scaled,) = apply("Mul", [scores, cold])
+    (scaled_total,) = apply("ReduceLogSumExp", [scaled, axis], keepdims=0)
+    _publish(graph, logprob, "token_logprob", ["B"])
+    _publish(graph, chosen, "candidate_scores", ["B", "K"])
+    _publish(graph, scores, "scores", ["B", vocab_size])
+    _publish(graph, top_scores, "top_scores", ["B", count])
+    _publish(graph, top_tokens, "top_tokens", ["B", count], ir.DataType.INT64)
+    _publish(graph, scaled_total, "scaled_total", ["B"])
     graph.insert_before(argmax, nodes)
-    argmax.replace_input_with(0, masked)
+    argmax.replace_input_with(0, scores)
     return model
+
+
+def _publish(graph: ir.Graph, value: ir.Value, name: str, shape: Sequence[str | int], kind: ir.DataType = FP32) -> None:
+    """Make a value an output of the graph."""
+    value.name, value.shape, value.type = name, ir.Shape(shape), ir.TensorType(kind)
+    graph.outputs.append(value)
 
 
 def _constant(model: ir.Model, name: str, value: NDArray[np.generic]) -> ir.Value:

@@ -13,6 +13,7 @@
         ├── ImageError           the image is missing or cannot be decoded (stage `image`)
         ├── PromptError          prompt or conversation cannot be asked, or is too long (stage `layout`)
         ├── ConstraintError      what the answer must be is wrong, or cannot be followed (stage `layout`)
+        ├── SamplingError        how the answer is drawn is wrong (stage `layout`)
         ├── NumericError         the model computed unusable values (stage `vision`, `decode`)
         ├── RepetitionError      the answer repeats a phrase until it is cut off (stage `decode`)
         ├── TruncatedError       the answer is cut off before it is what it must be (stage `decode`)
@@ -84,6 +85,16 @@ class ConstraintError(RowError):
     """What the answer must be is no choices, regular expression or JSON schema, or one that cannot be followed."""
 
     stage = "layout"
+
+
+class SamplingError(RowError):
+    """A value of how the answer is drawn cannot be used. Its text is the name of the value, and a reason."""
+
+    stage = "layout"
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(f"{name} {reason}")
+        self.name, self.reason = name, reason
 
 
 class NumericError(RowError):

@@ -137,6 +137,7 @@ class Answer:
     image_sizes: tuple[tuple[int, ...], ...] = ()
     logprobs: tuple[float, ...] = ()
     choice_probabilities: Mapping[str, float] | None = None
+    samples: "tuple[Answer, ...]" = ()
 
     @property
     def confidence(self) -> float | None:

@@ -12,8 +12,9 @@ from qvl_batch.bundle.loading import Bundle
 from qvl_batch.bundle.manifest import Manifest
 from qvl_batch.conversation import single_turn
 from qvl_batch.decoder.decoder import Decoder, PrefillRow
-from qvl_batch.decoder.engine import Completion, Engine, Request
+from qvl_batch.decoder.engine import Engine
 from qvl_batch.decoder.prompts import RowLayout
+from qvl_batch.decoder.requests import Completion, Request
 from qvl_batch.vision.encoder import VisionEncoder
 
 

@@ -23,8 +23,8 @@ from export.package import ExportConfig, export_bundle
 from qvl_batch.bundle.manifest import DECODER, VISION
 from qvl_batch.config import CaptionConfig
 from qvl_batch.decoder.decoder import PREFIX_ENTRIES, Decoder, PrefillRow
-from qvl_batch.decoder.engine import Request
 from qvl_batch.decoder.kv_cache import slot_bytes
+from qvl_batch.decoder.requests import Request
 from qvl_batch.errors import BundleError, ConfigError, DeviceError
 from qvl_batch.pipeline.capacity import Card, bytes_beside_slots, slots_on_card
 from qvl_batch.pipeline.plan import make_plan
@@ -146,7 +146,7 @@ def test_slots_of_the_cache_are_where_they_should_be(half_bundle):
     whole = (ctypes.c_uint16 * 320).from_address(buffer.address)
     array = np.frombuffer(whole, np.uint16).reshape(5, 2, 8, 4)
     array[3] = np.arange(64).reshape(2, 8, 4)
-    memory.move(buffer, 3, 1, 5)
+    memory.copy(buffer, 3, 1, 5)
     assert np.array_equal(array[1, :, :5], array[3, :, :5])
     assert not array[1, :, 5:].any()
     manifest = half_bundle.manifest

@@ -20,8 +20,9 @@ from comparison.reference import PyTorch
 from export.checkpoint import load_checkpoint
 from qvl_batch.bundle.loading import Bundle
 from qvl_batch.decoder.decoder import Decoder
-from qvl_batch.decoder.engine import Engine, Request
+from qvl_batch.decoder.engine import Engine
 from qvl_batch.decoder.prompts import RowLayout
+from qvl_batch.decoder.requests import Request
 from qvl_batch.errors import BundleError
 
 ROWS = 24
@@ -246,7 +247,8 @@ def test_a_process_may_end_while_its_engine_steps(end, status, tiny_bundle):
 import os, signal, threading
 from qvl_batch.bundle.loading import Bundle
 from qvl_batch.decoder.decoder import Decoder, PrefillRow
-from qvl_batch.decoder.engine import Engine, Request
+from qvl_batch.decoder.engine import Engine
+from qvl_batch.decoder.requests import Request
 bundle = Bundle.load({str(tiny_bundle.path)!r}, verify=False)
 decoder, stepped, step = Decoder(bundle, 2, 2), threading.Event(), Decoder.step
 decoder.step = lambda tokens: (stepped.set(), step(decoder, tokens))[1]
@@ -261,7 +263,7 @@ stepped.wait()
 
 def test_a_row_whose_slot_cannot_be_filled_again_fails_with_the_others(tiny_bundle, requests, monkeypatch):
     decoder = Decoder(tiny_bundle, 2, threads=1)
-    monkeypatch.setattr(decoder, "move", lambda *_: (_ for _ in ()).throw(MemoryError("no memory left")))
+    monkeypatch.setattr(decoder, "copy", lambda *_: (_ for _ in ()).throw(MemoryError("no memory left")))
     engine = Engine(decoder, eos_token_ids=())
     futures = [engine.submit(dataclasses.replace(r, max_new_tokens=n)) for r, n in zip(requests, (2, 9), strict=False)]
     assert ["no memory left" in str(future.exception(timeout=60)) for future in futures] == [True, True]

@@ -27,7 +27,8 @@ from qvl_batch.bundle.layout import PlacedImage
 from qvl_batch.config import CaptionConfig
 from qvl_batch.decoder import decoder
 from qvl_batch.decoder.decoder import Decoder, PrefillRow
-from qvl_batch.decoder.engine import Engine, Request
+from qvl_batch.decoder.engine import Engine
+from qvl_batch.decoder.requests import Request
 from qvl_batch.errors import ConfigError
 from qvl_batch.images.view import View
 from qvl_batch.input.fetch import Fetcher

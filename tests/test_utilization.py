@@ -16,8 +16,9 @@ from qvl_batch.clock import Clock
 from qvl_batch.columns import ASKED, FILE, ROW, SECONDS, THUMBNAIL, seconds_column, seconds_of, with_columns
 from qvl_batch.config import CaptionConfig
 from qvl_batch.decoder.decoder import Decoder
-from qvl_batch.decoder.engine import Engine, Request, decoder_clocks
+from qvl_batch.decoder.engine import Engine, decoder_clocks
 from qvl_batch.decoder.prompts import RowLayout
+from qvl_batch.decoder.requests import Request
 from qvl_batch.images.view import View
 from qvl_batch.input.fetch import Fetcher
 from qvl_batch.input.reader import read_unit

@@ -19,7 +19,9 @@ from qvl_batch.bundle.layout import Features, Pixels
 from qvl_batch.bundle.loading import Bundle
 from qvl_batch.config import CaptionConfig
 from qvl_batch.decoder.decoder import Decoder, PrefillRow, Tokens
-from qvl_batch.decoder.engine import Completion, Engine, Request, decoder_clocks, fit_one_prefill
+from qvl_batch.decoder.engine import Engine, decoder_clocks
+from qvl_batch.decoder.requests import Completion, Request
+from qvl_batch.decoder.waiting import fit_one_prefill
 from qvl_batch.pipeline.capacity import CUDA_VISION_THREADS
 from qvl_batch.runtime.devices import memory_on, resolve_vision_device, usable_cpus
 from qvl_batch.vision.encoder import VisionEncoder

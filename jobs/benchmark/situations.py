@@ -10,7 +10,7 @@ import numpy as np
 
 from benchmark.ours import Ours
 from benchmark.rows import Rows, seconds
-from qvl_batch.decoder.engine import Request
+from qvl_batch.decoder.requests import Request
 from qvl_batch.images.pixels import image_key
 from qvl_batch.images.view import View
 from qvl_batch.runtime.devices import usable_cpus

@@ -20,8 +20,9 @@ from qvl_batch.bundle.loading import Bundle
 from qvl_batch.bundle.manifest import DECODER, HALVES, VISION
 from qvl_batch.config import Device, DeviceOption
 from qvl_batch.decoder.decoder import Decoder, PrefillRow, Tokens
-from qvl_batch.decoder.engine import Completion, Engine, Request
+from qvl_batch.decoder.engine import Engine
 from qvl_batch.decoder.prompts import RowLayout, TokenRow
+from qvl_batch.decoder.requests import Completion, Request
 from qvl_batch.errors import NumericError, RowError
 from qvl_batch.runtime.devices import has_cuda, memory_on, usable_cpus
 from qvl_batch.runtime.memory import Memory
@@ -72,9 +73,9 @@ class RecordingDecoder(Decoder):
         self._record(0, following)
         return following
 
-    def move(self, source: int, target: int) -> None:
-        """As `Decoder.move`."""
-        super().move(source, target)
+    def copy(self, source: int, target: int) -> None:
+        """As `Decoder.copy`."""
+        super().copy(source, target)
         self._in_slot[target] = self._in_slot[source]
 
     def _record(self, first: int, tokens: Tokens) -> None:

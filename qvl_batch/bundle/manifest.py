@@ -16,7 +16,7 @@ from qvl_batch.bundle.layout import Layout
 from qvl_batch.config import Device
 from qvl_batch.errors import BundleError
 
-FORMAT_VERSION = 7
+FORMAT_VERSION = 8
 MANIFEST = "bundle.json"
 VISION = "vision.onnx"
 DECODER = "decoder.onnx"

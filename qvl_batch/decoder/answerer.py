@@ -1,9 +1,9 @@
 """Conversations and features to answers: the engine, the tokenizer, and checks of the answers.
 
 What enters: conversations, features and keys of their images, what answers must be, or failures. What leaves: an
-`Answer` for each row, in order. A row whose logits are not finite, or whose answer is cut off while it repeats a phrase
-or before it is what it must be, is run again in fp32, provided that the bundle contains the checkpoint in fp32; if that
-does not help, it fails.
+`Answer` for each row, in order. A row whose logits are not finite, or whose answer repeats a phrase for ever or is cut
+off before it is what it must be, is run again in fp32, provided that the bundle contains the checkpoint in fp32; if
+that does not help, it fails.
 
 This module knows nothing of where rows come from.
 """
@@ -19,18 +19,19 @@ from qvl_batch.bundle.manifest import TOKENIZER
 from qvl_batch.constraints import Constraint
 from qvl_batch.conversation import Conversation
 from qvl_batch.decoder.decoder import Decoder, PrefillRow
-from qvl_batch.decoder.engine import Completion, Engine, Request, decoder_clocks
+from qvl_batch.decoder.draws import Draws
+from qvl_batch.decoder.endings import RUNAWAY, Endings
+from qvl_batch.decoder.engine import Engine, decoder_clocks
 from qvl_batch.decoder.grammar import ChoiceTree, Grammar, Grammars
 from qvl_batch.decoder.prompts import RowLayout
+from qvl_batch.decoder.requests import Completion, Request
 from qvl_batch.errors import RepetitionError, RowError
 from qvl_batch.runtime.devices import memory_on
-from qvl_batch.schema import Answer, Failure
+from qvl_batch.sampling import GREEDY, Sampling
+from qvl_batch.schema import Answer, Failure, FinishReason
 
 #: Slots of the engine that runs failed rows again in fp32.
 FP32_SLOTS = 4
-#: An answer that was cut off counts as repetitive if it ends in a phrase of at most `PHRASE_TOKENS` tokens, repeated at
-#: least `PHRASE_TIMES` times and over at least `REPEATED_TOKENS` tokens.
-PHRASE_TOKENS, PHRASE_TIMES, REPEATED_TOKENS = 16, 4, 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,21 +49,26 @@ class EncodedImage:
 
 @dataclass(frozen=True, slots=True)
 class EncodedRow:
-    """A conversation, its images, and what its answer must be, if that is anything."""
+    """A conversation, its images, what its answer must be, if that is anything, how its tokens are drawn, and what
+    identifies the row: two with the same conversation and images are drawn alike if they have that in common too.
+    """
 
     conversation: Conversation
     images: tuple[EncodedImage, ...]
     constraint: Constraint | None = None
+    sampling: Sampling = GREEDY
+    id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class _Asked:
-    """What the engine is asked for a row: its answer; or, to know the probability of each choice, what may follow at
-    every place where choices part.
+    """What the engine is asked for a row: its answers; or, to know the probability of each choice, what may follow at
+    every place where choices part. `draws` has one for each answer, None for the most probable one.
     """
 
     prompt_tokens: int
     requests: list[Request]
+    draws: list[Draws | None]
     choices: ChoiceTree | None = None
 
 
@@ -75,8 +81,12 @@ class Answerer:
         threads: threads for one operator.
         system_prompt: text of the system message of conversations that have none; by default the template's own.
         allow_repetition: accept answers that repeat a phrase until they are cut off.
+        stop: texts before which an answer ends, whichever comes first.
+        include_stop: the text that ended an answer is a part of it.
+        min_new_tokens: shortest answer in tokens.
         guided: rows can have constraints.
         logprobs: answers say how sure the model is.
+        drawn: answers can be drawn.
 
     Raises:
         BundleError: graph or tokenizer cannot be loaded, or break the contract.
@@ -91,18 +101,24 @@ class Answerer:
         *,
         system_prompt: str | None = None,
         allow_repetition: bool = False,
+        stop: Sequence[str] = (),
+        include_stop: bool = False,
+        min_new_tokens: int = 0,
         guided: bool = False,
         logprobs: bool = False,
+        drawn: bool = False,
     ) -> None:
         self._layout = RowLayout(bundle, system_prompt)
-        self._allow_repetition, self._logprobs = allow_repetition, logprobs
+        self._endings = Endings(self._layout.text, stop, include_stop=include_stop, allow_repetition=allow_repetition)
+        self._min_new_tokens, self._logprobs = min_new_tokens, logprobs
         #: Busy thread-seconds of the decoder, by kind of work.
         self.clocks = clocks = decoder_clocks()
         self._grammars = grammars = grammars_of(bundle, self._layout, threads) if guided else None
 
         def new_engine(bundle: Bundle, slots: int) -> Engine:
             memory = memory_on(bundle.manifest.device)
-            decoder = Decoder(bundle, slots, threads, memory=memory, guided=guided or logprobs, logprobs=logprobs)
+            is_guided = guided or logprobs or drawn or min_new_tokens > 0
+            decoder = Decoder(bundle, slots, threads, memory=memory, guided=is_guided, logprobs=logprobs, drawn=drawn)
             return Engine(decoder, bundle.manifest.generation.eos_token_ids, clocks, grammars)
 
         self._engine = new_engine(bundle, slots)
@@ -155,13 +171,14 @@ class Answerer:
             ids = [*tokens.input_ids, *answer]
             return Request(PrefillRow(ids, tokens.images, features, candidates), max_new_tokens, keys, grammar)
 
-        prompt_tokens = len(tokens.input_ids)
+        whole = replace(request(), min_new_tokens=self._min_new_tokens, is_over=self._endings.is_over)
+        draws = _draws(row, whole)
         if not (self._logprobs and isinstance(grammar, ChoiceTree)):
-            return _Asked(prompt_tokens, [request()])
+            return _Asked(len(tokens.input_ids), [replace(whole, draws=each) for each in draws], draws)
         places = [request(each.tokens, each.following) for each in grammar.branches()]
         # Only what may follow is asked for, not what follows.
         places = [replace(place, max_new_tokens=1, grammar=None) for place in places]
-        return _Asked(prompt_tokens, places, grammar)
+        return _Asked(len(tokens.input_ids), places, draws, grammar)
 
     def _grammar(self, constraint: Constraint | None) -> Grammar | None:
         if constraint is None:
@@ -193,49 +210,64 @@ class Answerer:
             completion = future.result()
         except RowError as error:
             return error
-        if completion.finish_reason == "length" and not self._allow_repetition:
-            phrase, times = repeated_phrase(completion.token_ids)
-            if phrase:
-                return RepetitionError(
-                    f"the answer was cut off at {len(completion.token_ids)} tokens and ends in {times} repetitions of "
-                    f"{self._layout.text(phrase)!r} (--allow-repetition keeps such answers)"
-                )
+        is_cut = completion.finish_reason == "length"
+        if completion.finish_reason == "stop" or self._endings.cut(self._layout.text(completion.token_ids))[1]:
+            return completion
+        if found := self._endings.repetition(completion.token_ids, 1 if is_cut else RUNAWAY):
+            phrase, times = found
+            return RepetitionError(
+                f"the answer was {'cut off' if is_cut else 'ended'} at {len(completion.token_ids)} tokens and ends in "
+                f"{times} repetitions of {self._layout.text(phrase)!r} (--allow-repetition keeps such answers)"
+            )
         return completion
 
     def _answer(self, asked: "_Asked", outcomes: Sequence[Completion | RowError]) -> Answer:
-        for outcome in outcomes:
-            if isinstance(outcome, RowError):
-                return Answer.failed(Failure.of(outcome))
-        completions = [outcome for outcome in outcomes if isinstance(outcome, Completion)]
         if asked.choices is not None:
-            chosen = asked.choices.chosen([each.candidate_scores for each in completions])
-            tokens, logprobs = len(chosen.token_ids), tuple(chosen.logprobs)
-            return Answer(
+            answers = self._chosen(asked, asked.choices, outcomes)
+        else:
+            answers = [self._written(asked, outcome) for outcome in outcomes]
+        first = next((answer for answer in answers if answer.failure is None), answers[0])
+        return replace(first, samples=tuple(answers)) if asked.draws[0] else first
+
+    def _written(self, asked: "_Asked", outcome: Completion | RowError) -> Answer:
+        """The answer of a row."""
+        if isinstance(outcome, RowError):
+            return Answer.failed(Failure.of(outcome))
+        text, is_ended = self._endings.cut(self._layout.text(outcome.token_ids))
+        reason: FinishReason = "length" if outcome.finish_reason == "length" and not is_ended else "stop"
+        tokens = len(outcome.token_ids)
+        return Answer(text, reason, asked.prompt_tokens, tokens, logprobs=tuple(outcome.logprobs))
+
+    def _chosen(self, asked: "_Asked", tree: ChoiceTree, outcomes: Sequence[Completion | RowError]) -> list[Answer]:
+        """The choices of a row, by what may follow at every place where choices part."""
+        completions = [outcome for outcome in outcomes if isinstance(outcome, Completion)]
+        if len(completions) < len(outcomes):
+            error = next(outcome for outcome in outcomes if isinstance(outcome, RowError))
+            return [Answer.failed(Failure.of(error))]
+        scores = [each.candidate_scores for each in completions]
+        return [
+            Answer(
                 chosen.choice,
                 "stop",
                 asked.prompt_tokens,
-                tokens,
-                logprobs=logprobs,
+                len(chosen.token_ids),
+                logprobs=tuple(chosen.logprobs),
                 choice_probabilities=chosen.probabilities,
             )
-        (outcome,) = completions
-        text = self._layout.text(outcome.token_ids)
-        tokens = len(outcome.token_ids)
-        return Answer(text, outcome.finish_reason, asked.prompt_tokens, tokens, logprobs=tuple(outcome.logprobs))
+            for chosen in tree.chosen(scores, asked.draws)
+        ]
+
+
+def _draws(row: EncodedRow, request: Request) -> "list[Draws | None]":
+    """How each answer of a row is drawn: one that is not, if nothing is."""
+    sampling = row.sampling
+    if not sampling.is_random:
+        return [None]
+    identity = request.content.tobytes() + row.id.encode()
+    return [Draws(sampling, identity, sample) for sample in range(sampling.samples)]
 
 
 def grammars_of(bundle: Bundle, layout: RowLayout, threads: int) -> Grammars:
     """Grammars over the vocabulary of a bundle, whose masks are made by so many threads."""
     vocab_size, eos = bundle.manifest.decoder.vocab_size, bundle.manifest.generation.eos_token_ids
     return Grammars(bundle.file(TOKENIZER), vocab_size, eos, threads, (layout.encode, layout.text))
-
-
-def repeated_phrase(tokens: list[int]) -> tuple[list[int], int]:
-    """The phrase that an answer repeats at its end, and how many times in full; ([], 0) if it repeats none."""
-    for length in range(1, PHRASE_TOKENS + 1):
-        matches = 0
-        while matches < len(tokens) - length and tokens[-1 - matches] == tokens[-1 - matches - length]:
-            matches += 1
-        if matches + length >= max(REPEATED_TOKENS, PHRASE_TIMES * length):
-            return tokens[-length:], (matches + length) // length
-    return [], 0

@@ -1,14 +1,13 @@
 """The decoder graph over the KV cache: prefills rows into slots, and runs decode steps over all live slots.
 
-What enters: token ids of rows, places and features of their images, and, if answers are guided, which tokens may come
-next. What leaves: the next token of each row, by argmax after the repetition penalty, or -1 if a logit or hidden state
-of the row is not finite; and its log-probability, if it is asked for. Arrays are allocated once, in the memory of the
-device, and bound by address. A machine that computes the graph wrongly is refused.
+What enters: token ids of rows, places and features of their images, and, if answers are guided, their `Guidance`. What
+leaves: the next token of each row, by argmax after the repetition penalty, or -1 if a logit or hidden state of the row
+is not finite. Arrays are allocated once, in the memory of the device, and bound by address. A machine that computes the
+graph wrongly is refused.
 
 This module knows nothing of prompts as text, of when an answer ends, or of waiting rows.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,8 +18,9 @@ from numpy.typing import NDArray
 from qvl_batch.bundle.known_answers import Figure, KnownAnswers, known_figures, refuse_wrong, repeated
 from qvl_batch.bundle.layout import Features, PlacedImage, mrope_positions
 from qvl_batch.bundle.loading import Bundle
-from qvl_batch.bundle.manifest import DECODER, DECODER_GUIDED, HALVES, MANIFEST, Manifest, Tolerance, mask_bytes
+from qvl_batch.bundle.manifest import DECODER, DECODER_GUIDED, HALVES, MANIFEST, Manifest, Tolerance
 from qvl_batch.config import Device
+from qvl_batch.decoder.guidance import Guidance
 from qvl_batch.decoder.kv_cache import KvCache
 from qvl_batch.errors import BundleError
 from qvl_batch.runtime.devices import machine_of
@@ -30,8 +30,6 @@ from qvl_batch.runtime.session import NO_GRAPH, Binding, Session
 Tokens = NDArray[np.int64]
 #: The next token of a row with a logit or hidden state that is not finite.
 NO_TOKEN = -1
-#: A word of a mask that allows every token.
-ALL = np.int32(-1)
 #: Number of prefix-cache entries.
 PREFIX_ENTRIES = 2
 #: Most tokens of a prefill, padding included, by device; a longer row is prefilled in parts of so many. More would
@@ -72,8 +70,9 @@ class Decoder:
             of each number of rows is captured as a CUDA graph when it first runs. In fp32 it is not: attention copies
             addresses from the host to the GPU, and a captured step would copy the same ones again.
         graph: ONNX file contents to load in place of the bundle's graph.
-        guided: let callers say in `allowed` which tokens may come next.
-        logprobs: with `guided`, keep each call's log-probabilities in `logprobs`, until the next call.
+        guided: let callers guide the next tokens by `guidance`.
+        logprobs: as for `Guidance`.
+        drawn: as for `Guidance`.
         prove: check the graph against the bundle's known answers, which takes a prefill and a few steps of one row.
 
     Raises:
@@ -93,6 +92,7 @@ class Decoder:
         graph: bytes | None = None,
         guided: bool = False,
         logprobs: bool = False,
+        drawn: bool = False,
         prove: bool = True,
     ) -> None:
         manifest, self._bundle = bundle.manifest, bundle
@@ -103,17 +103,6 @@ class Decoder:
         self.prefill_tokens = prefill_tokens(manifest, self.memory.device)
         self.prefill_rows = min(PREFILL_ROWS, slots)
         self._captures = self.memory.device == "cuda" and manifest.dtype in HALVES
-        size = mask_bytes(manifest.decoder.vocab_size)
-        self._allowed = self.memory.zeros((slots, size), "uint8") if guided else None
-        #: Which token may be the next of the row in each slot, int32 (N, ⌈V / 32⌉): token t is bit t % 32 of word
-        #: t // 32. Read by each prefill and step, and never written here.
-        self.allowed = self._allowed.values.view(np.int32) if self._allowed else np.zeros((slots, 0), np.int32)
-        self.allowed[...] = ALL
-        # Every run has candidates: one whose score nobody takes, if none are asked for.
-        self._no_candidates = self.memory.zeros((slots, 1), "int64", on_host=False)
-        self._asked = self._allocate_candidates(slots)
-        #: Scores of the candidates of the last prefill: logits after penalty and mask, float32 (B, K).
-        self.candidate_scores = np.zeros((0, 0), np.float32)
         path = bundle.file(DECODER_GUIDED if guided else DECODER)
         self._session = Session(path, threads, graph, self.memory, captures=self._captures)
         kinds = self._session.inputs
@@ -134,12 +123,15 @@ class Decoder:
         self._prefill_storage = self._allocate_inputs(self.prefill_rows, self.prefill_tokens, on_host=True)
         self._total_length = np.zeros((), np.int32)
         self._outputs = {"next_token": self.memory.zeros((slots,), "int64")}
+        #: The next token of each row of the last call, int64 (B,).
+        self.next_tokens: Tokens = np.zeros(0, np.int64)
         if keep_logits:
             self._outputs["logits"] = self.memory.zeros((slots, manifest.decoder.vocab_size), "float")
-        #: Log-probability of each next token among those that are allowed, after the repetition penalty: float32 (B,).
-        self.logprobs = np.zeros(0, np.float32)
-        if logprobs:
-            self._outputs["token_logprob"] = self.memory.zeros((slots,), "float")
+        #: What guides the next tokens, if anything does.
+        self.guidance: Guidance | None = None
+        if guided:
+            top, vocab_size = self._session.outputs["top_scores"][1], manifest.decoder.vocab_size
+            self.guidance = Guidance(vocab_size, slots, self.memory, int(top), logprobs=logprobs, drawn=drawn)
         if self.memory.device == "cuda":
             self._reserve_memory()
         if prove:
@@ -185,13 +177,13 @@ class Decoder:
         """
         seen = None
         if entry is not None:
-            self._cache.move(self.slots + entry, slot, start)
+            self._cache.copy(self.slots + entry, slot, start)
             seen = self._seen.only(row.input_ids[:start]) if self._seen else None
         return self._run_prefill(slot, [row], start, stop, seen)
 
     def store_prefix(self, slot: int, entry: int, length: int) -> None:
         """Copy the first `length` tokens of the row in `slot` to a prefix-cache entry, 0 to `PREFIX_ENTRIES` - 1."""
-        self._cache.move(slot, self.slots + entry, length)
+        self._cache.copy(slot, self.slots + entry, length)
 
     def step(self, tokens: Tokens) -> Tokens:
         """Append `tokens`, int64 (B,), to the rows in slots 0 to B - 1; returns the next tokens, int64 (B,)."""
@@ -211,12 +203,12 @@ class Decoder:
         step.run()
         return self._next_tokens(rows)
 
-    def move(self, source: int, target: int) -> None:
-        """Move the row in slot `source` to slot `target`."""
-        self._cache.move(source, target, int(self._lengths[source]))
+    def copy(self, source: int, target: int) -> None:
+        """Copy the row in slot `source` to slot `target`."""
+        self._cache.copy(source, target, int(self._lengths[source]))
         self._lengths[target], self._deltas[target] = self._lengths[source], self._deltas[source]
         if self._seen:
-            self._seen.move(source, target)
+            self._seen.copy(source, target)
 
     @cached_property
     def _steps(self) -> list[Binding]:
@@ -271,10 +263,6 @@ class Decoder:
             "seqlens_k": self.memory.zeros((rows,), "int32"),
         }
 
-    def _allocate_candidates(self, count: int) -> tuple[Buffer, Buffer]:
-        """Arrays for so many candidates and their scores."""
-        return self.memory.zeros((count,), "int64"), self.memory.zeros((count,), "float")
-
     def _run_prefill(
         self,
         first: int,
@@ -291,17 +279,9 @@ class Decoder:
             end = len(row.input_ids) if stop is None else stop
             self._lengths[slot] = end
             self._deltas[slot] = row.positions[:, :end].max() + 1 - end
-        inputs, scores = self.prefill_inputs(rows, start, stop), None
-        if most := max(len(row.candidates) for row in rows):
-            shape = (len(rows), most)
-            if math.prod(shape) > self._asked[0].shape[0]:
-                self._asked = self._allocate_candidates(math.prod(shape))
-            inputs["candidates"], scores = (each.shaped(shape) for each in self._asked)
-            inputs["candidates"].values[...] = 0
-            for candidates, row in zip(inputs["candidates"].values, rows, strict=True):
-                candidates[: len(row.candidates)] = row.candidates
-        self._bind(first, len(rows), inputs, seen=seen, logits=logits, scores=scores).run()
-        self.candidate_scores = scores.values if scores else np.zeros((len(rows), 0), np.float32)
+        candidates = [row.candidates for row in rows]
+        inputs = self.prefill_inputs(rows, start, stop)
+        self._bind(first, len(rows), inputs, seen=seen, logits=logits, candidates=candidates).run()
         return self._next_tokens(len(rows))
 
     def _bind(
@@ -312,7 +292,7 @@ class Decoder:
         *,
         seen: Buffer | None = None,
         logits: Buffer | None = None,
-        scores: Buffer | None = None,
+        candidates: Sequence[Sequence[int]] = (),
         graph: int = NO_GRAPH,
     ) -> Binding:
         """Bind a run of `rows` rows, from slot `first` on.
@@ -323,17 +303,17 @@ class Decoder:
             inputs: inputs of the graph, without the cache.
             seen: tokens that the rows contain before the run; by default those of the slots.
             logits: receives the logits; by default those of `keep_logits` do, if requested.
-            scores: receives those of candidates, if there are any.
+            candidates: of each row, in a prefill, if the decoder is guided.
             graph: number of the CUDA graph, see `Session.bind`.
         """
         outputs = {name: each.rows(0, rows) for name, each in self._outputs.items()}
         outputs |= {"logits": logits} if logits else {}
         inputs = inputs | self._cache.past(first, rows)
         outputs |= self._cache.present(first, rows)
-        if self._allowed:
-            nobody = {} if scores else {"candidates": self._no_candidates.rows(first, rows)}
-            inputs |= {"allowed": self._allowed.rows(first, rows)} | nobody
-            outputs |= {"candidate_scores": scores} if scores else {}
+        if self.guidance:
+            guides, scores = self.guidance.bind(first, rows, candidates)
+            inputs |= guides
+            outputs |= scores
         if self._seen:
             inputs["past_seen"] = seen or self._seen.of_slots.rows(first, rows)
             outputs["present_seen"] = self._seen.of_slots.rows(first, rows)
@@ -352,9 +332,10 @@ class Decoder:
         """Copy the next tokens out of the outputs, and publish the logits if they are kept."""
         found = {name: each.values[:rows] for name, each in self._outputs.items()}
         self.logits = found.get("logits", self.logits)
-        self.logprobs = found.get("token_logprob", self.logprobs)
-        tokens: Tokens = found["next_token"].copy()
-        return tokens
+        if self.guidance:
+            self.guidance.publish(rows)
+        self.next_tokens = found["next_token"].copy()
+        return self.next_tokens
 
 
 class SeenTokens:
@@ -381,9 +362,9 @@ class SeenTokens:
         self._prefix.values[0, tokens] = True
         return self._prefix
 
-    def move(self, source: int, target: int) -> None:
+    def copy(self, source: int, target: int) -> None:
         """Copy the tokens of one slot to another."""
-        self._memory.move(self.of_slots, source, target)
+        self._memory.copy(self.of_slots, source, target)
 
 
 def prefill_tokens(manifest: Manifest, device: Device) -> int:

@@ -3,7 +3,8 @@
 What enters: requests, from any thread. What leaves: a future for each, with the tokens of its answer, or a `RowError`
 if its logits are not finite, or its answer cannot become what it must be. Rows are admitted as soon as a slot is free
 and retired as soon as they end, so a long answer does not delay others. A long row is prefilled in parts, with a decode
-step of the live rows after each. Waiting rows that begin alike, whatever with, share a prefix-cache entry.
+step of the live rows after each. Waiting rows that begin alike, whatever with, share a prefix-cache entry; several
+answers to one row share its prefill.
 
 The loop runs in a thread and not as a coroutine, since Ray blocks its actors' event loops for seconds under
 back-pressure.
@@ -12,35 +13,29 @@ This module knows nothing of text, images or Ray.
 """
 
 import atexit
-import hashlib
 import logging
-import os
 import queue
 import threading
 import weakref
 from abc import ABC, abstractmethod
-from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Literal, Self
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qvl_batch.clock import Clock
-from qvl_batch.decoder.decoder import ALL, NO_TOKEN, PREFIX_ENTRIES, Decoder, PrefillRow
-from qvl_batch.decoder.grammar import Grammar, Grammars, Guide
+from qvl_batch.decoder.decoder import NO_TOKEN, PREFIX_ENTRIES, Decoder, Tokens
+from qvl_batch.decoder.draws import UNDECIDED, draw, draw_from_all
+from qvl_batch.decoder.grammar import Grammars, Guide
+from qvl_batch.decoder.guidance import ALL, Guidance
+from qvl_batch.decoder.requests import Completion, Reason, Request
+from qvl_batch.decoder.waiting import Group, Pending, Waiting
 from qvl_batch.errors import ConstraintError, NumericError, RowError, TruncatedError
 
 logger = logging.getLogger(__name__)
-
-#: A prefix is shared if it has at least so many tokens, and is at least this share of the row that takes it over: rows
-#: after a prefix are prefilled one by one.
-PREFIX_TOKENS, PREFIX_SHARE = 64, 0.25
-#: Largest share of padding in a prefill of several rows.
-PADDING = 0.1
 
 
 def decoder_clocks() -> dict[str, Clock]:
@@ -48,68 +43,35 @@ def decoder_clocks() -> dict[str, Clock]:
     return {"prefill": Clock(), "decode": Clock()}
 
 
-@dataclass(frozen=True, eq=False)
-class Request:
-    """A row up to its answer, the longest answer in tokens, keys of its images, and the grammar of its answer if any.
-
-    Images with the same key must have the same features; those with None share nothing. Without keys, no image does.
-    """
-
-    row: PrefillRow
-    max_new_tokens: int
-    images: Sequence[bytes | None] = ()
-    grammar: Grammar | None = None
-
-    @cached_property
-    def content(self) -> NDArray[np.int64]:
-        """What each token stands for, int64 (S,): its id, or a negative number that identifies its image."""
-        content = np.array(self.row.input_ids, np.int64)
-        keys = self.images or [None] * len(self.row.images)
-        for image, key in zip(self.row.images, keys, strict=True):
-            identity = os.urandom(7) if key is None else hashlib.blake2b(key, digest_size=7).digest()
-            content[image.start : image.stop] = -1 - int.from_bytes(identity)
-        return content
-
-    def shared_with(self, content: NDArray[np.int64]) -> int:
-        """Length of the prefix that can be taken over from a row of that content; 0 if it is not worth it."""
-        if not np.array_equal(self.content[:PREFIX_TOKENS], content[:PREFIX_TOKENS]):
-            return 0
-        # At least one token is left, whose logits give the first token of the answer.
-        length = min(len(self.content) - 1, len(content))
-        differs = self.content[:length] != content[:length]
-        shared = int(differs.argmax()) if differs.any() else length
-        return shared if shared >= max(PREFIX_TOKENS, PREFIX_SHARE * len(self.content)) else 0
-
-
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """Tokens of an answer, without the end token, and why it ended. If the decoder gives them, the log-probability of
-    each token, and of the end token if one came; and scores of the row's candidates.
-    """
-
-    token_ids: list[int]
-    finish_reason: Literal["stop", "length"]
-    logprobs: list[float] = field(default_factory=list)
-    candidate_scores: list[float] = field(default_factory=list)
-
-
-_Pending = tuple[Request, "Future[Completion]"]
-
-
 @dataclass(slots=True)
 class _LiveRow:
     """A row in a slot, its answer so far, and its longest answer `budget`. The KV cache lacks the last of `tokens`.
-    A row whose answer has a grammar has a guide.
+    A row whose answer has a grammar has a guide, one whose answer is drawn a random number for each token.
     """
 
-    budget: int
+    request: Request
     future: "Future[Completion]"
-    guide: Guide | None = None
+    budget: int
+    guide: Guide | None
+    uniforms: NDArray[np.float64] | None
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     candidate_scores: list[float] = field(default_factory=list)
 
-    def ended(self, reason: Literal["stop", "length"]) -> Completion:
+    @classmethod
+    def of(cls, request: Request, future: "Future[Completion]", max_seq_len: int) -> Self:
+        """A row that has no token yet."""
+        budget = min(request.max_new_tokens, max_seq_len - len(request.row.input_ids))
+        guide = request.grammar.guide() if request.grammar else None
+        return cls(request, future, budget, guide, request.draws.uniforms(budget) if request.draws else None)
+
+    @property
+    def uniform(self) -> float:
+        """The random number of the next token."""
+        assert self.uniforms is not None
+        return float(self.uniforms[len(self.tokens)])
+
+    def ended(self, reason: Reason) -> Completion:
         """The row as it is answered."""
         return Completion(self.tokens, reason, self.logprobs, self.candidate_scores)
 
@@ -120,16 +82,10 @@ class _Partial:
     entry `entry` if that is not None, else in the slot.
     """
 
-    item: _Pending
+    group: Group
     slot: int
     done: int = 0
     entry: int | None = None
-
-
-def fit_one_prefill(lengths: Sequence[int], most_tokens: int) -> bool:
-    """Whether rows of these lengths can be one prefill: of at most so many tokens, and with little padding."""
-    padded = len(lengths) * max(lengths)
-    return padded <= most_tokens and sum(lengths) >= (1 - PADDING) * padded
 
 
 class Stoppable(ABC):
@@ -207,11 +163,12 @@ class _Loop(threading.Thread):
     ) -> None:
         super().__init__(name="qvl-engine", daemon=True)
         #: Submitted requests, in order; None after the last one.
-        self.submitted: queue.SimpleQueue[_Pending | None] = queue.SimpleQueue()
+        self.submitted: queue.SimpleQueue[Pending | None] = queue.SimpleQueue()
         self._decoder, self._eos, self._clocks, self._grammars = decoder, eos, clocks, grammars
-        self._waiting: deque[_Pending] = deque()
-        #: Contents of the prefix-cache entries, by entry, the least recently used first.
-        self._prefixes: dict[int, NDArray[np.int64]] = {}
+        self._waiting = Waiting(decoder.slots, PREFIX_ENTRIES)
+        #: The mask of a row that may not end yet.
+        words = decoder.guidance.allowed.shape[1] if decoder.guidance else 0
+        self._not_the_end = all_but(eos, words)
         #: Rows by slot. A row that is prefilled in parts is not among them, and has the last slot.
         self._live: list[_LiveRow] = []
         self._partial: _Partial | None = None
@@ -268,49 +225,18 @@ class _Loop(threading.Thread):
         free = self._decoder.slots - len(self._live)
         if not free or not self._waiting:
             return 0
-        item, shared, entry = self._after_prefix()
-        rest = len(item[0].row.input_ids) - shared
-        if not shared and rest <= self._decoder.prefill_tokens:
-            return self._prefill(self._take_alike(min(free, self._decoder.prefill_rows)))
-        self._waiting.remove(item)
-        if not item[1].set_running_or_notify_cancel():
+        group, shared, entry = self._waiting.after_prefix()
+        if len(group) > free:
+            return 0  # until there are slots for all answers to the row
+        most, rest = self._decoder.prefill_tokens, len(group[0][0].row.input_ids) - shared
+        if not shared and rest <= most:
+            return self._prefill(self._waiting.take_alike(self._decoder.prefill_rows, free, most))
+        if not (group := self._waiting.take(group)):
             return 0
         # A row in parts must not be in the way of live rows, which are always in the first slots.
-        slot = len(self._live) if rest <= self._decoder.prefill_tokens else self._decoder.slots - 1
-        self._partial = _Partial(item, slot, shared, entry)
+        slot = len(self._live) if rest <= most else self._decoder.slots - 1
+        self._partial = _Partial(group, slot, shared, entry)
         return self._prefill_part(self._partial)
-
-    def _after_prefix(self) -> "tuple[_Pending, int, int | None]":
-        """The first waiting row whose prefix is cached, with the length of the prefix and its entry; else the first
-        waiting row, 0 and None.
-        """
-        for item in self._waiting:
-            shared, entry = max(
-                ((item[0].shared_with(content), entry) for entry, content in self._prefixes.items()), default=(0, None)
-            )
-            if entry is not None and shared:
-                self._prefixes[entry] = self._prefixes.pop(entry)  # most recently used
-                return item, shared, entry
-        return self._waiting[0], 0, None
-
-    def _take_alike(self, count: int) -> "list[_Pending]":
-        """Take up to `count` waiting rows for one prefill: the first, and rows of about its length, so that there is
-        little padding; no two that share a prefix, since the second can take over that of the first.
-        """
-        length = [len(request.row.input_ids) for request, _ in self._waiting]
-        chosen = [0]
-        for index in sorted(range(1, len(length)), key=lambda index: abs(length[index] - length[0])):
-            if len(chosen) == count:
-                break
-            request = self._waiting[index][0]
-            if fit_one_prefill([length[at] for at in (*chosen, index)], self._decoder.prefill_tokens) and not any(
-                request.shared_with(self._waiting[other][0].content) for other in chosen
-            ):
-                chosen.append(index)
-        items = [self._waiting[index] for index in sorted(chosen)]
-        for item in items:
-            self._waiting.remove(item)
-        return [item for item in items if item[1].set_running_or_notify_cancel()]
 
     def _receive(self) -> bool:
         """Receive submitted requests; block if there is nothing else to do. False when all requests are done."""
@@ -321,7 +247,7 @@ class _Loop(threading.Thread):
             except queue.Empty:
                 return True
             if item is not None:
-                self._waiting.append(item)
+                self._waiting.add(item)
             elif idle:
                 # Nothing follows None: `submit` refuses, or the engine was collected.
                 return False
@@ -329,89 +255,104 @@ class _Loop(threading.Thread):
                 self.submitted.put(None)
                 return True
 
-    def _prefill(self, admitted: "list[_Pending]") -> int:
+    def _prefill(self, groups: list[Group]) -> int:
         """Prefill whole rows into the next slots."""
-        if not admitted:
+        if not groups:
             return 0
-        first = len(self._live)
-        self._occupy_slots(admitted)
-        for slot, (request, _) in enumerate(admitted, start=first):
-            self._allow_first(slot, request)
+        first, requests = len(self._live), [group[0][0] for group in groups]
+        for slot, request in enumerate(requests, start=first):
+            self._prepare_first(slot, request)
         with self._clocks["prefill"].running():
-            tokens = self._decoder.prefill(first, [request.row for request, _ in admitted])
-        for slot, (request, _) in enumerate(admitted, start=first):
-            self._store_prefix(slot, request)
-            self._take_scores(slot, request, slot - first)
-        self._append_tokens(first, tokens.tolist())
-        return len(admitted) * max(len(request.row.input_ids) for request, _ in admitted)
+            self._decoder.prefill(first, [request.row for request in requests])
+        self._admit_groups(groups)
+        return len(groups) * max(len(request.row.input_ids) for request in requests)
 
     def _prefill_part(self, partial: _Partial) -> int:
         """Prefill the next part of a row; after the last, it is live."""
-        request = partial.item[0]
+        request = partial.group[0][0]
         start, end = partial.done, len(request.row.input_ids)
         stop = min(end, start + self._decoder.prefill_tokens)
-        self._allow_first(partial.slot, request)
+        self._prepare_first(partial.slot, request)
         with self._clocks["prefill"].running():
-            tokens = self._decoder.prefill_part(partial.slot, request.row, start, stop, partial.entry)
+            self._decoder.prefill_part(partial.slot, request.row, start, stop, partial.entry)
         partial.done, partial.entry = stop, None
         if stop == end:
             self._partial, slot = None, len(self._live)
             if partial.slot != slot:
-                self._decoder.move(partial.slot, slot)
-            self._occupy_slots([partial.item])
-            self._store_prefix(slot, request)
-            self._take_scores(slot, request, 0)
-            self._append_tokens(slot, tokens.tolist())
+                self._decoder.copy(partial.slot, slot)
+            self._admit_groups([partial.group])
         return stop - start
 
+    def _admit_groups(self, groups: list[Group]) -> None:
+        """Make rows live whose prefill is done, in the next slots in order: the first answer to each of them, then the
+        others, in copies of its slot. Append the first token of each answer.
+        """
+        first, guidance = len(self._live), self._decoder.guidance
+        items = [(row, *group[0]) for row, group in enumerate(groups)]
+        items += [(row, *item) for row, group in enumerate(groups) for item in group[1:]]
+        for row, request, future in items:
+            live = _LiveRow.of(request, future, self._decoder.layout.max_seq_len)
+            if guidance:
+                live.candidate_scores = guidance.candidate_scores[row, : len(request.row.candidates)].tolist()
+            self._live.append(live)
+        for slot, (row, request, _) in enumerate(items, start=first):
+            if slot < first + len(groups):
+                self._store_prefix(slot, request)
+            else:
+                self._decoder.copy(first + row, slot)
+        self._append_tokens(first, [row for row, _, _ in items])
+
     def _store_prefix(self, slot: int, request: Request) -> None:
-        """Cache the longest prefix that a waiting row shares with the row in `slot`, unless an entry has as much."""
-        lengths = [(waiting.shared_with(request.content), waiting) for waiting, _ in self._waiting]
-        length, waiting = max(lengths, key=lambda pair: pair[0], default=(0, request))
-        if length > max((waiting.shared_with(content) for content in self._prefixes.values()), default=0):
-            # A free entry, or that of the least recently used prefix.
-            entry = len(self._prefixes) if len(self._prefixes) < PREFIX_ENTRIES else next(iter(self._prefixes))
-            self._prefixes.pop(entry, None)
-            self._prefixes[entry] = request.content[:length]
+        """Cache the prefix that the row in `slot` shares with a waiting row, if it is worth it."""
+        if found := self._waiting.prefix_to_store(request):
+            length, entry = found
             self._decoder.store_prefix(slot, entry, length)
 
-    def _occupy_slots(self, admitted: "list[_Pending]") -> None:
-        for request, future in admitted:
-            budget = min(request.max_new_tokens, self._decoder.layout.max_seq_len - len(request.row.input_ids))
-            guide = request.grammar.guide() if request.grammar else None
-            self._live.append(_LiveRow(budget, future, guide))
+    def _prepare_first(self, slot: int, request: Request) -> None:
+        """Say which tokens the answer of the row in a slot may begin with, and its temperature."""
+        if guidance := self._decoder.guidance:
+            guidance.allowed[slot] = request.grammar.first_mask if request.grammar else ALL
+            if request.min_new_tokens:
+                guidance.allowed[slot] &= self._not_the_end
+            guidance.inverse_temperature[slot] = request.inverse_temperature
 
-    def _take_scores(self, slot: int, request: Request, row: int) -> None:
-        """Keep the scores of a request's candidates, row `row` of the last prefill."""
-        count = len(request.row.candidates)
-        self._live[slot].candidate_scores = self._decoder.candidate_scores[row, :count].tolist() if count else []
-
-    def _allow_first(self, slot: int, request: Request) -> None:
-        """Say which tokens the answer of the row in a slot may begin with."""
-        self._decoder.allowed[slot] = request.grammar.first_mask if request.grammar else ALL
-
-    def _allow_next(self) -> None:
-        """Say which tokens may be next in each live row."""
-        if self._grammars:
-            self._decoder.allowed[[slot for slot, row in enumerate(self._live) if not row.guide]] = ALL
-            guides = [(row.guide, slot) for slot, row in enumerate(self._live) if row.guide]
-            self._grammars.fill(guides, self._decoder.allowed)
+    def _prepare_next(self) -> None:
+        """Say which tokens may be next in each live row, and its temperature."""
+        if not (guidance := self._decoder.guidance):
+            return
+        guidance.allowed[[slot for slot, row in enumerate(self._live) if not row.guide]] = ALL
+        if guides := [(row.guide, slot) for slot, row in enumerate(self._live) if row.guide]:
+            assert self._grammars is not None
+            self._grammars.fill(guides, guidance.allowed)
+        if early := [slot for slot, row in enumerate(self._live) if len(row.tokens) < row.request.min_new_tokens]:
+            guidance.allowed[early] &= self._not_the_end
+        guidance.inverse_temperature[: len(self._live), 0] = [row.request.inverse_temperature for row in self._live]
 
     def _step(self) -> None:
         if self._live:
-            self._allow_next()
+            self._prepare_next()
             tokens = np.array([row.tokens[-1] for row in self._live], np.int64)
             with self._clocks["decode"].running():
-                following = self._decoder.step(tokens)
-            self._append_tokens(0, following.tolist())
+                self._decoder.step(tokens)
+            self._append_tokens(0, list(range(len(tokens))))
 
-    def _append_tokens(self, first: int, tokens: list[int]) -> None:
-        """Append the next tokens to the rows in slots `first`, `first + 1`, ..., and retire rows that end."""
-        for row, logprob in zip(self._live[first:], self._decoder.logprobs.tolist(), strict=False):
-            row.logprobs.append(logprob)
+    def _append_tokens(self, first: int, rows: list[int]) -> None:
+        """Append the next tokens to the rows in slots `first`, `first + 1`, ..., and retire rows that end.
+
+        Args:
+            first: first slot.
+            rows: for each of the slots, its row in the decoder's last call.
+        """
+        tokens, guidance = self._decoder.next_tokens[rows], self._decoder.guidance
+        if guidance:
+            drawn = self._draw(guidance, first, rows, tokens)
+            if guidance.logprobs is not None:
+                logprobs = guidance.logprobs[rows] + drawn
+                for row, logprob in zip(self._live[first:], logprobs.tolist(), strict=True):
+                    row.logprobs.append(logprob)
         # From the last slot down: the row that `_retire` moves into a gap then has its token already.
-        for slot in reversed(range(first, first + len(tokens))):
-            row, token = self._live[slot], tokens[slot - first]
+        for slot, token in reversed(list(enumerate(tokens.tolist(), start=first))):
+            row = self._live[slot]
             if token == NO_TOKEN:
                 self._retire(
                     slot, NumericError(f"logits or hidden states are not finite at answer token {len(row.tokens) + 1}")
@@ -423,11 +364,42 @@ class _Loop(threading.Thread):
                 if outcome := _outcome(row):
                     self._retire(slot, outcome)
 
+    def _draw(self, guidance: Guidance, first: int, rows: list[int], tokens: Tokens) -> NDArray[np.float32]:
+        """Draw the next tokens of rows that have draws, in place of the most probable ones.
+
+        Args:
+            guidance: of the decoder.
+            first: as for `_append_tokens`.
+            rows: as for `_append_tokens`.
+            tokens: next tokens, int64 (B,); changed in place.
+
+        Returns:
+            How much less the log-probability of the drawn token is than that of the most probable one, float32 (B,).
+        """
+        less = np.zeros(len(rows), np.float32)
+        live = list(enumerate(self._live[first:]))
+        chosen = [(at, row, row.request.draws) for at, row in live if row.request.draws and tokens[at] != NO_TOKEN]
+        if not chosen:
+            return less
+        at = [each for each, _, _ in chosen]
+        of = np.array(rows)[at]
+        uniforms = np.array([row.uniform for _, row, _ in chosen])
+        samplings = [draws.sampling for _, _, draws in chosen]
+        scores = guidance.top_scores[of]
+        drawn = draw(scores, guidance.scaled_totals[of], samplings, uniforms)
+        tokens[at] = guidance.top_tokens[of, drawn]
+        less[at] = np.take_along_axis(scores, drawn[:, None], 1)[:, 0] - scores[:, 0]
+        for index in np.flatnonzero(drawn == UNDECIDED):
+            everything = guidance.scores(of[index])
+            token = draw_from_all(everything, samplings[index], uniforms[index])
+            tokens[at[index]], less[at[index]] = token, everything[token] - scores[index, 0]
+        return less
+
     def _retire(self, slot: int, outcome: Completion | RowError) -> None:
         """Move the last live row into the slot of a row that ended, and set the result of that row's future."""
         row, last = self._live[slot], self._live[-1]
         if last is not row:
-            self._decoder.move(len(self._live) - 1, slot)
+            self._decoder.copy(len(self._live) - 1, slot)
             self._live[slot] = last
         self._live.pop()
         if isinstance(outcome, Completion):
@@ -439,13 +411,13 @@ class _Loop(threading.Thread):
         """Fail all live, waiting and submitted requests, so that no caller waits for ever."""
         with self._lock:
             self._failure = error
-        waiting = [future for _, future in self._waiting]
-        running = [row.future for row in self._live] + ([self._partial.item[1]] if self._partial else [])
+        running = [row.future for row in self._live]
+        running += [future for _, future in self._partial.group] if self._partial else []
         while not self.submitted.empty():
             item = self.submitted.get()
             if item is not None:
-                waiting.append(item[1])
-        for future in [*running, *filter(Future.set_running_or_notify_cancel, waiting)]:
+                self._waiting.add(item)
+        for future in [*running, *self._waiting.clear()]:
             future.set_exception(error)
 
 
@@ -464,7 +436,16 @@ def _outcome(row: _LiveRow) -> Completion | RowError | None:
                 f"the answer was cut off at {len(row.tokens)} tokens before it was what it must be: raise "
                 "--max-new-tokens"
             )
+    if row.request.is_over and row.request.is_over(row.tokens):
+        return row.ended("over")
     return row.ended("length") if is_cut else None
+
+
+def all_but(tokens: Iterable[int], words: int) -> NDArray[np.int32]:
+    """The mask that allows all tokens but these, int32 (words,)."""
+    bits = np.ones(32 * words, np.uint8)
+    bits[[token for token in tokens if token < len(bits)]] = 0
+    return np.packbits(bits, bitorder="little").view(np.int32)
 
 
 @atexit.register

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from qvl_batch.bundle.manifest import mask_bytes
 from qvl_batch.constraints import Constraint, excerpt
+from qvl_batch.decoder.draws import Draws, draw_from_all
 from qvl_batch.errors import BundleError, ConstraintError
 
 #: The mask of a row, int32 (⌈V / 32⌉,).
@@ -248,11 +249,12 @@ class ChoiceTree(Grammar):
         """All places where there are several ways. `chosen` takes their scores."""
         return [Branch(tokens, node.following(self._eos)) for tokens, node in self._places() if node.is_branch]
 
-    def chosen(self, scores: Sequence[Sequence[float]]) -> "Chosen":
-        """The choice that greedy decoding gives, and the probability of each.
+    def chosen(self, scores: Sequence[Sequence[float]], draws: Sequence[Draws | None] = (None,)) -> "list[Chosen]":
+        """The choices that decoding gives, and the probability of each.
 
         Args:
             scores: of `branches`, logits of the tokens that can follow.
+            draws: for each choice to make, how it is drawn; None for greedy decoding.
         """
         # Log-probabilities of what can follow each place, its end last.
         following = {tokens: [0.0] for tokens, _ in self._places()}
@@ -266,24 +268,35 @@ class ChoiceTree(Grammar):
             if node.choice is not None:
                 ends = after[len(node.children) :] or [0.0]
                 probabilities[node.choice] = math.fsum(math.exp(before + each) for each in ends)
-        return Chosen(*self._greedy(following), probabilities)
+        return [Chosen(*self._walk(following, each), probabilities) for each in draws]
 
-    def _greedy(self, following: Mapping[tuple[int, ...], list[float]]) -> tuple[str, list[int], list[float]]:
-        """The choice that greedy decoding gives, its tokens, and their log-probabilities with that of the end."""
+    def _walk(
+        self, following: Mapping[tuple[int, ...], list[float]], draws: Draws | None
+    ) -> tuple[str, list[int], list[float]]:
+        """A choice, its tokens, and their log-probabilities with that of the end."""
         node = self._root
         tokens: list[int] = []
         logprobs: list[float] = []
+        uniforms = draws.uniforms(self._depth + 1) if draws else None
         while True:
             after = following[tuple(tokens)]
             ways = node.following(self._eos) if node.is_branch else (*node.children, *self._eos)[:1]
-            # The lowest token of several with the same logit, as argmax takes it.
-            logprob, token = max(zip(after, ways, strict=True), key=lambda way: (way[0], -way[1]))
-            if token not in node.children:
+            if draws is None or uniforms is None:
+                # The lowest token of several with the same logit, as argmax takes it.
+                at = max(range(len(after)), key=lambda at: (after[at], -ways[at]))
+            else:
+                at = draw_from_all(np.array(after), draws.sampling, uniforms[len(tokens)])
+            if (token := ways[at]) not in node.children:
                 assert node.choice is not None
-                return node.choice, tokens, [*logprobs, *([logprob] if node.is_branch else [])]
+                return node.choice, tokens, [*logprobs, *([after[at]] if node.is_branch else [])]
             node = node.children[token]
             tokens.append(token)
-            logprobs.append(logprob)
+            logprobs.append(after[at])
+
+    @cached_property
+    def _depth(self) -> int:
+        """Tokens of the longest choice."""
+        return max(len(tokens) for tokens, _ in self._places())
 
     def _places(self) -> Iterator[tuple[tuple[int, ...], _Node]]:
         """Every place, with the tokens before it; a place comes before those behind it."""

@@ -54,10 +54,10 @@ class KvCache:
         """The same memory by the graph's output names."""
         return {f"present_{name}": array.rows(first, count) for name, array in self._arrays.items()}
 
-    def move(self, source: int, target: int, length: int) -> None:
+    def copy(self, source: int, target: int, length: int) -> None:
         """Copy keys and values of the first `length` tokens from one slot or prefix-cache entry to another."""
         for array in self._arrays.values():
-            self._memory.move(array, source, target, length)
+            self._memory.copy(array, source, target, length)
 
 
 def slot_bytes(manifest: Manifest) -> int:

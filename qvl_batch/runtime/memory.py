@@ -8,7 +8,7 @@ This module knows nothing of graphs.
 
 import ctypes
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -69,6 +69,10 @@ class Buffer:
         shape = (count, *self.shape[1:])
         return Buffer(shape, self.element, self.device, self.address + first * self.row_bytes, host)
 
+    def without_mirror(self) -> "Buffer":
+        """The same array, of which a run copies nothing to the host."""
+        return self if self.device == "cpu" else replace(self, host=None)
+
     def shaped(self, shape: tuple[int, ...]) -> "Buffer":
         """View of the first elements in another shape, which can be smaller."""
         count = math.prod(shape)
@@ -89,7 +93,7 @@ class Memory(Protocol):
         """Allocate an array of zeros, on a GPU with a host mirror unless `on_host` is false (device-only)."""
         ...
 
-    def move(self, buffer: Buffer, source: int, target: int, length: int | None = None) -> None:
+    def copy(self, buffer: Buffer, source: int, target: int, length: int | None = None) -> None:
         """Copy row `source` to row `target`; of an array (N, A, L, ...), if given, only the first `length` of L."""
         ...
 
@@ -116,8 +120,8 @@ class HostMemory:
         del on_host
         return on_this_machine(np.full(shape, 0, ELEMENTS[element]), element)
 
-    def move(self, buffer: Buffer, source: int, target: int, length: int | None = None) -> None:
-        """As `Memory.move`."""
+    def copy(self, buffer: Buffer, source: int, target: int, length: int | None = None) -> None:
+        """As `Memory.copy`."""
         part = slice(None) if length is None else (slice(None), slice(length))
         buffer.values[target][part] = buffer.values[source][part]
 
@@ -168,8 +172,8 @@ class CudaMemory:
             host[...] = 0
         return Buffer(shape, element, self.device, self.card.allocate(size), host)
 
-    def move(self, buffer: Buffer, source: int, target: int, length: int | None = None) -> None:
-        """As `Memory.move`."""
+    def copy(self, buffer: Buffer, source: int, target: int, length: int | None = None) -> None:
+        """As `Memory.copy`."""
         size = buffer.row_bytes
         addresses = buffer.address + target * size, buffer.address + source * size
         if length is None:

@@ -46,7 +46,7 @@ def report(bundle: Bundle) -> dict[str, Any]:
     decoder.prefill(0, rows)
     kernels = {"prefill": _kernels()}
     steps = [_counted(lambda: decoder.step(np.array([5, 6]))) for _ in range(4)]
-    moved = _counted(lambda: decoder.move(1, 0))
+    moved = _counted(lambda: decoder.copy(1, 0))
     steps += [_counted(lambda: decoder.step(np.array([5]))) for _ in range(2)]
     kernels["step"] = _kernels()
     prefix = rows[1].images[0].stop
