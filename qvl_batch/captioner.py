@@ -17,12 +17,13 @@ from qvl_batch.constraints import Constraint, Kind, constraint_of
 from qvl_batch.conversation import single_turn
 from qvl_batch.decoder.answerer import Answerer, EncodedImage, EncodedRow
 from qvl_batch.decoder.engine import Stoppable
-from qvl_batch.errors import ConfigError, ConstraintError, ImageError, RowError
+from qvl_batch.errors import ConfigError, ConstraintError, ImageError, RowError, SamplingError
 from qvl_batch.grounding import Box, boxes, complete
 from qvl_batch.images.pixels import DEFAULT_RULES, Seen, decode_image, image_key, see, upright_rgb
 from qvl_batch.images.view import ImageSize, View
 from qvl_batch.input.messages import Asked, plain_image, read_messages
 from qvl_batch.runtime.devices import resolve_device, resolve_vision_device, usable_cpus
+from qvl_batch.sampling import GREEDY, Sampling
 from qvl_batch.schema import Answer, Failure, first_failure
 from qvl_batch.vision.encoder import VisionEncoder
 from qvl_batch.vision.features import ImageFeatures
@@ -61,10 +62,14 @@ class Captioner(Stoppable):
         allow_truncated: use the intact part of image files that are truncated or damaged.
         allow_repetition: accept an answer that repeats a phrase until it is cut off; without it, the row fails.
         confidence: answers say how sure the model is.
+        stop: texts before which an answer ends, whichever comes first; not for answers that must be something.
+        include_stop: keep the text that ended an answer.
+        min_new_tokens: shortest answer in tokens; not for answers that must be something.
 
     Raises:
         BundleError: there is no bundle, or it is damaged.
-        ConfigError: `slots` or `max_image_pixels` is less than 1, the fit or device is unknown, or `fit`, `max_pixels`
+        ConfigError: `slots`, `max_image_pixels` or `min_new_tokens` is less than 1, a stop text is empty, the fit or
+            device is unknown, or `fit`, `max_pixels`
             or `system_prompt` cannot be used with this bundle.
         DeviceError: the device cannot be used here, or computes the bundle wrongly.
     """
@@ -83,10 +88,17 @@ class Captioner(Stoppable):
         allow_truncated: bool = False,
         allow_repetition: bool = False,
         confidence: bool = False,
+        stop: Sequence[str] = (),
+        include_stop: bool = False,
+        min_new_tokens: int | None = None,
     ) -> None:
-        for name, value in (("slots", slots), ("max_image_pixels", max_image_pixels)):
-            if value < 1:
+        numbers = {"slots": slots, "max_image_pixels": max_image_pixels, "min_new_tokens": min_new_tokens}
+        for name, value in numbers.items():
+            if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, not {value}")
+        if isinstance(stop, str) or not all(stop):
+            raise ConfigError(f"stop must be a list of texts that are not empty, not {stop!r}")
+        self._ends_by_itself = not stop and min_new_tokens is None
         if fit is not None and fit not in get_args(Fit):
             raise ConfigError(f"fit must be one of {', '.join(get_args(Fit))}, not {fit!r}")
         self._bundle = Bundle.load(bundle)
@@ -103,8 +115,12 @@ class Captioner(Stoppable):
             threads,
             system_prompt=system_prompt,
             allow_repetition=allow_repetition,
+            stop=stop,
+            include_stop=include_stop,
+            min_new_tokens=min_new_tokens or 0,
             guided=True,
             logprobs=confidence,
+            drawn=True,
         )
         #: None once closed.
         self._parts: tuple[ImageFeatures, Answerer] | None = (features, answerer)
@@ -119,6 +135,7 @@ class Captioner(Stoppable):
         choices: Sequence[str] | None = None,
         regex: str | None = None,
         json_schema: Mapping[str, Any] | str | None = None,
+        sampling: Mapping[str, Any] | None = None,
     ) -> list[Answer]:
         """Answer each prompt about its image or images, or each conversation.
 
@@ -135,11 +152,14 @@ class Captioner(Stoppable):
             choices: every answer is one of these texts.
             regex: every answer is a match of this regular expression, from its first character to its last.
             json_schema: every answer is compact JSON that follows this schema: objects, or text.
+            sampling: draw tokens by `temperature`, `top_k`, `top_p` and `min_p`, and with `samples` several answers to
+                each row, by random numbers of a `seed`: names and numbers, such as {"temperature": 0.7, "samples": 4}.
+                A row is answered the same whatever else is asked in this call or before.
 
         Raises:
             ConfigError: the numbers of prompts and images differ, `images` is a single image and not a list, both
                 prompts and messages are given or neither, `max_new_tokens` is less than 1, or what answers must be is
-                wrong, or given twice.
+                wrong, or given twice, or a value of `sampling` is.
             RuntimeError: this object was closed, or created before a fork.
         """
         if self._parts is None:
@@ -149,10 +169,16 @@ class Captioner(Stoppable):
         if max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
         constraint = _constraint({"choices": choices, "regex": regex, "json_schema": json_schema})
+        if constraint and not self._ends_by_itself:
+            raise ConfigError(f"{constraint.kind}: it says where an answer ends; no `stop` or `min_new_tokens` can")
+        try:
+            drawn = GREEDY.with_values(sampling)
+        except SamplingError as error:
+            raise ConfigError(f"sampling: {error}") from error
         rows = _asked(images, prompts, messages)
         answers: list[Answer] = []
         for start in range(0, len(rows), WINDOW):
-            answers.extend(self._answer(rows[start : start + WINDOW], max_new_tokens, constraint))
+            answers.extend(self._answer(rows[start : start + WINDOW], max_new_tokens, constraint, drawn))
         return answers
 
     def boxes(self, answer: Answer, *, upright: bool = False) -> list[Box] | None:
@@ -161,7 +187,11 @@ class Captioner(Stoppable):
         return boxes(complete(answer), sizes, self._view.fit, upright=upright)
 
     def _answer(
-        self, rows: Sequence[Asked | Failure], max_new_tokens: int, constraint: Constraint | None
+        self,
+        rows: Sequence[Asked | Failure],
+        max_new_tokens: int,
+        constraint: Constraint | None,
+        sampling: Sampling,
     ) -> list[Answer]:
         assert self._parts is not None
         features, answerer = self._parts
@@ -170,8 +200,12 @@ class Captioner(Stoppable):
         images = [[image.pixels for image in row] for row in shown]
         keys = [[image_key(each.tobytes(), self._view) for each in row] for row in images]
         encoded = features.of_rows(images, keys)
-        questions = map(self._question, rows, seen, encoded, keys, [constraint] * len(rows))
-        answers = answerer.answer(list(questions), max_new_tokens)
+        questions = [self._question(*row) for row in zip(rows, seen, encoded, keys, strict=True)]
+        asked = [
+            row if isinstance(row, Failure) else replace(row, constraint=constraint, sampling=sampling)
+            for row in questions
+        ]
+        answers = answerer.answer(asked, max_new_tokens)
         sizes = [tuple(image.size.numbers for image in row) for row in shown]
         return [replace(answer, image_sizes=each) for answer, each in zip(answers, sizes, strict=True)]
 
@@ -181,7 +215,6 @@ class Captioner(Stoppable):
         seen: list[Seen] | Failure,
         encoded: list[Features] | Failure,
         keys: Sequence[bytes],
-        constraint: Constraint | None,
     ) -> EncodedRow | Failure:
         """A row for the decoder, or the first of its failures."""
         if isinstance(asked, Failure):
@@ -192,7 +225,7 @@ class Captioner(Stoppable):
             return encoded
         grids = [self._view.resolution.grid(*image.pixels.shape[:2]) for image in seen]
         images = (EncodedImage(each, *grid, key) for each, grid, key in zip(encoded, grids, keys, strict=True))
-        return EncodedRow(asked.conversation, tuple(images), constraint)
+        return EncodedRow(asked.conversation, tuple(images))
 
     def _seen(self, images: Sequence[object]) -> list[Seen] | Failure:
         """Images of a row as they are seen, or the failure of the first that cannot be."""

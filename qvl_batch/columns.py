@@ -31,6 +31,8 @@ FILE, ROW = f"{OWN}file", f"{OWN}row"
 MESSAGES = f"{OWN}messages"
 #: What the answer must be, as `Constraint.to_json` writes it; null in rows that no column says it of.
 CONSTRAINT = f"{OWN}constraint"
+#: How the answer is drawn, as `Sampling.to_json` writes it; null in rows that no column says it of.
+SAMPLING = f"{OWN}sampling"
 #: The row's images as bytes of files; as pixels, uint8 (H, W, 3); and as features, float32 (T_img, D).
 IMAGES, PIXELS, FEATURES = f"{OWN}images", f"{OWN}pixels", f"{OWN}features"
 #: Five numbers for each image, one image after the other: width and height of the original, upright; width and height
@@ -68,6 +70,7 @@ COLUMNS: dict[str, Column] = {
     ROW: Column(pa.int64(), ("read",), ("prepare", "vision", "decoder", "driver"), "driver"),
     MESSAGES: Column(pa.large_string(), ("read",), ("prepare", "decoder"), "decoder"),
     CONSTRAINT: Column(pa.large_string(), ("read",), ("decoder",), "decoder"),
+    SAMPLING: Column(pa.large_string(), ("read",), ("decoder",), "decoder"),
     IMAGES: Column(pa.large_list(pa.large_binary()), ("read",), ("prepare",), "prepare"),
     **dict.fromkeys(
         FAILURE,

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Literal
 
 from qvl_batch.constraints import Constraint, Kind, constraint_of
-from qvl_batch.errors import ConfigError, ConstraintError
+from qvl_batch.errors import ConfigError, ConstraintError, SamplingError
+from qvl_batch.sampling import GREEDY, Sampling
 
 Fit = Literal["letterbox", "stretch", "crop"]
 Device = Literal["cpu", "cuda"]
@@ -108,6 +109,11 @@ class JobConfig:
         return None
 
     @property
+    def row_sampling(self) -> tuple[str, Sampling] | None:
+        """Column of the input that says how each answer is drawn, and what is so where it says nothing."""
+        return None
+
+    @property
     def image_rules(self) -> ImageRules:
         """Which images are accepted."""
         return ImageRules(self.max_image_pixels, self.allow_truncated)
@@ -140,6 +146,27 @@ class CaptionConfig(JobConfig):
     """Column of regular expressions. A null leaves the row's answer free."""
     json_schema_column: str | None = None
     """Column of JSON schemas as text. A null leaves the row's answer free. There is no column `parsed`."""
+    temperature: float | None = None
+    """Draw each token of an answer at this temperature. Without it, or at 0, it is the most probable one."""
+    top_k: int | None = None
+    """Draw among so many of the most probable tokens."""
+    top_p: float | None = None
+    """Draw among the fewest tokens that have this probability together."""
+    min_p: float | None = None
+    """Draw among tokens that have this share of the most probable one's probability."""
+    seed: int | None = None
+    """Of what is drawn, 0 by default: with the same seed, every row is answered the same, whatever runs beside it."""
+    samples: int | None = None
+    """Draw so many answers to each row: the column `samples` has all of them, `answer` is the first."""
+    sampling_column: str | None = None
+    """Column of structs, or JSON text, of `temperature`, `top_k`, `top_p`, `min_p`, `seed` and `samples`. What is null
+    is as the options say."""
+    stop: tuple[str, ...] = ()
+    """Texts before which an answer ends, whichever comes first."""
+    include_stop: bool = False
+    """Keep the text that ended an answer."""
+    min_new_tokens: int | None = None
+    """Shortest answer in tokens: it cannot end before."""
     confidence: bool = False
     """Add how sure the model is: the columns `confidence`, `mean_logprob` and `min_token_probability`, and with choices
     `choice_probabilities`."""
@@ -171,16 +198,62 @@ class CaptionConfig(JobConfig):
             ConfigError: names the option, what it was, and what it may be.
         """
         JobConfig.__post_init__(self)  # `super()` without arguments finds no class with slots
-        check_at_least_one(self, "vision_workers", "decoder_workers", "slots")
+        check_at_least_one(self, "vision_workers", "decoder_workers", "slots", "min_new_tokens")
         if not 0 < self.vision_cache_gb < math.inf:
             raise ConfigError(f"--vision-cache-gb must be a number above 0, not {self.vision_cache_gb}")
         if self.price_per_hour is not None and not 0 <= self.price_per_hour < math.inf:
             raise ConfigError(f"--price-per-hour must be a number from 0 on, not {self.price_per_hour}")
         if len(given := self._constraints) > 1:
             raise ConfigError(f"{' and '.join(map(_option, given))}: an answer can only be one of them; give one")
+        self._check_sampling()
+        self._check_endings()
         repeated = sorted({name for name in self.keep_columns if self.keep_columns.count(name) > 1})
         if repeated:
             raise ConfigError(f"--keep-columns names {repeated[0]} more than once")
+
+    def _check_sampling(self) -> None:
+        try:
+            sampling = self.sampling
+        except SamplingError as error:
+            raise ConfigError(f"{_option(error.name)} {error.reason}") from error
+        given = [name for name in _SAMPLING if name != "temperature" and getattr(self, name) is not None]
+        if given and self.temperature is None and self.sampling_column is None:
+            raise ConfigError(f"{_option(given[0])} is for answers that are drawn: give --temperature too")
+        if self.temperature is not None and not sampling.is_random and sampling.samples > 1:
+            raise ConfigError(f"--samples {sampling.samples}: at --temperature 0, all of them would be the same")
+
+    def _check_endings(self) -> None:
+        if not all(self.stop):
+            raise ConfigError("--stop must not be empty: every answer would end before its first token")
+        if self.include_stop and not self.stop:
+            raise ConfigError("--include-stop is for answers that end before a text: give --stop too")
+        if self.min_new_tokens is not None and self.min_new_tokens > self.max_new_tokens:
+            raise ConfigError(
+                f"--min-new-tokens {self.min_new_tokens} is more than the --max-new-tokens {self.max_new_tokens}"
+            )
+        ending = "stop" if self.stop else "min_new_tokens" if self.min_new_tokens is not None else None
+        if ending and self._constraints:
+            name = _option(self._constraints[0])
+            raise ConfigError(f"{name} and {_option(ending)}: {name} says where an answer ends; give one of them")
+
+    @property
+    def sampling(self) -> Sampling:
+        """How answers are drawn, where no column says it.
+
+        Raises:
+            SamplingError: a value cannot be used.
+        """
+        return GREEDY.with_values({name: getattr(self, name) for name in _SAMPLING})
+
+    @property
+    def row_sampling(self) -> tuple[str, Sampling] | None:
+        """Column of the input that says how each answer is drawn, and what is so where it says nothing."""
+        return None if self.sampling_column is None else (self.sampling_column, self.sampling)
+
+    @property
+    def has_samples(self) -> bool:
+        """Whether rows can have several answers."""
+        return self.sampling_column is not None or self.sampling.samples > 1
 
     @property
     def copied_columns(self) -> tuple[str, ...]:
@@ -243,6 +316,8 @@ class CaptionConfig(JobConfig):
 
 #: Options that say what answers must be.
 _CONSTRAINTS = ("choices", "regex", "json_schema", "choices_column", "regex_column", "json_schema_column")
+#: Options that say how answers are drawn.
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed", "samples")
 
 
 def _option(name: str) -> str:

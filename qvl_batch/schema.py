@@ -72,6 +72,24 @@ CONFIDENCE_FIELDS = tuple(
 )
 #: Probability of each choice, the most probable first.
 CHOICES_FIELD = pa.field("choice_probabilities", pa.map_(pa.string(), pa.float64()))
+#: Column of all answers that were drawn to a row.
+SAMPLES = "samples"
+
+
+def samples_type(parsed: pa.DataType | None, *, confidence: bool) -> pa.DataType:
+    """Type of the column `SAMPLES`; the arguments are those of `answer_fields`."""
+    return pa.list_(
+        pa.struct(
+            [
+                pa.field("answer", pa.string()),
+                *([pa.field(PARSED, parsed)] if parsed is not None else []),
+                *(CONFIDENCE_FIELDS[:1] if confidence else ()),
+                pa.field("finish_reason", pa.string()),
+                pa.field("answer_tokens", pa.int32()),
+                pa.field("error_message", pa.string()),
+            ]
+        )
+    )
 
 
 def answer_fields(
@@ -81,6 +99,7 @@ def answer_fields(
     parsed: pa.DataType | None = None,
     confidence: bool = False,
     choices: bool = False,
+    samples: bool = False,
 ) -> tuple[pa.Field, ...]:
     """Fields of an answer.
 
@@ -90,6 +109,7 @@ def answer_fields(
         parsed: type of the value of an answer that is JSON of one schema.
         confidence: with how sure the model is.
         choices: with the probability of each choice.
+        samples: with all answers that were drawn.
     """
     size = pa.list_(pa.int32()) if lists else pa.int32()
     return (
@@ -98,6 +118,7 @@ def answer_fields(
         *([BOXES_FIELD] if boxes else []),
         *(CONFIDENCE_FIELDS if confidence else ()),
         *([CHOICES_FIELD] if choices else []),
+        *([pa.field(SAMPLES, samples_type(parsed, confidence=confidence))] if samples else []),
         pa.field("finish_reason", pa.string()),
         pa.field("prompt_tokens", pa.int32()),
         pa.field("answer_tokens", pa.int32()),
@@ -127,6 +148,9 @@ class Answer:
     `logprobs` has the log-probability of each token, and of the end token if one came, after the repetition penalty and
     among the tokens that a constraint allows; it is empty if nobody asked. `confidence` is the probability of the whole
     answer, the product of these. With choices, `choice_probabilities` has the probability of each.
+
+    `samples` has all answers that were drawn to the row, of which this is the first that did not fail; it is empty if
+    nothing was drawn.
     """
 
     answer: str | None
@@ -171,8 +195,8 @@ class Answer:
         return self.answer or ""
 
     def record(self, *, lists: bool = False, confidence: bool = False, choices: bool = False) -> dict[str, Any]:
-        """Values of `answer_fields` by column name, boxes and parsed values left out. Sizes are lists, or those of the
-        only image.
+        """Values of `answer_fields` by column name, but for boxes, samples and parsed values. Sizes are lists, or those
+        of the only image.
         """
         sizes: list[Any] = [list(each) for each in zip(*self.image_sizes, strict=True)] or [[]] * (len(SIZE_NAMES) + 1)
         if not lists:

@@ -11,7 +11,8 @@ from reference import letterboxed
 from qvl_batch.bundle.loading import Bundle
 from qvl_batch.bundle.manifest import DECODER, VISION
 from qvl_batch.conversation import single_turn
-from qvl_batch.decoder.answerer import Answerer, EncodedImage, EncodedRow, repeated_phrase
+from qvl_batch.decoder.answerer import Answerer, EncodedImage, EncodedRow
+from qvl_batch.decoder.endings import Endings
 from qvl_batch.errors import NumericError
 from qvl_batch.vision.encoder import VisionEncoder
 
@@ -122,7 +123,7 @@ def test_an_answer_that_runs_away_is_run_again_in_fp32(copied_bundle, tiny_bundl
     ],
 )
 def test_a_phrase_that_comes_again_and_again_at_the_end_is_found(tokens, phrase, times):
-    assert repeated_phrase(tokens) == (phrase, times)
+    assert Endings(str).repetition(tokens) == (phrase, times)
 
 
 @pytest.mark.parametrize(
@@ -137,4 +138,4 @@ def test_a_phrase_that_comes_again_and_again_at_the_end_is_found(tokens, phrase,
     ],
 )
 def test_what_does_not_end_in_a_phrase_again_and_again_is_left_alone(tokens):
-    assert repeated_phrase(tokens) == ([], 0)
+    assert Endings(str).repetition(tokens) is None

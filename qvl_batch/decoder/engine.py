@@ -260,8 +260,7 @@ class _Loop(threading.Thread):
         if not groups:
             return 0
         first, requests = len(self._live), [group[0][0] for group in groups]
-        for slot, request in enumerate(requests, start=first):
-            self._prepare_first(slot, request)
+        self._prepare_first(first, requests)
         with self._clocks["prefill"].running():
             self._decoder.prefill(first, [request.row for request in requests])
         self._admit_groups(groups)
@@ -272,7 +271,7 @@ class _Loop(threading.Thread):
         request = partial.group[0][0]
         start, end = partial.done, len(request.row.input_ids)
         stop = min(end, start + self._decoder.prefill_tokens)
-        self._prepare_first(partial.slot, request)
+        self._prepare_first(partial.slot, [request])
         with self._clocks["prefill"].running():
             self._decoder.prefill_part(partial.slot, request.row, start, stop, partial.entry)
         partial.done, partial.entry = stop, None
@@ -308,13 +307,15 @@ class _Loop(threading.Thread):
             length, entry = found
             self._decoder.store_prefix(slot, entry, length)
 
-    def _prepare_first(self, slot: int, request: Request) -> None:
-        """Say which tokens the answer of the row in a slot may begin with, and its temperature."""
+    def _prepare_first(self, first: int, requests: Sequence[Request]) -> None:
+        """Say which tokens answers in slots from `first` on may begin with, and their temperatures."""
         if guidance := self._decoder.guidance:
-            guidance.allowed[slot] = request.grammar.first_mask if request.grammar else ALL
-            if request.min_new_tokens:
-                guidance.allowed[slot] &= self._not_the_end
-            guidance.inverse_temperature[slot] = request.inverse_temperature
+            guidance.is_drawing = any(request.draws for request in requests)
+            for slot, request in enumerate(requests, start=first):
+                guidance.allowed[slot] = request.grammar.first_mask if request.grammar else ALL
+                if request.min_new_tokens:
+                    guidance.allowed[slot] &= self._not_the_end
+                guidance.inverse_temperature[slot] = request.inverse_temperature
 
     def _prepare_next(self) -> None:
         """Say which tokens may be next in each live row, and its temperature."""
@@ -326,6 +327,7 @@ class _Loop(threading.Thread):
             self._grammars.fill(guides, guidance.allowed)
         if early := [slot for slot, row in enumerate(self._live) if len(row.tokens) < row.request.min_new_tokens]:
             guidance.allowed[early] &= self._not_the_end
+        guidance.is_drawing = any(row.request.draws for row in self._live)
         guidance.inverse_temperature[: len(self._live), 0] = [row.request.inverse_temperature for row in self._live]
 
     def _step(self) -> None:

@@ -13,6 +13,7 @@ import pyarrow as pa
 from qvl_batch.config import JobConfig
 from qvl_batch.constraints import Kind
 from qvl_batch.errors import ConfigError, InputError
+from qvl_batch.sampling import Sampling
 from qvl_batch.schema import EXPECTED_FIELD, ID, answer_fields, is_text, plain_type
 
 #: A Python one-liner for error messages, which rewrites a file with an id column added.
@@ -42,6 +43,8 @@ class InputColumns:
         has_lists: rows can have several images or none: the image column is of lists, or there are messages.
         answer_last_turn_again: an assistant's turn at the end of messages becomes the column `expected`.
         constraint: name of a column that says what each answer must be, and of which kind it is; None if there is none.
+        sampling: name of a column that says how each answer is drawn, and what is so where it says nothing; None if
+            there is none.
     """
 
     id: pa.Field
@@ -52,12 +55,13 @@ class InputColumns:
     has_lists: bool = False
     answer_last_turn_again: bool = False
     constraint: tuple[str, Kind] | None = None
+    sampling: tuple[str, Sampling] | None = None
 
     @property
     def names(self) -> list[str]:
         """Every column to read, each once."""
         asked = [name for name in (self.prompt, self.messages) if name is not None]
-        asked += [self.constraint[0]] if self.constraint else []
+        asked += [each[0] for each in (self.constraint, self.sampling) if each is not None]
         return list(dict.fromkeys([self.id.name, self.image, *asked, *(field.name for field in self.kept)]))
 
     def joined(self, other: "InputColumns") -> "InputColumns | None":
@@ -88,7 +92,7 @@ def input_columns(schema: pa.Schema, file: str, config: JobConfig) -> InputColum
         ConfigError: a kept column has the name of an output column.
     """
     again = config.answer_last_turn_again
-    answers = answer_fields(boxes=True, parsed=pa.null(), confidence=True, choices=True)
+    answers = answer_fields(boxes=True, parsed=pa.null(), confidence=True, choices=True, samples=True)
     reserved = {ID, *(field.name for field in [*answers, *([EXPECTED_FIELD] if again else [])])}
     clash = [name for name in config.copied_columns if name in reserved]
     if clash:
@@ -103,6 +107,8 @@ def input_columns(schema: pa.Schema, file: str, config: JobConfig) -> InputColum
     if config.constraint_column is not None:
         name, kind = config.constraint_column
         _check_constraint(_field(schema, name, file, _option(kind)), kind, file)
+    if config.row_sampling is not None:
+        _check_sampling(_field(schema, config.row_sampling[0], file, "--sampling-column"), file)
     lists = messages is not None
     if messages is None or config.image_column in schema.names:
         image = _field(schema, config.image_column, file, "--image-column")
@@ -124,6 +130,7 @@ def input_columns(schema: pa.Schema, file: str, config: JobConfig) -> InputColum
         has_lists=lists,
         answer_last_turn_again=again,
         constraint=config.constraint_column,
+        sampling=config.row_sampling,
     )
 
 
@@ -196,6 +203,15 @@ def _check_constraint(field: pa.Field, kind: Kind, file: str) -> None:
             "json_schema": "JSON schemas as text",
         }[kind]
         raise InputError(f"{file}: column {field.name!r} ({_option(kind)}) is {field.type}; it must be {wanted}")
+
+
+def _check_sampling(field: pa.Field, file: str) -> None:
+    plain = _without_json(plain_type(field.type))
+    if not (is_text(plain) or any(is_kind(plain) for is_kind in (pa.types.is_struct, pa.types.is_null))):
+        raise InputError(
+            f"{file}: column {field.name!r} (--sampling-column) is {field.type}; it must be structs of temperature and "
+            "such, or the same as JSON text"
+        )
 
 
 def _without_json(kind: pa.DataType) -> pa.DataType:

@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from qvl_batch.columns import CONSTRAINT, IMAGES, MESSAGES, array, failure_columns, place_columns
+from qvl_batch.columns import CONSTRAINT, IMAGES, MESSAGES, SAMPLING, array, failure_columns, place_columns
 from qvl_batch.constraints import Constraint, constraint_of
 from qvl_batch.conversation import single_turn, to_json
 from qvl_batch.errors import (
@@ -35,9 +36,11 @@ from qvl_batch.input.fetch import Fetcher
 from qvl_batch.input.input_columns import InputColumns, item_type
 from qvl_batch.input.messages import MARK, MOST_IMAGES, MOST_VALUES, Asked, plain_image, read_messages
 from qvl_batch.input.source import Unit, footer_sha256
+from qvl_batch.sampling import Sampling
 from qvl_batch.schema import EXPECTED_FIELD, ID, Failure, first_failure
 
 logger = logging.getLogger(__name__)
+Read = TypeVar("Read")
 #: Most bytes of all images of a row that has several: tables hold them, however often the row shows the same one.
 MOST_BYTES = 1 << 29
 #: Whether this process has logged a note on marks in text.
@@ -145,11 +148,19 @@ def _records(
 ) -> pa.Table:
     """The next stage's table: places, id, kept columns, conversations, images, failures. `error` fails all rows."""
     rows = range(first_row, first_row + table.num_rows)
-    asked: list[Asked | RowError]
-    constraints: list[Constraint | None] = [None] * len(rows)
+    nothing: list[None] = [None] * len(rows)
+    asked: Sequence[Asked | RowError]
+    constraints: Sequence[Constraint | RowError | None] = nothing
+    samplings: Sequence[Sampling | RowError | None] = nothing
     if error is None:
-        constraints, wrong = _constraints(table, columns)
-        asked = [error or each for error, each in zip(wrong, _asked(table, columns, prompt), strict=True)]
+        if columns.constraint is not None:
+            name, kind = columns.constraint
+            constraints = _by_row(table[name], partial(constraint_of, kind))
+        if columns.sampling is not None:
+            name, usual = columns.sampling
+            samplings = _by_row(table[name], usual.with_values)
+        own = zip(constraints, samplings, _asked(table, columns, prompt), strict=True)
+        asked = [next((value for value in each if isinstance(value, RowError)), each[-1]) for each in own]
         _note_marks(asked)
         images, failures = _images(asked, Path(unit.file).parent, fetcher)
     else:
@@ -160,7 +171,8 @@ def _records(
         ID: table[columns.id.name].cast(columns.id.type),
         **{field.name: table[field.name].cast(field.type) for field in columns.kept},
         MESSAGES: array(MESSAGES, [to_json(each.conversation) if isinstance(each, Asked) else None for each in asked]),
-        CONSTRAINT: array(CONSTRAINT, [each and each.to_json() for each in constraints]),
+        CONSTRAINT: array(CONSTRAINT, [_json(each) for each in constraints]),
+        SAMPLING: array(SAMPLING, [_json(each) for each in samplings]),
         IMAGES: array(IMAGES, images),
         **failure_columns(failures),
     }
@@ -182,23 +194,22 @@ def _asked(table: pa.Table, columns: InputColumns, prompt: str | None) -> list[A
     return [_result(partial(_turn, each, shown)) for each, shown in zip(prompts, images, strict=True)]
 
 
-def _constraints(table: pa.Table, columns: InputColumns) -> tuple[list[Constraint | None], list[RowError | None]]:
-    """What the answer of each row must be, None where the column is null; and what is wrong with it."""
-    found: list[Constraint | None] = [None] * len(table)
-    wrong: list[RowError | None] = [None] * len(table)
-    if columns.constraint is not None:
-        name, kind = columns.constraint
-        for at, value in enumerate(_values(table[name])):
-            try:
-                if isinstance(value, RowError):
-                    raise value
-                found[at] = None if value is None else constraint_of(kind, value)
-            except RowError as error:
-                wrong[at] = error
-    return found, wrong
+def _by_row(column: pa.ChunkedArray, read: Callable[[Any], Read]) -> "list[Read | RowError | None]":
+    """What the values of a column say of the answer of each row: None where it is null, or what is wrong with it."""
+
+    def of(value: object) -> Read | None:
+        if isinstance(value, RowError):
+            raise value
+        return None if value is None else read(value)
+
+    return [_result(partial(of, value)) for value in _values(column)]
 
 
-def _result(read: Callable[[], Asked]) -> Asked | RowError:
+def _json(value: Constraint | Sampling | RowError | None) -> str | None:
+    return None if value is None or isinstance(value, RowError) else value.to_json()
+
+
+def _result(read: Callable[[], Read]) -> "Read | RowError":
     try:
         return read()
     except RowError as error:

@@ -153,6 +153,12 @@ class Pipeline:
             boxes=config.boxes,
             constraint=self.constraint,
             guided=self.constraint is not None or self.columns.constraint is not None,
+            sampling=config.sampling,
+            drawn=config.sampling.is_random or self.columns.sampling is not None,
+            samples=config.has_samples,
+            stop=config.stop,
+            include_stop=config.include_stop,
+            min_new_tokens=config.min_new_tokens or 0,
             confidence=config.confidence,
             choices=config.scores_choices,
         )

@@ -77,6 +77,7 @@ def run(config: CaptionConfig, say: Say = lambda _: None, is_stopped: IsStopped 
         parsed=constraint.parsed_type if constraint else None,
         confidence=config.confidence,
         choices=config.scores_choices,
+        samples=config.has_samples,
     )
     retry = source.wanted if config.retry_errors else None
     with OutputFolder(storage, job, schema, overwrite=config.overwrite, retry=retry) as folder:
@@ -247,6 +248,11 @@ def _answers_depend_on(
         "--max-pixels": view.resolution.max_pixels if view.resolution.is_native else None,
         "--boxes": config.boxes,
         "--confidence": config.confidence,
+        **{f"--{name.replace('_', '-')}": value for name, value in asdict(config.sampling).items()},
+        "--sampling-column": config.sampling_column,
+        "--stop": list(config.stop),
+        "--include-stop": config.include_stop,
+        "--min-new-tokens": config.min_new_tokens,
         "--choices": constraint.choices if constraint else [],
         "--regex": config.regex,
         "--json-schema": constraint.text if constraint and config.json_schema else None,

@@ -8,9 +8,10 @@ This module knows nothing of Ray.
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +24,7 @@ from qvl_batch.columns import (
     IMAGE_KEYS,
     MESSAGES,
     PIXELS,
+    SAMPLING,
     SIZES,
     STARTED,
     WORKERS,
@@ -39,7 +41,8 @@ from qvl_batch.decoder.answerer import Answerer, EncodedImage, EncodedRow
 from qvl_batch.grounding import boxes, complete
 from qvl_batch.images.view import ImageSize, sizes_of
 from qvl_batch.json_schema import value_of
-from qvl_batch.schema import BOXES_FIELD, PARSED, Failure, answer_fields
+from qvl_batch.sampling import GREEDY, Sampling
+from qvl_batch.schema import BOXES_FIELD, ID, PARSED, SAMPLES, Answer, Failure, answer_fields, samples_type, texts
 from qvl_batch.vision.cache import open_vision_cache
 from qvl_batch.vision.encoder import VisionEncoder
 from qvl_batch.vision.features import ImageFeatures
@@ -120,6 +123,12 @@ class AnswerForm:
         guided: answers must be something, of some rows at least.
         confidence: add how sure the model is.
         choices: add the probability of each choice.
+        sampling: how answers are drawn, where a row has nothing of its own.
+        drawn: some answers are drawn.
+        samples: add all answers that were drawn to a row.
+        stop: texts before which an answer ends.
+        include_stop: keep the text that ended an answer.
+        min_new_tokens: shortest answer in tokens.
     """
 
     max_new_tokens: int
@@ -132,6 +141,12 @@ class AnswerForm:
     guided: bool = False
     confidence: bool = False
     choices: bool = False
+    sampling: Sampling = GREEDY
+    drawn: bool = False
+    samples: bool = False
+    stop: tuple[str, ...] = ()
+    include_stop: bool = False
+    min_new_tokens: int = 0
 
     @property
     def parsed_type(self) -> pa.DataType | None:
@@ -167,8 +182,12 @@ class DecoderStage:
             threads,
             system_prompt=form.system_prompt,
             allow_repetition=form.allow_repetition,
+            stop=form.stop,
+            include_stop=form.include_stop,
+            min_new_tokens=form.min_new_tokens,
             guided=form.guided,
             logprobs=form.confidence,
+            drawn=form.drawn,
         )
         self._parsed_type = form.parsed_type
 
@@ -179,9 +198,17 @@ class DecoderStage:
         keys, messages = table[IMAGE_KEYS].to_pylist(), table[MESSAGES].to_pylist()
         sizes = [sizes_of(numbers or ()) for numbers in table[SIZES].to_pylist()]
         constraints = [self._constraint(each) for each in table[CONSTRAINT].to_pylist()]
+        samplings = [self._sampling(each) for each in table[SAMPLING].to_pylist()]
+        ids = [each or "" for each in texts(table[ID])]
         rows = [
             failure
-            or EncodedRow(from_json(messages[at]), tuple(map(self._encoded, images[at], keys[at])), constraints[at])
+            or EncodedRow(
+                from_json(messages[at]),
+                tuple(map(self._encoded, images[at], keys[at])),
+                constraints[at],
+                samplings[at],
+                ids[at],
+            )
             for at, failure in enumerate(failures)
         ]
         answers = [
@@ -195,8 +222,9 @@ class DecoderStage:
             for field in answer_fields(**kinds)
         }
         if self._parsed_type is not None:
-            parsed = [None if each.answer is None else value_of(each.answer, self._parsed_type) for each in answers]
-            columns[PARSED] = pa.array(parsed, self._parsed_type)
+            columns[PARSED] = pa.array(map(self._parsed, answers), self._parsed_type)
+        if form.samples:
+            columns[SAMPLES] = self._samples(answers)
         if form.boxes:
             found = [boxes(complete(each), seen, form.fit) for each, seen in zip(answers, sizes, strict=True)]
             values = [None if each is None else [asdict(box) for box in each] for each in found]
@@ -204,12 +232,37 @@ class DecoderStage:
         columns[WORKERS["decoder"]] = array(WORKERS["decoder"], [self._name] * table.num_rows)
         for work, clock in self._answerer.clocks.items():
             columns |= seconds_column(work, clock.take(), table.num_rows)
-        done = [FEATURES, MESSAGES, CONSTRAINT, SIZES, IMAGE_KEYS, *FAILURE]
+        done = [FEATURES, MESSAGES, CONSTRAINT, SAMPLING, SIZES, IMAGE_KEYS, *FAILURE]
         return with_columns(table.drop_columns(done), columns)
 
     def _constraint(self, text: str | None) -> Constraint | None:
         """What the answer of a row must be."""
         return self._form.constraint if text is None else Constraint.from_json(text)
+
+    def _sampling(self, text: str | None) -> Sampling:
+        """How the answer of a row is drawn."""
+        return self._form.sampling if text is None else Sampling.from_json(text)
+
+    def _samples(self, answers: Sequence[Answer]) -> pa.Array:
+        """The column of all answers that were drawn to each row; of one that was not drawn, the only one."""
+        kind = samples_type(self._parsed_type, confidence=self._form.confidence)
+        return pa.array([[self._sample(each) for each in answer.samples or (answer,)] for answer in answers], kind)
+
+    def _sample(self, answer: Answer) -> dict[str, Any]:
+        return {
+            "answer": answer.answer,
+            PARSED: self._parsed(answer),
+            "confidence": answer.confidence,
+            "finish_reason": answer.finish_reason,
+            "answer_tokens": answer.answer_tokens,
+            "error_message": answer.failure.message if answer.failure else None,
+        }
+
+    def _parsed(self, answer: Answer) -> Any:
+        """The value of an answer that is JSON of one schema; None if it is none."""
+        if answer.answer is None or self._parsed_type is None:
+            return None
+        return value_of(answer.answer, self._parsed_type)
 
     def _encoded(self, image: tuple[pa.Buffer, ImageSize], key: bytes) -> EncodedImage:
         features, size = image

@@ -172,7 +172,10 @@ def recorded_settings(
             "dtype": bundle.manifest.dtype,
         },
         "decoding": {
-            "method": "greedy",
+            "method": "sampling" if config.sampling.is_random or config.sampling_column else "greedy",
+            **(asdict(config.sampling) if config.sampling.is_random else {}),
+            "stop": list(config.stop) or None,
+            "min_new_tokens": config.min_new_tokens,
             "repetition_penalty": bundle.manifest.generation.repetition_penalty,
             "eos_token_ids": bundle.manifest.generation.eos_token_ids,
             "max_new_tokens": config.max_new_tokens,
