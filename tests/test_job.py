@@ -281,6 +281,54 @@ def test_columns_of_patterns_and_schemas_are_per_row_too(tiny_bundle, demo, job,
         assert "parsed" not in rows[0]
 
 
+def _said(row):
+    """What a row says, without how sure the model is of it, which is rounded."""
+    return {name: row[name] for name in ("answer", "finish_reason", "answer_tokens", "error_message")}
+
+
+def test_drawn_answers_are_the_same_whatever_rows_come_with_them(tiny_bundle, demo, job, tmp_path):
+    said = [None, {"temperature": 2.0, "samples": 3}, {"temperature": 0}, {"seed": 6}, "{", {"top_p": 2}]
+    table = pa.Table.from_pylist(demo[:6])
+    said_as_text = [each if each is None or isinstance(each, str) else json.dumps(each) for each in said]
+    table = table.append_column("draw", pa.array(said_as_text))
+    # The last row asks what the first one asks, under another id.
+    table = pa.concat_tables([table, table.slice(0, 1).set_column(0, "id", pa.array(["another"]))])
+    pq.write_table(table, tmp_path / "rows.parquet")
+    pq.write_table(table.take([6, 5, 3, 2, 1, 0]), tmp_path / "others.parquet")
+    options = ("--sampling-column", "draw", "--temperature", 1.6, "--seed", 5, "--samples", 8, "--confidence")
+    found = {}
+    for name, slots in (("rows", 5), ("others", 9)):
+        output = tmp_path / f"{name}-out"
+        job(
+            "--bundle", tiny_bundle.path, "--input", tmp_path / f"{name}.parquet", "--output", output, *options,
+            "--slots", slots, "--stop", ".",
+        )  # fmt: skip
+        found[name] = {row["id"]: row for row in _rows_by_id(output)}
+    rows = found["rows"]
+    for each, row in found["others"].items():
+        assert list(map(_said, rows[each]["samples"] or ())) == list(map(_said, row["samples"] or ()))
+        assert _said(rows[each]) == _said(row)
+    first, three, greedy, seed, broken, wrong = (rows[row["id"]] for row in demo[:6])
+    assert [len(each["samples"]) for each in (first, three, greedy, seed)] == [8, 3, 1, 8]
+    for row in (first, three, greedy, seed):
+        sample = row["samples"][0]
+        assert {name: row[name] for name in ("answer", "finish_reason", "answer_tokens", "confidence")} == {
+            name: sample[name] for name in ("answer", "finish_reason", "answer_tokens", "confidence")
+        }
+        assert not any("." in each["answer"] for each in row["samples"])
+    texts = [[each["answer"] for each in row["samples"]] for row in (first, rows["another"])]
+    assert texts[0] != texts[1]
+    assert len(set(texts[0])) > 1
+    assert (broken["error_type"], wrong["error_type"]) == ("SamplingError", "SamplingError")
+    assert broken["samples"] is None
+    assert broken["error_message"].startswith("the values are not JSON")
+    assert wrong["error_message"] == "top_p must be a number above 0 and at most 1, not 2.0"
+    plain = tmp_path / "plain"
+    job("--bundle", tiny_bundle.path, "--input", tmp_path / "rows.parquet", "--output", plain)
+    whole = {row["id"]: row for row in _rows_by_id(plain)}[greedy["id"]]["answer"]
+    assert greedy["answer"] == whole.split(".")[0]
+
+
 def test_an_empty_input_gives_an_empty_answer(tiny_bundle, demo, call, tmp_path):
     pq.write_table(pa.Table.from_pylist(demo[:1]).slice(0, 0), tmp_path / "empty.parquet")
     call("--bundle", tiny_bundle.path, "--input", tmp_path / "empty.parquet", "--output", tmp_path / "out")
@@ -307,6 +355,17 @@ def test_an_empty_input_gives_an_empty_answer(tiny_bundle, demo, call, tmp_path)
         ({"--regex": "[0-9]{200}"}, "takes 200 tokens, and there is room for 128"),
         ({"--json-schema": "nowhere.json"}, "--json-schema nowhere.json: No such file or directory"),
         ({"--json-schema": "LICENSE"}, "--json-schema LICENSE: the schema is not JSON"),
+        ({"--temperature": "nan"}, "--temperature must be a number from 0 on, not nan"),
+        ({"--temperature": "-1"}, "--temperature must be a number from 0 on, not -1.0"),
+        ({"--temperature": "1", "--samples": "0"}, "--samples must be from 1 to 1,000, not 0"),
+        ({"--temperature": "0", "--samples": "2"}, "--samples 2: at --temperature 0, all of them would be the same"),
+        ({"--top-p": "0.9"}, "--top-p is for answers that are drawn: give --temperature too"),
+        ({"--sampling-column": "image"}, "(--sampling-column) is struct<bytes: binary, path: string>; it must be"),
+        ({"--stop": ""}, "--stop must not be empty"),
+        ({"--stop": "x", "--choices": "a,b"}, "--choices and --stop: --choices says where an answer ends"),
+        ({"--min-new-tokens": "0"}, "--min-new-tokens must be at least 1, not 0"),
+        ({"--min-new-tokens": "200"}, "--min-new-tokens 200 is more than the --max-new-tokens 128"),
+        ({"--min-new-tokens": "2", "--regex": "a"}, "--regex and --min-new-tokens: --regex says where an answer ends"),
         ({"--choices-column": "labels"}, "has no single column 'labels' (--choices-column)"),
         ({"--choices-column": "image"}, "is struct<bytes: binary, path: string>; it must be lists of strings"),
     ],

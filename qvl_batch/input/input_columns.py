@@ -5,7 +5,7 @@ schema of the answers follows; or an error that names file and column.
 """
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import pyarrow as pa
@@ -207,7 +207,8 @@ def _check_constraint(field: pa.Field, kind: Kind, file: str) -> None:
 
 def _check_sampling(field: pa.Field, file: str) -> None:
     plain = _without_json(plain_type(field.type))
-    if not (is_text(plain) or any(is_kind(plain) for is_kind in (pa.types.is_struct, pa.types.is_null))):
+    is_struct = pa.types.is_struct(plain) and set(plain.names) <= {part.name for part in fields(Sampling)}
+    if not (is_text(plain) or is_struct or pa.types.is_null(plain)):
         raise InputError(
             f"{file}: column {field.name!r} (--sampling-column) is {field.type}; it must be structs of temperature and "
             "such, or the same as JSON text"

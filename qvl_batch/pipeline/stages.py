@@ -244,9 +244,12 @@ class DecoderStage:
         return self._form.sampling if text is None else Sampling.from_json(text)
 
     def _samples(self, answers: Sequence[Answer]) -> pa.Array:
-        """The column of all answers that were drawn to each row; of one that was not drawn, the only one."""
+        """The column of all answers that were drawn to each row; of one that was not drawn, the only one; null for a
+        row that could not be asked.
+        """
         kind = samples_type(self._parsed_type, confidence=self._form.confidence)
-        return pa.array([[self._sample(each) for each in answer.samples or (answer,)] for answer in answers], kind)
+        all_ = [answer.samples or ((answer,) if answer.failure is None else None) for answer in answers]
+        return pa.array([each and list(map(self._sample, each)) for each in all_], kind)
 
     def _sample(self, answer: Answer) -> dict[str, Any]:
         return {
