@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -52,7 +53,7 @@ class Checked:
 
 
 def check(config: CheckConfig, bundle: Bundle) -> list[Checked]:
-    """Run the known answers through both graphs, and through the ones in fp32 if the bundle has them too.
+    """Run the known answers through all graphs of a job, and through the ones in fp32 if the bundle has them too.
 
     Raises:
         BundleError: it has no known answers, or a graph cannot be loaded.
@@ -74,8 +75,15 @@ def _check(bundle: Bundle, vision: Device, decoder: Device, which: str = "") -> 
     threads = usable_cpus()
     return [
         _timed(f"vision{which}", lambda: VisionEncoder(bundle, threads, vision, prove=False)),
-        _timed(f"decoder{which}", lambda: Decoder(bundle, 1, threads, memory=memory_on(decoder), prove=False)),
+        *(
+            _timed(f"{name}{which}", partial(_decoder, bundle, threads, decoder, guided=guided))
+            for name, guided in (("decoder", False), ("guided decoder", True))
+        ),
     ]
+
+
+def _decoder(bundle: Bundle, threads: int, device: Device, *, guided: bool) -> Decoder:
+    return Decoder(bundle, 1, threads, memory=memory_on(device), guided=guided, prove=False)
 
 
 def _timed(graph: str, load: Callable[[], VisionEncoder | Decoder]) -> Checked:

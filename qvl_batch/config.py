@@ -271,6 +271,12 @@ class CaptionConfig(JobConfig):
         return next(((name, kind) for kind, name in named.items() if name is not None), None)
 
     @property
+    def is_guided(self) -> bool:
+        """Whether the decoder runs the graph for guided answers."""
+        is_drawn = self.sampling.is_random or self.sampling_column is not None
+        return bool(self._constraints) or self.confidence or is_drawn or self.min_new_tokens is not None
+
+    @property
     def scores_choices(self) -> bool:
         """Whether the probability of each choice is asked for."""
         return self.confidence and self._constraints in (["choices"], ["choices_column"])

@@ -74,7 +74,7 @@ def test_this_machine_computes_the_tiny_bundle_right_and_check_says_so(tiny_bund
     monkeypatch.setattr(sys, "argv", ["check.py", str(tiny_bundle.path)])
     assert check.main() == 0
     said = capsys.readouterr().out
-    assert said.count("✓") == 4
+    assert said.count("✓") == 6
     assert "✗" not in said
     assert f"machine   {devices.processor()}, onnxruntime {session.ORT_VERSION}" in said
     assert "right     this machine computes the bundle as PyTorch does" in said
@@ -87,14 +87,17 @@ def test_check_is_a_command(tiny_bundle):
     assert "equal tokens" in done.stdout
 
 
-@pytest.mark.parametrize(("name", "failed"), [(VISION, ["vision"]), (DECODER, ["decoder"])])
+@pytest.mark.parametrize(
+    ("name", "failed"), [(VISION, ["vision"]), (DECODER, ["decoder"]), (DECODER_GUIDED, ["guided decoder"])]
+)
 def test_check_shows_what_is_wrong_and_fails(name, failed, saturating, tiny_bundle, capsys, monkeypatch):
     saturating(name)
     monkeypatch.setattr(sys, "argv", ["check.py", str(tiny_bundle.path)])
     assert check.main() == 1
     lines = capsys.readouterr().out.splitlines()
-    assert {line.split()[1] for line in lines if "✗" in line} == set(failed)
-    assert [line.split()[1] for line in lines if line.startswith("wrong")] == [f"{graph}:" for graph in failed]
+    assert {line.split("│")[1].strip() for line in lines if "✗" in line} == set(failed)
+    wrong = [line.removeprefix("wrong").split(":")[0].strip() for line in lines if line.startswith("wrong")]
+    assert wrong == failed
 
 
 def test_what_cannot_be_checked_is_refused(copied_bundle, tmp_path, capsys, monkeypatch):

@@ -22,6 +22,8 @@ CACHE_SHARE = 0.25
 CARD_RESERVE, CUDA_BYTES = 0.05, 1_500_000_000
 #: Memory limit of a container, in versions 2 and 1 of control groups.
 CONTAINER_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+#: Arrays (N, V) in fp32 of a guided decoder: looked-up masks, logits, scores, and scores at the row's temperature.
+GUIDED_ARRAYS = 4
 #: Images that a decoder's actor encodes at a time on its GPU: one runs while the next one's pixels are copied.
 CUDA_VISION_THREADS = 2
 
@@ -60,20 +62,23 @@ def card_of_this_process() -> Card:
         raise DeviceError(f"NVML does not say how much memory GPU {visible!r} has ({error}): {advice}") from error
 
 
-def slots_on_card(card: Card, manifest: Manifest, *, vision_too: bool) -> int:
+def slots_on_card(card: Card, manifest: Manifest, *, vision_too: bool, guided: bool = False) -> int:
     """Slots that fit on a GPU beside weights, activations of a prefill, prefix-cache entries and CUDA itself.
 
     Args:
         card: the GPU.
         manifest: of the bundle.
         vision_too: the vision tower runs on the same GPU.
+        guided: the decoder runs the graph for guided answers.
 
     Raises:
         DeviceError: not one slot fits.
     """
     taken = bytes_beside_slots(manifest, vision_too=vision_too)
     left = card.free - CARD_RESERVE * card.total - taken
-    slots = int(left / slot_bytes(manifest)) - PREFIX_ENTRIES
+    entry = slot_bytes(manifest)
+    slot = entry + guided * GUIDED_ARRAYS * 4 * manifest.decoder.vocab_size
+    slots = int((left - PREFIX_ENTRIES * entry) / slot)
     if slots < 1:
         advice = "run the vision tower on the CPU (--vision-device cpu), or " if vision_too else ""
         raise DeviceError(

@@ -202,7 +202,7 @@ def _slots(
         DeviceError: the model does not fit on the card.
     """
     if card is not None:
-        held = slots_on_card(card, manifest, vision_too=vision_too)
+        held = slots_on_card(card, manifest, vision_too=vision_too, guided=config.is_guided)
         if config.slots and config.slots > held:
             raise ConfigError(f"--slots {config.slots}: beside weights and activations, {held} fit on the GPU ({card})")
         return config.slots or min(DEFAULT_CUDA_SLOTS, held), held
