@@ -1,4 +1,4 @@
-"""Print answers, and, where the input's `expected` column was kept, how many match it.
+"""Print answers. Where the input's `expected` column was kept: how many match it, also without those that abstain.
 
 python jobs/show.py ANSWERS [--rows 20]
 """
@@ -22,8 +22,8 @@ from qvl_batch.output.storage import folder_at
 from qvl_batch.report.page import printable
 from qvl_batch.schema import PARSED, is_textual, texts
 
-EXPECTED = "expected"
-COLUMNS = ("id", "prompt", "answer", EXPECTED, "error_type", "error_message")
+EXPECTED, REASON = "expected", "finish_reason"
+COLUMNS = ("id", "prompt", "answer", EXPECTED, REASON, "error_type", "error_message")
 #: Begins the names of the fields of parsed answers, which are shown in place of their text.
 FIELDS = f"{PARSED}."
 
@@ -69,6 +69,11 @@ def show(config: ShowConfig, console: Console) -> None:
     if judged:
         right = sum(map(_is_right, judged))
         console.print(f"{right} of {len(judged)} answers match what was expected ({right / len(judged):.1%})")
+        given = [row for row in judged if not _abstains(row)]
+        if len(given) < len(judged):
+            right = sum(map(_is_right, given))
+            share = f" ({right / len(given):.1%})" if given else ""
+            console.print(f"{len(judged) - len(given)} abstain; of the others, {right} of {len(given)} match{share}")
     console.print(f"all {len(rows)} answers: {config.answers}/{PARTS}", markup=False, emoji=False, soft_wrap=True)
 
 
@@ -89,6 +94,8 @@ def _cells(row: dict[str, str | None], fields: list[str], *, judged: bool) -> li
     shown = [row[name] or "" for name in fields] or [answer or ""]
     if answer is None:
         shown[0] = f"({row['error_type']}: {row['error_message']})"
+    elif _abstains(row):
+        shown[0] += " (abstains)"
     cells = ["(no id)" if row["id"] is None else row["id"], row["prompt"] or "", *shown]
     if judged:
         cells += ["", ""] if expected is None else [expected, "✓" if _is_right(row) else "✗"]
@@ -97,6 +104,10 @@ def _cells(row: dict[str, str | None], fields: list[str], *, judged: bool) -> li
 
 def _is_right(row: dict[str, str | None]) -> bool:
     return row["answer"] == row[EXPECTED]
+
+
+def _abstains(row: dict[str, str | None]) -> bool:
+    return row[REASON] == "abstain"
 
 
 def work() -> int:

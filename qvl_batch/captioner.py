@@ -65,12 +65,14 @@ class Captioner(Stoppable):
         stop: texts before which an answer ends, whichever comes first; not for answers that must be something.
         include_stop: keep the text that ended an answer.
         min_new_tokens: shortest answer in tokens; not for answers that must be something.
+        abstain_below: answers whose `confidence` is below this have the `finish_reason` `abstain`; implies
+            `confidence`.
 
     Raises:
         BundleError: there is no bundle, or it is damaged.
-        ConfigError: `slots`, `max_image_pixels` or `min_new_tokens` is less than 1, a stop text is empty, the fit or
-            device is unknown, or `fit`, `max_pixels`
-            or `system_prompt` cannot be used with this bundle.
+        ConfigError: `slots`, `max_image_pixels` or `min_new_tokens` is less than 1, a stop text is empty,
+            `abstain_below` is not above 0 or above 1, the fit or device is unknown, or `fit`, `max_pixels` or
+            `system_prompt` cannot be used with this bundle.
         DeviceError: the device cannot be used here, or computes the bundle wrongly.
     """
 
@@ -91,6 +93,7 @@ class Captioner(Stoppable):
         stop: Sequence[str] = (),
         include_stop: bool = False,
         min_new_tokens: int | None = None,
+        abstain_below: float | None = None,
     ) -> None:
         numbers = {"slots": slots, "max_image_pixels": max_image_pixels, "min_new_tokens": min_new_tokens}
         for name, value in numbers.items():
@@ -99,6 +102,8 @@ class Captioner(Stoppable):
         if isinstance(stop, str) or not all(stop):
             raise ConfigError(f"stop must be a list of texts that are not empty, not {stop!r}")
         self._ends_by_itself = not stop and min_new_tokens is None
+        if abstain_below is not None and not 0 < abstain_below <= 1:
+            raise ConfigError(f"abstain_below must be above 0 and at most 1, not {abstain_below}")
         if fit is not None and fit not in get_args(Fit):
             raise ConfigError(f"fit must be one of {', '.join(get_args(Fit))}, not {fit!r}")
         self._bundle = Bundle.load(bundle)
@@ -106,7 +111,7 @@ class Captioner(Stoppable):
         encoder_device = resolve_vision_device(vision_device, self._bundle.manifest)
         self._view = View.of(self._bundle.manifest.layout.resolution, fit, max_pixels)
         self._rules = ImageRules(max_image_pixels, allow_truncated)
-        self._process = os.getpid()
+        self._process, self._abstain_below = os.getpid(), abstain_below
         threads = usable_cpus()
         features = ImageFeatures(VisionEncoder(self._bundle, threads, encoder_device))
         answerer = Answerer(
@@ -119,7 +124,7 @@ class Captioner(Stoppable):
             include_stop=include_stop,
             min_new_tokens=min_new_tokens or 0,
             guided=True,
-            logprobs=confidence,
+            logprobs=confidence or abstain_below is not None,
             drawn=True,
         )
         #: None once closed.
@@ -207,7 +212,10 @@ class Captioner(Stoppable):
         ]
         answers = answerer.answer(asked, max_new_tokens)
         sizes = [tuple(image.size.numbers for image in row) for row in shown]
-        return [replace(answer, image_sizes=each) for answer, each in zip(answers, sizes, strict=True)]
+        return [
+            replace(answer, image_sizes=each).held_to(self._abstain_below)
+            for answer, each in zip(answers, sizes, strict=True)
+        ]
 
     def _question(
         self,

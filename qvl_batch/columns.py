@@ -43,7 +43,7 @@ IMAGE_KEYS = f"{OWN}image_keys"
 #: Stage, type and message of a failed row's error; null in all other rows.
 FAILURE = tuple(f"{OWN}error_{field.name}" for field in fields(Failure))
 #: Small JPEG of a sampled row's pixels, its images side by side, and the start of its last question; null in all other
-#: rows.
+#: rows. Where the report shows the rows that the model is least sure of, all rows have them.
 THUMBNAIL, ASKED = f"{OWN}thumbnail", f"{OWN}asked"
 #: Unix time at which the vision stage started on the row's table.
 STARTED = f"{OWN}started"

@@ -168,8 +168,11 @@ class CaptionConfig(JobConfig):
     min_new_tokens: int | None = None
     """Shortest answer in tokens: it cannot end before."""
     confidence: bool = False
-    """Add how sure the model is: the columns `confidence`, `mean_logprob` and `min_token_probability`, and with choices
-    `choice_probabilities`."""
+    """Add how sure the model is: the columns `confidence`, `mean_logprob` and `min_token_probability`, with choices
+    `choice_probabilities`, and with a JSON schema `parsed_confidence`."""
+    abstain_below: float | None = None
+    """Mark answers whose `confidence` is below this: their `finish_reason` is `abstain`, and all else is kept.
+    Implies `--confidence`. `jobs/calibrate.py` finds a bound for the share of errors that you accept."""
     boxes: bool = False
     """Add the column `boxes`: the boxes and points that an answer names as JSON, in pixels of the image file."""
     allow_repetition: bool = False
@@ -203,6 +206,10 @@ class CaptionConfig(JobConfig):
             raise ConfigError(f"--vision-cache-gb must be a number above 0, not {self.vision_cache_gb}")
         if self.price_per_hour is not None and not 0 <= self.price_per_hour < math.inf:
             raise ConfigError(f"--price-per-hour must be a number from 0 on, not {self.price_per_hour}")
+        if self.abstain_below is not None:
+            if not 0 < self.abstain_below <= 1:
+                raise ConfigError(f"--abstain-below must be above 0 and at most 1, not {self.abstain_below}")
+            object.__setattr__(self, "confidence", True)
         if len(given := self._constraints) > 1:
             raise ConfigError(f"{' and '.join(map(_option, given))}: an answer can only be one of them; give one")
         self._check_sampling()

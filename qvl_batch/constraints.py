@@ -13,7 +13,7 @@ from typing import Any, Literal
 import pyarrow as pa
 
 from qvl_batch.errors import ConstraintError
-from qvl_batch.json_schema import arrow_type, decided, dumps, shortest
+from qvl_batch.json_schema import arrow_type, confidence_type, decided, dumps, shortest
 from qvl_batch.shortest_match import shortest_match
 
 Kind = Literal["choices", "regex", "json_schema"]
@@ -49,6 +49,16 @@ class Constraint:
             ConstraintError: no type follows from the schema.
         """
         return arrow_type(json.loads(self.text)) if self.kind == "json_schema" else None
+
+    @property
+    def confidence_type(self) -> pa.DataType | None:
+        """Type of the column that holds how sure the model is of each value of a JSON schema; None for another kind of
+        constraint, or if it has no values to be sure of.
+
+        Raises:
+            ConstraintError: no type follows from the schema.
+        """
+        return confidence_type(json.loads(self.text)) if self.kind == "json_schema" else None
 
     def shortest(self) -> list[str]:
         """A short match or JSON. Empty if none is known."""

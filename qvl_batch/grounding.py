@@ -105,7 +105,7 @@ def boxes(
 
 def complete(answer: Answer) -> str | None:
     """The text of an answer, None if it failed or was cut off: JSON can be cut where it still reads well."""
-    return answer.answer if answer.finish_reason == "stop" else None
+    return answer.answer if answer.finish_reason in {"stop", "abstain"} else None
 
 
 def _entries(answer: str) -> list[dict[str, Any]] | None:

@@ -1,4 +1,4 @@
-"""JSON schemas of answers: the type of a column that holds their values, and their shortest value.
+"""JSON schemas of answers: types of columns that hold their values and how sure these are, and their shortest value.
 
     {"type": "object", "properties": {"color": {"enum": ["red", "blue"]}, "count": {"type": "integer"}}}
     struct<color: string, count: int64>
@@ -10,7 +10,7 @@ This module knows nothing of tokens. Which keywords the decoder can follow is th
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -25,6 +25,9 @@ DEEPEST = 64
 #: Keywords that hold one schema, a list of schemas, or schemas by name.
 _ONE, _SEVERAL, _NAMED = ("items", "additionalProperties"), ("anyOf", "oneOf", "allOf"), ("properties", "$defs")
 _BOUNDS = ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum")
+#: What a value can be: a scalar one of these texts, None if it is a string of any text; an object, by property; an
+#: array, by item.
+_Possible = frozenset[str] | None | dict[str, "_Possible"] | list["_Possible"]
 _SCALARS = {
     "string": pa.string(),
     "integer": pa.int64(),
@@ -175,6 +178,65 @@ def referred(root: Any, reference: Any) -> Any:
         if parts[0] == "#":
             return found
     raise ConstraintError(f"{reference} is no part of the schema")
+
+
+def confidence_type(schema: Any) -> pa.DataType | None:
+    """Type of the column that holds how sure the model is of each value of a schema; None if nothing is left of it.
+
+    It is the type of `arrow_type` with doubles for scalars: for numbers, booleans, and strings that must be one of
+    several. Other strings are left out, and what can only have one value. A scalar that is one of these in one
+    alternative and any string in another is left out.
+
+    Raises:
+        ConstraintError: as `arrow_type`.
+    """
+    arrow_type(schema)
+    return _confidence_type(_possible(schema, schema))
+
+
+def _possible(schema: Mapping[str, Any], root: Any) -> _Possible:
+    if "$ref" in schema:
+        return _possible(referred(root, schema["$ref"]), root)
+    if "const" in schema or "enum" in schema:
+        return frozenset(map(dumps, schema["enum"] if "enum" in schema else [schema["const"]]))
+    for key in _SEVERAL:
+        if key in schema:
+            return _either(_possible(each, root) for each in schema[key])
+    return _either(_possible_of(kind, schema, root) for kind in _as_list(schema.get("type", "object")))
+
+
+def _possible_of(kind: str, schema: Mapping[str, Any], root: Any) -> _Possible:
+    if kind == "object":
+        return {name: _possible(each, root) for name, each in schema["properties"].items()}
+    if kind == "array":
+        return [_possible(schema["items"], root)]
+    if kind == "string":
+        return None
+    return frozenset({"null": ("null",), "boolean": ("true", "false")}.get(kind, ("0", "1", "...")))
+
+
+def _either(alternatives: Iterable[_Possible]) -> _Possible:
+    """What a value of one of some alternatives can be. Beside null, all are objects, or arrays, or scalars."""
+    several = list(alternatives)
+    objects = [each for each in several if isinstance(each, dict)]
+    if objects:
+        return {name: _either(each[name] for each in objects) for name in objects[0]}
+    arrays = [each for each in several if isinstance(each, list)]
+    if arrays:
+        return [_either(item for (item,) in arrays)]
+    texts = [each for each in several if isinstance(each, frozenset)]
+    return frozenset().union(*texts) if len(texts) == len(several) else None
+
+
+def _confidence_type(possible: _Possible) -> pa.DataType | None:
+    if isinstance(possible, dict):
+        kinds = {name: _confidence_type(each) for name, each in possible.items()}
+        kept = [pa.field(name, kind) for name, kind in kinds.items() if kind is not None]
+        return pa.struct(kept) if kept else None
+    if isinstance(possible, list):
+        item = _confidence_type(possible[0])
+        return None if item is None else pa.list_(item)
+    return pa.float64() if possible is not None and len(possible) > 1 else None
 
 
 def value_of(text: str, kind: pa.DataType) -> Any:

@@ -1,7 +1,7 @@
 """Answers and failures, and the columns of the output that hold them.
 
 A row of the output has `id`, the kept columns, then the fields of `answer_fields`. A failed row has a null answer,
-`finish_reason = error`, and the stage, type and message of its error.
+`finish_reason = error`, and the stage, type and message of its error. A row that abstains has its answer and all else.
 """
 
 import math
@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from qvl_batch.errors import RowError, stable_message
 
-FinishReason = Literal["stop", "length", "error"]
+FinishReason = Literal["stop", "length", "abstain", "error"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +66,8 @@ BOXES_FIELD = pa.field(
 
 #: Column of the value of an answer that is JSON of one schema.
 PARSED = "parsed"
+#: Column of how sure the model is of each of its values.
+PARSED_CONFIDENCE = "parsed_confidence"
 #: How sure the model is of an answer: see `Answer`.
 CONFIDENCE_FIELDS = tuple(
     pa.field(name, pa.float64()) for name in ("confidence", "mean_logprob", "min_token_probability")
@@ -97,6 +99,7 @@ def answer_fields(
     lists: bool = False,
     boxes: bool = False,
     parsed: pa.DataType | None = None,
+    parsed_confidence: pa.DataType | None = None,
     confidence: bool = False,
     choices: bool = False,
     samples: bool = False,
@@ -107,6 +110,7 @@ def answer_fields(
         lists: rows can have several images or none, so that sizes are lists.
         boxes: with the boxes that answers contain.
         parsed: type of the value of an answer that is JSON of one schema.
+        parsed_confidence: type of how sure the model is of each of its values.
         confidence: with how sure the model is.
         choices: with the probability of each choice.
         samples: with all answers that were drawn.
@@ -115,6 +119,7 @@ def answer_fields(
     return (
         pa.field("answer", pa.string()),
         *([pa.field(PARSED, parsed)] if parsed is not None else []),
+        *([pa.field(PARSED_CONFIDENCE, parsed_confidence)] if parsed_confidence is not None else []),
         *([BOXES_FIELD] if boxes else []),
         *(CONFIDENCE_FIELDS if confidence else ()),
         *([CHOICES_FIELD] if choices else []),
@@ -147,7 +152,9 @@ class Answer:
 
     `logprobs` has the log-probability of each token, and of the end token if one came, after the repetition penalty and
     among the tokens that a constraint allows; it is empty if nobody asked. `confidence` is the probability of the whole
-    answer, the product of these. With choices, `choice_probabilities` has the probability of each.
+    answer, the product of these. With choices, `choice_probabilities` has the probability of each. With a JSON schema,
+    `parsed_confidence` has the probability of each value, as `qvl_batch.value_confidence` says: objects are
+    dictionaries, arrays lists; it is None if the schema has no values to be sure of, or no type follows from it.
 
     `samples` has all answers that were drawn to the row, of which this is the first that did not fail; it is empty if
     nothing was drawn.
@@ -161,6 +168,7 @@ class Answer:
     image_sizes: tuple[tuple[int, ...], ...] = ()
     logprobs: tuple[float, ...] = ()
     choice_probabilities: Mapping[str, float] | None = None
+    parsed_confidence: Any = None
     samples: "tuple[Answer, ...]" = ()
 
     @property
@@ -183,6 +191,15 @@ class Answer:
         if self.choice_probabilities is None:
             return None
         return sorted(self.choice_probabilities.items(), key=lambda each: -each[1])
+
+    def held_to(self, least: float | None) -> "Answer":
+        """The answer, which abstains if its confidence is below `least`; None is no bound.
+
+        One that was cut off stays so: its confidence is that of an answer that begins so.
+        """
+        if least is None or self.finish_reason != "stop" or self.confidence is None or self.confidence >= least:
+            return self
+        return replace(self, finish_reason="abstain")
 
     @classmethod
     def failed(cls, failure: Failure) -> "Answer":

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +75,29 @@ def test_which_images_are_shown_is_asked_for(tiny_bundle):
     assert answers[0].answer == whole.answer
     with pytest.raises(ConfigError, match="max_image_pixels must be at least 1, not 0"):
         Captioner(tiny_bundle.path, max_image_pixels=0)
+
+
+def test_answers_abstain_below_a_confidence_and_values_have_theirs(tiny_bundle):
+    schema = {"type": "object", "properties": {"color": {"enum": ["red", "blue"]}}, "required": ["color"]}
+    open_ended = {"type": "object", "properties": {"next": {"$ref": "#"}, "sure": {"type": "boolean"}}}
+    images, prompts = [row["image"]["bytes"] for row in ROWS[:4]], [row["prompt"] for row in ROWS[:4]]
+    with Captioner(tiny_bundle.path) as captioner:
+        plain = captioner.caption(images, prompts, json_schema=schema)
+    assert {(answer.finish_reason, answer.parsed_confidence) for answer in plain} == {("stop", None)}
+    with Captioner(tiny_bundle.path, confidence=True) as captioner:
+        sure = captioner.caption(images, prompts, json_schema=schema)
+        assert captioner.caption(images[:1], prompts[:1], json_schema=open_ended)[0].parsed_confidence is None
+    assert all(answer.confidence <= answer.parsed_confidence["color"] <= 1 for answer in sure)
+    least = sorted(answer.confidence for answer in sure)[2]
+    with Captioner(tiny_bundle.path, abstain_below=least) as captioner:
+        held = captioner.caption(images, prompts, json_schema=schema)
+    expected = ["abstain" if answer.confidence < least else "stop" for answer in sure]
+    assert [answer.finish_reason for answer in held] == expected
+    assert [replace(answer, finish_reason="stop") for answer in held] == sure
+    assert expected.count("abstain") == 2
+    for wrong in (0, 1.5, float("nan")):
+        with pytest.raises(ConfigError, match=f"abstain_below must be above 0 and at most 1, not {wrong}"):
+            Captioner(tiny_bundle.path, abstain_below=wrong)
 
 
 def test_a_file_that_is_not_there_fails_its_row(captioner):

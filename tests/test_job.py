@@ -226,6 +226,51 @@ def test_answers_say_how_sure_the_model_is(tiny_bundle, demo, job, tmp_path):
     assert [sure[8][name] for name in names] == [None] * 3
 
 
+def test_values_of_json_say_how_sure_the_model_is_and_rows_abstain(tiny_bundle, demo, job, tmp_path):
+    schema = {
+        "type": "object",
+        "properties": {"note": {"type": "string", "maxLength": 2}, "color": {"enum": ["red", "green", "blue"]}},
+        "required": ["color"],
+    }
+    (tmp_path / "schema.json").write_text(json.dumps(schema))
+    rows = [{**row, "id": f"row-{at:02}"} for at, row in enumerate(demo[:30])]
+    pq.write_table(pa.Table.from_pylist([*rows, rows[0] | {"id": "row-99", "image": None}]), tmp_path / "rows.parquet")
+    options = (
+        "--bundle", tiny_bundle.path, "--input", tmp_path / "rows.parquet", "--json-schema", tmp_path / "schema.json",
+    )  # fmt: skip
+    job(*options, "--output", tmp_path / "sure", "--confidence")
+    answers = read_answers(tmp_path / "sure")
+    sure = ("confidence", "mean_logprob", "min_token_probability")
+    names = ["id", "answer", "parsed", "parsed_confidence", *sure, *ANSWER_COLUMNS[1:]]
+    assert answers.schema.names == names
+    assert answers.schema.field("parsed_confidence").type == pa.struct({"color": pa.float64()})
+    found = _rows_by_id(tmp_path / "sure")
+    for row in found[:30]:
+        assert 0 < row["confidence"] <= row["parsed_confidence"]["color"] + 1e-9 <= 1 + 2e-9
+        assert row["finish_reason"] == "stop"
+    assert (found[30]["parsed_confidence"], found[30]["finish_reason"]) == (None, "error")
+
+    least = sorted(row["confidence"] for row in found[:30])[12]
+    result = job(*options, "--output", tmp_path / "held", "--abstain-below", least)
+    held = _rows_by_id(tmp_path / "held")
+    assert [row | {"finish_reason": "abstain"} if (row["confidence"] or 1) < least else row for row in found] == held
+    assert "rows      31 (12 abstain, 1 error, 18 stop)" in result.stdout
+    assert "sure      median confidence " in result.stdout
+    run, page, shown = _shown(tmp_path / "held")
+    assert sum(run["confidence"]["histogram"]) == 30
+    assert "12 of 30 answers abstain" in page
+    by_confidence = sorted(held[:30], key=lambda row: row["confidence"])
+    assert [row[0] for row in shown[:24]] == [row["id"] for row in by_confidence[:24]]
+    assert [row[1:] for row in shown[:24]] == [
+        (demo[int(row["id"][4:])]["prompt"], row["answer"], True) for row in by_confidence[:24]
+    ]
+    assert "--abstain-below" in job(*options, "--output", tmp_path / "held", "--confidence", status=1).stderr
+    # Nothing is left, and answers that abstain are no errors.
+    again = job(*options, "--output", tmp_path / "held", "--abstain-below", least, "--retry-errors", "--limit", 30)
+    assert "12 abstain" in again.stdout
+    assert _rows_by_id(tmp_path / "held") == held
+
+
 def test_a_column_says_what_each_answer_must_be(tiny_bundle, demo, job, tmp_path):
     choices = [["yes", "no"], None, ["a", "b"], [], ["x", "x"], ["red", None], ["blue"]]
     table = pa.Table.from_pylist(demo[:7]).append_column("labels", pa.array(choices))

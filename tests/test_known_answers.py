@@ -165,8 +165,10 @@ def test_a_graph_in_fp32_for_failed_rows_is_proved_too(saturating, copied_bundle
     assert [each.graph for each in check.check(config, bundle)] == [
         "vision",
         "decoder",
+        "guided decoder",
         "vision in fp32",
         "decoder in fp32",
+        "guided decoder in fp32",
     ]
     spoil(copied_bundle, VISION, "blocks.1.mlp.down")
     forget_known_answers(copied_bundle)  # with them, it would be refused itself

@@ -17,13 +17,15 @@ from qvl_batch.errors import ConfigError
 from qvl_batch.input.source import Source
 from qvl_batch.output.parts import Tally
 from qvl_batch.pipeline.plan import Plan
+from qvl_batch.report.confidence import BINS as BINS_OF_CONFIDENCE
+from qvl_batch.report.confidence import KEPT, ConfidenceStats, probability
 from qvl_batch.report.progress import ProgressLine
 from qvl_batch.report.run_stats import BIN_SECONDS, BINS, EXAMPLES, RunStats, Timeline
 from qvl_batch.report.sample import ABREAST, CHARACTERS, GAP, MOST_ABREAST, ROWS, SIDE, choose, sample_columns
 from qvl_batch.report.summary import Report
 from qvl_batch.report.utilization import Utilization
 from qvl_batch.rows import RowSet
-from qvl_batch.schema import ANSWER_FIELDS, ID, Answer, Failure
+from qvl_batch.schema import ANSWER_FIELDS, CHOICES_FIELD, ID, Answer, Failure
 
 PLAN = Plan(
     vision_workers=3, vision_threads=2, vision_cpus=1, decoder_workers=4, decoder_threads=1, decoder_cpus=1,
@@ -94,6 +96,9 @@ def test_only_the_sample_has_small_thumbnails_and_short_prompts():
     assert thumbnails[0][:2] == b"\xff\xd8"
     assert len(thumbnails[0]) < 3 * SIDE**2 / 3
     assert columns[ASKED].to_pylist() == ["x" * CHARACTERS + "…", None, None, "d", "cd"]
+    every = sample_columns(table, images, None)
+    assert [value is not None for value in every[THUMBNAIL].to_pylist()] == [True, True, True, False, True]
+    assert every[ASKED].to_pylist() == ["x" * CHARACTERS + "…", "b", None, "d", "cd"]
 
 
 @pytest.mark.parametrize("count", [1, 2, ABREAST, 3 * ABREAST, SIDE * ABREAST + 1])
@@ -228,10 +233,90 @@ def test_without_a_price_or_without_rows_nothing_is_made_up():
     assert not {"busy", "million"} & set(str(none).split())
 
 
+def _sure(first, *confidences, choices=None):
+    """A table of answers of such confidence to rows `first`, ... of file 0; None for a row that failed."""
+    answers = [NO if each is None else YES for each in confidences]
+    table = _answered(first, answers).append_column("confidence", pa.array(confidences, pa.float64()))
+    if choices is None:
+        return table
+    kind = CHOICES_FIELD.type
+    return table.append_column(CHOICES_FIELD.name, pa.array([choices] * len(answers), kind))
+
+
+def test_the_rows_that_the_model_is_least_sure_of_are_kept_in_whatever_order_they_come():
+    chance = random.Random(2)  # noqa: S311
+    values = [chance.random() for _ in range(500)] + [0.25, 0.25]
+    places = list(range(0, len(values), 4))
+    chance.shuffle(places)
+    stats = _arrived(
+        RunStats(frozenset({(0, 3)})), _sure(9_000, None, None), *(_sure(at, *values[at : at + 4]) for at in places)
+    )
+    least = sorted((value, at) for at, value in enumerate(values))[:ROWS]
+    assert [(row["confidence"], row["id"]) for row in stats.confidence.least_sure] == [
+        (value, f"row-{at}") for value, at in least
+    ]
+    assert stats.confidence.least_sure[0]["thumbnail"] == b"jpeg"
+    assert stats.confidence.least_sure[0]["answer"] == "yes"
+    assert [row["confidence"] for row in stats.rows] == [values[3]]
+    record = stats.confidence.record()
+    assert stats.confidence.answers == sum(record["histogram"]) == 502
+    assert record["histogram"] == np.histogram(values, np.linspace(0, 1, 21))[0].tolist()
+    assert record["mean"] == pytest.approx(np.mean(values), rel=1e-5)
+    assert record["quantiles"]["0.05"] == pytest.approx(np.quantile(values, 0.05), rel=1e-5)
+
+
+def test_of_many_answers_the_quantiles_are_those_of_a_sample():
+    stats = ConfidenceStats()
+    values = np.random.default_rng(3).permutation(np.linspace(0, 1, 4 * KEPT))
+    for at in range(0, len(values), 1_000):
+        stats.add(_sure(at, *values[at : at + 1_000]))
+    record = stats.record()
+    assert record["histogram"] == [len(values) // BINS_OF_CONFIDENCE] * BINS_OF_CONFIDENCE
+    for share, value in record["quantiles"].items():
+        assert value == pytest.approx(float(share), abs=0.02)
+    assert len(stats.least_sure) == ROWS
+
+
+def test_the_most_probable_choices_of_a_row_are_kept_and_cut_short():
+    choices = [("x" * 5_000, 0.5), ("b", 0.3), ("c", 0.2)]
+    (row,) = _arrived(RunStats(frozenset()), _sure(0, 0.5, choices=choices)).confidence.least_sure
+    assert row["choice_probabilities"] == [("x" * CHARACTERS + "…", 0.5), ("b", 0.3)]
+
+
+def test_without_confidence_nothing_is_said_of_it():
+    stats = _arrived(RunStats(frozenset()), _answered(0, [YES]))
+    assert (stats.confidence.answers, stats.confidence.least_sure) == (0, [])
+    assert "sure" not in str(_report())
+    stats = _arrived(RunStats(frozenset()), _sure(0, None))
+    assert (stats.confidence.answers, stats.confidence.least_sure) == (0, [])
+
+
+def test_the_summary_says_how_sure_the_model_is():
+    quantiles = {"0.05": 3e-12, "0.5": 0.99996}
+    report = _report(
+        details={"confidence": {"mean": 0.9, "quantiles": quantiles, "histogram": [1] * 20}},
+        tally=Tally(rows=100, finish_reasons=Counter(stop=90, abstain=9, error=1)),
+    )
+    assert "rows      100 (9 abstain, 1 error, 90 stop)" in str(report)
+    assert "errors    1\n" in str(report)
+    assert "sure      median confidence 0.9999, 5 % of the answers of this run below 3e-12\n" in str(report)
+    assert [probability(value) for value in (0.0, 0.004, 0.05, 0.614, 0.98, 0.9912, 1.0, 1.0000001)] == [
+        "0", "0.004", "0.05", "0.61", "0.98", "0.9912", "1", "1"
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("price", [-0.01, math.nan, math.inf, -math.inf])
 def test_a_price_is_a_number_from_0_on(price, tmp_path):
     with pytest.raises(ConfigError, match="--price-per-hour must be a number from 0 on, not"):
         CaptionConfig(bundle=tmp_path, input=("x",), output=tmp_path, price_per_hour=price)
+
+
+@pytest.mark.parametrize("least", [0.0, -0.1, 1.01, math.nan, math.inf])
+def test_answers_abstain_below_a_probability(least, tmp_path):
+    with pytest.raises(ConfigError, match=f"--abstain-below must be above 0 and at most 1, not {least}"):
+        CaptionConfig(bundle=tmp_path, input=("x",), output=tmp_path, abstain_below=least)
+    for good in (1e-9, 1.0):
+        assert CaptionConfig(bundle=tmp_path, input=("x",), output=tmp_path, abstain_below=good).confidence
 
 
 def test_without_a_terminal_progress_is_a_line_that_says_how_long_it_takes_still(capsys):

@@ -9,7 +9,7 @@ from image_files import image_file
 from PIL import Image
 from selenium.webdriver.common.by import By
 
-from qvl_batch.report.page import Chart, figure, percent, printable, render, time_step
+from qvl_batch.report.page import Chart, Histogram, figure, percent, printable, render, time_step
 from qvl_batch.report.progress import span
 from qvl_batch.report.run_stats import Timeline
 from qvl_batch.report.utilization import ADVICE
@@ -114,6 +114,52 @@ def test_a_page_says_what_happened_from_verdict_to_settings():
     assert page.tags.count("path") == 2
 
 
+#: What the record of a run with `--confidence` has besides.
+SURE = {
+    "confidence": {
+        "mean": 0.81, "quantiles": {"0.05": 0.304, "0.5": 0.9871}, "histogram": [*([0] * 4), 30, 0, 5, *([100] * 13)]
+    },
+    "decoding": {"method": "greedy", "abstain_below": 0.35},
+    "finish_reasons": {"stop": 35_880, "abstain": 30, "error": 90},
+}  # fmt: skip
+
+
+def _unsure_row(**changes):
+    sure = {"confidence": 0.0123, "choice_probabilities": [("yes", 0.6), ("no", 0.399)]}
+    return _shown_row(finish_reason="abstain", **sure) | changes
+
+
+def test_a_page_says_how_sure_the_model_is_and_shows_where_it_is_not():
+    rows = [_unsure_row(id="a"), _unsure_row(id="b", confidence=0.2, choice_probabilities=None, finish_reason="stop")]
+    page = _PageParser(render(_record(**SURE), [_shown_row(confidence=0.9999)], rows))
+    parts = [
+        "35,910 of 36,000 rows answered, 90 failed", "30 of 35,910 answers abstain: confidence below 0.35.",
+        "How sure the model is", "median 0.99, mean 0.81, 5 % of the answers below 0.30.",
+        "below 0.35, answers abstain",
+        "Least sure", "2 of 36,000, those with the least confidence",
+        "a Why? yes 600 + 1 tokens, confidence 0.01 abstains yes 0.60, no 0.40",
+        "b Why? yes 600 + 1 tokens, confidence 0.20",
+        "Rows", "600 + 1 tokens, confidence 0.9999", "abstain below 0.35",
+    ]  # fmt: skip
+    places = [page.text.find(part) for part in parts]
+    assert -1 not in places, parts[places.index(-1)]
+    assert places == sorted(places)
+    plain = _PageParser(render(_record(), [_shown_row()])).text
+    assert not [word for word in ("sure", "confidence", "abstain") if word in plain]
+
+
+@pytest.mark.parametrize("bins", [[0] * 19 + [1], [1] * 20, [3, *[0] * 18, 9_999_999]])
+def test_the_chart_of_confidence_holds_every_answer(bins):
+    chart = Histogram.of(bins)
+    top = float(chart.counts[-1][1].replace(",", ""))
+    assert sum(round(height * top / 100) for _, _, height, *_ in chart.bars) == sum(bins)
+    assert [number for *_, number in chart.bars] == [count for count in bins if count]
+    assert all(0 < height <= 100 for _, _, height, *_ in chart.bars)
+    assert max(left + width for left, width, *_ in chart.bars) == pytest.approx(100)
+    assert 2 <= len(chart.counts) <= 8
+    assert chart.bars[-1][3] == "0.95 to 1"
+
+
 def test_a_page_needs_nothing_else_and_runs_nothing():
     source = render(_record(), [_shown_row()])
     page = _PageParser(source)
@@ -136,9 +182,12 @@ def test_what_strangers_wrote_is_text(text):
         decoding={"prompt": text, "system_prompt": text},
         versions={text: text},
     )
-    source = render(record, [_shown_row(id=text, prompt=text, answer=text), _failed_row(error_message=text)])
+    record |= {"confidence": SURE["confidence"]}
+    unsure = [_unsure_row(id=text, prompt=text, answer=text, choice_probabilities=[(text, 0.5)])]
+    source = render(record, [_shown_row(id=text, prompt=text, answer=text), _failed_row(error_message=text)], unsure)
     assert not CONTROLS.search(source)
-    page, plain = _PageParser(source), _PageParser(render(_record(), [_shown_row(), _failed_row()]))
+    plain = _PageParser(render(_record(confidence=SURE["confidence"]), [_shown_row(), _failed_row()], [_unsure_row()]))
+    page = _PageParser(source)
     assert set(page.tags) == set(plain.tags)
     assert {name for name, _ in page.attributes} == {name for name, _ in plain.attributes}
     assert printable(text).strip() in page.texts
@@ -239,8 +288,11 @@ def hostile_page(chromium, tmp_path):
         answer_tokens=10**15, rows=10**9, rows_of_this_run=10**9, decoding={"prompt": LONG}, price_per_hour=1e6,
         cost_per_million=1e12,
     )  # fmt: skip
+    record |= {name: SURE[name] for name in ("confidence", "finish_reasons")}
+    record["decoding"] |= {"abstain_below": 0.35}
+    unsure = [_unsure_row(id=text, prompt=text[:1_000], choice_probabilities=[(text, 0.5)] * 2) for text in texts]
     path = tmp_path / "report.html"
-    path.write_text(render(record, rows))
+    path.write_text(render(record, rows, unsure))
     show(chromium, path)
     yield chromium
     assert complaints(chromium) == []
@@ -282,3 +334,14 @@ def test_bars_are_as_long_as_stages_were_busy(hostile_page):
         whole = lane.find_element(By.CLASS_NAME, "track").size["width"]
         shares.append(sum(bar.rect["width"] for bar in bars) / whole)
     assert shares == pytest.approx([0.02, 0.3, 0.97, 0.6], abs=0.01)
+
+
+def test_bars_of_confidence_are_where_and_as_high_as_they_say(hostile_page):
+    box = hostile_page.find_element(By.CSS_SELECTOR, "#confidence .box").rect
+    bars = hostile_page.find_elements(By.CSS_SELECTOR, "#confidence .bar")
+    assert [bar.get_attribute("title") for bar in bars][:2] == ["30 of 0.2 to 0.25", "5 of 0.3 to 0.35"]
+    heights = [bar.rect["height"] / bars[-1].rect["height"] for bar in bars]
+    assert heights == pytest.approx([0.3, 0.05, *([1] * 13)], abs=0.02)
+    assert (bars[0].rect["x"] - box["x"]) / box["width"] == pytest.approx(0.2, abs=0.01)
+    least = hostile_page.find_element(By.CSS_SELECTOR, "#confidence .box .least").rect
+    assert (least["x"] - box["x"]) / box["width"] == pytest.approx(0.35, abs=0.01)

@@ -1,11 +1,11 @@
 """The columns of an answer, for rows of one image and of any number."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pyarrow as pa
 import pytest
 
-from qvl_batch.grounding import Box
+from qvl_batch.grounding import Box, complete
 from qvl_batch.schema import ANSWER_FIELDS, BOXES_FIELD, SIZE_NAMES, Answer, Failure, answer_fields
 
 ONE, TWO = (640, 480, 672, 672, 1), (30, 20, 28, 56, 6)
@@ -54,6 +54,24 @@ def test_the_record_of_an_answer_fits_its_fields(answer, lists, sizes):
     assert record["error_message"] == ("no image" if answer.failure else None)
     table = pa.Table.from_pylist([record], pa.schema(answer_fields(lists=lists)))
     assert table.to_pylist() == [record]
+
+
+@pytest.mark.parametrize(
+    ("answer", "least", "reason"),
+    [
+        (Answer("yes", "stop", 9, 2, logprobs=(-0.5, -0.5)), 0.4, "abstain"),
+        (Answer("yes", "stop", 9, 2, logprobs=(-0.5, -0.5)), 0.3, "stop"),
+        (Answer("yes", "stop", 9, 2, logprobs=(0.0,)), 1.0, "stop"),
+        (Answer("yes", "stop", 9, 2, logprobs=(-0.5, -0.5)), None, "stop"),
+        (Answer("yes", "length", 9, 2, logprobs=(-9.0,)), 0.9, "length"),
+        (Answer("yes", "stop", 9, 2), 0.9, "stop"),
+        (Answer.failed(FAILURE), 0.9, "error"),
+    ],
+)
+def test_a_whole_answer_of_too_little_confidence_abstains_and_keeps_all_else(answer, least, reason):
+    held = answer.held_to(least)
+    assert held == replace(answer, finish_reason=reason)
+    assert complete(held) == (answer.answer if answer.finish_reason == "stop" else None)
 
 
 def test_boxes_fit_their_column():

@@ -63,6 +63,20 @@ def test_only_rows_with_an_expected_answer_are_judged_and_as_text(expected, tmp_
     assert (out.count("✓"), out.count("✗"), out.count("None")) == (1, 1, 0)
 
 
+def test_answers_that_abstain_say_so_and_are_counted_apart(tmp_path, monkeypatch, capsys):
+    reasons = ["stop", "abstain", "abstain", "stop"]
+    columns = {"answer": ["2", "5", "4", "7"], "expected": ["2", "5", "3", None], "finish_reason": reasons}
+    _write_part(tmp_path, **columns)
+    _, out, _ = _print(monkeypatch, capsys, tmp_path)
+    assert "2 of 3 answers match what was expected (66.7%)" in out
+    assert "2 abstain; of the others, 1 of 1 match (100.0%)" in out
+    assert "5 (abstains)" in out
+    _write_part(tmp_path, **columns | {"finish_reason": ["abstain"] * 4})
+    assert "3 abstain; of the others, 0 of 0 match\n" in _print(monkeypatch, capsys, tmp_path)[1]
+    _write_part(tmp_path, **columns | {"finish_reason": ["stop"] * 4})
+    assert "abstain;" not in _print(monkeypatch, capsys, tmp_path)[1]
+
+
 def test_a_column_of_the_name_that_holds_no_text_is_not_shown(tmp_path, monkeypatch, capsys):
     _write_part(tmp_path, answer=["2", None], expected=[["2", "two"], ["3"]], error_type=[None, "ImageError"])
     status, out, _ = _print(monkeypatch, capsys, tmp_path)

@@ -11,6 +11,9 @@ This module knows nothing of where rows come from.
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import pyarrow as pa
 
 from qvl_batch.bundle.fp32 import Fp32Fallback
 from qvl_batch.bundle.layout import Features
@@ -22,13 +25,14 @@ from qvl_batch.decoder.decoder import Decoder, PrefillRow
 from qvl_batch.decoder.draws import Draws
 from qvl_batch.decoder.endings import RUNAWAY, Endings
 from qvl_batch.decoder.engine import Engine, decoder_clocks
-from qvl_batch.decoder.grammar import ChoiceTree, Grammar, Grammars
+from qvl_batch.decoder.grammar import MOST_GRAMMARS, ChoiceTree, Grammar, Grammars
 from qvl_batch.decoder.prompts import RowLayout
 from qvl_batch.decoder.requests import Completion, Request
-from qvl_batch.errors import RepetitionError, RowError
+from qvl_batch.errors import ConstraintError, RepetitionError, RowError
 from qvl_batch.runtime.devices import memory_on
 from qvl_batch.sampling import GREEDY, Sampling
 from qvl_batch.schema import Answer, Failure, FinishReason
+from qvl_batch.value_confidence import value_confidence
 
 #: Slots of the engine that runs failed rows again in fp32.
 FP32_SLOTS = 4
@@ -63,13 +67,15 @@ class EncodedRow:
 @dataclass(frozen=True, slots=True)
 class _Asked:
     """What the engine is asked for a row: its answers; or, to know the probability of each choice, what may follow at
-    every place where choices part. `draws` has one for each answer, None for the most probable one.
+    every place where choices part. `draws` has one for each answer, None for the most probable one. `confidence_type`
+    is that of the values, if it is asked how sure the model is of each.
     """
 
     prompt_tokens: int
     requests: list[Request]
     draws: list[Draws | None]
     choices: ChoiceTree | None = None
+    confidence_type: pa.DataType | None = None
 
 
 class Answerer:
@@ -174,7 +180,9 @@ class Answerer:
         whole = replace(request(), min_new_tokens=self._min_new_tokens, is_over=self._endings.is_over)
         draws = _draws(row, whole)
         if not (self._logprobs and isinstance(grammar, ChoiceTree)):
-            return _Asked(len(tokens.input_ids), [replace(whole, draws=each) for each in draws], draws)
+            kind = _confidence_type(row.constraint) if self._logprobs and row.constraint else None
+            requests = [replace(whole, draws=each) for each in draws]
+            return _Asked(len(tokens.input_ids), requests, draws, confidence_type=kind)
         places = [request(each.tokens, each.following) for each in grammar.branches()]
         # Only what may follow is asked for, not what follows.
         places = [replace(place, max_new_tokens=1, grammar=None) for place in places]
@@ -235,8 +243,12 @@ class Answerer:
             return Answer.failed(Failure.of(outcome))
         text, is_ended = self._endings.cut(self._layout.text(outcome.token_ids))
         reason: FinishReason = "length" if outcome.finish_reason == "length" and not is_ended else "stop"
-        tokens = len(outcome.token_ids)
-        return Answer(text, reason, asked.prompt_tokens, tokens, logprobs=tuple(outcome.logprobs))
+        tokens, logprobs = len(outcome.token_ids), tuple(outcome.logprobs)
+        sure = None
+        if asked.confidence_type is not None:
+            lengths = self._layout.byte_lengths(outcome.token_ids)
+            sure = value_confidence(text, asked.confidence_type, lengths, logprobs)
+        return Answer(text, reason, asked.prompt_tokens, tokens, logprobs=logprobs, parsed_confidence=sure)
 
     def _chosen(self, asked: "_Asked", tree: ChoiceTree, outcomes: Sequence[Completion | RowError]) -> list[Answer]:
         """The choices of a row, by what may follow at every place where choices part."""
@@ -265,6 +277,15 @@ def _draws(row: EncodedRow, request: Request) -> "list[Draws | None]":
         return [None]
     identity = request.content.tobytes() + row.id.encode()
     return [Draws(sampling, identity, sample) for sample in range(sampling.samples)]
+
+
+@lru_cache(MOST_GRAMMARS)
+def _confidence_type(constraint: Constraint) -> pa.DataType | None:
+    """Type of how sure the model is of each value; None also for a schema from which no type follows."""
+    try:
+        return constraint.confidence_type
+    except ConstraintError:
+        return None
 
 
 def grammars_of(bundle: Bundle, layout: RowLayout, threads: int) -> Grammars:

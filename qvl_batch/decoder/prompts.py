@@ -93,6 +93,8 @@ class RowLayout:
                     "(lstrip, rstrip, single_word, normalized), which is not supported: change the checkpoint's "
                     "tokenizer and export it again"
                 )
+        #: Bytes that each of them adds to an answer, by id.
+        self._added_bytes = {at: 0 if token.special else len(token.content.encode()) for at, token in added.items()}
         #: Special tokens by their text.
         self._special = {token.content: token_id for token_id, token in added.items() if token.special}
         # Other added tokens are found as well, since a special token inside one of them is none.
@@ -213,6 +215,14 @@ class RowLayout:
         """Text of an answer, without special tokens."""
         text: str = self._tokenizer.decode(token_ids, skip_special_tokens=True)
         return text
+
+    def byte_lengths(self, token_ids: Sequence[int]) -> list[int]:
+        """Bytes of UTF-8 that each token adds to `text`."""
+        # The vocabulary spells a token with one character for each byte.
+        return [
+            self._added_bytes[each] if each in self._added_bytes else len(self._tokenizer.id_to_token(each) or "")
+            for each in token_ids
+        ]
 
     def token_text(self, token_id: int | None) -> str | None:
         """Text of one token, also of a special one; None for None."""

@@ -92,7 +92,9 @@ def input_columns(schema: pa.Schema, file: str, config: JobConfig) -> InputColum
         ConfigError: a kept column has the name of an output column.
     """
     again = config.answer_last_turn_again
-    answers = answer_fields(boxes=True, parsed=pa.null(), confidence=True, choices=True, samples=True)
+    answers = answer_fields(
+        boxes=True, parsed=pa.null(), parsed_confidence=pa.null(), confidence=True, choices=True, samples=True
+    )
     reserved = {ID, *(field.name for field in [*answers, *([EXPECTED_FIELD] if again else [])])}
     clash = [name for name in config.copied_columns if name in reserved]
     if clash:

@@ -54,7 +54,7 @@ class Pipeline:
         columns: of the input, that are read.
         view: how images are seen.
         fetcher: reads images that are not in the input's files.
-        sample: places of rows to show in the report.
+        sample: places of rows that the report can show; None for all.
         constraint: what all answers must be, if that is anything.
     """
 
@@ -64,7 +64,7 @@ class Pipeline:
     columns: InputColumns
     view: View
     fetcher: Fetcher
-    sample: frozenset[Row]
+    sample: frozenset[Row] | None
     constraint: Constraint | None = None
     attempts: RemoteAttempts = field(default_factory=RemoteAttempts)
 
@@ -161,6 +161,7 @@ class Pipeline:
             min_new_tokens=config.min_new_tokens or 0,
             confidence=config.confidence,
             choices=config.scores_choices,
+            abstain_below=config.abstain_below,
         )
         return (self.bundle.path, self.plan.slots, self.plan.decoder_threads, form, worker_name)
 

@@ -41,7 +41,7 @@ SECONDS = 120.0
 def prepare(
     table: pa.Table,
     view: View,
-    sample: frozenset[Row] = frozenset(),
+    sample: frozenset[Row] | None = frozenset(),
     rules: ImageRules = DEFAULT_RULES,
 ) -> pa.Table:
     """Decode images and see them: the column `IMAGES` becomes `PIXELS`, uint8 (H, W, 3) as bytes, `SIZES` and
@@ -52,7 +52,7 @@ def prepare(
     Args:
         table: rows as they were read.
         view: how images are seen.
-        sample: places of rows that also get `THUMBNAIL` and `ASKED`.
+        sample: places of rows that also get `THUMBNAIL` and `ASKED`; None for all.
         rules: which images are shown.
     """
     began = time.perf_counter()

@@ -75,6 +75,7 @@ def run(config: CaptionConfig, say: Say = lambda _: None, is_stopped: IsStopped 
     schema = source.columns.output_schema(
         boxes=config.boxes,
         parsed=constraint.parsed_type if constraint else None,
+        parsed_confidence=constraint.confidence_type if constraint and config.confidence else None,
         confidence=config.confidence,
         choices=config.scores_choices,
         samples=config.has_samples,
@@ -92,7 +93,7 @@ def run(config: CaptionConfig, say: Say = lambda _: None, is_stopped: IsStopped 
             folder.write_none()
         if left.rows or not folder.reported():
             record = report.record()
-            folder.write_report(record, render(record, report.sample))
+            folder.write_report(record, render(record, report.sample, report.least_sure))
     return report
 
 
@@ -174,7 +175,9 @@ def _answer(
         say(f"workers   {plan}")
         sample = choose(left.rows, left.spans())
         stats = RunStats(sample)
-        pipeline = Pipeline(config, bundle, plan, left.columns, view, fetcher, sample, constraint)
+        # Which rows the model is least sure of is known only afterwards.
+        shown = None if config.confidence else sample
+        pipeline = Pipeline(config, bundle, plan, left.columns, view, fetcher, shown, constraint)
         # Closed before Ray is: threads of a dataset that is still running would start another Ray.
         with closing(pipeline.answers(left)) as answers:
             tally = _write(answers, folder, stats, left.rows, is_stopped)
@@ -189,10 +192,12 @@ def _answer(
         workers_seconds=min(stats.seconds_to_first_image, seconds),
         stages=stats.utilization(plan.threads, seconds),
         sample=stats.rows,
+        least_sure=stats.confidence.least_sure,
         details={
             "timeline": stats.timeline.record(),
             "error_examples": stats.examples,
             **({} if stats.unreadable_boxes is None else {"unreadable_boxes": stats.unreadable_boxes}),
+            **({"confidence": stats.confidence.record()} if stats.confidence.answers else {}),
         },
         settings=report.settings | {"plan": asdict(plan), "rows_of_workers": stats.workers},
     )
@@ -253,6 +258,7 @@ def _answers_depend_on(
         "--stop": list(config.stop),
         "--include-stop": config.include_stop,
         "--min-new-tokens": config.min_new_tokens,
+        "--abstain-below": config.abstain_below,
         "--choices": constraint.choices if constraint else [],
         "--regex": config.regex,
         "--json-schema": constraint.text if constraint and config.json_schema else None,

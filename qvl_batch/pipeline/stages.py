@@ -42,7 +42,18 @@ from qvl_batch.grounding import boxes, complete
 from qvl_batch.images.view import ImageSize, sizes_of
 from qvl_batch.json_schema import value_of
 from qvl_batch.sampling import GREEDY, Sampling
-from qvl_batch.schema import BOXES_FIELD, ID, PARSED, SAMPLES, Answer, Failure, answer_fields, samples_type, texts
+from qvl_batch.schema import (
+    BOXES_FIELD,
+    ID,
+    PARSED,
+    PARSED_CONFIDENCE,
+    SAMPLES,
+    Answer,
+    Failure,
+    answer_fields,
+    samples_type,
+    texts,
+)
 from qvl_batch.vision.cache import open_vision_cache
 from qvl_batch.vision.encoder import VisionEncoder
 from qvl_batch.vision.features import ImageFeatures
@@ -129,6 +140,7 @@ class AnswerForm:
         stop: texts before which an answer ends.
         include_stop: keep the text that ended an answer.
         min_new_tokens: shortest answer in tokens.
+        abstain_below: answers of less confidence abstain.
     """
 
     max_new_tokens: int
@@ -147,11 +159,17 @@ class AnswerForm:
     stop: tuple[str, ...] = ()
     include_stop: bool = False
     min_new_tokens: int = 0
+    abstain_below: float | None = None
 
     @property
     def parsed_type(self) -> pa.DataType | None:
         """Type of the column `PARSED`; None if there is none."""
         return self.constraint.parsed_type if self.constraint else None
+
+    @property
+    def confidence_type(self) -> pa.DataType | None:
+        """Type of the column `PARSED_CONFIDENCE`; None if there is none."""
+        return self.constraint.confidence_type if self.constraint and self.confidence else None
 
 
 class DecoderStage:
@@ -189,7 +207,7 @@ class DecoderStage:
             logprobs=form.confidence,
             drawn=form.drawn,
         )
-        self._parsed_type = form.parsed_type
+        self._parsed_type, self._confidence_type = form.parsed_type, form.confidence_type
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Answer the rows of a table."""
@@ -212,7 +230,7 @@ class DecoderStage:
             for at, failure in enumerate(failures)
         ]
         answers = [
-            replace(answer, image_sizes=tuple(size.numbers for size in seen))
+            replace(answer, image_sizes=tuple(size.numbers for size in seen)).held_to(form.abstain_below)
             for answer, seen in zip(self._answerer.answer(rows, form.max_new_tokens), sizes, strict=True)
         ]
         kinds = {"lists": form.lists, "confidence": form.confidence, "choices": form.choices}
@@ -223,6 +241,9 @@ class DecoderStage:
         }
         if self._parsed_type is not None:
             columns[PARSED] = pa.array(map(self._parsed, answers), self._parsed_type)
+        if self._confidence_type is not None:
+            sure = [each.parsed_confidence for each in answers]
+            columns[PARSED_CONFIDENCE] = pa.array(sure, self._confidence_type)
         if form.samples:
             columns[SAMPLES] = self._samples(answers)
         if form.boxes:

@@ -14,6 +14,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
+from qvl_batch.report.confidence import probability
 from qvl_batch.report.progress import UNITS, span
 from qvl_batch.report.run_stats import paired
 
@@ -30,22 +31,26 @@ CONTROLS |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
 TIME_STEPS = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 10_800, 21_600, 43_200)
 
 
-def render(record: dict[str, Any], sample: Sequence[dict[str, Any]]) -> str:
+def render(record: dict[str, Any], sample: Sequence[dict[str, Any]], least_sure: Sequence[dict[str, Any]] = ()) -> str:
     """Render the page.
 
     Args:
         record: of the run.
         sample: rows with `id`, `prompt`, `thumbnail` and the columns of an answer.
+        least_sure: the same of the rows that the model was least sure of, the least sure first.
 
     Returns:
         HTML.
     """
-    filters = {"percent": percent, "span": span, "figure": figure}
+    filters = {"percent": percent, "span": span, "figure": figure, "probability": probability}
     return template(Path(__file__).parent / TEMPLATE, filters, finalize=printable).render(
         run=record,
         failed=record["finish_reasons"].get("error", 0),
+        abstained=record["finish_reasons"].get("abstain", 0),
         chart=Chart.of(record) if record["rows_of_this_run"] else None,
+        sure=Histogram.of(record["confidence"]["histogram"]) if "confidence" in record else None,
         cards=[_card(row) for row in sample],
+        least_sure=[_card(row) for row in least_sure],
     )
 
 
@@ -133,6 +138,36 @@ class Chart:
         return f"{self.line}V100H0Z"
 
 
+@dataclass(frozen=True, slots=True)
+class Histogram:
+    """Counts of values from 0 to 1. All positions are in % of the chart's box, from its left or its bottom.
+
+    Args:
+        bars: left end, width and height of each bar, its values and their number; none of an empty bin.
+        counts: height and label of each tick of the number.
+        values: left position and label of each tick of the value.
+    """
+
+    bars: list[tuple[float, float, float, str, int]]
+    counts: list[tuple[float, str]]
+    values: list[tuple[float, str]]
+
+    @classmethod
+    def of(cls, bins: Sequence[int]) -> "Histogram":
+        """The chart of the counts in bins of equal width."""
+        step = max(1, round(_decimal_step(max(bins))))
+        top, width = step * math.ceil(max(bins) / step), 1 / len(bins)
+        return cls(
+            bars=[
+                (100 * width * at, 100 * width, 100 * count / top, f"{width * at:.4g} to {width * (at + 1):.4g}", count)
+                for at, count in enumerate(bins)
+                if count
+            ],
+            counts=[(100 * at / top, f"{at:,}") for at in range(0, top + 1, step)],
+            values=[(20 * at, f"{at / 5:g}") for at in range(6)],
+        )
+
+
 def _bins(timeline: dict[str, Any], seconds: float) -> list[tuple[float, int, int]]:
     """End in seconds, rows and errors of each bin to draw: bins of the timeline, merged in pairs until wide enough."""
     width, rows, errors = timeline["seconds_per_bin"], timeline["rows"], timeline["errors"]
@@ -167,9 +202,10 @@ def _tick(at: int, step: int) -> str:
 
 
 def _card(row: dict[str, Any]) -> dict[str, Any]:
-    """The row with its thumbnail in base64."""
+    """The row with its thumbnail in base64, and None for how sure the model is if that was not asked for."""
     thumbnail = row["thumbnail"]
-    return row | {"thumbnail": base64.b64encode(thumbnail).decode() if thumbnail else None}
+    sure = {name: row.get(name) for name in ("confidence", "choice_probabilities")}
+    return row | sure | {"thumbnail": base64.b64encode(thumbnail).decode() if thumbnail else None}
 
 
 def printable(value: object) -> object:

@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 
 from qvl_batch.columns import SECONDS, STARTED, WORKERS, seconds_of
 from qvl_batch.output.parts import Tally
+from qvl_batch.report.confidence import ConfidenceStats
 from qvl_batch.report.sample import sampled, short
 from qvl_batch.report.utilization import Utilization
 from qvl_batch.rows import Row
@@ -40,6 +41,7 @@ class RunStats:
         self.examples: dict[str, list[dict[str, Any]]] = {}
         #: Answers that are not readable as boxes; None if no boxes are asked for.
         self.unreadable_boxes: int | None = None
+        self.confidence = ConfidenceStats()
         self._sample, self._shown = sample, dict[Row, dict[str, Any]]()
         self._busy_seconds = dict.fromkeys(SECONDS, 0.0)
         #: Unix time of the creation.
@@ -72,6 +74,7 @@ class RunStats:
         for work, seconds in seconds_of(table).items():
             self._busy_seconds[work] += seconds
         self._shown |= sampled(table, self._sample)
+        self.confidence.add(table)
         if BOXES_FIELD.name in table.column_names:
             answered = table.filter(pc.is_valid(table["answer"]))
             self.unreadable_boxes = (self.unreadable_boxes or 0) + answered[BOXES_FIELD.name].null_count

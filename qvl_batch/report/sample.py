@@ -19,7 +19,7 @@ from PIL import Image
 from qvl_batch.columns import ASKED, MESSAGES, THUMBNAIL, array, places_of
 from qvl_batch.conversation import from_json
 from qvl_batch.rows import Row, Span
-from qvl_batch.schema import ANSWER_FIELDS, ID, readable
+from qvl_batch.schema import ANSWER_FIELDS, CHOICES_FIELD, CONFIDENCE_FIELDS, ID, readable
 
 #: Rows of the sample, pixels of a thumbnail's longer side, and characters of a text that are kept.
 ROWS, SIDE, CHARACTERS = 24, 160, 1_000
@@ -28,6 +28,10 @@ ROWS, SIDE, CHARACTERS = 24, 160, 1_000
 ABREAST, GAP, BETWEEN = 4, 4, (255, 255, 255)
 #: Most images of a row that are shown: a JPEG is at most 65,500 pixels wide.
 MOST_ABREAST = 16
+#: Columns of an answer that are shown, the last two if there are some.
+SHOWN = (*(field.name for field in ANSWER_FIELDS), CONFIDENCE_FIELDS[0].name, CHOICES_FIELD.name)
+#: Choices of a row that are shown, the most probable ones.
+CHOICES = 2
 
 
 def choose(count: int, spans: Iterable[tuple[int, Span]]) -> frozenset[Row]:
@@ -51,16 +55,16 @@ def choose(count: int, spans: Iterable[tuple[int, Span]]) -> frozenset[Row]:
 
 
 def sample_columns(
-    table: pa.Table, images: Sequence[Sequence[NDArray[np.uint8]]], sample: frozenset[Row]
+    table: pa.Table, images: Sequence[Sequence[NDArray[np.uint8]]], sample: frozenset[Row] | None
 ) -> dict[str, pa.Array]:
     """The columns `THUMBNAIL` and `ASKED` for a table that has `MESSAGES`.
 
     Args:
         table: rows to add the columns to.
         images: for each row its images, uint8 (H, W, 3); none if it has none, or has failed.
-        sample: places of the sampled rows.
+        sample: places of the sampled rows; None for all.
     """
-    shown = [row in sample for row in places_of(table)]
+    shown = [sample is None or row in sample for row in places_of(table)]
     thumbnails = [
         side_by_side(row, SIDE, quality=80) if show and row else None for show, row in zip(shown, images, strict=True)
     ]
@@ -71,11 +75,20 @@ def sample_columns(
 def sampled(table: pa.Table, sample: frozenset[Row]) -> dict[Row, dict[str, Any]]:
     """Sampled rows of a table of answers, by place: `id`, `prompt`, `thumbnail`, and the columns of an answer."""
     chosen = {place: index for index, place in enumerate(places_of(table)) if place in sample}
-    names = {ID: ID, ASKED: "prompt", THUMBNAIL: "thumbnail"} | {field.name: field.name for field in ANSWER_FIELDS}
+    names = {ID: ID, ASKED: "prompt", THUMBNAIL: "thumbnail"}
+    names |= {name: name for name in SHOWN if name in table.column_names}
     rows = table.select(list(names)).take(pa.array(chosen.values(), pa.int64()))
     values = zip(*(readable(column) for column in rows.columns), strict=True)
-    shortened = [[short(each) if isinstance(each, str) else each for each in row] for row in values]
-    return {place: dict(zip(names.values(), row, strict=True)) for place, row in zip(chosen, shortened, strict=True)}
+    return {
+        place: {name: _shortened(name, each) for name, each in zip(names.values(), row, strict=True)}
+        for place, row in zip(chosen, values, strict=True)
+    }
+
+
+def _shortened(name: str, value: Any) -> Any:
+    if name == CHOICES_FIELD.name and value is not None:
+        return [(short(choice), probability) for choice, probability in value[:CHOICES]]
+    return short(value) if isinstance(value, str) else value
 
 
 def short(text: str | None) -> str | None:

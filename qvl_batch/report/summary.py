@@ -14,6 +14,7 @@ from qvl_batch.bundle.loading import Bundle
 from qvl_batch.config import CaptionConfig
 from qvl_batch.images.view import View
 from qvl_batch.output.parts import Tally
+from qvl_batch.report.confidence import probability
 from qvl_batch.report.utilization import Utilization, advice
 
 MILLION, HOUR = 1_000_000, 3600
@@ -36,6 +37,7 @@ class Report:
         price_per_hour: of the machines, in any currency.
         stages: utilization of each.
         sample: rows to show on the page.
+        least_sure: the same of those that the model was least sure of.
         details: further entries of the record about this run.
         settings: entries of the record about the job.
     """
@@ -49,6 +51,7 @@ class Report:
     price_per_hour: float | None = None
     stages: Mapping[str, Utilization] = field(default_factory=dict)
     sample: Sequence[dict[str, Any]] = ()
+    least_sure: Sequence[dict[str, Any]] = ()
     details: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
 
@@ -136,7 +139,9 @@ class Report:
         if (unreadable := self.details.get("unreadable_boxes")) is not None:
             answered = self.tally.rows - self.tally.finish_reasons["error"]
             lines += [f"boxes     {unreadable:,} of {answered:,} answers of this run are not readable as boxes"]
-
+        if (sure := self.details.get("confidence")) is not None:
+            few, median = probability(sure["quantiles"]["0.05"]), probability(sure["quantiles"]["0.5"])
+            lines += [f"sure      median confidence {median}, 5 % of the answers of this run below {few}"]
         return "\n".join([*lines, *(self._speeds() if self.tally.rows else []), f"answers   {self.output}"])
 
     def _speeds(self) -> list[str]:
@@ -180,6 +185,7 @@ def recorded_settings(
             "eos_token_ids": bundle.manifest.generation.eos_token_ids,
             "max_new_tokens": config.max_new_tokens,
             "allow_repetition": config.allow_repetition,
+            "abstain_below": config.abstain_below,
             "system_prompt": config.system_prompt,
             "prompt": config.prompt,
         },
