@@ -217,7 +217,7 @@ class DecoderStage:
         sizes = [sizes_of(numbers or ()) for numbers in table[SIZES].to_pylist()]
         constraints = [self._constraint(each) for each in table[CONSTRAINT].to_pylist()]
         samplings = [self._sampling(each) for each in table[SAMPLING].to_pylist()]
-        ids = [each or "" for each in texts(table[ID])]
+        ids = [each or "" for each in texts(table[ID])] if form.drawn else [""] * table.num_rows
         rows = [
             failure
             or EncodedRow(
