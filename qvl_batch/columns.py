@@ -3,10 +3,10 @@
     read ─ prepare ─ vision ─ decoder ─ driver
 
 Tables have one row for each row of the input: its id and kept columns, which the stages pass through (the decoder stage
-draws an answer by the id), and the columns of `COLUMNS`, whose names begin with `OWN`. A stage adds and drops columns as `COLUMNS` says, and uses no others. A
-failed row keeps its place and carries its failure to the end; what it has no value for is null. A row without images
-has empty lists. The decoder stage replaces features, conversations and failures by the columns of an answer,
-`schema.answer_fields`.
+draws answers by the id), and the columns of `COLUMNS`, whose names begin with `OWN`. A stage adds and drops columns as
+`COLUMNS` says, and uses no others. A failed row keeps its place and carries its failure to the end; what it has no
+value for is null. A row without images has empty lists. The decoder stage replaces features, conversations and failures
+by the columns of an answer, `schema.answer_fields`.
 
 This module knows nothing of what the stages do.
 """

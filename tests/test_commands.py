@@ -53,6 +53,7 @@ TESTS = {
     "python jobs/caption.py": ["test_the_demo_answers_and_shows"],
     "python jobs/check.py": ["test_known_answers.py::test_check_is_a_command"],
     "python jobs/show.py": ["test_the_demo_answers_and_shows"],
+    "python jobs/calibrate.py": ["test_calibrate.py::test_the_command_finds_the_threshold_and_says_what_it_covers"],
     "python jobs/compare.py": ["test_the_comparison_compares_some_rows"],
     "python jobs/bench.py": [
         "test_the_bench_measures_two_rows",

@@ -17,6 +17,7 @@ from PIL import Image
 
 from bench import BenchConfig
 from benchmark.gpu import GpuBenchConfig
+from calibration.config import CalibrateConfig
 from comparison.config import CompareConfig
 from export.package import ExportConfig
 from qvl_batch.config import CaptionConfig
@@ -229,7 +230,7 @@ OTHERS = {
 
 def _options():
     """Of all our programs."""
-    for config in (CaptionConfig, CompareConfig, ExportConfig, BenchConfig, GpuBenchConfig):
+    for config in (CaptionConfig, CalibrateConfig, CompareConfig, ExportConfig, BenchConfig, GpuBenchConfig):
         for field in dataclasses.fields(config):
             name = field.name.replace("_", "-")
             yield from (f"--{name}", f"--no-{name}") if field.type is bool else (f"--{name}",)

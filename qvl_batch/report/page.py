@@ -104,7 +104,7 @@ class Chart:
         starts = [0.0, *(end for end, _, _ in bins)]
         rates = [rows / (end - start) for start, (end, rows, _) in zip(starts, bins, strict=False)]
         steady: float = record["steady_images_per_second"]
-        rate_step = _decimal_step(max(*rates, steady))
+        rate_step = decimal_step(max(*rates, steady))
         top = rate_step * math.ceil(max(*rates, steady) / rate_step)
 
         def across(at: float) -> float:
@@ -155,7 +155,7 @@ class Histogram:
     @classmethod
     def of(cls, bins: Sequence[int]) -> "Histogram":
         """The chart of the counts in bins of equal width."""
-        step = max(1, round(_decimal_step(max(bins))))
+        step = max(1, round(decimal_step(max(bins))))
         top, width = step * math.ceil(max(bins) / step), 1 / len(bins)
         return cls(
             bars=[
@@ -180,7 +180,7 @@ def _bins(timeline: dict[str, Any], seconds: float) -> list[tuple[float, int, in
     return list(zip([*(width * (at + 1) for at in range(last)), seconds], *counts, strict=True))
 
 
-def _decimal_step(most: float) -> float:
+def decimal_step(most: float) -> float:
     """Step between labels: 1, 2 or 5 times a power of ten."""
     if most <= 0:
         return 1.0
@@ -191,7 +191,7 @@ def _decimal_step(most: float) -> float:
 def time_step(seconds: float) -> int:
     """Step between labels of a time axis, in whole seconds."""
     day = UNITS["d"]
-    days = round(day * max(1.0, _decimal_step(seconds / day)))
+    days = round(day * max(1.0, decimal_step(seconds / day)))
     return next((step for step in TIME_STEPS if step * TICKS >= seconds), days)
 
 

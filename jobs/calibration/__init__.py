@@ -1,0 +1,1 @@
+"""Calibration of confidence on answers whose truth is known."""
