@@ -119,6 +119,7 @@ class CachedDecoder(_Decoder):
         standard_attention: attention over the cache in standard operators, for a device whose fused operator
             has no fp32 kernel.
         penalty: repetition penalty; 1 leaves it out of the graph.
+        for_cuda: the graph runs on a GPU.
     """
 
     columns: Tensor
@@ -131,9 +132,10 @@ class CachedDecoder(_Decoder):
         *,
         standard_attention: bool = False,
         penalty: float = 1.0,
+        for_cuda: bool = False,
     ) -> None:
         super().__init__(weights, model)
-        self.penalty = penalty
+        self.penalty, self._for_cuda = penalty, for_cuda
         self.standard_attention = standard_attention
         self.register_buffer("columns", torch.arange(max_seq_len))
 
@@ -197,7 +199,12 @@ class CachedDecoder(_Decoder):
             seen = self._seen(seen, input_ids, is_valid)
             scores = torch.where(seen, torch.where(logits < 0, logits * self.penalty, logits / self.penalty), logits)
             present.append(seen)
-        return torch.where(is_finite, scores.argmax(-1), -1), logits, *present
+        return torch.where(is_finite, self._most_probable(scores), -1), logits, *present
+
+    def _most_probable(self, scores: Tensor) -> Tensor:
+        """The token with the largest score of each row, int64 (B,); of several, the first."""
+        # On a CPU, ONNX Runtime's ArgMax takes ten times as long: 27 ms for 32 rows of 151,936, on an EPYC (Zen 5).
+        return scores.argmax(-1) if self._for_cuda else scores.topk(1).indices.select(-1, 0)
 
     def _rotary(self, position_ids: Tensor, cache_position: Tensor) -> Rotary:
         """Each token's row, int64 (B, S), in tables of cosines and sines, (B * S, head_dim / 2)."""

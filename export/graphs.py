@@ -159,7 +159,10 @@ def trace_decoder(model: Any, layout: Layout, dtype: Dtype, device: Device, pena
     """The decoder graph in fp32, structured for `dtype` and `device`; without weights if the model has none."""
     standard = device == "cuda" and dtype == "fp32"
     weights = DecoderWeights(model, dtype)
-    decoder = CachedDecoder(weights, model, layout.max_seq_len, standard_attention=standard, penalty=penalty)
+    for_cuda = device == "cuda"
+    decoder = CachedDecoder(
+        weights, model, layout.max_seq_len, standard_attention=standard, penalty=penalty, for_cuda=for_cuda
+    )
     layers = len(weights.layers)
     rows, tokens = TRACE_ROWS, TRACE_TOKENS
     length = layout.max_seq_len

@@ -1,11 +1,10 @@
 """The decoder graph for guided answers: what a mask does not allow is never the next token, and the next token can be
 drawn in place of the most probable one.
 
-    logits ─ repetition penalty ─ + (0 or -inf) ─ scores ─┬─ argmax ─ next_token
-                                     │                    ├─ log-sum-exp ─ token_logprob
+    logits ─ repetition penalty ─ + (0 or -inf) ─ scores ─┬─ top k ─ next_token, top_scores, top_tokens
+                                     │                    ├─ softmax ─ token_logprob
          allowed, one bit a token ───┘                    ├─ gather ─ candidate_scores
                                                           │    └─ candidates
-                                                          ├─ top k ─ top_scores, top_tokens
                                                           └─ x inverse_temperature ─ log-sum-exp ─ scaled_total
 
 It is the worker's decoder graph with three inputs and six outputs more, and shares its weights. Jobs that guide no
@@ -46,7 +45,7 @@ def guide(model: ir.Model, vocab_size: int) -> ir.Model:
         vocab_size: V.
     """
     graph = model.graph
-    (argmax,) = (node for node in graph if node.op_type == "ArgMax")
+    (argmax,) = (node for node in graph if node.op_type in ("ArgMax", "TopK"))
     logits = argmax.inputs[0]
     assert logits is not None
     allowed = ir.Value(
@@ -81,13 +80,18 @@ def guide(model: ir.Model, vocab_size: int) -> ir.Model:
     (scores,) = apply("Add", [logits, mask])
     count = min(TOP, vocab_size)
     axis, top = _constant(model, "axis", np.array([1])), _constant(model, "top", np.array([count]))
-    (best,) = apply("ReduceMax", [scores, axis], keepdims=0)
-    (total,) = apply("ReduceLogSumExp", [scores, axis], keepdims=0)
-    (logprob,) = apply("Sub", [best, total])
     (chosen,) = apply("GatherElements", [scores, candidates], axis=1)
-    top_scores, top_tokens = apply("TopK", [scores, top], results=2, axis=1)
+    (logprob,) = apply("Log", apply("ReduceMax", [*apply("Softmax", [scores], axis=1), axis], keepdims=0))
     (scaled,) = apply("Mul", [scores, cold])
-    (scaled_total,) = apply("ReduceLogSumExp", [scaled, axis], keepdims=0)
+    (best,) = apply("ReduceMax", [scaled, axis], keepdims=0)
+    # On a CPU, ONNX Runtime's ReduceLogSumExp takes 40 times as long.
+    (share,) = apply("ReduceMax", [*apply("Softmax", [scaled], axis=1), axis], keepdims=0)
+    (scaled_total,) = apply("Sub", [best, *apply("Log", [share])])
+    if argmax.op_type == "TopK":
+        argmax.replace_input_with(1, top)
+        top_scores, top_tokens = argmax.outputs
+    else:
+        top_scores, top_tokens = apply("TopK", [scores, top], results=2, axis=1)
     _publish(graph, logprob, "token_logprob", ["B"])
     _publish(graph, chosen, "candidate_scores", ["B", "K"])
     _publish(graph, scores, "scores", ["B", vocab_size])
