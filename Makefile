@@ -7,6 +7,7 @@
 # compare    compare both tiny bundles with their checkpoint in PyTorch, layer by layer
 # lint     ruff, mypy, and the order of imports
 # bench      measure engine and Ray job against transformers' generate on a made-up model (an hour)
+# bench-answers  measure what constraints and confidence cost, on a made-up model with Qwen's number of tokens
 # openvino   install OpenVINO GenAI in its own environment, so that `bench` measures it too
 # train      train the tiny model again (three hours)
 # The first target installs everything into .venv. ARGS='...' passes more options to the script.
@@ -28,7 +29,7 @@ TRAINING := build/train
 # Two processes, each with one file of tests at a time: while a test of one waits, the other uses the cores.
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-long soak fuzz real-size compare lint bench openvino train clean browser emulator
+.PHONY: demo test test-long soak fuzz real-size compare lint bench bench-answers openvino train clean browser emulator
 .DELETE_ON_ERROR:
 
 demo: $(BUNDLE)/bundle.json $(NATIVE)/bundle.json
@@ -66,12 +67,17 @@ lint: $(READY)
 	PYTHONPATH=jobs $(BIN)/lint-imports --no-cache
 	$(BIN)/mypy
 
-bench: $(BENCH)/fp32/bundle.json $(BENCH)/int8/bundle.json $(BENCH)/native/bundle.json
+bench: $(BENCH)/fp32/bundle.json $(BENCH)/int8/bundle.json $(BENCH)/native/bundle.json $(BENCH)/vocabulary/bundle.json
 	$(BIN)/python jobs/bench.py --bundle $(BENCH)/fp32 --reduced-bundle $(BENCH)/int8 \
-		--native-bundle $(BENCH)/native --checkpoint $(BENCH)/model --output $(BENCH) --openvino $(OPENVINO) \
+		--native-bundle $(BENCH)/native --answers-bundle $(BENCH)/vocabulary \
+		--checkpoint $(BENCH)/model --output $(BENCH) --openvino $(OPENVINO) \
 		--against hf $(if $(wildcard $(OPENVINO)/model/openvino_language_model.xml),openvino) $(ARGS)
 
-openvino: $(OPENVINO)/model/openvino_language_model.xml
+bench-answers: $(BENCH)/vocabulary/bundle.json
+	$(BIN)/python jobs/bench.py --only answers --answers-bundle $(BENCH)/vocabulary --output $(BENCH)/answers \
+		--openvino $(OPENVINO) $(if $(wildcard $(OPENVINO)/vocabulary-model/openvino_language_model.xml),--against openvino) $(ARGS)
+
+openvino: $(OPENVINO)/model/openvino_language_model.xml $(OPENVINO)/vocabulary-model/openvino_language_model.xml
 
 train: $(READY)
 	$(BIN)/python datasets/train.py --work-dir $(TRAINING) --output $(TINY) $(ARGS)
@@ -88,16 +94,28 @@ $(BENCH)/model/config.json: $(READY) datasets/make_model.py
 	rm -rf $(BENCH)/model
 	$(BIN)/python datasets/make_model.py $(BENCH)/model
 
+$(BENCH)/vocabulary-model/config.json: $(READY) datasets/make_model.py datasets/build_tokenizer.py
+	rm -rf $(BENCH)/vocabulary-model
+	$(BIN)/python datasets/make_model.py $(BENCH)/vocabulary-model --shape vocabulary
+
 $(BENCH)/%/bundle.json: $(BENCH)/model/config.json $(wildcard export/*.py) $(wildcard qvl_batch/bundle/*.py)
 	$(BIN)/python -m export $(BENCH)/model --output $(BENCH)/$* --dtype $* --overwrite
 
 $(BENCH)/native/bundle.json: $(BENCH)/model/config.json $(wildcard export/*.py) $(wildcard qvl_batch/bundle/*.py)
 	$(BIN)/python -m export $(BENCH)/model --output $(BENCH)/native --image-size native --overwrite
 
+$(BENCH)/vocabulary/bundle.json: $(BENCH)/vocabulary-model/config.json $(wildcard export/*.py) $(wildcard qvl_batch/bundle/*.py)
+	$(BIN)/python -m export $(BENCH)/vocabulary-model --output $(BENCH)/vocabulary --overwrite
+
 $(OPENVINO)/model/openvino_language_model.xml: $(OPENVINO)/venv/.ready $(BENCH)/model/config.json
 	rm -rf $(OPENVINO)/model
 	$(OPENVINO)/venv/bin/optimum-cli export openvino --model $(BENCH)/model --task image-text-to-text \
 		--weight-format fp32 $(OPENVINO)/model
+
+$(OPENVINO)/vocabulary-model/openvino_language_model.xml: $(OPENVINO)/venv/.ready $(BENCH)/vocabulary-model/config.json
+	rm -rf $(OPENVINO)/vocabulary-model
+	$(OPENVINO)/venv/bin/optimum-cli export openvino --model $(BENCH)/vocabulary-model --task image-text-to-text \
+		--weight-format fp32 $(OPENVINO)/vocabulary-model
 
 $(OPENVINO)/venv/.ready: jobs/benchmark/openvino-requirements.txt
 	$(PYTHON) -m venv --clear $(OPENVINO)/venv

@@ -2,11 +2,13 @@
 around a small byte-level vocabulary learned from the scenes' own questions and answers.
 
     python datasets/build_tokenizer.py OUTPUT_DIR
+
+`make_model.py` builds one as large as Qwen's, whose vocabulary is learned from made-up words.
 """
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,15 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 
 MERGED_VOCAB = 490
+#: Tokens of Qwen2.5's vocabulary, without those that are added; and so many made-up words that no fewer are learned.
+QWEN_VOCAB, MADE_UP_WORDS = 151_643, 180_000
+#: What made-up words are made of.
+STARTS = (*"bcdfghklmnprstvw", "", "br", "ch", "cl", "dr", "fl", "gr", "pl", "pr", "qu", "sh", "sp", "st", "str", "th")
+VOWELS = (*"aeiou", "ai", "ea", "ee", "io", "ou")
+ENDS = (*"lnrstmd", "", "", "ng", "nt", "rs", "st", "ck")
+#: The more frequent ones first.
+HAN, CYRILLIC = [[chr(at) for at in range(*span)] for span in ((0x4E00, 0x6570), (0x430, 0x450))]
+MARKS = "\"{}[]:,.;()<>=+-*/\\'!?#$%&@|_~^`"
 #: Qwen2.5's added tokens, in the order of their ids.
 ADDED_TOKENS = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>",
@@ -50,7 +61,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_tokenizer(output: Path) -> None:
+def build_tokenizer(output: Path, corpus: Iterable[str], vocab_size: int) -> None:
     """Write tokenizer.json, tokenizer_config.json, vocab.json and merges.txt to `output`."""
     tokenizer = Tokenizer(BPE())
     tokenizer.normalizer = normalizers.NFC()
@@ -62,8 +73,8 @@ def build_tokenizer(output: Path) -> None:
     )
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = BpeTrainer(vocab_size=MERGED_VOCAB, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(_corpus(), trainer)
+    trainer = BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(corpus, trainer)
     added = [AddedToken(text, special=i < FIRST_ORDINARY, normalized=False) for i, text in enumerate(ADDED_TOKENS)]
     tokenizer.add_tokens(added)
 
@@ -74,13 +85,35 @@ def build_tokenizer(output: Path) -> None:
     (output / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _corpus() -> Iterator[str]:
+def scene_texts() -> Iterator[str]:
+    """Questions about scenes, and their answers."""
     yield from ["system\n", "user\n", "assistant\n", "You are a helpful assistant."] * 1000
     rng = np.random.default_rng(0)
     for index in range(2000):
         for pairs in questions(sample_scene(rng, grey=index % 5 == 0)).values():
             for pair in pairs:
                 yield from pair
+
+
+def made_up_words() -> Iterator[str]:
+    """Words of many scripts, capitals, and marks as in code and JSON, the first of them most often."""
+    rng = np.random.default_rng(0)
+    for number in range(MADE_UP_WORDS):
+        yield from [_made_up_word(rng)] * (1 + 20_000 // (number + 1))
+
+
+def _made_up_word(rng: np.random.Generator) -> str:
+    def some(parts: Sequence[str], most: int) -> str:
+        """Up to `most` of them, the first ones more often."""
+        return "".join(parts[int(len(parts) * rng.random() ** 1.5)] for _ in range(1 + rng.integers(most)))
+
+    blank, kind = " " if rng.random() < 0.7 else "", rng.random()
+    if kind < 0.75:
+        word = "".join(some(part, 1) for _ in range(1 + rng.integers(4)) for part in (STARTS, VOWELS, ENDS))
+        return blank + (word.capitalize() if kind < 0.15 else word)
+    if kind < 0.87:
+        return some(HAN, 3)
+    return blank + (some(CYRILLIC, 7) if kind < 0.92 else some(MARKS, 5))
 
 
 def _tokenizer_config(tokenizer: Tokenizer, added: list[AddedToken]) -> dict[str, object]:
@@ -111,4 +144,4 @@ def _tokenizer_config(tokenizer: Tokenizer, added: list[AddedToken]) -> dict[str
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("output", type=Path)
-    build_tokenizer(parser.parse_args().output)
+    build_tokenizer(parser.parse_args().output, scene_texts(), MERGED_VOCAB)

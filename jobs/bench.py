@@ -1,13 +1,14 @@
 """Measure our engine and our Ray job against peers, side by side in one run.
 
     python jobs/bench.py --bundle FP32 --reduced-bundle INT8 --native-bundle NATIVE --checkpoint DIR
+    python jobs/bench.py --only answers --answers-bundle DIR
     python jobs/bench.py --device cuda
 
 All contenders answer the same rows with the same number of forced tokens, in alternating rounds, each
 in its own process, peers at their best batch size; medians are reported. First it checks that a row
 has the same number of tokens for all, and that answers in fp32 are those of transformers' `generate`.
-Writes `bench.json`, whose `ratios` jobs/README.md quotes, and `bench.svg`. With `--device cuda`,
-`benchmark/gpu.py` measures.
+Writes `bench.json`, whose `ratios` jobs/README.md quotes, and `bench.svg`. With `--only answers`,
+`benchmark/answers.py` measures, and with `--device cuda`, `benchmark/gpu.py`.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from typing import Any, Literal
 from rich.console import Console
 from transformers import AutoConfig
 
-from benchmark import gpu, limits, native, situations
+from benchmark import answers, gpu, limits, native, situations
 from benchmark.bundle_rows import BundleRows
 from benchmark.contenders import FP32, OURS, PEERS, REDUCED, Starter, check_equal_work, openvino_python
 from benchmark.figures import (
@@ -67,6 +68,9 @@ class BenchConfig:
     squares, and with peers on images of many sizes."""
     checkpoint: Path
     """Folder of the checkpoint that the bundles were exported from."""
+    answers_bundle: Path | None = None
+    """Folder of a bundle with a vocabulary of real size: measures what constraints and confidence cost. `--only
+    answers` measures nothing else: see `--only answers --help`."""
     against: tuple[Literal["hf", "openvino"], ...] = ("hf",)
     """Peers to measure in fp32: transformers' `generate` (hf), OpenVINO GenAI (openvino). With --reduced-bundle, they
     are measured in reduced precision too: bf16 (hf), what OpenVINO GenAI chooses (openvino)."""
@@ -154,6 +158,13 @@ def bench(config: BenchConfig, console: Console) -> dict[str, Any]:
     if config.situations:
         console.print("situations")
         _situations(figures, Ours(*ours), rows.part(0, 16))
+    if config.answers_bundle is not None:
+        console.print("kinds of answers")
+        keep(figures, config.output)
+        figures["answers"], found = answers.measured(
+            config.answers_bundle, rows.prompts[: config.slots], answers.ROUNDS, config.slots, console
+        )
+        figures["ratios"] |= found
     return figures | circumstances(config, ("onnxruntime-gpu", "torch", "transformers", "ray"))
 
 
@@ -263,10 +274,15 @@ def _situations(figures: dict[str, Any], engine: Ours, few: Rows) -> None:
 def work() -> int:
     """Measure, write and show; returns the exit status."""
     console = Console(width=None if sys.stdout.isatty() else 120)
-    on_gpu = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    on_gpu.add_argument("--device")
-    if on_gpu.parse_known_args()[0].device == "cuda":
-        config: Any = settings(gpu.GpuBenchConfig)
+    what = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    what.add_argument("--device")
+    what.add_argument("--only")
+    asked = what.parse_known_args()[0]
+    if asked.only == "answers":
+        config: Any = settings(answers.AnswersConfig)
+        figures = answers.bench(config, console)
+    elif asked.device == "cuda":
+        config = settings(gpu.GpuBenchConfig)
         figures = gpu.bench(config, console)
     else:
         config = settings(BenchConfig)

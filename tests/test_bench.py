@@ -20,7 +20,7 @@ from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench
-from benchmark import gpu, limits, native
+from benchmark import answers, gpu, limits, native
 from benchmark.bundle_rows import BundleRows
 from benchmark.contenders import FP32, HF_BF16, HF_FP32, NATIVE, OV_FP32, OV_OWN, REDUCED, check_equal_work
 from benchmark.figures import read_rows
@@ -37,6 +37,7 @@ from qvl_batch.decoder.decoder import PrefillRow
 from qvl_batch.errors import ConfigError, JobError
 from qvl_batch.images.pixels import decode_image
 from qvl_batch.runtime.devices import has_cuda
+from qvl_batch.schema import Answer, Failure
 
 #: Sizes of images of a native bundle, as wide as those of the tiny checkpoint.
 ANY_SIZE = Resolution(28, None, 56 * 56, 3000 * 28 * 28)
@@ -192,6 +193,60 @@ def test_skewed_lengths_are_what_they_are_called():
     lengths = _skewed_lengths(SKEW_ROWS)
     assert lengths.max() == MOST_TOKENS
     assert 0.8 * MEAN_TOKENS < lengths.mean() < 1.2 * MEAN_TOKENS
+
+
+class _Answers:
+    """Gives each row as many tokens as it is said to have, and no more than it may."""
+
+    def __init__(self, tokens):
+        self._tokens, self.calls = tokens, []
+
+    def answer(self, rows, most):
+        self.calls.append(([row.conversation[0].text for row in rows], most))
+        tokens = [self._tokens[row.conversation[0].text] for row in rows]
+        return [SimpleNamespace(failure=None, answer_tokens=min(each, most)) for each in tokens]
+
+
+#: What a kind of answers is to know of a bundle whose images are squares.
+SQUARES = SimpleNamespace(layout=SimpleNamespace(resolution=SimpleNamespace(image_size=None)))
+
+
+def test_several_answers_are_compared_with_one_of_rows_with_an_image():
+    resolution = SimpleNamespace(image_size=56, grid=lambda height, width: (height // 28, width // 28))
+    manifest = SimpleNamespace(layout=SimpleNamespace(resolution=resolution), decoder=SimpleNamespace(hidden_size=8))
+    kind = answers.KINDS["four_samples"]
+    (four,), (one,) = kind.rows(["a"], manifest), kind.beside.rows(["a"], manifest)
+    assert (four.sampling.samples, one.sampling.samples) == (4, 1)
+    assert four.images[0].features.shape == (4, 8)
+    assert np.array_equal(four.images[0].features, one.images[0].features)
+    assert answers.KINDS["guided"].beside == answers.Kind()
+
+
+def test_a_kind_of_answers_is_compared_with_free_text_of_as_many_tokens(monkeypatch):
+    took = iter([3.0, 6.0, 8.0, 4.0, 1.0, 5.0])  # in the first round, free text comes first
+
+    def seconds(call):
+        call()
+        return next(took)
+
+    monkeypatch.setattr("benchmark.answers.seconds", seconds)
+    own, free = _Answers({"a": 5, "b": 7, "c": 5}), _Answers(dict.fromkeys("abc", 99))
+    kind = answers.Kind(tokens=64)
+    figures, ratio = answers.beside(kind, (own, free), ["a", "b", "c"], SQUARES, rounds=3)
+    assert ratio == 0.5  # of 3 / 6, 4 / 8 and 1 / 5
+    assert (figures["tokens"], figures["rows"]) == (5, 3)
+    assert (figures["rows_per_second"], figures["free_rows_per_second"]) == (3 / 6, 3 / 3)
+    assert own.calls == [(["a", "b", "c"], 64), *[(["a", "c", "a"], 5)] * 4]
+    assert free.calls == [(["a", "c", "a"], 5)] * 4
+
+
+def test_answers_of_other_lengths_and_failed_rows_are_not_compared():
+    own, free = _Answers({"a": 5}), _Answers({"a": 4})
+    with pytest.raises(JobError, match="answers to the same rows do not all have 5 tokens"):
+        answers.beside(answers.Kind(), (own, free), ["a"], SQUARES, rounds=1)
+    failed = SimpleNamespace(answer=lambda *_: [Answer.failed(Failure("answer", "TruncatedError", "cut off"))])
+    with pytest.raises(JobError, match="a row fails: cut off"):
+        answers.beside(answers.Kind(), (failed, free), ["a"], SQUARES, rounds=1)
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,7 @@ TESTS = {
     "make real-size": ["test_an_export_of_real_size_is_tried_at_tiny_size"],
     "make compare": ["test_the_comparison_compares_some_rows"],
     "make bench": ["test_the_bench_measures_two_rows"],
+    "make bench-answers": ["test_the_bench_measures_kinds_of_answers_alone"],
     "make openvino": ["test_what_openvino_is_installed_from_can_be_read"],
     "make train": ["test_training_goes_on_where_it_was"],
     "make clean": ["test_clean_removes_what_was_built_and_nothing_else"],
@@ -57,6 +58,7 @@ TESTS = {
     "python jobs/compare.py": ["test_the_comparison_compares_some_rows"],
     "python jobs/bench.py": [
         "test_the_bench_measures_two_rows",
+        "test_the_bench_measures_kinds_of_answers_alone",
         "test_bench.py::test_without_a_gpu_nothing_is_made_for_one",
         "test_bench.py::test_the_bench_for_a_gpu_runs_on_whatever_the_bundle_is_for",
     ],
@@ -380,12 +382,12 @@ def test_the_bench_measures_two_rows(tiny_bundle, native_bundle, run_here, in_a_
     monkeypatch.setenv("OMP_WAIT_POLICY", "passive")  # threads of peers that wait for each other take half of the time
     small = "--rows 2 --rounds 1 --new-tokens 2 --ray-rows 0 --no-situations"
     *_, line = _small("bench", small, BENCH=in_a_folder)
-    bundles = {"fp32": tiny_bundle.path, "int8": tiny_bundle.path, "native": native_bundle.path}
+    bundles = dict.fromkeys(("fp32", "int8", "vocabulary"), tiny_bundle.path) | {"native": native_bundle.path}
     for name, target in (bundles | {"model": TINY}).items():
         (in_a_folder / name).symlink_to(target)
     assert run_here(line) == 0
     figures = json.loads((in_a_folder / "bench.json").read_text())
-    own = {"native_over_fixed", "mixed_over_fixed", "hf_mixed"}
+    own = {"native_over_fixed", "mixed_over_fixed", "hf_mixed", "guided", "choices", "confidence"}
     assert set(figures["ratios"]) == {"hf_fp32", "hf", "vision_peak", "prefill_peak", "decode_bandwidth"} | own
     assert all(ratio > 0 for ratio in figures["ratios"].values())
     assert set(figures["answers_equal_to_fp32"]) == {
@@ -395,7 +397,21 @@ def test_the_bench_measures_two_rows(tiny_bundle, native_bundle, run_here, in_a_
     assert f"written to {in_a_folder}" in capsys.readouterr().out
 
 
-def test_the_bench_makes_its_model_and_exports_it_three_times():
+def test_the_bench_measures_kinds_of_answers_alone(tiny_bundle, run_here, in_a_folder, capsys):
+    (in_a_folder / "vocabulary").symlink_to(tiny_bundle.path)
+    *_, line = _small("bench-answers", "--rows 3 --rounds 1 --slots 2", BENCH=in_a_folder)
+    assert run_here(line) == 0
+    figures = json.loads((in_a_folder / "answers" / "bench.json").read_text())
+    assert set(figures["ratios"]) == {"guided", "choices", "confidence"}
+    assert all(ratio > 0 for ratio in figures["ratios"].values())
+    assert figures["answers"]["choices"]["tokens"] == 1
+    assert set(figures["answers"]["steps"]) == {
+        "rows", "free_ms", "guided_ms", "logprobs_ms", "mask_us", "accept_us"
+    }  # fmt: skip
+    assert f"written to {in_a_folder / 'answers'}" in capsys.readouterr().out
+
+
+def test_the_bench_makes_its_models_and_exports_them():
     made = [line for line in _small("bench") if "jobs/bench.py" not in line]
     assert made == [
         "python datasets/make_model.py BENCH/model",
@@ -404,6 +420,8 @@ def test_the_bench_makes_its_model_and_exports_it_three_times():
             for kind in ("fp32", "int8")
         ),
         "python -m export BENCH/model --output BENCH/native --image-size native --overwrite",
+        "python datasets/make_model.py BENCH/vocabulary-model --shape vocabulary",
+        "python -m export BENCH/vocabulary-model --output BENCH/vocabulary --overwrite",
     ]
 
 
@@ -536,8 +554,9 @@ def test_what_openvino_is_installed_from_can_be_read():
     named = (ROOT / install.split()[-1]).read_text().splitlines()
     packages = {Requirement(line).name for line in named if line and not line.startswith("#")}
     assert {"optimum-intel", "openvino-genai"} <= packages
-    (export,) = [line for line in lines if "optimum-cli" in line]
-    assert export.endswith("--weight-format fp32 OPENVINO/model")
+    exports = [line for line in lines if "optimum-cli" in line]
+    assert [line.split()[-1] for line in exports] == ["OPENVINO/model", "OPENVINO/vocabulary-model"]
+    assert all(" --weight-format fp32 " in line for line in exports)
 
 
 PIP = sorted({line for _, line in DOCUMENTED if line.startswith("pip install")})

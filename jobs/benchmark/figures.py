@@ -119,13 +119,20 @@ def keep(figures: dict[str, Any], output: Path) -> None:
 
 
 def write(figures: dict[str, Any], ours: Collection[str], output: Path) -> None:
-    """Write `bench.json`, and `bench.svg`, in which bars of the contenders `ours` have another colour."""
+    """Write `bench.json`, and, if there are contenders, `bench.svg`, in which bars of `ours` have another colour."""
     keep(figures, output)
-    (output / "bench.svg").write_text(_plot(figures["images_per_second"], ours))
+    if "images_per_second" in figures:
+        (output / "bench.svg").write_text(_plot(figures["images_per_second"], ours))
 
 
 def show(figures: dict[str, Any], console: Console) -> None:
-    """Print a table of contenders, and ratios as lines."""
+    """Print a table of contenders, if there are any, and ratios as lines."""
+    if "images_per_second" in figures:
+        _show_contenders(figures, console)
+    show_ratios(figures["ratios"], console)
+
+
+def _show_contenders(figures: dict[str, Any], console: Console) -> None:
     stages = figures["stages_ms_per_image"]
     names = list(next(iter(stages.values())))
     table = Table("", "images/s", "tokens/s", *(f"{name} ms" for name in names), "peak GB")
@@ -134,7 +141,6 @@ def show(figures: dict[str, Any], console: Console) -> None:
         tokens, memory = figures["tokens_per_second"][contender], figures["peak_memory_gb"][contender]
         table.add_row(contender, f"{speed:.2f}", f"{tokens:.0f}", *took, f"{memory:.2f}")
     console.print(table)
-    show_ratios(figures["ratios"], console)
 
 
 def show_ratios(ratios: dict[str, float], console: Console) -> None:

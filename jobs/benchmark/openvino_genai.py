@@ -75,6 +75,43 @@ class OpenVino(Peer):
         )
 
 
+class OpenVinoText:
+    """`ContinuousBatchingPipeline` in fp32 on rows of text: JSON of a schema, by its structured output, or free text.
+
+    Args:
+        model: folder that `optimum-cli export openvino` made of the checkpoint.
+        rows: rows that are answered at a time.
+    """
+
+    def __init__(self, model: Path, rows: int) -> None:
+        scheduler = openvino_genai.SchedulerConfig()
+        scheduler.max_num_seqs = rows
+        self._pipeline = openvino_genai.ContinuousBatchingPipeline(
+            str(model), scheduler, "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
+        )
+        self._requests = 0
+
+    def json(self, prompts: list[str], schema: str, most: int) -> list[int]:
+        """Answer in JSON of a schema, with at most so many tokens; tokens of each answer."""
+        config = openvino_genai.GenerationConfig()
+        config.max_new_tokens, config.do_sample = most, False
+        config.structured_output_config = openvino_genai.StructuredOutputConfig(json_schema=schema)
+        return self._answer(prompts, [config] * len(prompts))
+
+    def text(self, prompts: list[str], tokens: list[int]) -> list[int]:
+        """Answer in free text of so many tokens each; tokens of each answer."""
+        return self._answer(prompts, [_forced(each) for each in tokens])
+
+    def _answer(self, prompts: list[str], configs: list[Any]) -> list[int]:
+        handles = []
+        for prompt, config in zip(prompts, configs, strict=True):
+            handles.append(self._pipeline.add_request(self._requests, prompt, [], config))
+            self._requests += 1
+        while self._pipeline.has_non_finished_requests():
+            self._pipeline.step()
+        return [len(handle.read_all()[0].generated_ids) for handle in handles]
+
+
 def _forced(new_tokens: int) -> Any:
     config = openvino_genai.GenerationConfig()
     config.max_new_tokens, config.ignore_eos, config.do_sample = new_tokens, True, False

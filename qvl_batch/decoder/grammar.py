@@ -32,6 +32,17 @@ from qvl_batch.errors import BundleError, ConstraintError
 Mask = NDArray[np.int32]
 #: Grammars that are kept, the least recently used dropped first: rows of one file mostly share a few.
 MOST_GRAMMARS = 256
+#: A character of a JSON string that needs no escape.
+_CHARACTER = r'[^"\\\x00-\x1F\x7F]'
+#: Sets of tokens that llguidance allows or refuses as a whole: white space, and text of a JSON string by its length in
+#: characters. Its own lengths are 10, 30 and any: near the end of a string with `maxLength`, where none of them fits,
+#: it looks at every token. With these, such masks take a fifth of the time (15 to 29 characters before the end) to two
+#: thirds (below 6).
+SLICES = [
+    r"[\x20\x0A\x0D\x09]+",
+    *(f"{_CHARACTER}{{1,{most}}}" for most in (6, 8, 10, 12, 15, 20, 30)),
+    f"{_CHARACTER}+",
+]
 
 
 class Guide(ABC):
@@ -116,7 +127,7 @@ class Grammars:
         """The vocabulary as llguidance has it. That takes it seconds, and choices do not need it."""
         try:
             text = self._file.read_text(encoding="utf-8")
-            return LLTokenizer(text, n_vocab=self._vocab_size, eos_token=list(self._eos))
+            return LLTokenizer(text, n_vocab=self._vocab_size, eos_token=list(self._eos), slices=SLICES)
         except Exception as error:  # llguidance raises no class of its own
             raise BundleError(f"{self._file} cannot be used for answers with a constraint: {error}") from error
 

@@ -112,7 +112,10 @@ class Session:
 
 
 class Binding:
-    """Arrays bound to a session by address. It keeps them alive, and each run reads their current values."""
+    """Arrays bound to a session by address. It keeps them alive, and each run reads their current values.
+
+    Outputs that are not bound are computed all the same: only builds of ONNX Runtime for training can leave them out.
+    """
 
     def __init__(
         self,
@@ -130,8 +133,6 @@ class Binding:
                 element = ONNX_TYPES.get(array.element, ELEMENTS[array.element])
                 bind(name, array.device, 0, element, array.shape, array.address)
         self._options = ort.RunOptions()
-        if memory.device == "cpu":
-            self._options.only_execute_path_to_fetches = True  # what only unbound outputs need is not computed
         if memory.device == "cuda":
             self._options.add_run_config_entry("gpu_graph_id", str(graph))
             # `run` copies the outputs in the same stream, then waits for it once.
