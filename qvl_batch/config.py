@@ -211,7 +211,7 @@ class CaptionConfig(JobConfig):
                 raise ConfigError(f"--abstain-below must be above 0 and at most 1, not {self.abstain_below}")
             object.__setattr__(self, "confidence", True)
         if len(given := self._constraints) > 1:
-            raise ConfigError(f"{' and '.join(map(_option, given))}: an answer can only be one of them; give one")
+            raise ConfigError(f"{' and '.join(map(option_of, given))}: an answer can only be one of them; give one")
         self._check_sampling()
         self._check_endings()
         repeated = sorted({name for name in self.keep_columns if self.keep_columns.count(name) > 1})
@@ -222,10 +222,10 @@ class CaptionConfig(JobConfig):
         try:
             sampling = self.sampling
         except SamplingError as error:
-            raise ConfigError(f"{_option(error.name)} {error.reason}") from error
+            raise ConfigError(f"{option_of(error.name)} {error.reason}") from error
         given = [name for name in _SAMPLING if name != "temperature" and getattr(self, name) is not None]
         if given and self.temperature is None and self.sampling_column is None:
-            raise ConfigError(f"{_option(given[0])} is for answers that are drawn: give --temperature too")
+            raise ConfigError(f"{option_of(given[0])} is for answers that are drawn: give --temperature too")
         if self.temperature is not None and not sampling.is_random and sampling.samples > 1:
             raise ConfigError(f"--samples {sampling.samples}: at --temperature 0, all of them would be the same")
 
@@ -240,8 +240,8 @@ class CaptionConfig(JobConfig):
             )
         ending = "stop" if self.stop else "min_new_tokens" if self.min_new_tokens is not None else None
         if ending and self._constraints:
-            name = _option(self._constraints[0])
-            raise ConfigError(f"{name} and {_option(ending)}: {name} says where an answer ends; give one of them")
+            name = option_of(self._constraints[0])
+            raise ConfigError(f"{name} and {option_of(ending)}: {name} says where an answer ends; give one of them")
 
     @property
     def sampling(self) -> Sampling:
@@ -319,7 +319,7 @@ class CaptionConfig(JobConfig):
         (name,) = self._constraints
         value = f" {self.json_schema}" if name == "json_schema" else ""
         reason = error.strerror if isinstance(error, OSError) else error
-        return ConfigError(f"{_option(name)}{value}: {reason}")
+        return ConfigError(f"{option_of(name)}{value}: {reason}")
 
     @property
     def going_on(self) -> str:
@@ -333,7 +333,8 @@ _CONSTRAINTS = ("choices", "regex", "json_schema", "choices_column", "regex_colu
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed", "samples")
 
 
-def _option(name: str) -> str:
+def option_of(name: str) -> str:
+    """The option of a setting."""
     return f"--{name.replace('_', '-')}"
 
 
@@ -346,4 +347,4 @@ def check_at_least_one(config: object, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         if value is not None and value < 1:
-            raise ConfigError(f"{_option(name)} must be at least 1, not {value}")
+            raise ConfigError(f"{option_of(name)} must be at least 1, not {value}")

@@ -90,6 +90,21 @@ def exported(output: Path, checkpoint: Path = TINY, traces: Traces | None = TRAC
     return Bundle.load(output)
 
 
+def shared_bundle(folder: Path, name: str, **options: Any) -> Bundle:
+    """A bundle of the tiny checkpoint that the processes of a run share, made by the first that needs it.
+
+    Args:
+        folder: for the bundle, if there is only one process.
+        name: of the bundle.
+        options: of the export.
+    """
+    folder = (TRACES.folder or folder) / "shared"
+    folder.mkdir(exist_ok=True)
+    with (folder / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return Bundle.load(folder / name) if (folder / name).exists() else exported(folder / name, **options)
+
+
 @pytest.fixture(scope="session")
 def demo() -> list[dict[str, Any]]:
     """All rows of the demo."""
@@ -100,13 +115,13 @@ def demo() -> list[dict[str, Any]]:
 @pytest.fixture(scope="session")
 def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The tiny checkpoint, exported once."""
-    return exported(tmp_path_factory.mktemp("bundles") / "tiny")
+    return shared_bundle(tmp_path_factory.getbasetemp(), "tiny")
 
 
 @pytest.fixture(scope="session")
 def native_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The tiny checkpoint for images at their own size, exported once."""
-    return exported(tmp_path_factory.mktemp("bundles") / "native", image_size="native")
+    return shared_bundle(tmp_path_factory.getbasetemp(), "native", image_size="native")
 
 
 @pytest.fixture(scope="session")

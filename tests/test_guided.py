@@ -171,6 +171,7 @@ def test_guided_answers_of_200_rows_are_those_of_transformers_with_the_same_mask
     _check_against_transformers(tiny_bundle, tiny_checkpoint, grammars, rows, slots=16)
 
 
+@pytest.mark.long
 def test_masks_follow_the_repetition_penalty(tmp_path, questions):
     checkpoint = penalised_checkpoint(tmp_path / "checkpoint", 1.7)
     bundle = exported(tmp_path / "bundle", checkpoint=checkpoint)
@@ -303,10 +304,15 @@ def test_what_has_no_room_is_refused_with_the_tokens_that_it_takes(kind, value, 
 
 @pytest.mark.parametrize(
     "choices",
-    [["yes", "no"], ["no", "not sure", "yes"], ["a red star", "a red circle", "a blue star", "red"], ["only this"]],
+    [
+        ["no", "not sure", "yes"],
+        pytest.param(["yes", "no"], marks=pytest.mark.long),
+        pytest.param(["a red star", "a red circle", "a blue star", "red"], marks=pytest.mark.long),
+        ["only this"],
+    ],
 )
 def test_probabilities_of_choices_are_exact(choices, tiny_bundle, tiny_checkpoint, questions):
-    rows = questions[:5]
+    rows = questions[:3]
     images, prompts = [row["image"]["bytes"] for row in rows], [row["prompt"] for row in rows]
     with Captioner(tiny_bundle.path, slots=3, confidence=True) as captioner:
         answers = captioner.caption(images, prompts, choices=choices)

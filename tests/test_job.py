@@ -271,33 +271,33 @@ def test_values_of_json_say_how_sure_the_model_is_and_rows_abstain(tiny_bundle, 
     assert _rows_by_id(tmp_path / "held") == held
 
 
-def test_a_column_says_what_each_answer_must_be(tiny_bundle, demo, job, tmp_path):
+@pytest.mark.parametrize("as_text", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_a_column_says_what_each_answer_must_be(as_text, tiny_bundle, demo, job, tmp_path):
     choices = [["yes", "no"], None, ["a", "b"], [], ["x", "x"], ["red", None], ["blue"]]
-    table = pa.Table.from_pylist(demo[:7]).append_column("labels", pa.array(choices))
-    pq.write_table(table, tmp_path / "rows.parquet")
-    as_text = [None if each is None else json.dumps(each) for each in choices]
-    pq.write_table(table.set_column(4, "labels", pa.array(as_text)), tmp_path / "text.parquet")
-    free = tmp_path / "free"
-    job("--bundle", tiny_bundle.path, "--input", tmp_path / "rows.parquet", "--output", free)
-    for name in ("rows", "text"):
-        output = tmp_path / f"{name}-out"
-        job(
-            "--bundle", tiny_bundle.path, "--input", tmp_path / f"{name}.parquet", "--output", output,
-            "--choices-column", "labels",
-        )  # fmt: skip
-        rows = _rows_by_id(output)
-        for at in (0, 2, 6):
-            assert rows[at]["answer"] in choices[at]
-        assert [row["answer"] for row in rows[3:6]] == [None] * 3
-        assert rows[1] == _rows_by_id(free)[1]
-        assert [row["error_message"] for row in rows[3:6]] == [
-            "the choices are []; they must be a list of at least one text",
-            "choice 2, 'x', occurs twice",
-            "choice 2 is null; it must be text",
-        ]
-        assert {(row["error_stage"], row["error_type"]) for row in rows[3:6]} == {("layout", "ConstraintError")}
+    labels = [each and json.dumps(each) for each in choices] if as_text else choices
+    labels[3] = "[]" if as_text else []
+    pq.write_table(pa.Table.from_pylist(demo[:7]).append_column("labels", pa.array(labels)), tmp_path / "rows.parquet")
+    output = tmp_path / "out"
+    job(
+        "--bundle", tiny_bundle.path, "--input", tmp_path / "rows.parquet", "--output", output,
+        "--choices-column", "labels",
+    )  # fmt: skip
+    rows = _rows_by_id(output)
+    for at in (0, 2, 6):
+        assert rows[at]["answer"] in choices[at]
+    assert [row["answer"] for row in rows[3:6]] == [None] * 3
+    with Captioner(tiny_bundle.path, slots=1) as captioner:
+        (free,) = captioner.caption([demo[1]["image"]["bytes"]], [demo[1]["prompt"]])
+    assert rows[1]["answer"] == free.answer
+    assert [row["error_message"] for row in rows[3:6]] == [
+        "the choices are []; they must be a list of at least one text",
+        "choice 2, 'x', occurs twice",
+        "choice 2 is null; it must be text",
+    ]
+    assert {(row["error_stage"], row["error_type"]) for row in rows[3:6]} == {("layout", "ConstraintError")}
 
 
+@pytest.mark.long
 def test_columns_of_patterns_and_schemas_are_per_row_too(tiny_bundle, demo, job, tmp_path):
     patterns = ["[0-9]{2}", "[", None, "[0-9]{999}"]
     schemas = [json.dumps({"type": "boolean"}), "{", None, json.dumps({"$ref": "#/x"})]

@@ -170,6 +170,7 @@ def test_layers_can_be_left_in_fp32(tmp_path):
     assert {name for name, error in own.items() if error < 1e-5} == {*kept, "embedding"}
 
 
+@pytest.mark.long
 def test_towers_can_differ_and_fp32_can_be_held_beside(tmp_path):
     config = ExportConfig(
         checkpoint=TINY, output=tmp_path / "bundle", dtype="int8wo", vision_dtype="fp32", with_fp32=True

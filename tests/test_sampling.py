@@ -132,19 +132,19 @@ def _expected(scores, sampling):
 
 
 @pytest.mark.parametrize(
-    "sampling",
+    ("spread", "sampling"),
     [
-        Sampling(temperature=1.0),
-        Sampling(temperature=0.7, top_p=0.9),
-        Sampling(temperature=2.5, top_k=200),
-        Sampling(temperature=1.3, top_k=20, top_p=0.8),
-        Sampling(temperature=1.0, min_p=0.02),
-        Sampling(temperature=1.8, top_k=100, top_p=0.95, min_p=0.01),
+        (4.0, Sampling(temperature=1.0)),  # the candidates have most of the mass, but not all
+        (1.0, Sampling(temperature=0.7, top_p=0.9)),  # they have less than `top_p`
+        (4.0, Sampling(temperature=0.7, top_p=0.9)),
+        (1.0, Sampling(temperature=2.5, top_k=200)),
+        (4.0, Sampling(temperature=1.3, top_k=20, top_p=0.8)),
+        (4.0, Sampling(temperature=1.0, min_p=0.02)),
+        (1.0, Sampling(temperature=1.8, top_k=100, top_p=0.95, min_p=0.01)),
     ],
     ids=str,
 )
-@pytest.mark.parametrize("spread", [1.0, 4.0])
-def test_what_is_drawn_has_the_distribution_of_transformers(sampling, spread):
+def test_what_is_drawn_has_the_distribution_of_transformers(spread, sampling):
     count, vocabulary, top = 20_000, 500, 64
     scores = np.random.default_rng(1).normal(scale=spread, size=vocabulary).astype(np.float32)
     order = np.argsort(-scores)[:top]

@@ -131,6 +131,7 @@ def _messages(text):
     return [dict(zip(("role", "content"), turn.split("\n", 1), strict=True)) for turn in turns]
 
 
+@pytest.mark.long
 def test_questions_of_a_row_are_trained_like_conversations_of_their_own(model, drawing, monkeypatch):
     for name in ("Qwen2_5_VLVisionAttention", "Qwen2_5_VisionPatchEmbed"):
         monkeypatch.setattr(getattr(qwen, name), "forward", getattr(qwen, name).forward)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from qvl_batch.config import JobConfig
+from qvl_batch.config import JobConfig, option_of
 from qvl_batch.constraints import Kind
 from qvl_batch.errors import ConfigError, InputError
 from qvl_batch.sampling import Sampling
@@ -108,7 +108,7 @@ def input_columns(schema: pa.Schema, file: str, config: JobConfig) -> InputColum
         _check_messages(_field(schema, messages, file, "--messages-column"), file)
     if config.constraint_column is not None:
         name, kind = config.constraint_column
-        _check_constraint(_field(schema, name, file, _option(kind)), kind, file)
+        _check_constraint(_field(schema, name, file, option_of(f"{kind}_column")), kind, file)
     if config.row_sampling is not None:
         _check_sampling(_field(schema, config.row_sampling[0], file, "--sampling-column"), file)
     lists = messages is not None
@@ -134,11 +134,6 @@ def input_columns(schema: pa.Schema, file: str, config: JobConfig) -> InputColum
         constraint=config.constraint_column,
         sampling=config.row_sampling,
     )
-
-
-def _option(kind: Kind) -> str:
-    """The option that names a column of constraints."""
-    return f"--{kind.replace('_', '-')}-column"
 
 
 def _field(schema: pa.Schema, name: str, file: str, option: str, how_to_add: str | None = None) -> pa.Field:
@@ -204,7 +199,9 @@ def _check_constraint(field: pa.Field, kind: Kind, file: str) -> None:
             "regex": "strings",
             "json_schema": "JSON schemas as text",
         }[kind]
-        raise InputError(f"{file}: column {field.name!r} ({_option(kind)}) is {field.type}; it must be {wanted}")
+        raise InputError(
+            f"{file}: column {field.name!r} ({option_of(f'{kind}_column')}) is {field.type}; it must be {wanted}"
+        )
 
 
 def _check_sampling(field: pa.Field, file: str) -> None:
