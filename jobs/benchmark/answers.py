@@ -60,6 +60,8 @@ MOST_TOKENS, FREE_TOKENS = 256, 32
 ROUNDS = 7
 #: Rounds beside a peer, whose JSON takes longer.
 PEER_ROUNDS = 3
+#: Rows with an image have a half of rows, slots and rounds.
+IMAGE_SHARE = 2
 #: Steps that are timed of each graph.
 STEPS = 24
 
@@ -184,10 +186,13 @@ def measured(
     ratios: dict[str, float] = {}
     with closing(_answerer(loaded, slots, Kind())) as free:
         for name, kind in KINDS.items():
-            with closing(_answerer(loaded, slots, kind)) as own:
-                several = kind.sampling.samples > 1
-                other = own if several else free
-                figures[name], ratio = beside(kind, (own, other), prompts, loaded.manifest, rounds)
+            several = kind.sampling.samples > 1
+            # Rows with an image take many times as long.
+            fewer = IMAGE_SHARE if several else 1
+            with closing(_answerer(loaded, slots // fewer or 1, kind)) as own:
+                few = prompts[: len(prompts) // fewer or 1]
+                pair = (own, own if several else free)
+                figures[name], ratio = beside(kind, pair, few, loaded.manifest, rounds // fewer or 1)
             # The goal of several answers is a time.
             ratios[name] = 1 / ratio if several else ratio
             unit = "times as long as one answer" if several else "of free text of as many tokens, rows/s"

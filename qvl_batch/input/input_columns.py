@@ -199,9 +199,8 @@ def _check_constraint(field: pa.Field, kind: Kind, file: str) -> None:
             "regex": "strings",
             "json_schema": "JSON schemas as text",
         }[kind]
-        raise InputError(
-            f"{file}: column {field.name!r} ({option_of(f'{kind}_column')}) is {field.type}; it must be {wanted}"
-        )
+        option = option_of(f"{kind}_column")
+        raise InputError(f"{file}: column {field.name!r} ({option}) is {field.type}; it must be {wanted}")
 
 
 def _check_sampling(field: pa.Field, file: str) -> None:
