@@ -1,6 +1,7 @@
 """Numbers that mean nothing and answers that run away are found row by row, and run again in fp32 if it is there."""
 
 import dataclasses
+import re
 
 import numpy as np
 import pytest
@@ -106,6 +107,20 @@ def test_an_answer_that_runs_away_fails_unless_that_is_allowed(copied_bundle, en
     for answer in found:
         assert (answer.failure.stage, answer.failure.type) == ("decode", "RepetitionError")
         assert answer.failure.message.startswith("the answer was cut off at 60 tokens and ends in ")
+
+
+def test_an_answer_that_runs_away_is_ended_while_it_does(copied_bundle, encoded_rows):
+    _says_the_same_again(copied_bundle)
+    found = _answer_all(Bundle.load(copied_bundle), encoded_rows, 300)
+    for answer in found:
+        assert answer.failure.type == "RepetitionError"
+        # Twice as much as an answer that was cut off may repeat, and looked at every 16 tokens.
+        at = int(
+            re.match(
+                r"the answer was ended at (\d+) tokens and ends in \d+ repetitions of ", str(answer.failure.message)
+            )[1]
+        )
+        assert 64 <= at <= 160
 
 
 def test_an_answer_that_runs_away_is_run_again_in_fp32(copied_bundle, tiny_bundle, encoded_rows, expected):
