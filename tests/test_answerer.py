@@ -115,12 +115,8 @@ def test_an_answer_that_runs_away_is_ended_while_it_does(copied_bundle, encoded_
     for answer in found:
         assert answer.failure.type == "RepetitionError"
         # Twice as much as an answer that was cut off may repeat, and looked at every 16 tokens.
-        at = int(
-            re.match(
-                r"the answer was ended at (\d+) tokens and ends in \d+ repetitions of ", str(answer.failure.message)
-            )[1]
-        )
-        assert 64 <= at <= 160
+        said = re.match(r"the answer was ended at (\d+) tokens and ends in \d+ repetitions of ", answer.failure.message)
+        assert 64 <= int(said[1]) <= 160
 
 
 def test_an_answer_that_runs_away_is_run_again_in_fp32(copied_bundle, tiny_bundle, encoded_rows, expected):
