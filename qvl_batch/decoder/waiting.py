@@ -48,12 +48,12 @@ class Waiting:
         return bool(self._groups)
 
     def add(self, item: Pending) -> None:
-        """Add a request behind all others."""
-        last = self._groups[-1] if self._groups else []
-        if last and last[0][0].row is item[0].row and len(last) < self._slots:
-            last.append(item)
-        else:
-            self._groups.append([item])
+        """Add a request behind all others, or beside those that have its row."""
+        for group in reversed(self._groups):  # other threads can have added theirs in between
+            if group[0][0].row is item[0].row and len(group) < self._slots:
+                group.append(item)
+                return
+        self._groups.append([item])
 
     def after_prefix(self) -> tuple[Group, int, int | None]:
         """The first waiting row whose prefix is cached, with the length of the prefix and its entry; else the first
