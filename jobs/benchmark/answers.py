@@ -60,8 +60,6 @@ MOST_TOKENS, FREE_TOKENS = 256, 32
 ROUNDS = 7
 #: Rounds beside a peer, whose JSON takes longer.
 PEER_ROUNDS = 3
-#: Rows with an image have a half of rows, slots and rounds.
-IMAGE_SHARE = 2
 #: Steps that are timed of each graph.
 STEPS = 24
 
@@ -188,11 +186,10 @@ def measured(
         for name, kind in KINDS.items():
             several = kind.sampling.samples > 1
             # Rows with an image take many times as long.
-            fewer = IMAGE_SHARE if several else 1
-            with closing(_answerer(loaded, slots // fewer or 1, kind)) as own:
-                few = prompts[: len(prompts) // fewer or 1]
+            few = max(1, rounds // 2) if several else rounds
+            with closing(_answerer(loaded, slots, kind)) as own:
                 pair = (own, own if several else free)
-                figures[name], ratio = beside(kind, pair, few, loaded.manifest, rounds // fewer or 1)
+                figures[name], ratio = beside(kind, pair, prompts, loaded.manifest, few)
             # The goal of several answers is a time.
             ratios[name] = 1 / ratio if several else ratio
             unit = "times as long as one answer" if several else "of free text of as many tokens, rows/s"
