@@ -387,7 +387,7 @@ def test_the_bench_measures_two_rows(tiny_bundle, native_bundle, run_here, in_a_
         (in_a_folder / name).symlink_to(target)
     assert run_here(line) == 0
     figures = json.loads((in_a_folder / "bench.json").read_text())
-    own = {"native_over_fixed", "mixed_over_fixed", "hf_mixed", "guided", "choices", "confidence"}
+    own = {"native_over_fixed", "mixed_over_fixed", "hf_mixed", "guided", "choices", "confidence", "four_samples"}
     assert set(figures["ratios"]) == {"hf_fp32", "hf", "vision_peak", "prefill_peak", "decode_bandwidth"} | own
     assert all(ratio > 0 for ratio in figures["ratios"].values())
     assert set(figures["answers_equal_to_fp32"]) == {
@@ -402,7 +402,7 @@ def test_the_bench_measures_kinds_of_answers_alone(tiny_bundle, run_here, in_a_f
     *_, line = _small("bench-answers", "--rows 3 --rounds 1 --slots 2", BENCH=in_a_folder)
     assert run_here(line) == 0
     figures = json.loads((in_a_folder / "answers" / "bench.json").read_text())
-    assert set(figures["ratios"]) == {"guided", "choices", "confidence"}
+    assert set(figures["ratios"]) == {"guided", "choices", "confidence", "four_samples"}
     assert all(ratio > 0 for ratio in figures["ratios"].values())
     assert figures["answers"]["choices"]["tokens"] == 1
     assert set(figures["answers"]["steps"]) == {

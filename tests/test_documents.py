@@ -16,6 +16,7 @@ from conftest import QUESTIONS, ROOT
 from PIL import Image
 
 from bench import BenchConfig
+from benchmark.answers import AnswersConfig
 from benchmark.gpu import GpuBenchConfig
 from calibration.config import CalibrateConfig
 from comparison.config import CompareConfig
@@ -230,7 +231,15 @@ OTHERS = {
 
 def _options():
     """Of all our programs."""
-    for config in (CaptionConfig, CalibrateConfig, CompareConfig, ExportConfig, BenchConfig, GpuBenchConfig):
+    for config in (
+        CaptionConfig,
+        CalibrateConfig,
+        CompareConfig,
+        ExportConfig,
+        BenchConfig,
+        GpuBenchConfig,
+        AnswersConfig,
+    ):
         for field in dataclasses.fields(config):
             name = field.name.replace("_", "-")
             yield from (f"--{name}", f"--no-{name}") if field.type is bool else (f"--{name}",)

@@ -132,10 +132,14 @@ def test_each_image_and_each_step_is_counted(tiny_bundle):
             # Prefill makes the first token, each step another.
             assert {work: clock.take() for work, clock in clocks.items()} == {"prefill": 1.0, "decode": 4.0}
         # The second row of an image takes the first one's beginning.
-        pair = [engine.submit(Request(row, 3, [b"b"])) for _ in range(2)]
-        for future in pair:
+        pair = [row, ask(layout, "How many shapes are there?", found[0])]
+        for future in [engine.submit(Request(each, 3, [b"b"])) for each in pair]:
             future.result(60)
         assert clocks["prefill"].take() == 2.0
+        # Two answers to one row have one prefill.
+        for future in [engine.submit(Request(row, 3)) for _ in range(2)]:
+            future.result(60)
+        assert clocks["prefill"].take() == 1.0
 
 
 def test_tables_carry_work_and_sample_through_all_stages(tiny_bundle, tmp_path):
