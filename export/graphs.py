@@ -1,7 +1,8 @@
 """Traces a checkpoint's model, and writes four ONNX files and two weight files.
 
 What enters: the checkpoint's weights and the layout contract. What leaves, in one directory: `vision.onnx`,
-`decoder.onnx`, `decoder_guided.onnx` and, in fp32, `decoder_full.onnx`; the last three share one weight file.
+`decoder.onnx`, `decoder_guided.onnx`, `decoder_drawn.onnx` and, in fp32, `decoder_full.onnx`; the decoders share one
+weight file.
 """
 
 import contextlib
@@ -30,6 +31,7 @@ from export.weights import Weights
 from qvl_batch.bundle.layout import Layout, Resolution
 from qvl_batch.bundle.manifest import (
     DECODER,
+    DECODER_DRAWN,
     DECODER_FULL,
     DECODER_GUIDED,
     HALVES,
@@ -124,8 +126,8 @@ def export_decoders(
     progress: Progress,
     traces: Traces,
 ) -> None:
-    """Write `decoder.onnx` and `decoder_guided.onnx`, in fp32 also `decoder_full.onnx`, and one file with the weights
-    of all.
+    """Write `decoder.onnx`, `decoder_guided.onnx` and `decoder_drawn.onnx`, in fp32 also `decoder_full.onnx`, and one
+    file with the weights of all.
     """
     with progress.step("decoder graphs" if precision.has_full else "decoder graph"):
         dtype, model = _traced_as(precision.decoder), weights.skeleton
@@ -136,7 +138,9 @@ def export_decoders(
         for graph in graphs.values():
             lazy.fill(graph)
         _reduce(graphs[DECODER], precision.decoder, precision.fp32_layers)
-        graphs[DECODER_GUIDED] = guide(graphs[DECODER].clone(), model.config.text_config.vocab_size)
+        vocab_size = model.config.text_config.vocab_size
+        graphs[DECODER_GUIDED] = guide(graphs[DECODER].clone(), vocab_size)
+        graphs[DECODER_DRAWN] = guide(graphs[DECODER].clone(), vocab_size, drawn=True)
     with progress.step("decoder weights") as update:
         _write(graphs, out, update)
 

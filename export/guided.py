@@ -1,14 +1,16 @@
-"""The decoder graph for guided answers: what a mask does not allow is never the next token, and the next token can be
-drawn in place of the most probable one.
+"""The decoder graphs for guided answers, in which a mask says which tokens can come next, and for drawn ones, whose
+next tokens are drawn in place of the most probable ones.
 
-    logits ─ repetition penalty ─ + (0 or -inf) ─ scores ─┬─ top k ─ next_token, top_scores, top_tokens
+    logits ─ repetition penalty ─ + (0 or -inf) ─ scores ─┬─ top k ─ next_token
                                      │                    ├─ softmax ─ token_logprob
-         allowed, one bit a token ───┘                    ├─ gather ─ candidate_scores
-                                                          │    └─ candidates
+         allowed, one bit a token ───┘                    └─ gather ─ candidate_scores
+                                                               └─ candidates
+
+and for drawn answers                             scores ─┬─ top k ─ top_scores, top_tokens
                                                           └─ x inverse_temperature ─ log-sum-exp ─ scaled_total
 
-It is the worker's decoder graph with three inputs and six outputs more, and shares its weights. Jobs that guide no
-answer run the other one. B rows, V vocabulary, K candidates.
+They are the worker's decoder graph with more inputs and outputs, and share its weights. A job runs the one that it
+needs, since ONNX Runtime computes outputs also if nobody takes them. B rows, V vocabulary, K candidates.
 """
 
 from collections.abc import Sequence
@@ -27,22 +29,23 @@ OWN = "guide."
 TOP = 64
 
 
-def guide(model: ir.Model, vocab_size: int) -> ir.Model:
+def guide(model: ir.Model, vocab_size: int, *, drawn: bool = False) -> ir.Model:
     """Add what guides answers. Scores are logits after the repetition penalty, -inf where a token is not allowed.
 
-    Inputs: `allowed`, uint8 (B, `mask_bytes`): token t is bit t % 8 of byte t // 8; `candidates`, int64 (B, K), tokens;
-    `inverse_temperature`, float32 (B, 1).
+    Inputs: `allowed`, uint8 (B, `mask_bytes`): token t is bit t % 8 of byte t // 8; `candidates`, int64 (B, K), tokens.
+    Outputs: `token_logprob`, float32 (B,), the log-probability of `next_token`; `candidate_scores`, float32 (B, K).
 
-    Outputs: `token_logprob`, float32 (B,), the log-probability of `next_token`; `candidate_scores`, float32 (B, K);
-    `scores`, float32 (B, V); `top_scores`, float32, and `top_tokens`, int64, both (B, `TOP`) or of the whole vocabulary
-    if that is smaller: the largest scores, in descending order, and their tokens; `scaled_total`, float32 (B,), the
-    log-sum-exp of scores x `inverse_temperature`.
+    For drawn answers also the input `inverse_temperature`, float32 (B, 1), and the outputs `scores`, float32 (B, V);
+    `top_scores`, float32, and `top_tokens`, int64, both (B, `TOP`) or of the whole vocabulary if that is smaller: the
+    largest scores, in descending order, and their tokens; `scaled_total`, float32 (B,), the log-sum-exp of scores x
+    `inverse_temperature`.
 
     Each byte of the mask looks its 8 tokens up in a table, since operators on single bits have no CUDA kernels.
 
     Args:
         model: the decoder graph; changed in place.
         vocab_size: V.
+        drawn: for drawn answers.
     """
     graph = model.graph
     (argmax,) = (node for node in graph if node.op_type in ("ArgMax", "TopK"))
@@ -52,8 +55,7 @@ def guide(model: ir.Model, vocab_size: int) -> ir.Model:
         name="allowed", shape=ir.Shape(["B", mask_bytes(vocab_size)]), type=ir.TensorType(ir.DataType.UINT8)
     )
     candidates = ir.Value(name="candidates", shape=ir.Shape(["B", "K"]), type=ir.TensorType(ir.DataType.INT64))
-    cold = ir.Value(name="inverse_temperature", shape=ir.Shape(["B", 1]), type=ir.TensorType(FP32))
-    graph.inputs.extend([allowed, candidates, cold])
+    graph.inputs.extend([allowed, candidates])
     bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
     table = _constant(model, "table", np.where(bits, 0, -np.inf).astype(np.float32))
     nodes: list[ir.Node] = []
@@ -78,28 +80,32 @@ def guide(model: ir.Model, vocab_size: int) -> ir.Model:
     if logits.dtype != FP32:
         (logits,) = apply("Cast", [logits], to=FP32)
     (scores,) = apply("Add", [logits, mask])
-    count = min(TOP, vocab_size)
-    axis, top = _constant(model, "axis", np.array([1])), _constant(model, "top", np.array([count]))
+    axis = _constant(model, "axis", np.array([1]))
     (chosen,) = apply("GatherElements", [scores, candidates], axis=1)
+    # On a CPU, ONNX Runtime's ReduceLogSumExp takes 20 times as long.
     (logprob,) = apply("Log", apply("ReduceMax", [*apply("Softmax", [scores], axis=1), axis], keepdims=0))
-    (scaled,) = apply("Mul", [scores, cold])
-    (best,) = apply("ReduceMax", [scaled, axis], keepdims=0)
-    # On a CPU, ONNX Runtime's ReduceLogSumExp takes 20 times as long; and outputs are computed also if not bound.
-    (share,) = apply("ReduceMax", [*apply("Softmax", [scaled], axis=1), axis], keepdims=0)
-    (scaled_total,) = apply("Sub", [best, *apply("Log", [share])])
-    if argmax.op_type == "TopK":
-        argmax.replace_input_with(1, top)
-        top_scores, top_tokens = argmax.outputs
-    else:
-        top_scores, top_tokens = apply("TopK", [scores, top], results=2, axis=1)
     _publish(graph, logprob, "token_logprob", ["B"])
     _publish(graph, chosen, "candidate_scores", ["B", "K"])
-    _publish(graph, scores, "scores", ["B", vocab_size])
-    _publish(graph, top_scores, "top_scores", ["B", count])
-    _publish(graph, top_tokens, "top_tokens", ["B", count], ir.DataType.INT64)
-    _publish(graph, scaled_total, "scaled_total", ["B"])
-    graph.insert_before(argmax, nodes)
     argmax.replace_input_with(0, scores)
+    if drawn:
+        cold = ir.Value(name="inverse_temperature", shape=ir.Shape(["B", 1]), type=ir.TensorType(FP32))
+        graph.inputs.append(cold)
+        (scaled,) = apply("Mul", [scores, cold])
+        (best,) = apply("ReduceMax", [scaled, axis], keepdims=0)
+        (share,) = apply("ReduceMax", [*apply("Softmax", [scaled], axis=1), axis], keepdims=0)
+        (total,) = apply("Sub", [best, *apply("Log", [share])])
+        count = min(TOP, vocab_size)
+        top = _constant(model, "top", np.array([count]))
+        if argmax.op_type == "TopK":
+            argmax.replace_input_with(1, top)
+            top_scores, top_tokens = argmax.outputs
+        else:
+            top_scores, top_tokens = apply("TopK", [scores, top], results=2, axis=1)
+        _publish(graph, scores, "scores", ["B", vocab_size])
+        _publish(graph, top_scores, "top_scores", ["B", count])
+        _publish(graph, top_tokens, "top_tokens", ["B", count], ir.DataType.INT64)
+        _publish(graph, total, "scaled_total", ["B"])
+    graph.insert_before(argmax, nodes)
     return model
 
 

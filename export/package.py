@@ -26,6 +26,7 @@ from qvl_batch.bundle.layout import Layout, Resolution
 from qvl_batch.bundle.manifest import (
     CHAT_TEMPLATE,
     DECODER,
+    DECODER_DRAWN,
     DECODER_FULL,
     DECODER_GUIDED,
     FORMAT_VERSION,
@@ -226,7 +227,8 @@ def _fill(
     normalisation = (processor.image_mean, processor.image_std)
     export_vision(checkpoint.weights, layout, *normalisation, precision, staging, progress, traces)
     export_decoders(checkpoint.weights, layout, precision, penalty, staging, progress, traces)
-    names = [name for name in (VISION, DECODER, DECODER_GUIDED, DECODER_FULL) if (staging / name).is_file()]
+    written = (VISION, DECODER, DECODER_GUIDED, DECODER_DRAWN, DECODER_FULL)
+    names = [name for name in written if (staging / name).is_file()]
     graphs = {name: graph_spec(staging / name) for name in names}
     check_contract(layout, checkpoint.config.text_config.hidden_size, staging, precision)
     parity, tolerance = None, None

@@ -28,6 +28,9 @@ from qvl_batch.errors import BundleError
 from qvl_batch.runtime.devices import memory_on, resolve_device, resolve_vision_device, usable_cpus
 from qvl_batch.vision.encoder import VisionEncoder
 
+#: Decoder graphs by name, as options of `Decoder`.
+DECODERS = {"decoder": {}, "guided decoder": {"guided": True}, "drawn decoder": {"guided": True, "drawn": True}}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckConfig:
@@ -76,14 +79,14 @@ def _check(bundle: Bundle, vision: Device, decoder: Device, which: str = "") -> 
     return [
         _timed(f"vision{which}", lambda: VisionEncoder(bundle, threads, vision, prove=False)),
         *(
-            _timed(f"{name}{which}", partial(_decoder, bundle, threads, decoder, guided=guided))
-            for name, guided in (("decoder", False), ("guided decoder", True))
+            _timed(f"{name}{which}", partial(_decoder, bundle, threads, decoder, **kind))
+            for name, kind in DECODERS.items()
         ),
     ]
 
 
-def _decoder(bundle: Bundle, threads: int, device: Device, *, guided: bool) -> Decoder:
-    return Decoder(bundle, 1, threads, memory=memory_on(device), guided=guided, prove=False)
+def _decoder(bundle: Bundle, threads: int, device: Device, *, guided: bool = False, drawn: bool = False) -> Decoder:
+    return Decoder(bundle, 1, threads, memory=memory_on(device), guided=guided, drawn=drawn, prove=False)
 
 
 def _timed(graph: str, load: Callable[[], VisionEncoder | Decoder]) -> Checked:

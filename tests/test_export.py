@@ -24,7 +24,7 @@ from export.progress import Progress
 from export.vision import split_windows
 from qvl_batch.bundle.layout import PlacedImage, mrope_positions
 from qvl_batch.bundle.loading import Bundle
-from qvl_batch.bundle.manifest import DECODER, DECODER_FULL, DECODER_GUIDED, KNOWN_ANSWERS, VISION
+from qvl_batch.bundle.manifest import DECODER, DECODER_DRAWN, DECODER_FULL, DECODER_GUIDED, KNOWN_ANSWERS, VISION
 from qvl_batch.errors import ExportError
 
 SHAPES = {
@@ -79,8 +79,8 @@ def test_parts_of_an_image_are_whole_windows_in_order():
 
 def test_weights_of_all_decoders_are_on_disk_once(tiny_bundle):
     files = {path.name for path in tiny_bundle.path.glob("*.onnx*")}
-    assert files == {VISION, f"{VISION}.data", DECODER, f"{DECODER}.data", DECODER_GUIDED, DECODER_FULL}
-    for name in (DECODER_GUIDED, DECODER_FULL):
+    assert files == {VISION, f"{VISION}.data", DECODER, f"{DECODER}.data", DECODER_GUIDED, DECODER_DRAWN, DECODER_FULL}
+    for name in (DECODER_GUIDED, DECODER_DRAWN, DECODER_FULL):
         assert (tiny_bundle.path / name).stat().st_size < 200_000
 
 

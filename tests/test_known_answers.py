@@ -19,7 +19,7 @@ from export.package import ExportConfig, export_bundle
 from qvl_batch import Captioner
 from qvl_batch.bundle.known_answers import SPACING, STEPS, Figure, KnownAnswers, digits, repeated
 from qvl_batch.bundle.loading import Bundle
-from qvl_batch.bundle.manifest import DECODER, DECODER_GUIDED, KNOWN_ANSWERS, VISION
+from qvl_batch.bundle.manifest import DECODER, DECODER_DRAWN, DECODER_GUIDED, KNOWN_ANSWERS, VISION
 from qvl_batch.config import CaptionConfig
 from qvl_batch.decoder.decoder import Decoder, PrefillRow
 from qvl_batch.errors import BundleError, DeviceError
@@ -74,7 +74,7 @@ def test_this_machine_computes_the_tiny_bundle_right_and_check_says_so(tiny_bund
     monkeypatch.setattr(sys, "argv", ["check.py", str(tiny_bundle.path)])
     assert check.main() == 0
     said = capsys.readouterr().out
-    assert said.count("✓") == 6
+    assert said.count("✓") == 8
     assert "✗" not in said
     assert f"machine   {devices.processor()}, onnxruntime {session.ORT_VERSION}" in said
     assert "right     this machine computes the bundle as PyTorch does" in said
@@ -136,7 +136,7 @@ def test_a_wrong_decoder_graph_is_refused_before_a_row(saturating, tiny_bundle):
     assert not any(figure.is_within for figure in Decoder(tiny_bundle, 2, threads=2, prove=False).figures())
 
 
-@pytest.mark.parametrize(("name", "graph"), [(VISION, "vision"), (DECODER_GUIDED, "decoder")])
+@pytest.mark.parametrize(("name", "graph"), [(VISION, "vision"), (DECODER_DRAWN, "decoder")])
 def test_a_captioner_of_a_wrong_graph_is_not_made(name, graph, saturating, tiny_bundle):
     saturating(name)
     with pytest.raises(DeviceError, match=f"this machine computes the {graph} graph wrongly"):
@@ -166,9 +166,11 @@ def test_a_graph_in_fp32_for_failed_rows_is_proved_too(saturating, copied_bundle
         "vision",
         "decoder",
         "guided decoder",
+        "drawn decoder",
         "vision in fp32",
         "decoder in fp32",
         "guided decoder in fp32",
+        "drawn decoder in fp32",
     ]
     spoil(copied_bundle, VISION, "blocks.1.mlp.down")
     forget_known_answers(copied_bundle)  # with them, it would be refused itself

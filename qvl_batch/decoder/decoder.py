@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from qvl_batch.bundle.known_answers import Figure, KnownAnswers, known_figures, refuse_wrong, repeated
 from qvl_batch.bundle.layout import Features, PlacedImage, mrope_positions
 from qvl_batch.bundle.loading import Bundle
-from qvl_batch.bundle.manifest import DECODER, DECODER_GUIDED, HALVES, MANIFEST, Manifest, Tolerance
+from qvl_batch.bundle.manifest import DECODER, DECODER_DRAWN, DECODER_GUIDED, HALVES, MANIFEST, Manifest, Tolerance
 from qvl_batch.config import Device
 from qvl_batch.decoder.guidance import Guidance
 from qvl_batch.decoder.kv_cache import KvCache
@@ -72,7 +72,7 @@ class Decoder:
         graph: ONNX file contents to load in place of the bundle's graph.
         guided: let callers guide the next tokens by `guidance`.
         logprobs: as for `Guidance`.
-        drawn: as for `Guidance`.
+        drawn: with `guided`, tokens can be drawn by what `guidance` has.
         prove: check the graph against the bundle's known answers, which takes a prefill and a few steps of one row.
 
     Raises:
@@ -103,7 +103,7 @@ class Decoder:
         self.prefill_tokens = prefill_tokens(manifest, self.memory.device)
         self.prefill_rows = min(PREFILL_ROWS, slots)
         self._captures = self.memory.device == "cuda" and manifest.dtype in HALVES
-        path = bundle.file(DECODER_GUIDED if guided else DECODER)
+        path = bundle.file(DECODER_DRAWN if drawn else DECODER_GUIDED if guided else DECODER)
         self._session = Session(path, threads, graph, self.memory, captures=self._captures)
         kinds = self._session.inputs
         if kinds.get("image_embeds") != "float":
@@ -132,8 +132,8 @@ class Decoder:
         #: What guides the next tokens, if anything does.
         self.guidance: Guidance | None = None
         if guided:
-            top, vocab_size = self._session.outputs["top_scores"][1], manifest.decoder.vocab_size
-            self.guidance = Guidance(vocab_size, slots, self.memory, int(top), logprobs=logprobs, drawn=drawn)
+            top = int(self._session.outputs["top_scores"][1]) if drawn else None
+            self.guidance = Guidance(manifest.decoder.vocab_size, slots, self.memory, logprobs=logprobs, top=top)
         if self.memory.device == "cuda":
             self._reserve_memory()
         if prove:

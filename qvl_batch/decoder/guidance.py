@@ -26,13 +26,13 @@ class Guidance:
         vocab_size: V.
         slots: N.
         memory: memory of the device that the graph runs on.
-        top: number of `top_tokens` that the graph gives, K.
         logprobs: keep each call's `logprobs`.
-        drawn: tokens can be drawn, by `top_scores`, `top_tokens`, `scaled_totals` and `scores` of each call.
+        top: number of `top_tokens` that the graph gives, K, if tokens can be drawn: by `top_scores`, `top_tokens`,
+            `scaled_totals` and `scores` of each call.
     """
 
     def __init__(
-        self, vocab_size: int, slots: int, memory: Memory, top: int, *, logprobs: bool = False, drawn: bool = False
+        self, vocab_size: int, slots: int, memory: Memory, *, logprobs: bool = False, top: int | None = None
     ) -> None:
         self._memory = memory
         self._allowed = memory.zeros((slots, mask_bytes(vocab_size)), "uint8")
@@ -52,7 +52,7 @@ class Guidance:
         if logprobs:
             self._outputs["token_logprob"] = memory.zeros((slots,), "float")
         self._for_draws: dict[str, Buffer] = {}
-        if drawn:
+        if top is not None:
             self._for_draws["top_scores"] = memory.zeros((slots, top), "float")
             self._for_draws["top_tokens"] = memory.zeros((slots, top), "int64")
             self._for_draws["scaled_total"] = memory.zeros((slots,), "float")
@@ -65,7 +65,7 @@ class Guidance:
         self.candidate_scores = np.zeros((0, 0), np.float32)
         #: The largest scores of each row in descending order, float32 (B, K); their tokens, int64 (B, K); and the
         #: log-sum-exp of all its scores times `inverse_temperature`, float32 (B,).
-        self.top_scores, self.top_tokens = np.zeros((0, top), np.float32), np.zeros((0, top), np.int64)
+        self.top_scores, self.top_tokens = np.zeros((0, 0), np.float32), np.zeros((0, 0), np.int64)
         self.scaled_totals = np.zeros(0, np.float32)
 
     def bind(
@@ -78,7 +78,9 @@ class Guidance:
             rows: number of rows, B.
             candidates: of each row, in a prefill.
         """
-        inputs = {"allowed": self._allowed.rows(first, rows), "inverse_temperature": self._cold.rows(first, rows)}
+        inputs = {"allowed": self._allowed.rows(first, rows)}
+        if self._for_draws:
+            inputs["inverse_temperature"] = self._cold.rows(first, rows)
         outputs = {name: each.rows(0, rows) for name, each in self._bound.items()}
         if self._scores is not None and self.is_drawing:
             outputs["scores"] = self._scores.rows(0, rows).without_mirror()
