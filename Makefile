@@ -1,4 +1,5 @@
-# demo       export the tiny model, for squares and for images at their own size, and answer the demo's rows by Ray Data
+# demo       export the tiny model, for squares and for images at their own size, and answer the demo's rows by Ray Data:
+#            questions, some of them with choices, conversations, and a description as JSON of a schema
 # test       run the tests
 # test-long  run the tests that take minutes each
 # soak       kill random processes of a job 50 times, resume each time, and compare with an uninterrupted run
@@ -21,6 +22,8 @@ BUNDLE := build/tiny-bundle
 NATIVE := build/tiny-native
 QUESTIONS := datasets/demo/questions.parquet
 CONVERSATIONS := datasets/demo/conversations.parquet
+SCENES := datasets/demo/scenes.parquet
+SCENE := datasets/demo/scene.json
 ANSWERS := build/demo-answers
 COMPARISON := build/comparison
 BENCH := build/bench
@@ -34,11 +37,14 @@ PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscop
 
 demo: $(BUNDLE)/bundle.json $(NATIVE)/bundle.json
 	$(BIN)/python jobs/caption.py --bundle $(BUNDLE) --input $(QUESTIONS) --output $(ANSWERS)/squares \
-		--keep-columns prompt expected --overwrite $(ARGS)
+		--choices-column choices --keep-columns prompt expected --overwrite $(ARGS)
 	$(BIN)/python jobs/show.py $(ANSWERS)/squares
 	$(BIN)/python jobs/caption.py --bundle $(NATIVE) --input $(CONVERSATIONS) --messages-column messages \
 		--output $(ANSWERS)/native --keep-columns prompt expected --overwrite $(ARGS)
 	$(BIN)/python jobs/show.py $(ANSWERS)/native
+	$(BIN)/python jobs/caption.py --bundle $(NATIVE) --input $(SCENES) --json-schema $(SCENE) --confidence \
+		--output $(ANSWERS)/json --keep-columns prompt expected --overwrite $(ARGS)
+	$(BIN)/python jobs/show.py $(ANSWERS)/json
 
 test: $(READY) browser
 	$(PYTEST)

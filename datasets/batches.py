@@ -11,6 +11,7 @@ stands before the image, there is one segment a row.
 This module knows nothing of losses or optimizers.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +25,12 @@ from scenes import (
     GREYS,
     RADIUS,
     SHAPES,
+    SMALL_AREAS,
+    Ranges,
     Scene,
     encode,
     follow_ups,
+    json_questions,
     next_image_questions,
     pair_questions,
     questions,
@@ -68,15 +72,17 @@ TURN_END = "<|im_end|>\n<|im_start|>assistant\n"
 ANSWER_END = "<|im_end|>"
 NEXT_TURN = "\n<|im_start|>user\n"
 #: Kinds of native rows, and how often each is drawn.
-NATIVE_ROWS = {"single": 0.26, "pair": 0.28, "question first": 0.24, "next image": 0.12, "fixed": 0.10}
+NATIVE_ROWS = {"single": 0.30, "pair": 0.24, "question first": 0.18, "next image": 0.16, "fixed": 0.12}
 #: Areas of native images, like `scenes.NATIVE_AREAS`: most are smaller, so that there are more of them for the time.
-TRAINED_AREAS = ((0.14, 1, 9), (0.62, 9, 100), (0.21, 100, 400), (0.03, 400, 1350))
+TRAINED_AREAS: Ranges = ((0.14, 1, 9), (0.62, 9, 100), (0.21, 100, 400), (0.03, 400, 1350))
 #: How often a native picture is one that another row of the batch has too.
-REUSED = 0.65
+REUSED = 0.75
 #: Up to this many image tokens in a row, a question before the image is asked four times, else once.
 CHEAP = 250
 #: The answer of a row with its question first counts as much as this many.
 LONE_WEIGHT = 3.0
+#: Where answers in JSON are cut, so that each value counts as much as a short answer, and its name too.
+JSON_PARTS = re.compile(r'(?<=":)|(?=,"\w+":)|(?=}$)')
 #: An image of this many tokens costs twice as much a token as a very small one.
 COSTLY = 600
 #: Rows are padded to a multiple of so many tokens: PyTorch compiles its products of matrices for each new shape.
@@ -192,11 +198,26 @@ class Drawing:
                 case "fixed":
                     self._pair([self._fixed_picture(672), self._fixed_picture(672)])
 
+    def draw_json(self, cost: float) -> None:
+        """Rows of one small image each that ask for JSON, some for the rest too, until the pictures cost that much."""
+        while self.cost < cost:
+            index = self._new_picture(SMALL_AREAS)
+            if self.rng.random() < 0.3:
+                self._single(index)
+            else:
+                self._json(index)
+
     def _single(self, index: int) -> None:
         scene = self.pictures[index].scene
         segments = [_turns(*pair) for pair in _pick(self.rng, questions(scene), 8)]
         segments += [_turns(*turns) for turns in _draw(self.rng, follow_ups(scene), 6)]
         self.rows.append(Row(self._some_opening([index]), segments))
+        self._json(index)
+
+    def _json(self, index: int) -> None:
+        asked = json_questions(self.pictures[index].scene)
+        pairs = asked["as json"] + _draw(self.rng, {"one": asked["one as json"]}, 3)
+        self.rows.append(Row(self._some_opening([index]), [_json_turn(*pair) for pair in pairs]))
 
     def _pair(self, indices: list[int]) -> None:
         asked = pair_questions(*(self.pictures[index].scene for index in indices))
@@ -239,7 +260,10 @@ class Drawing:
         """A new picture or, more often, one that another row has too: then it costs no time in the vision tower."""
         if self._native and self.rng.random() < REUSED:
             return self._native[self.rng.integers(len(self._native))]
-        width, height = sample_size(self.rng, TRAINED_AREAS)
+        return self._new_picture(TRAINED_AREAS)
+
+    def _new_picture(self, areas: Ranges) -> int:
+        width, height = sample_size(self.rng, areas)
         scene = sample_native_scene(self.rng, width, height, grey=self.rng.random() < 0.125)
         image = self._through_file(scene, max(width, height))
         self.pictures.append(native_picture(scene, image, MIN_PIXELS[self.rng.integers(len(MIN_PIXELS))]))
@@ -463,6 +487,12 @@ def _turns(*texts: str) -> Segment:
         segment.append(((NEXT_TURN if number else "") + prompt + TURN_END, False))
         segment.append((answer + ANSWER_END, True))
     return segment
+
+
+def _json_turn(prompt: str, answer: str) -> Segment:
+    """A prompt, and the parts of its answer: whole, names would outweigh values, which are few of its tokens."""
+    *parts, last = JSON_PARTS.split(answer)
+    return [(prompt + TURN_END, False), *((part, True) for part in parts), (last + ANSWER_END, True)]
 
 
 def _pick(rng: np.random.Generator, by_kind: dict[str, list[tuple[str, ...]]], count: int) -> list[tuple[str, ...]]:

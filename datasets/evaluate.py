@@ -2,12 +2,14 @@
 
     python datasets/evaluate.py datasets/tiny-qwen2.5-vl [--rows 500] [--seed 11] [--styles native pairs]
 
-Styles are those of `make_demo.py`; images of `fixed` are fitted to 672 x 672. Figures are by kind of question, and by
-image: image tokens of the smallest of a row's images, and proportions of its longest.
+Styles are those of `make_demo.py`; images of `fixed` are fitted to 672 x 672. Figures are by kind of question, by field
+of answers in JSON, which nothing holds to a schema here, and by image: image tokens of the smallest of a row's images,
+and proportions of its longest.
 """
 
 import argparse
 import itertools
+import json
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -53,7 +55,7 @@ class Answers:
             pixel_values=seen.pixel_values,
             image_grid_thw=seen.image_grid_thw,
             mm_token_type_ids=(ids == self.model.config.image_token_id).int(),
-            max_new_tokens=48,
+            max_new_tokens=96,
             do_sample=False,
         )
         return self.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True), tokens
@@ -74,20 +76,35 @@ def rows_of(style: str, count: int, seed: int) -> Iterator[tuple[str, list[Image
 
 def evaluate(answers: Answers, style: str, count: int, seed: int, *, show: bool) -> None:
     """Ask, and print the figures."""
-    groups = ("", "kind", "tokens", "proportion")
+    groups = ("", "kind", "field", "tokens", "proportion")
     right: dict[str, dict[str, list[bool]]] = {group: defaultdict(list) for group in groups}
     for kind, images, messages, expected in rows_of(style, count, seed):
         given, tokens = answers(images, messages)
         proportion = max(max(image.size) / min(image.size) for image in images)
-        names = ("all", kind, _bound(min(tokens), TOKENS), _bound(proportion, PROPORTIONS))
-        for group, name in zip(groups, names, strict=True):
+        names = {"": "all", "kind": kind, "tokens": _bound(min(tokens), TOKENS)}
+        names["proportion"] = _bound(proportion, PROPORTIONS)
+        for group, name in names.items():
             right[group][name].append(given == expected)
+        given_fields = _fields(given)
+        for name, value in _fields(expected).items():
+            right["field"][name].append(given_fields.get(name) == value)
         if show and given != expected:
             question = messages[-1]["content"][-1].get("text") or messages[-1]["content"][0]["text"]
             print(f"  {question} {given!r}, not {expected!r}; {[image.size for image in images]}", file=sys.stderr)
     for group, by_name in right.items():
+        if not by_name:
+            continue
         figures = ", ".join(f"{name} {sum(some)} of {len(some)}" for name, some in by_name.items())
         print(f"{style:10} {group:10} {figures}", flush=True)
+
+
+def _fields(text: str) -> dict[str, Any]:
+    """The fields of an answer in JSON, or none."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def _bound(value: float, bounds: Sequence[int]) -> str:

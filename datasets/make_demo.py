@@ -5,14 +5,17 @@
 
 Styles, all with the columns `id`, `image` and `expected`:
 
-    fixed       one image of 240 to 900 pixels, nearly a square, and `prompt`; it is for images fitted to a square
+    fixed       one image of 240 to 900 pixels, nearly a square, and `prompt`; it is for images fitted to a square; with
+                `choices`, null where the question is for a description
     native      one image of 28 x 28 pixels to about a megapixel, up to 20 times as long as wide, and `prompt`
     pairs       two such images, in a list, and `prompt`
     turns       one such image, and `messages`: a question, its answer, and a question that refers to them
     text-first  one such image, and `messages`: a question before its image
     next-image  two such images, in a list, and `messages`: a question about one, its answer, and the next image
-    mixed       rows of these five in turn, all with images in a list, `messages`, and `prompt`, their text to be read;
-                so is `demo/conversations.parquet`, of 40 rows
+    json        one such image, at most as large as 280 x 280, and `prompt`, which wants JSON; so is
+                `demo/scenes.parquet`, of 24 rows
+    mixed       rows of the five before `json` in turn, all with images in a list, `messages`, and `prompt`, their text
+                to be read; so is `demo/conversations.parquet`, of 40 rows
 
 An image has the layout of Hugging Face datasets, struct<bytes, path>; there are three formats and three modes.
 `messages` has the layout that chat templates take: a list of struct<role, content>, content a list of
@@ -30,10 +33,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 from scenes import (
+    COLORS,
     FORMATS,
+    GREYS,
+    NATIVE_AREAS,
+    RADIUS,
+    SMALL_AREAS,
     Scene,
     encode,
     follow_ups,
+    json_questions,
     next_image_questions,
     pair_questions,
     questions,
@@ -44,6 +53,13 @@ from scenes import (
 )
 
 KINDS = ("describe", "color", "count", "left of", "above", "size", "presence", "describe")
+#: All answers to a question of a kind that has few.
+CHOICES = {
+    "color": [*COLORS, *GREYS],
+    "count": ["1", "2", "3"],
+    "size": [*RADIUS],
+    **{kind: ["yes", "no"] for kind in ("presence", "left of", "above")},
+}
 #: Kinds of question of each style, in turn.
 NATIVE_KINDS = {
     "native": ("describe", "color", "count", "left of", "above", "size", "presence"),
@@ -51,8 +67,11 @@ NATIVE_KINDS = {
     "turns": ("its size", "its color", "color of it", "another", "and a", "above it", "what are they"),
     "text-first": ("describe", "color", "count", "left of", "above", "size", "presence"),
     "next-image": ("count here", "presence here", "describe here"),
+    "json": ("as json",),
 }
 MIXED = "mixed"
+#: Styles of rows in a file of `MIXED`.
+MIXED_STYLES = ("native", "pairs", "turns", "text-first", "next-image")
 #: Styles of rows; files can also be of `MIXED`.
 STYLES = ("fixed", *NATIVE_KINDS)
 #: Parquet types of an image, and of messages.
@@ -66,6 +85,7 @@ QUESTIONS: dict[str, Callable[..., dict[str, list[tuple[str, ...]]]]] = {
     "turns": follow_ups,
     "text-first": questions,
     "next-image": next_image_questions,
+    "json": json_questions,
 }
 
 
@@ -83,7 +103,9 @@ class NativeRow:
 
 
 def demo_rows(count: int, seed: int) -> list[dict[str, object]]:
-    """Rows of `id`, `image`, `prompt` and `expected`, kinds of question in turn, for images fitted to a square."""
+    """Rows of `id`, `image`, `prompt`, `choices` and `expected` for images fitted to a square, kinds of question in
+    turn.
+    """
     rng = np.random.default_rng((seed, 2025))
     return [_row(rng, index) for index in range(count)]
 
@@ -97,7 +119,13 @@ def _row(rng: np.random.Generator, index: int) -> dict[str, object]:
     pairs = questions(scene)[kind]
     prompt, expected = pairs[int(rng.integers(len(pairs)))]
     path = f"scene-{index:04d}.{file_format.lower()}"
-    return {"id": f"scene-{index:04d}", "image": {"bytes": data, "path": path}, "prompt": prompt, "expected": expected}
+    return {
+        "id": f"scene-{index:04d}",
+        "image": {"bytes": data, "path": path},
+        "prompt": prompt,
+        "choices": CHOICES.get(kind),
+        "expected": expected,
+    }
 
 
 def native_rows(style: str, count: int, seed: int) -> list[NativeRow]:
@@ -111,7 +139,7 @@ def _native_row(rng: np.random.Generator, style: str, kind: str) -> NativeRow:
     images = 2 if style in {"pairs", "next-image"} else 1
     modes = ["L" if rng.random() < 0.2 else "RGBA" if rng.random() < 0.2 else "RGB" for _ in range(images)]
     while True:
-        sizes = [sample_size(rng) for _ in modes]
+        sizes = [sample_size(rng, SMALL_AREAS if style == "json" else NATIVE_AREAS) for _ in modes]
         scenes = tuple(
             sample_native_scene(rng, *size, grey=mode == "L") for size, mode in zip(sizes, modes, strict=True)
         )
@@ -167,9 +195,10 @@ def _scene_with(rng: np.random.Generator, kind: str, *, grey: bool) -> Scene:
 
 def write_demo(path: Path, count: int, seed: int, style: str = "fixed") -> None:
     """Write the parquet file."""
-    is_plain = style in {"fixed", "native", "pairs"}
+    is_plain = style in {"fixed", "native", "pairs", "json"}
     asks = [("prompt", pa.string())] if is_plain or style == MIXED else []
     asks += [] if is_plain else [("messages", MESSAGES)]
+    asks += [("choices", pa.list_(pa.string()))] if style == "fixed" else []
     images = pa.list_(IMAGE) if style in {"pairs", "next-image", MIXED} else IMAGE
     schema = pa.schema([("id", pa.string()), ("image", images), *asks, ("expected", pa.string())])
     if style == "fixed":
@@ -182,7 +211,7 @@ def write_demo(path: Path, count: int, seed: int, style: str = "fixed") -> None:
 
 def _named_rows(style: str, count: int, seed: int) -> Iterator[tuple[str, NativeRow]]:
     """Rows with their ids."""
-    styles = tuple(NATIVE_KINDS) if style == MIXED else (style,)
+    styles = MIXED_STYLES if style == MIXED else (style,)
     by_style = {each: native_rows(each, -(-count // len(styles)), seed) for each in styles}
     for index in range(count):
         at, turn = divmod(index, len(styles))

@@ -2,7 +2,7 @@
 
 What leaves: a `Scene` (positions and sizes as fractions, so that it renders at any
 resolution), its PIL image, and questions with answers that are true of it: about one scene, about two,
-and with a follow-up. Every answer is unambiguous by construction: shapes differ in kind, and any two are
+with a follow-up, and for JSON. Every answer is unambiguous by construction: shapes differ in kind, and any two are
 at least `MIN_GAP` apart in x and in y, so "left of" and "above" always have a clear answer.
 
 A scene of `sample_scene` is drawn at a size that its user chooses. One of `sample_native_scene` is for one
@@ -13,8 +13,10 @@ This module knows nothing of models, tokenizers or parquet.
 """
 
 import io
+import json
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -46,6 +48,8 @@ FILLING = 0.42
 NATIVE_SIDE = 28
 Ranges = tuple[tuple[float, float, float], ...]
 NATIVE_AREAS: Ranges = ((0.14, 1, 9), (0.82, 9, 400), (0.04, 400, 1350))
+#: The same, for images that are described as JSON.
+SMALL_AREAS: Ranges = ((0.1, 1, 9), (0.9, 9, 100))
 #: Longer side over shorter: how likely a range is, and the range.
 NATIVE_PROPORTIONS: Ranges = ((0.65, 1, 2), (0.25, 2, 4), (0.1, 4, 20))
 ORDINALS = ("first", "second")
@@ -228,6 +232,30 @@ def next_image_questions(first: Scene, second: Scene) -> dict[str, list[tuple[st
         ]
         for kind, prompt in (("count", "And here?"), ("presence", "And here?"), ("describe", "And this one?"))
     }
+
+
+def facts(scene: Scene) -> dict[str, Any]:
+    """What JSON says of this scene: of the leftmost shape kind and colour, and whether there is a star."""
+    leftmost = scene.shapes[0]
+    return {
+        "count": len(scene.shapes),
+        "leftmost": leftmost.kind,
+        "color": leftmost.color,
+        "star": any(shape.kind == "star" for shape in scene.shapes),
+    }
+
+
+def json_questions(scene: Scene) -> dict[str, list[tuple[str, str]]]:
+    """Questions about this scene that want compact JSON, as `(prompt, answer)` pairs: for all facts, and for each."""
+    known = facts(scene)
+    return {
+        "as json": [("Describe the image as JSON.", _compact(known))],
+        "one as json": [(f"Only the {name}, as JSON.", _compact({name: value})) for name, value in known.items()],
+    }
+
+
+def _compact(value: dict[str, Any]) -> str:
+    return json.dumps(value, separators=(",", ":"))
 
 
 def _which(first: bool) -> str:

@@ -4,10 +4,10 @@
     python datasets/train.py --work-dir /tmp/tiny --output /tmp/checkpoint --from-checkpoint datasets/tiny-qwen2.5-vl
 
 Three stages: a long one at 224 x 224 (64 image tokens, a ninth of the cost), a shorter one at 672 x 672, and one with
-rows as they come: images at their own size, text before them, two images, two turns (`batches.py`). With
-`--from-checkpoint`, only the last stage, from that checkpoint's weights. Every step draws its scenes from
-`(SEED, step)`, and the state is saved every few minutes, so a run that was stopped resumes where it was, with the same
-data.
+rows as they come: images at their own size, text before them, two images, two turns, JSON (`batches.py`). With
+`--from-checkpoint`, only the last stage, from that checkpoint's weights. `--steps-json` puts a cheap stage before it,
+of JSON about small images, for weights that have not seen any. Every step draws its scenes from `(SEED, step)`, and
+the state is saved every few minutes, so a run that was stopped resumes where it was, with the same data.
 
 From answers alone, a vision tower this small learns shapes very slowly (2,000 steps were not enough
 for a star). So probes on its features also learn the kind, colour and size of the shape that each
@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -39,8 +39,6 @@ SEED = 20_250_127
 CHECKPOINT = Path(__file__).parent / "tiny-qwen2.5-vl"
 SAVE_EVERY_S = 120
 PROBE_WEIGHT = 0.5
-#: A step's gradient is that of so many batches, which processes of one thread each work out.
-PARTS = 4
 #: Patches of a whole window of the vision tower; windows at an image's edge have fewer.
 WINDOW = 64
 #: From here on PyTorch's own attention is as fast as ours, and takes no memory for scores.
@@ -53,31 +51,44 @@ class Stage:
 
     Args:
         last: the step after its last.
-        image_size: side in pixels that images are fitted to; None for rows as they come.
-        size: images of a part of a step, or, of rows as they come, its cost (`Drawing.cost`).
+        image_size: side in pixels that images are fitted to, or what rows have images at their own size.
+        size: images of a part of a step, or, of images at their own size, their cost (`Drawing.cost`).
         learning_rate: the highest, after the warm-up.
         final_rate: the last.
         warmup: steps in which the rate rises.
     """
 
     last: int
-    image_size: int | None
+    image_size: int | Literal["json", "native"]
     size: int
     learning_rate: float
     final_rate: float
     warmup: int
 
 
+class Steps(NamedTuple):
+    """Steps of each stage."""
+
+    at_224: int
+    at_672: int
+    json: int
+    native: int
+
+
+#: How many batches of the last stage are of JSON about small images.
+JSON_SHARE = 0.35
 #: Questions about each image in stages of one image size.
 QUESTIONS = 16
 
 
-def stages(steps_224: int, steps_672: int, steps_native: int, images: int | None = None) -> list[Stage]:
-    """The stages, with these many steps, and so many images in a part of a step of the first two."""
+def stages(steps: Steps, images: int | None = None, native_rate: float = 8e-4) -> list[Stage]:
+    """The stages, with so many images in a part of a step of the first two, and this highest rate of the others."""
+    ends = [sum(steps[:n]) for n in range(1, len(steps) + 1)]
     return [
-        Stage(steps_224, 224, images or 8, 2e-3, 5e-4, 300),
-        Stage(steps_224 + steps_672, 672, images or 2, 1e-3, 1e-5, 50),
-        Stage(steps_224 + steps_672 + steps_native, None, 270, 8e-4, 1e-5, 100),
+        Stage(ends[0], 224, images or 8, 2e-3, 5e-4, 300),
+        Stage(ends[1], 672, images or 2, 1e-3, 1e-5, 50),
+        Stage(ends[2], "json", 270, native_rate, native_rate / 2, 100),
+        Stage(ends[3], "native", 270, native_rate, 1e-5, 20),
     ]
 
 
@@ -92,10 +103,13 @@ class Batches:
         """The batch."""
         stage = next(stage for stage in self.plan if step < stage.last)
         drawing = Drawing(np.random.default_rng((SEED, step, part)))
-        if stage.image_size is None:
-            drawing.draw_native(stage.size)
-        else:
-            drawing.draw_fixed(stage.image_size, stage.size, QUESTIONS)
+        match stage.image_size:
+            case "native" if drawing.rng.random() >= JSON_SHARE:
+                drawing.draw_native(stage.size)
+            case "json" | "native":
+                drawing.draw_json(stage.size)
+            case image_size:
+                drawing.draw_fixed(image_size, stage.size, QUESTIONS)
         return self.pack(drawing)
 
 
@@ -180,15 +194,15 @@ class Gradients:
     machine as threads are that wait for each other at every operator.
     """
 
-    def __init__(self, model: Qwen2_5_VLForConditionalGeneration, probes: Probes, batches: Batches) -> None:
-        self.model, self.probes, self.batches = model, probes, batches
+    def __init__(self, model: Qwen2_5_VLForConditionalGeneration, probes: Probes, batches: Batches, parts: int) -> None:
+        self.model, self.probes, self.batches, self.parts = model, probes, batches, parts
         self.parameters = [p for p in (*model.parameters(), *probes.parameters()) if p.requires_grad]
         for parameter in self.parameters:
             parameter.share_memory_()
 
     def set(self, step: int, pool: ProcessPoolExecutor) -> np.ndarray:
         """Set the gradients of a step; returns the means of its two losses and of the share of predicted tokens."""
-        results = list(pool.map(_part_of_step, [step] * PARTS, range(PARTS)))
+        results = list(pool.map(_part_of_step, [step] * self.parts, range(self.parts)))
         weights = np.array([weight for *_, weight in results]) / sum(weight for *_, weight in results)
         mean = torch.from_numpy(sum(weight * flat for weight, (_, flat, _) in zip(weights, results, strict=True)))
         for parameter, gradient in zip(
@@ -226,7 +240,7 @@ def _part_of_step(step: int, part: int) -> tuple[list[float], np.ndarray, float]
     return _gradients.of_part(step, part)
 
 
-def train(model: nn.Module, batches: Batches, work_dir: Path, first: int) -> None:
+def train(model: nn.Module, batches: Batches, work_dir: Path, first: int, parts: int) -> None:
     """All steps from `first` on, or from where a saved state is."""
     global _gradients  # noqa: PLW0603  (see there)
     probes = Probes(batches.pack.tokenizer, model.config.text_config.hidden_size)
@@ -238,12 +252,12 @@ def train(model: nn.Module, batches: Batches, work_dir: Path, first: int) -> Non
         trained.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         first = saved["step"]
-    _gradients = Gradients(model, probes, batches)
+    _gradients = Gradients(model, probes, batches, parts)
     start, last_save, shown = 0, time.monotonic(), time.monotonic()
     fork = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(os.cpu_count(), fork, _one_thread_while, (os.getpid(),)) as pool:
         for stage in batches.plan:
-            name = f"{stage.image_size}px" if stage.image_size else "native"
+            name = f"{stage.image_size}px" if isinstance(stage.image_size, int) else stage.image_size
             for step in range(max(first, start), stage.last):
                 for group in optimizer.param_groups:
                     group["lr"] = _learning_rate(stage, step - start, stage.last - start)
@@ -364,20 +378,24 @@ def main() -> None:
     parser.add_argument("--from-checkpoint", type=Path, help="only the last stage, from the weights in this folder")
     parser.add_argument("--steps-224", type=int, default=3600)
     parser.add_argument("--steps-672", type=int, default=1400)
+    parser.add_argument("--steps-json", type=int, default=0, help="steps of JSON alone, before the last stage")
     parser.add_argument("--steps-native", type=int, default=4500)
-    parser.add_argument("--images", type=int, help="images in a quarter of a step of the first two stages")
+    parser.add_argument("--native-rate", type=float, default=8e-4, help="highest rate of the last two stages")
+    parser.add_argument("--parts", type=int, default=4, help="batches of a step, worked out by processes of one thread")
+    parser.add_argument("--images", type=int, help="images in a part of a step of the first two stages")
     args = parser.parse_args()
     args.work_dir.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(SEED)
     config = Qwen2_5_VLConfig.from_pretrained(CHECKPOINT)
-    plan = stages(args.steps_224, args.steps_672, args.steps_native, args.images)
+    steps = Steps(args.steps_224, args.steps_672, args.steps_json, args.steps_native)
+    plan = stages(steps, args.images, args.native_rate)
     if args.from_checkpoint:
         model = Qwen2_5_VLForConditionalGeneration.from_pretrained(args.from_checkpoint, dtype=torch.float32)
     else:
         model = Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=torch.float32)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
-    first = plan[-2].last if args.from_checkpoint else 0
-    train(prepared(model), Batches(plan, Packer(config, CHECKPOINT)), args.work_dir, first)
+    first = plan[1].last if args.from_checkpoint else 0
+    train(prepared(model), Batches(plan, Packer(config, CHECKPOINT)), args.work_dir, first, args.parts)
     if args.output:
         model.to(torch.bfloat16).save_pretrained(args.work_dir / "checkpoint")
         args.output.mkdir(parents=True, exist_ok=True)

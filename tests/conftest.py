@@ -31,6 +31,8 @@ ROOT = Path(__file__).parent.parent
 TINY = ROOT / "datasets" / "tiny-qwen2.5-vl"
 QUESTIONS = ROOT / "datasets" / "demo" / "questions.parquet"
 CONVERSATIONS = ROOT / "datasets" / "demo" / "conversations.parquet"
+SCENES = ROOT / "datasets" / "demo" / "scenes.parquet"
+SCENE = ROOT / "datasets" / "demo" / "scene.json"
 
 
 class SharedTraces(Traces):

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import tyro
-from conftest import CONVERSATIONS, QUESTIONS, ROOT, TINY, TRACES
+from conftest import CONVERSATIONS, QUESTIONS, ROOT, SCENES, TINY, TRACES
 from packaging.requirements import Requirement
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLVisionAttention
 
@@ -314,6 +314,12 @@ def six_conversations(tmp_path):
     return _some_rows(tmp_path / "conversations.parquet", CONVERSATIONS, 6)
 
 
+@pytest.fixture
+def three_scenes(tmp_path):
+    """The first three rows of the demo of JSON."""
+    return _some_rows(tmp_path / "scenes.parquet", SCENES, 3)
+
+
 def _some_rows(path, source, count):
     pq.write_table(pq.read_table(source).slice(0, count), path)
     return path
@@ -339,12 +345,17 @@ def _small(target, arguments="", **variables):
 
 
 @pytest.mark.long
-def test_the_demo_answers_and_shows(tiny_bundle, native_bundle, two_rows, six_conversations, ray_env, tmp_path):
-    given = {"QUESTIONS": two_rows, "CONVERSATIONS": six_conversations, "ANSWERS": tmp_path / "answers"}
+def test_the_demo_answers_and_shows(
+    tiny_bundle, native_bundle, two_rows, six_conversations, three_scenes, ray_env, tmp_path
+):
+    given = {"QUESTIONS": two_rows, "CONVERSATIONS": six_conversations, "SCENES": three_scenes}
+    given["ANSWERS"] = tmp_path / "answers"
     result = _run_target("demo", tmp_path, tiny_bundle, ray_env, native_bundle, **given)
-    for rows in (2, 6):
+    for rows in (2, 6, 3):
         assert f"rows      {rows} ({rows} stop)\nerrors    0\n" in result.stdout
         assert f"{rows} of {rows} answers match what was expected (100.0%)" in result.stdout
+    for name in ("count", "leftmost", "color", "star"):
+        assert re.search(rf"of 3, right in .*\b{name} 3\b", result.stdout)
     # As the README shows it.
     figures = re.search(r"^rows      64 .*?^answers ", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)[0]
     shown = re.search(r"^rows      2 .*?^answers ", result.stdout, re.DOTALL | re.MULTILINE)[0]
@@ -454,8 +465,10 @@ def test_training_goes_on_where_it_was(run_here, in_a_folder, monkeypatch, capsy
 
 
 def test_a_checkpoint_is_asked_about_new_scenes(run_here, capsys):
-    assert run_here(f"python datasets/evaluate.py {TINY} --rows 2 --styles fixed pairs") == 0
-    assert re.findall(r"^(\w+) +all \d of 2$", capsys.readouterr().out, re.MULTILINE) == ["fixed", "pairs"]
+    assert run_here(f"python datasets/evaluate.py {TINY} --rows 2 --styles fixed pairs json") == 0
+    printed = capsys.readouterr().out
+    assert re.findall(r"^(\w+) +all \d of 2$", printed, re.MULTILINE) == ["fixed", "pairs", "json"]
+    assert re.findall(r"^(\w+) +field +count 2 of 2, ", printed, re.MULTILINE) == ["json"]
 
 
 @pytest.mark.usefixtures("in_a_folder")
@@ -464,6 +477,8 @@ def test_the_demo_is_made_by_its_script(run_here):
     assert pq.read_table("few.parquet").equals(pq.read_table(QUESTIONS).slice(0, 2))
     assert run_here("python datasets/make_demo.py all.parquet --rows 40 --style mixed") == 0
     assert pq.read_table("all.parquet").equals(pq.read_table(CONVERSATIONS))
+    assert run_here("python datasets/make_demo.py scenes.parquet --rows 24 --style json") == 0
+    assert pq.read_table("scenes.parquet").equals(pq.read_table(SCENES))
 
 
 def test_the_tokenizer_is_made_by_its_script(run_here, in_a_folder):

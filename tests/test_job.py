@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import QUESTIONS, ROOT, TINY
+from conftest import QUESTIONS, ROOT, SCENE, SCENES, TINY
 from image_files import image_file
 from output_folders import read_answers
 from PIL import Image
@@ -208,6 +208,20 @@ def test_answers_are_json_of_a_schema_and_a_column_of_its_type(tiny_bundle, demo
     assert job(*options).stdout.startswith("rows      7 (")  # nothing is left
     (tmp_path / "schema.json").write_text(json.dumps(schema | {"required": ["color"]}))
     assert "--json-schema" in job(*options, status=1).stderr
+
+
+def test_scenes_of_the_demo_are_described_in_json(native_bundle, job, tmp_path):
+    job(
+        "--bundle", native_bundle.path, "--input", SCENES, "--output", tmp_path / "out", "--json-schema", SCENE,
+        "--keep-columns", "expected", "--confidence",
+    )  # fmt: skip
+    rows = _rows_by_id(tmp_path / "out")
+    assert len(rows) == 24
+    wanted = [json.loads(row["expected"]) for row in rows]
+    for name in wanted[0]:
+        assert sum(row["parsed"][name] == each[name] for row, each in zip(rows, wanted, strict=True)) >= 0.9 * len(rows)
+    assert sum(row["answer"] == row["expected"] for row in rows) >= 0.8 * len(rows)
+    assert all(0 < row["confidence"] <= 1 for row in rows)
 
 
 def test_answers_say_how_sure_the_model_is(tiny_bundle, demo, job, tmp_path):

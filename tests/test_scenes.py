@@ -2,6 +2,7 @@
 
 import copy
 import io
+import json
 import math
 from itertools import combinations
 
@@ -9,15 +10,27 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from batches import Drawing, Packer, fixed_picture, native_picture, patchify
-from conftest import TINY
+from batches import ANSWER_END, Drawing, Packer, fixed_picture, native_picture, patchify
+from conftest import SCENE, TINY
 from make_demo import NATIVE_KINDS, STYLES, native_rows, write_demo
 from PIL import Image
-from scenes import LEGIBLE, LEGIBLE_GAP, Scene, Shape, pair_questions, render, sample_native_scene, sample_size
+from scenes import (
+    LEGIBLE,
+    LEGIBLE_GAP,
+    Scene,
+    Shape,
+    json_questions,
+    pair_questions,
+    render,
+    sample_native_scene,
+    sample_size,
+)
 from train import Probes, loss_of, prepared
 from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from qvl_batch.json_schema import arrow_type, decided, dumps, value_of
 
 CONFIG = Qwen2_5_VLConfig.from_pretrained(TINY)
 
@@ -32,6 +45,7 @@ def drawing():
     """Rows of every kind."""
     drawing = Drawing(np.random.default_rng(7))
     drawing.draw_native(1500)
+    drawing.draw_json(270)
     drawing.draw_fixed(224, images=2, asked=3)
     return drawing
 
@@ -94,6 +108,40 @@ def test_answers_about_two_scenes_are_true():
             ("Describe the second image.", "A small green star."),
         ],
     }
+
+
+def test_answers_in_json_are_true():
+    cross = Shape("cross", "blue", "large", 0.2, 0.5, 0.14, (0, 0, 0))
+    star, circle = (
+        Shape(kind, "red", "small", x, 0.2, 0.06, (0, 0, 0)) for kind, x in (("star", 0.5), ("circle", 0.8))
+    )
+    asked = json_questions(Scene((cross, star, circle), 1.0, ()))
+    assert asked["as json"] == [
+        (
+            "Describe the image as JSON.",
+            '{"count":3,"leftmost":"cross","color":"blue","star":true}',
+        )
+    ]
+    assert dict(asked["one as json"])["Only the color, as JSON."] == '{"color":"blue"}'
+    assert json_questions(Scene((cross,), 1.0, ()))["one as json"][-1][1] == '{"star":false}'
+
+
+def test_json_that_is_taught_is_as_the_demo_holds_answers_to_it(drawing):
+    schema = json.loads(SCENE.read_text())
+    kind = arrow_type(decided(schema))
+    segments = [segment for row in drawing.rows for segment in row.segments]
+    texts = ["".join(part for part, learned in each if learned).removesuffix(ANSWER_END) for each in segments]
+    found = [text for text in texts if text.startswith("{") and text.count(":") == len(schema["properties"])]
+    assert found
+    for text in found:
+        value = value_of(text, kind)
+        assert list(value) == list(schema["properties"]) == schema["required"]
+        assert dumps(value) == text
+        for name, each in schema["properties"].items():
+            allowed = each.get("enum") or each.get("items", {}).get("enum")
+            assert not allowed or {*np.atleast_1d(value[name])} <= {*allowed}
+    ones = {name for text in texts if text.startswith("{") and text.count(":") == 1 for name in json.loads(text)}
+    assert ones == set(schema["properties"])
 
 
 def test_positions_of_training_rows_are_those_of_transformers(model, drawing):
@@ -201,7 +249,7 @@ def test_rows_of_each_style_are_written(style, tmp_path):
     write_demo(tmp_path / "rows.parquet", 8, 7, style)
     table = pq.read_table(tmp_path / "rows.parquet")
     two = style in {"pairs", "next-image"}
-    asks = "prompt" if style in {"native", "pairs"} else "messages"
+    asks = "prompt" if style in {"native", "pairs", "json"} else "messages"
     assert table.column_names == ["id", "image", asks, "expected"]
     for record, row in zip(table.to_pylist(), native_rows(style, 8, 7), strict=True):
         images = record["image"] if two else [record["image"]]

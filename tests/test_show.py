@@ -1,5 +1,6 @@
 """Answers are printed as they are, whatever they hold, and counted right."""
 
+import json
 import sys
 
 import pyarrow as pa
@@ -92,3 +93,38 @@ def test_what_cannot_be_shown_is_said_in_a_line(tmp_path, monkeypatch, capsys):
     status, _, err = _print(monkeypatch, capsys, tmp_path)
     assert status == 1
     assert err.startswith(f"show: {tmp_path} cannot be read: ")
+
+
+def test_fields_of_json_are_columns_and_wrong_ones_say_what_was_expected(tmp_path, monkeypatch, capsys):
+    right, other = '{"kind":"star","on":["a","b"],"n":1}', '{"kind":"[b]","on":[],"n":1}'
+    _write_part(
+        tmp_path,
+        prompt=["Say: [a]"] * 4,
+        answer=[right, other, right, None],
+        parsed=[*map(json.loads, (right, other, right)), None],
+        # To the letter; another; the same in another order.
+        expected=[right, '{"n": 1, "kind": "cross", "on": []}', '{"n": 1, "on": ["a", "b"], "kind": "star"}', None],
+        confidence=[0.987, 0.5, 1.0, None],
+        error_type=[None] * 3 + ["ImageError"],
+    )
+    status, out, _ = _print(monkeypatch, capsys, tmp_path)
+    assert status == 0
+    assert out.startswith("Say: [a]\n┏")
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if line.startswith("│ row")]
+    assert cells == [
+        ["row-0", "star", "a, b", "1", "0.99", "✓"],
+        ["row-1", "[b], not cross", "", "1", "0.50", "✗"],
+        ["row-2", "star", "a, b", "1", "1.00", "✓"],
+        ["row-3", "(ImageError: None)", "", "", "", ""],
+    ]
+    assert "2 of 3 answers match what was expected (66.7%)\nof 3, right in kind 2, on 3, n 3\n" in out
+
+
+def test_expected_text_stays_a_column_beside_fields(tmp_path, monkeypatch, capsys):
+    answer = '{"kind":"star"}'
+    _write_part(tmp_path, answer=[answer] * 2, parsed=[{"kind": "star"}] * 2, expected=["star", answer])
+    _, out, _ = _print(monkeypatch, capsys, tmp_path)
+    (header,) = (line for line in out.splitlines() if line.startswith("┃"))
+    assert [cell.strip() for cell in header.split("┃")[1:-1]] == ["id", "prompt", "kind", "expected", ""]
+    assert "1 of 2 answers match" in out
+    assert "of 1, right in kind 1" in out
