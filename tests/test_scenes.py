@@ -43,9 +43,9 @@ def model():
 @pytest.fixture(scope="module")
 def drawing():
     """Rows of every kind."""
-    drawing = Drawing(np.random.default_rng(7))
-    drawing.draw_native(1500)
-    drawing.draw_json(270)
+    drawing = Drawing(np.random.default_rng(8))
+    drawing.draw_json(400)
+    drawing.draw_native(4000)
     drawing.draw_fixed(224, images=2, asked=3)
     return drawing
 
