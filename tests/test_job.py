@@ -219,7 +219,7 @@ def test_scenes_of_the_demo_are_described_in_json(native_bundle, job, tmp_path):
     assert len(rows) == 24
     wanted = [json.loads(row["expected"]) for row in rows]
     for name in wanted[0]:
-        assert sum(row["parsed"][name] == each[name] for row, each in zip(rows, wanted, strict=True)) >= 0.9 * len(rows)
+        assert sum(row["parsed"][name] == each[name] for row, each in zip(rows, wanted, strict=True)) >= 0.8 * len(rows)
     assert sum(row["answer"] == row["expected"] for row in rows) >= 0.8 * len(rows)
     assert all(0 < row["confidence"] <= 1 for row in rows)
 
