@@ -30,9 +30,9 @@ from qvl_batch.vision.encoder import VisionEncoder
 
 #: Operator of the products; on the demo set, largest drift and answers that differ; bytes of weights over fp32's.
 COSTS = {
-    "int8": ("MatMulIntegerToFloat", 0.05, 1, 0.4),
-    "int8wo": ("MatMulNBits", 0.05, 1, 0.4),
-    "int4wo": ("MatMulNBits", 0.4, 3, 0.3),
+    "int8": ("MatMulIntegerToFloat", 0.1, 1, 0.4),
+    "int8wo": ("MatMulNBits", 0.1, 1, 0.4),
+    "int4wo": ("MatMulNBits", 0.6, 4, 0.3),
 }
 
 
