@@ -122,8 +122,6 @@ class Decoder:
         self._step_inputs = [_shaped(storage, rows, 1) for rows in range(1, slots + 1)]
         self._prefill_storage = self._allocate_inputs(self.prefill_rows, self.prefill_tokens, on_host=True)
         self._total_length = np.zeros((), np.int32)
-        #: Decode steps by number of rows and whether tokens are drawn, each bound once.
-        self._steps: dict[tuple[int, bool], Binding] = {}
         self._outputs = {"next_token": self.memory.zeros((slots,), "int64")}
         #: The next token of each row of the last call, int64 (B,).
         self.next_tokens: Tokens = np.zeros(0, np.int64)
@@ -189,12 +187,7 @@ class Decoder:
 
     def step(self, tokens: Tokens) -> Tokens:
         """Append `tokens`, int64 (B,), to the rows in slots 0 to B - 1; returns the next tokens, int64 (B,)."""
-        is_drawing = self.guidance is not None and self.guidance.is_drawing
-        key = len(tokens), is_drawing
-        if key not in self._steps:
-            # Of as many rows as there are slots, one CUDA graph without draws and one with them.
-            self._steps[key] = self._bind_step(len(tokens), len(tokens) + is_drawing * self.slots)
-        return self._run_step(self._steps[key], tokens)
+        return self._run_step(self._steps[len(tokens) - 1], tokens)
 
     def _run_step(self, step: Binding, tokens: Tokens) -> Tokens:
         rows = len(tokens)
@@ -216,6 +209,11 @@ class Decoder:
         self._lengths[target], self._deltas[target] = self._lengths[source], self._deltas[source]
         if self._seen:
             self._seen.copy(source, target)
+
+    @cached_property
+    def _steps(self) -> list[Binding]:
+        """Decode steps of 1 to `slots` rows, bound once."""
+        return [self._bind_step(rows, graph=rows) for rows in range(1, self.slots + 1)]
 
     def _bind_step(self, rows: int, graph: int = NO_GRAPH) -> Binding:
         inputs = self._step_inputs[rows - 1] | {"total_sequence_length": on_this_machine(self._total_length)}

@@ -310,7 +310,6 @@ class _Loop(threading.Thread):
     def _prepare_first(self, first: int, requests: Sequence[Request]) -> None:
         """Say which tokens answers in slots from `first` on may begin with, and their temperatures."""
         if guidance := self._decoder.guidance:
-            guidance.is_drawing = any(request.draws for request in requests)
             for slot, request in enumerate(requests, start=first):
                 guidance.allowed[slot] = request.grammar.first_mask if request.grammar else ALL
                 if request.min_new_tokens:
@@ -327,7 +326,6 @@ class _Loop(threading.Thread):
             self._grammars.fill(guides, guidance.allowed)
         if early := [slot for slot, row in enumerate(self._live) if len(row.tokens) < row.request.min_new_tokens]:
             guidance.allowed[early] &= self._not_the_end
-        guidance.is_drawing = any(row.request.draws for row in self._live)
         guidance.inverse_temperature[: len(self._live), 0] = [row.request.inverse_temperature for row in self._live]
 
     def _step(self) -> None:

@@ -51,14 +51,11 @@ class Guidance:
         self._scores: Buffer | None = None
         if logprobs:
             self._outputs["token_logprob"] = memory.zeros((slots,), "float")
-        self._for_draws: dict[str, Buffer] = {}
         if top is not None:
-            self._for_draws["top_scores"] = memory.zeros((slots, top), "float")
-            self._for_draws["top_tokens"] = memory.zeros((slots, top), "int64")
-            self._for_draws["scaled_total"] = memory.zeros((slots,), "float")
+            self._outputs["top_scores"] = memory.zeros((slots, top), "float")
+            self._outputs["top_tokens"] = memory.zeros((slots, top), "int64")
+            self._outputs["scaled_total"] = memory.zeros((slots,), "float")
             self._scores = memory.zeros((slots, vocab_size), "float")
-        #: Whether the next call computes what tokens are drawn by.
-        self.is_drawing = False
         #: Log-probability of the next token of each row, float32 (B,), if it is kept.
         self.logprobs: NDArray[np.float32] | None = None
         #: Scores of the candidates of each row of the last prefill, float32 (B, K).
@@ -79,10 +76,9 @@ class Guidance:
             candidates: of each row, in a prefill.
         """
         inputs = {"allowed": self._allowed.rows(first, rows)}
-        if self._for_draws:
+        outputs = {name: each.rows(0, rows) for name, each in self._outputs.items()}
+        if self._scores is not None:
             inputs["inverse_temperature"] = self._cold.rows(first, rows)
-        outputs = {name: each.rows(0, rows) for name, each in self._bound.items()}
-        if self._scores is not None and self.is_drawing:
             outputs["scores"] = self._scores.rows(0, rows).without_mirror()
         inputs["candidates"] = self._no_candidates.rows(first, rows)
         self.candidate_scores = np.zeros((rows, 0), np.float32)
@@ -90,11 +86,6 @@ class Guidance:
             inputs["candidates"], scores = self._ask(candidates, (rows, most))
             outputs["candidate_scores"], self.candidate_scores = scores, scores.values
         return inputs, outputs
-
-    @property
-    def _bound(self) -> dict[str, Buffer]:
-        """Outputs of the next call, without candidates and `scores`."""
-        return self._outputs | (self._for_draws if self.is_drawing else {})
 
     def _ask(self, candidates: Sequence[Sequence[int]], shape: tuple[int, int]) -> tuple[Buffer, Buffer]:
         """Arrays of candidates, written, and of their scores."""
@@ -108,7 +99,7 @@ class Guidance:
 
     def publish(self, rows: int) -> None:
         """Show what the last run computed of its rows."""
-        found = {name: each.values[:rows] for name, each in self._bound.items()}
+        found = {name: each.values[:rows] for name, each in self._outputs.items()}
         self.logprobs = found.get("token_logprob")
         self.top_scores = found.get("top_scores", self.top_scores)
         self.top_tokens = found.get("top_tokens", self.top_tokens)
