@@ -280,8 +280,12 @@ class CaptionConfig(JobConfig):
     @property
     def is_guided(self) -> bool:
         """Whether the decoder runs the graph for guided answers."""
-        is_drawn = self.sampling.is_random or self.sampling_column is not None
-        return bool(self._constraints) or self.confidence or is_drawn or self.min_new_tokens is not None
+        return bool(self._constraints) or self.confidence or self.is_drawn or self.min_new_tokens is not None
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether some answers are drawn."""
+        return self.sampling.is_random or self.sampling_column is not None
 
     @property
     def scores_choices(self) -> bool:

@@ -107,12 +107,10 @@ def _paths(kind: pa.DataType) -> Iterator[str]:
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
-    """All rows of a folder, in the order of its parts.
+class _Part:
+    """Rows of one part, in order.
 
     Args:
-        parts: names of the parts.
-        stops: for each part, the number of rows up to its end.
         confidence: of each row, (N,) float64; NaN if it has no answer with a confidence.
         state: of each row, (N,) int8: `UNKNOWN`, `WRONG` or `RIGHT`.
         failed: rows with an error.
@@ -121,14 +119,25 @@ class Rows:
         labelled_failed: rows of these with an error.
     """
 
-    parts: list[str]
-    stops: NDArray[np.int64]
     confidence: NDArray[np.float64]
     state: NDArray[np.int8]
     failed: int
     cut: int
     labelled: int
     labelled_failed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Rows(_Part):
+    """All rows of a folder, in the order of its parts.
+
+    Args:
+        parts: names of the parts.
+        stops: for each part, the number of rows up to its end.
+    """
+
+    parts: list[str]
+    stops: NDArray[np.int64]
 
     @property
     def is_answered(self) -> NDArray[np.bool_]:
@@ -155,12 +164,13 @@ def read_rows(folder: Folder, columns: Columns) -> Rows:
         raise InputError(f"{folder} cannot be read: {error}") from error
     if not sum(len(part.state) for part in found):
         raise InputError(f"{folder} holds no answers")
+    counts = ("failed", "cut", "labelled", "labelled_failed")
     rows = Rows(
-        names,
-        np.cumsum([len(part.state) for part in found]),
-        np.concatenate([part.confidence for part in found]),
-        np.concatenate([part.state for part in found]),
-        *(sum(getattr(part, name) for part in found) for name in ("failed", "cut", "labelled", "labelled_failed")),
+        parts=names,
+        stops=np.cumsum([len(part.state) for part in found]),
+        confidence=np.concatenate([part.confidence for part in found]),
+        state=np.concatenate([part.state for part in found]),
+        **{name: sum(getattr(part, name) for part in found) for name in counts},
     )
     if not rows.labelled:
         raise InputError(
@@ -171,18 +181,6 @@ def read_rows(folder: Folder, columns: Columns) -> Rows:
             f"none of the {rows.labelled:,} rows of {folder} that have a right answer has an answer with a confidence"
         )
     return rows
-
-
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """The same of one part."""
-
-    confidence: NDArray[np.float64]
-    state: NDArray[np.int8]
-    failed: int
-    cut: int
-    labelled: int
-    labelled_failed: int
 
 
 def _read_part(folder: Folder, name: str, columns: Columns) -> _Part:

@@ -154,7 +154,7 @@ class Pipeline:
             constraint=self.constraint,
             guided=self.constraint is not None or self.columns.constraint is not None,
             sampling=config.sampling,
-            drawn=config.sampling.is_random or self.columns.sampling is not None,
+            drawn=config.is_drawn,
             samples=config.has_samples,
             stop=config.stop,
             include_stop=config.include_stop,

@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 
 from qvl_batch.bundle.loading import Bundle
-from qvl_batch.config import CaptionConfig, Device
+from qvl_batch.config import CaptionConfig, Device, option_of
 from qvl_batch.constraints import Constraint
 from qvl_batch.decoder.answerer import grammars_of
 from qvl_batch.decoder.prompts import RowLayout
@@ -253,7 +253,7 @@ def _answers_depend_on(
         "--max-pixels": view.resolution.max_pixels if view.resolution.is_native else None,
         "--boxes": config.boxes,
         "--confidence": config.confidence,
-        **{f"--{name.replace('_', '-')}": value for name, value in asdict(config.sampling).items()},
+        **{option_of(name): value for name, value in asdict(config.sampling).items()},
         "--sampling-column": config.sampling_column,
         "--stop": list(config.stop),
         "--include-stop": config.include_stop,
