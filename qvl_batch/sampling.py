@@ -63,6 +63,11 @@ class Sampling:
         """Whether anything is drawn."""
         return self.temperature > 0
 
+    @property
+    def leaves_all(self) -> bool:
+        """Whether every token can be drawn."""
+        return self.top_k is None and self.top_p == 1 and self.min_p == 0
+
     def with_values(self, values: object) -> Self:
         """The same with values of one row in place of some.
 

@@ -18,6 +18,7 @@ from transformers.generation.logits_process import (
 from comparison.reference import PyTorch
 from qvl_batch import Captioner
 from qvl_batch.constraints import constraint_of
+from qvl_batch.decoder import draws
 from qvl_batch.decoder.answerer import grammars_of
 from qvl_batch.decoder.decoder import Decoder
 from qvl_batch.decoder.draws import UNDECIDED, Draws, draw, draw_from_all
@@ -135,6 +136,7 @@ def _expected(scores, sampling):
     ("spread", "sampling"),
     [
         (4.0, Sampling(temperature=1.0)),  # the candidates have most of the mass, but not all
+        (1.0, Sampling(temperature=2.0)),  # they have little of it
         (1.0, Sampling(temperature=0.7, top_p=0.9)),  # they have less than `top_p`
         (4.0, Sampling(temperature=0.7, top_p=0.9)),
         (1.0, Sampling(temperature=2.5, top_k=200)),
@@ -144,8 +146,10 @@ def _expected(scores, sampling):
     ],
     ids=str,
 )
-def test_what_is_drawn_has_the_distribution_of_transformers(spread, sampling):
-    count, vocabulary, top = 20_000, 500, 64
+def test_what_is_drawn_has_the_distribution_of_transformers(spread, sampling, monkeypatch):
+    # Few enough that most tokens are drawn, and more than are sorted or summed at a time.
+    count, vocabulary, top = 20_000, 1_500, 64
+    monkeypatch.setattr(draws, "SORTED", 300)
     scores = np.random.default_rng(1).normal(scale=spread, size=vocabulary).astype(np.float32)
     order = np.argsort(-scores)[:top]
     total = np.log(np.exp(scores.astype(np.float64) / sampling.temperature).sum())
@@ -153,10 +157,10 @@ def test_what_is_drawn_has_the_distribution_of_transformers(spread, sampling):
     drawn = draw(np.tile(scores[order], (count, 1)), np.full(count, total), [sampling] * count, uniforms)
     tokens = np.where(drawn == UNDECIDED, UNDECIDED, order[drawn])
     for at in np.flatnonzero(drawn == UNDECIDED):
-        tokens[at] = draw_from_all(scores, sampling, uniforms[at])
+        tokens[at] = draw_from_all(scores, sampling, uniforms[at], scores[order[-1]])
     # What the candidates decide is what all scores decide.
     for at in range(200):
-        assert tokens[at] == draw_from_all(scores, sampling, uniforms[at])
+        assert tokens[at] == draw_from_all(scores, sampling, uniforms[at], scores[order[-1]])
     expected = _expected(scores, sampling)
     seen = np.bincount(tokens, minlength=vocabulary)
     assert not seen[expected == 0].any()
@@ -170,6 +174,18 @@ def test_what_is_drawn_has_the_distribution_of_transformers(spread, sampling):
     # Wilson and Hilferty: the cube root is nearly normal. Five standard deviations.
     if freedom:
         assert ((square / freedom) ** (1 / 3) - (1 - 2 / (9 * freedom))) / math.sqrt(2 / (9 * freedom)) < 5
+
+
+@pytest.mark.parametrize("uniform", [0.0, 0.5, 1 - 2.0**-53])
+@pytest.mark.parametrize("left", [{}, {"top_p": 0.999}, {"top_k": 2_000}], ids=str)
+def test_a_token_that_is_not_allowed_is_never_drawn(uniform, left):
+    scores = np.random.default_rng(2).normal(size=5_000).astype(np.float32)
+    scores[1::2] = -np.inf
+    scores[-2::-2][:500] = -1_000  # allowed, and of no probability in float32
+    for least in (-math.inf, 2.0):
+        token = draw_from_all(scores, Sampling(temperature=1.0, **left), uniform, least)
+        assert token % 2 == 0
+        assert token < 4_000
 
 
 def test_answers_of_a_model_have_the_distribution_of_its_first_token(tiny_bundle, tiny_checkpoint, questions, requests):

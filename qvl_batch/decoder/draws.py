@@ -11,6 +11,7 @@ This module knows nothing of graphs, slots or text.
 """
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,6 +24,10 @@ from qvl_batch.sampling import Sampling
 UNDECIDED = -1
 #: A number of 64 bits gives one of 53 bits in [0, 1), as many as a double holds.
 _BITS = 53
+#: Most probable tokens that are sorted before all are.
+SORTED = 4096
+#: Tokens whose weights are summed at a time.
+_BLOCK = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,17 +101,58 @@ def draw(
     mass = np.where(ends_here, (probability * is_left).sum(1, keepdims=True), 1.0)
     drawn = (np.cumsum(probability * is_left, 1) <= uniforms[:, None] * mass).sum(1, keepdims=True)
     # Beyond the candidates, `top_k` cuts, and what `top_p` and `min_p` leave has a sum that is not known here.
-    is_whole = (top_k == np.inf) & (top_p == 1) & (min_p == 0)
+    is_whole = np.array([[each.leaves_all] for each in samplings])
     # Rounding can leave the sum of what is left just below the random number's share of it.
     found = np.where(ends_here, np.minimum(drawn, number - 1), np.where(is_whole & (drawn < count), drawn, UNDECIDED))
     return found[:, 0].astype(np.int64)
 
 
-def draw_from_all(scores: NDArray[np.floating], sampling: Sampling, uniform: float) -> int:
-    """Draw a token by the scores of all tokens of one row, (V,)."""
-    order = np.argsort(-scores, kind="stable")
-    ordered = scores[order].astype(np.float64)
-    scaled = ordered / sampling.temperature
-    total = scaled[0] + np.log(np.exp(scaled - scaled[0]).sum())
-    (index,) = draw(ordered[None], np.array([total]), [sampling], np.array([uniform]), of_all=True)
-    return int(order[index])
+def draw_from_all(scores: NDArray[np.floating], sampling: Sampling, uniform: float, least: float = -math.inf) -> int:
+    """Draw a token by the scores of all tokens of one row, (V,).
+
+    As `draw`, but if `sampling` leaves all tokens, those with lower scores than `least` follow the others in the order
+    of their ids. That changes no probability, and saves sorting the vocabulary.
+
+    Args:
+        scores: of all tokens.
+        sampling: temperature above 0 and what leaves tokens.
+        uniform: in [0, 1).
+        least: the lowest score of the candidates that did not decide.
+    """
+    best = scores.max()
+    # In place: fresh memory of this size costs more than the arithmetic.
+    weights = scores - best
+    weights /= sampling.temperature
+    np.exp(weights, out=weights)
+    if sampling.leaves_all:
+        first = _descending(scores, least)
+        of_first = weights[first]
+        weights[first] = 0
+        at = _at_share(np.concatenate([of_first, weights]), uniform)
+        return int(first[at]) if at < len(first) else at - len(first)
+    totals = np.array([float(best) / sampling.temperature + np.log(weights.sum(dtype=np.float64))])
+    for most in (SORTED, len(scores)):
+        is_all = most >= len(scores)
+        first = _descending(scores, -math.inf if is_all else np.partition(scores, -most)[-most])
+        (index,) = draw(scores[None, first], totals, [sampling], np.array([uniform]), of_all=is_all)
+        if index != UNDECIDED:
+            break
+    return int(first[index])
+
+
+def _descending(scores: NDArray[np.floating], least: float) -> NDArray[np.int64]:
+    """Tokens by their scores in descending order, those of equal scores by id, without scores below `least`."""
+    tokens = np.flatnonzero(scores >= least)
+    return tokens[np.argsort(-scores[tokens], kind="stable")]
+
+
+def _at_share(weights: NDArray[np.floating], share: float) -> int:
+    """The first index at which the sum of weights exceeds the share, in [0, 1), of the sum of all."""
+    sums = np.cumsum(np.add.reduceat(weights, np.arange(0, len(weights), _BLOCK), dtype=np.float64))
+    target = share * sums[-1]
+    block = int(np.searchsorted(sums, target, side="right"))
+    start = block * _BLOCK
+    inside = np.cumsum(weights[start : start + _BLOCK], dtype=np.float64)
+    at = start + int(np.searchsorted(inside, target - (sums[block] - inside[-1]), side="right"))
+    # Rounding can leave the sum just below the target.
+    return at if at < len(weights) and weights[at] > 0 else int(np.flatnonzero(weights)[-1])

@@ -391,7 +391,7 @@ class _Loop(threading.Thread):
         less[at] = np.take_along_axis(scores, drawn[:, None], 1)[:, 0] - scores[:, 0]
         for index in np.flatnonzero(drawn == UNDECIDED):
             everything = guidance.scores(of[index])
-            token = draw_from_all(everything, samplings[index], uniforms[index])
+            token = draw_from_all(everything, samplings[index], uniforms[index], scores[index, -1])
             tokens[at[index]], less[at[index]] = token, everything[token] - scores[index, 0]
         return less
 
