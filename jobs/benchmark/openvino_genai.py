@@ -76,7 +76,7 @@ class OpenVino(Peer):
 
 
 class OpenVinoText:
-    """`ContinuousBatchingPipeline` in fp32 on rows of text: JSON of a schema, by its structured output, or free text.
+    """`ContinuousBatchingPipeline` in fp32 on rows of text: answers of a pattern by structured output, or free text.
 
     Args:
         model: folder that `optimum-cli export openvino` made of the checkpoint.
@@ -91,11 +91,11 @@ class OpenVinoText:
         )
         self._requests = 0
 
-    def json(self, prompts: list[str], schema: str, most: int) -> list[int]:
-        """Answer in JSON of a schema, with at most so many tokens; tokens of each answer."""
+    def matching(self, prompts: list[str], pattern: str, most: int) -> list[int]:
+        """Answer what matches a regular expression, with at most so many tokens; tokens of each answer."""
         config = openvino_genai.GenerationConfig()
         config.max_new_tokens, config.do_sample = most, False
-        config.structured_output_config = openvino_genai.StructuredOutputConfig(json_schema=schema)
+        config.structured_output_config = openvino_genai.StructuredOutputConfig(regex=pattern)
         return self._answer(prompts, [config] * len(prompts))
 
     def text(self, prompts: list[str], tokens: list[int]) -> list[int]:
