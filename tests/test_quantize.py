@@ -32,7 +32,7 @@ from qvl_batch.vision.encoder import VisionEncoder
 COSTS = {
     "int8": ("MatMulIntegerToFloat", 0.1, 1, 0.4),
     "int8wo": ("MatMulNBits", 0.1, 1, 0.4),
-    "int4wo": ("MatMulNBits", 0.6, 4, 0.3),
+    "int4wo": ("MatMulNBits", 0.4, 2, 0.3),
 }
 
 

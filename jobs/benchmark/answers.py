@@ -8,7 +8,6 @@ themselves, too.
 """
 
 import itertools
-import operator
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -164,7 +163,8 @@ def bench(config: AnswersConfig, console: Console) -> dict[str, Any]:
     if config.against:
         keep({"ratios": ratios, "answers": figures}, config.output)
         console.print("answers of a pattern beside OpenVINO GenAI")
-        figures["openvino"], ratios["openvino_guided"] = _beside_openvino(config, prompts)
+        figures["openvino"], beside_it = _beside_openvino(config, prompts)
+        ratios |= beside_it
     return {"ratios": ratios, "answers": figures} | circumstances(config, ("onnxruntime-gpu", "llguidance"))
 
 
@@ -253,41 +253,48 @@ def beside(
     return figures, statistics.median(theirs / ours for ours, theirs in took)
 
 
-def _beside_openvino(config: AnswersConfig, prompts: Sequence[str]) -> tuple[dict[str, Any], float]:
-    """Figures of OpenVINO GenAI, and our tokens/s over its own in answers of the same pattern: the median of rounds.
+def _beside_openvino(config: AnswersConfig, prompts: Sequence[str]) -> tuple[dict[str, Any], dict[str, float]]:
+    """Figures of OpenVINO GenAI, and our rows/s over its own, in free text and in answers of the same pattern: medians
+    of rounds.
 
-    Tokens of equal probability can come in another order there, so that answers are not the same, but of about the same
-    length. Its free text has as many tokens as its answers of the pattern, by row.
+    In free text, both give the same tokens. Its masks leave other tokens than ours for the same text, so that answers
+    of the pattern differ, and have other numbers of tokens.
     """
-    kind, python = (
-        replace(KINDS["guided"], constraint=constraint_of("regex", PATTERN)),
-        openvino_python(config.openvino),
-    )
-    bundle, model = Bundle.load(config.answers_bundle), (config.openvino_model, config.slots)
-    rows = kind.rows(prompts, bundle.manifest)
-    took: dict[str, list[float]] = {"ours": [], "theirs": [], "their_free_text": []}
+    kind = replace(KINDS["guided"], constraint=constraint_of("regex", PATTERN))
+    python, model = openvino_python(config.openvino), (config.openvino_model, config.slots)
+    bundle = Bundle.load(config.answers_bundle)
     with (
-        closing(_answerer(bundle, config.slots, kind)) as own,
+        closing(_answerer(bundle, config.slots, Kind())) as free,
+        closing(_answerer(bundle, config.slots, kind)) as guided,
         Host("OpenVINO GenAI", "benchmark.openvino_genai", "OpenVinoText", *model, python=python) as host,
     ):
-        asked = ("matching", prompts, PATTERN, MOST_TOKENS)
-        ours, theirs = _lengths(own, rows, kind.tokens), host.call(*asked)
-        if host.call("text", prompts, theirs) != theirs:
+        calls = {
+            "our_text": partial(_lengths, free, Kind().rows(prompts, bundle.manifest), FREE_TOKENS),
+            "their_text": partial(host.call, "text", prompts, [FREE_TOKENS] * len(prompts)),
+            "our_pattern": partial(_lengths, guided, kind.rows(prompts, bundle.manifest), kind.tokens),
+            "their_pattern": partial(host.call, "matching", prompts, PATTERN, MOST_TOKENS),
+        }
+        tokens = {name: call() for name, call in calls.items()}
+        if tokens["our_text"] != tokens["their_text"]:
             raise JobError("OpenVINO GenAI does not answer with as many tokens as it is asked for")
-        for _ in range(PEER_ROUNDS):
-            took["ours"].append(seconds(partial(_lengths, own, rows, kind.tokens)))
-            took["theirs"].append(host.seconds(*asked))
-            took["their_free_text"].append(host.seconds("text", prompts, theirs))
+        # Free text of as many tokens as its answers of the pattern, to see what its masks cost.
+        calls["their_text_as_long"] = partial(host.call, "text", prompts, tokens["their_pattern"])
+        took = [{name: seconds(call) for name, call in calls.items()} for _ in range(PEER_ROUNDS)]
+
+    def over(one: str, other: str) -> float:
+        return statistics.median(each[one] / each[other] for each in took)
+
     figures = {
-        "tokens": statistics.mean(theirs),
-        "our_tokens": statistics.mean(ours),
-        "tokens_per_second": sum(theirs) / statistics.median(took["theirs"]),
-        "our_tokens_per_second": sum(ours) / statistics.median(took["ours"]),
-        "guided_over_free": statistics.median(map(operator.truediv, took["their_free_text"], took["theirs"])),
+        "tokens": {name: statistics.mean(each) for name, each in tokens.items()},
+        "rows_per_second": {name: len(prompts) / statistics.median(each[name] for each in took) for name in tokens},
+        "their_pattern_over_text": over("their_text_as_long", "their_pattern"),
         "seconds": took,
     }
-    quotients = map(operator.truediv, took["theirs"], took["ours"])
-    return figures, sum(ours) / sum(theirs) * statistics.median(quotients)
+    ratios = {
+        "openvino_text": over("their_text", "our_text"),
+        "openvino_guided": over("their_pattern", "our_pattern"),
+    }
+    return figures, ratios
 
 
 def _lengths(answerer: Answerer, rows: Sequence[EncodedRow], most: int) -> list[int]:
