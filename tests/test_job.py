@@ -104,8 +104,8 @@ def test_the_demo_is_answered_right_and_as_pytorch_answers_it(tiny_bundle, tiny_
     rows = _rows_by_id(output)
     assert list(rows[0]) == ["id", "expected", *ANSWER_COLUMNS]
     assert [row["id"] for row in rows] == [row["id"] for row in demo]
-    expected = PyTorch(tiny_checkpoint).answer([question(row) for row in demo[:24]])  # `compare` asks about all
-    assert [row["answer"] for row in rows[:24]] == [trace.text for trace in expected]
+    expected = PyTorch(tiny_checkpoint).answer([question(row) for row in demo])
+    assert [row["answer"] for row in rows] == [trace.text for trace in expected]
     right = sum(row["answer"] == row["expected"] for row in rows)
     assert right >= 0.9 * len(rows)
     assert {row["finish_reason"] for row in rows} == {"stop"}
@@ -507,7 +507,7 @@ def test_rows_that_cannot_be_read_are_error_rows_and_the_others_are_answered(tin
 
 @pytest.mark.parametrize("sent", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)])
 def test_a_job_that_is_stopped_keeps_its_answers_and_goes_on(sent, tiny_bundle, demo, ray_env, job, tmp_path):
-    table = pa.Table.from_pylist([row | {"id": f"{again}-{row['id']}"} for again in range(2) for row in demo[:24]])
+    table = pa.Table.from_pylist([row | {"id": f"{again}-{row['id']}"} for again in range(2) for row in demo[:40]])
     pq.write_table(table, tmp_path / "big.parquet", row_group_size=50)
     output = tmp_path / "out"
     options = ["--bundle", tiny_bundle.path, "--input", tmp_path / "big.parquet", "--output", output]
@@ -515,37 +515,37 @@ def test_a_job_that_is_stopped_keeps_its_answers_and_goes_on(sent, tiny_bundle, 
         [*map(str, [*CAPTION, *options])], cwd=ROOT, env=ray_env, stderr=subprocess.PIPE, text=True
     ) as stopped:
         for line in stopped.stderr:
-            if " of 48 rows" in line:
+            if " of 80 rows" in line:
                 break
         os.kill(stopped.pid, sent)
         rest = stopped.stderr.read()
         assert stopped.wait(timeout=30) == 130
     before = _rows_by_id(output)
     last = rest.strip().splitlines()[-1]
-    assert last == f"caption: stopped; {len(before)} of 48 rows are answered; continue with the same command"
-    assert 0 < len(before) < 48
+    assert last == f"caption: stopped; {len(before)} of 80 rows are answered; continue with the same command"
+    assert 0 < len(before) < 80
     assert not {"_run.json", "_report.html"} & {path.name for path in output.iterdir()}
 
     other = job(*options, "--max-new-tokens", 9, status=1)
     assert "with another --max-new-tokens (128 there, 9 now)" in other.stderr
     result = job(*options)
-    assert f"resuming  {len(before)} rows are answered already, {48 - len(before)} are left" in result.stderr
-    assert f"rows      48 (48 stop)\n          {len(before)} of them by earlier runs" in result.stdout
+    assert f"resuming  {len(before)} rows are answered already, {80 - len(before)} are left" in result.stderr
+    assert f"rows      80 (80 stop)\n          {len(before)} of them by earlier runs" in result.stdout
     rows = _rows_by_id(output)
     assert [row["id"] for row in rows] == sorted(table["id"].to_pylist())
     answers = {row["id"]: row["answer"] for row in rows}
     assert all(answers[row["id"]] == row["answer"] for row in before)
-    assert all(len({answers[f"{again}-{row['id']}"] for again in range(2)}) == 1 for row in demo[:24])
+    assert all(len({answers[f"{again}-{row['id']}"] for again in range(2)}) == 1 for row in demo[:40])
     run, page, shown = _shown(output)
-    left = 48 - len(before)
-    assert (run["rows"], run["rows_of_this_run"], sum(run["timeline"]["rows"])) == (48, left, left)
+    left = 80 - len(before)
+    assert (run["rows"], run["rows_of_this_run"], sum(run["timeline"]["rows"])) == (80, left, left)
     assert f"{len(before)} rows were answered by earlier runs" in page
     ids = {row[0] for row in shown}
     assert len(ids) == min(24, left)
     assert not ids & {row["id"] for row in before}
     written = {name: (output / name).read_bytes() for name in ("_run.json", "_report.html")}
     result = job(*options, "--price-per-hour", 7)
-    assert "resuming  48 rows are answered already, 0 are left" in result.stderr
+    assert "resuming  80 rows are answered already, 0 are left" in result.stderr
     assert "workers" not in result.stderr
     assert {name: (output / name).read_bytes() for name in written} == written
 
