@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
@@ -79,10 +80,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The file that takes longest comes first, so that no process waits for it at the end; then some that can do
+    """The files that take longest come first, so that no process waits for them at the end; then some that can do
     without the bundle, which takes a process twenty seconds to make.
     """
-    first = ["test_job.py", "test_hostile_images.py", "test_fuzz.py", "test_fetch.py"]
+    first = ["test_job.py", "test_job_answers.py", "test_hostile_images.py", "test_fuzz.py", "test_fetch.py"]
     items.sort(key=lambda item: first.index(item.path.name) if item.path.name in first else len(first))
 
 
@@ -179,6 +180,30 @@ def cluster() -> Iterator[None]:
         signal.signal(signal.SIGTERM, on_sigterm)  # Ray puts its own in its place
         yield
         ray.shutdown()
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., SimpleNamespace]:
+    """Runs `jobs/caption.py` in this process, holds its exit status to be as wanted, and returns what it says."""
+    import caption  # noqa: PLC0415  (machines with a GPU may be without Ray)
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(caption, "stop_as_by_ctrl_c", lambda: lambda: False)  # the tests' own signals stay theirs
+
+    def call(*options: object, status: int = 0) -> SimpleNamespace:
+        monkeypatch.setattr(sys, "argv", ["caption.py", *map(str, options)])
+        found = caption.main()
+        said = capsys.readouterr()
+        assert found == status, said.err
+        return SimpleNamespace(stdout=said.out, stderr=said.err)
+
+    return call
+
+
+@pytest.fixture
+def job(cluster: None, call: Callable[..., SimpleNamespace]) -> Callable[..., SimpleNamespace]:  # noqa: ARG001
+    """Runs a job in this process, on the cluster."""
+    return call
 
 
 @pytest.fixture

@@ -1,5 +1,9 @@
 """A job of two input files, answers to its rows, and the answers in an output folder."""
 
+import html
+import json
+import re
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -10,6 +14,11 @@ from qvl_batch.schema import ANSWER_FIELDS, ID, Answer, Failure
 
 FILES = (InputFile("/in/a.parquet", 10, 6, "a"), InputFile("/in/b.parquet", 20, 5, "b"))
 JOB_OF_FILES = Job({"bundle": "abc", "--fit": "crop", "--keep-columns": ["x"]}, FILES)
+#: Columns of answers that follow from no option.
+ANSWER_COLUMNS = [
+    "answer", "finish_reason", "prompt_tokens", "answer_tokens", "image_width", "image_height", "seen_width",
+    "seen_height", "error_stage", "error_type", "error_message",
+]  # fmt: skip
 SCHEMA = pa.schema([pa.field(ID, pa.int64()), *ANSWER_FIELDS])
 
 
@@ -25,3 +34,20 @@ def answers_to(*rows):
 def read_answers(folder):
     """All part files of an output folder as one table."""
     return pa.concat_tables([pq.read_table(path) for path in sorted(folder.glob("part-*.parquet"))])
+
+
+def rows_by_id(folder):
+    """All rows of an output folder in the order of their ids."""
+    return sorted(read_answers(folder).to_pylist(), key=lambda row: str(row["id"]))
+
+
+def shown_page(folder):
+    """Figures of a job, its page, and the page's rows: id, prompt, answer, and whether there is an image."""
+    page = (folder / "_report.html").read_text()
+    rows = []
+    for card in page.split("<article")[1:]:
+        texts = [
+            re.search(rf'<p class="{name}"[^>]*>(.*?)</p>', card, re.DOTALL) for name in ("id", "prompt", "answer")
+        ]
+        rows.append((*(html.unescape(text[1]) if text else None for text in texts), "data:image/jpeg" in card))
+    return json.loads((folder / "_run.json").read_text()), page, rows
