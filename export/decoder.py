@@ -21,6 +21,7 @@ This module knows nothing of tokenizers or of files.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -28,75 +29,91 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from export.half import stream_unit
-from export.layers import GatedMlp, Linear
+from export.layers import GatedMlp, Linear, Scope
 from export.operators import group_query_attention, rms_norm, rotary_embedding, skip_rms_norm
+from export.standard import attend, rotate
 from qvl_batch.bundle.manifest import HALVES, Dtype
 
 #: Each token's row in two tables, and the tables of cosines and sines.
 Rotary = tuple[Tensor, Tensor, Tensor]
 
 
-class DecoderWeights(nn.Module):
-    """Weights of both graphs, under names that both share.
+class Attention(Scope):
+    """Projections of one layer's attention: queries, keys and values by three products, or in half precision by one."""
 
-    Args:
-        model: `Qwen2_5_VLForConditionalGeneration`.
-        dtype: of their matrix products. In half precision, queries, keys and values come from one product.
-    """
-
-    def __init__(self, model: Any, dtype: Dtype = "fp32") -> None:
+    def __init__(self, attention: Any, dtype: Dtype) -> None:
         super().__init__()
-        text = model.model.language_model
-        self.unit, self.has_fused_qkv = stream_unit(dtype), dtype in HALVES
-        self.embed = text.embed_tokens.weight
-        self.stack = nn.ModuleList(Layer(layer, dtype) for layer in text.layers)
-        self.norm = text.norm.weight
-        # A tied head stays tied: one initializer, read by the Gather and by the last Gemm.
-        self.head = model.lm_head.weight
-
-    @property
-    def layers(self) -> "list[Layer]":
-        """The decoder's layers, in order."""
-        return cast("list[Layer]", self.stack)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """(N, D) to (N, V): a Gemm on the weight as it is stored, (V, D)."""
-        return F.linear(hidden, self.head)
+        qkv = (attention.q_proj, attention.k_proj, attention.v_proj)
+        if dtype in HALVES:
+            self.qkv = Linear.joined(qkv)
+        else:
+            self.q, self.k, self.v = map(Linear.of, qkv)
+        self.out = Linear.of(attention.o_proj).in_unit(stream_unit(dtype))
 
 
-class Layer(nn.Module):
+class Layer(Scope):
     """Weights of one decoder layer, with matrix products in `dtype`."""
 
     def __init__(self, layer: Any, dtype: Dtype = "fp32") -> None:
         super().__init__()
-        attention, unit = layer.self_attn, stream_unit(dtype)
         self.norm1, self.norm2 = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
-        qkv = (attention.q_proj, attention.k_proj, attention.v_proj)
-        self.qkv = Linear.joined(qkv) if dtype in HALVES else nn.ModuleList(map(Linear.of, qkv))
-        self.out = Linear.of(attention.o_proj).in_unit(unit)
-        self.mlp = GatedMlp(layer.mlp, unit)
+        self.attention = Attention(layer.self_attn, dtype)
+        self.mlp = GatedMlp(layer.mlp, stream_unit(dtype))
+
+
+class Embedding(nn.Module):
+    """The table of tokens, (V, D)."""
+
+    __call__: Callable[..., Tensor]
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = cast("nn.Parameter", weight)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """int64 (B, S) to (B, S, D)."""
+        return F.embedding(input_ids, self.weight)
+
+
+class TiedHead(nn.Module):
+    """A head that has the table of tokens for its weight: one initializer, read by a Gather and a Gemm."""
+
+    __call__: Callable[..., Tensor]
+
+    def forward(self, hidden: Tensor, embedding: Embedding) -> Tensor:
+        """(N, D) to (N, V), a Gemm on the table as it is stored."""
+        return F.linear(hidden, embedding.weight)
 
 
 class _Decoder(nn.Module):
-    """Base of the two graphs: embedding, sizes, rotary tables."""
+    """Base of the two graphs: their weights, under the same names; sizes, embedding, rotary tables.
+
+    Args:
+        model: `Qwen2_5_VLForConditionalGeneration`.
+        dtype: of the matrix products.
+    """
 
     inv_freq: Tensor
     axis: Tensor
 
-    def __init__(self, weights: DecoderWeights, model: Any) -> None:
+    def __init__(self, model: Any, dtype: Dtype = "fp32") -> None:
         super().__init__()
-        config, rotary = model.config.text_config, model.model.language_model.rotary_emb
-        self.weights = weights
+        text = model.model.language_model
+        config, rotary = model.config.text_config, text.rotary_emb
+        self.unit, self.has_fused_qkv = stream_unit(dtype), dtype in HALVES
+        self.embed = Embedding(text.embed_tokens.weight)
+        self.layers = cast("list[Layer]", nn.ModuleList(Layer(layer, dtype) for layer in text.layers))
+        self.norm = text.norm.weight
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = config.hidden_size // self.heads
-        self.eps = config.rms_norm_eps / weights.unit**2
+        self.eps = config.rms_norm_eps / self.unit**2
         self.image_token_id = model.config.image_token_id
         self.register_buffer("inv_freq", rotary.inv_freq)
         self.register_buffer("axis", _axis_of_frequency(rotary.mrope_section))
 
     def _embed(self, input_ids: Tensor, is_image: Tensor, image_embeds: Tensor) -> Tensor:
-        hidden = torch.where(is_image[..., None], image_embeds, F.embedding(input_ids, self.weights.embed))
-        return hidden if self.weights.unit == 1 else hidden / self.weights.unit
+        hidden = torch.where(is_image[..., None], image_embeds, self.embed(input_ids))
+        return hidden if self.unit == 1 else hidden / self.unit
 
     def _rotary_tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """M-RoPE (3, ...) to cosines and sines, each (..., head_dim / 2).
@@ -113,9 +130,9 @@ class CachedDecoder(_Decoder):
     step (S = 1).
 
     Args:
-        weights: of both graphs.
         model: `Qwen2_5_VLForConditionalGeneration`.
         max_seq_len: tokens that a row of the cache holds (L_max).
+        dtype: of the matrix products.
         standard_attention: attention over the cache in standard operators, for a device whose fused operator
             has no fp32 kernel.
         penalty: repetition penalty; 1 leaves it out of the graph.
@@ -126,15 +143,17 @@ class CachedDecoder(_Decoder):
 
     def __init__(
         self,
-        weights: DecoderWeights,
         model: Any,
         max_seq_len: int,
+        dtype: Dtype = "fp32",
         *,
         standard_attention: bool = False,
         penalty: float = 1.0,
         for_cuda: bool = False,
     ) -> None:
-        super().__init__(weights, model)
+        super().__init__(model, dtype)
+        is_tied = model.lm_head.weight is model.model.language_model.embed_tokens.weight
+        self.head = TiedHead() if is_tied else Linear.of(model.lm_head)
         self.penalty, self._for_cuda = penalty, for_cuda
         self.standard_attention = standard_attention
         self.register_buffer("columns", torch.arange(max_seq_len))
@@ -174,24 +193,24 @@ class CachedDecoder(_Decoder):
         is_valid = cache_position <= end[:, None]
         hidden = self._embed(input_ids, image_mask, image_embeds)
         rotary = self._rotary(position_ids, cache_position)
-        layers = self.weights.layers
         present: list[Tensor] = []
-        normed = rms_norm(hidden, layers[0].norm1, self.eps)
-        for index, layer in enumerate(layers):
+        normed = rms_norm(hidden, self.layers[0].norm1, self.eps)
+        for index, layer in enumerate(self.layers):
             cache = (past[2 * index], past[2 * index + 1])
-            q, k, v = self._queries_keys_values(layer, normed, rotary)
-            update, cache = self._attention(q, k, v, cache, cache_position, seqlens_k, total_sequence_length)
+            update, cache = layer.attention(
+                self._attention, normed, rotary, cache, cache_position, seqlens_k, total_sequence_length
+            )
             present += cache
-            if index == len(layers) - 1:
+            if index == len(self.layers) - 1:
                 # Quantization to integers can hide values that are not finite from the logits, but not from the
                 # hidden states. Those of padding are ignored.
                 states = torch.where(is_valid[..., None], hidden, 0.0).mean((1, 2))
                 last = end - cache_position[:, 0]
                 update, hidden = _at(update, last), _at(hidden, last)
-            normed, hidden = skip_rms_norm(layer.out(update), hidden, layer.norm2, self.eps)
-            following = layers[index + 1].norm1 if index + 1 < len(layers) else self.weights.norm
-            normed, hidden = skip_rms_norm(layer.mlp(normed), hidden, following, self.eps)
-        logits = self.weights.logits(normed[:, 0])
+            following = self.layers[index + 1].norm1 if index + 1 < len(self.layers) else self.norm
+            normed, hidden = layer(self._after_attention, update, hidden, following)
+        normed = normed[:, 0]
+        logits = self.head(normed, self.embed) if isinstance(self.head, TiedHead) else self.head(normed)
         # A mean is not finite if any value is not. argmax returns a token even among NaNs.
         is_finite = (states + logits.mean(-1)).abs() < math.inf
         scores = logits
@@ -215,15 +234,24 @@ class CachedDecoder(_Decoder):
         count = ones.sum(1, keepdim=True)
         return ones.cumsum(1) - 1 + count.cumsum(0) - count, cos, sin
 
-    def _queries_keys_values(self, layer: Layer, normed: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
+    def _after_attention(
+        self, layer: Layer, update: Tensor, hidden: Tensor, following: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Attention output and residual stream to inputs of the next layer: normed stream, and stream."""
+        normed, hidden = skip_rms_norm(layer.attention.out(update), hidden, layer.norm2, self.eps)
+        return skip_rms_norm(layer.mlp(normed), hidden, following, self.eps)
+
+    def _queries_keys_values(
+        self, attention: Attention, normed: Tensor, rotary: Rotary
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Each (B, S, heads * head_dim), queries and keys rotated."""
         queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        if self.weights.has_fused_qkv:
-            both, v = torch.split(layer.qkv(normed), [queries + keys, keys], dim=-1)
+        if self.has_fused_qkv:
+            both, v = torch.split(attention.qkv(normed), [queries + keys, keys], dim=-1)
             rotated = rotary_embedding(both, *rotary, self.heads + self.kv_heads)
             q, k = torch.split(rotated, [queries, keys], dim=-1)
             return q, k, v
-        q, k, v = (linear(normed) for linear in cast("nn.ModuleList", layer.qkv))
+        q, k, v = attention.q(normed), attention.k(normed), attention.v(normed)
         return rotary_embedding(q, *rotary, self.heads), rotary_embedding(k, *rotary, self.kv_heads), v
 
     def _seen(self, seen: Tensor, input_ids: Tensor, is_valid: Tensor) -> Tensor:
@@ -237,15 +265,16 @@ class CachedDecoder(_Decoder):
 
     def _attention(
         self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
+        attention: Attention,
+        normed: Tensor,
+        rotary: Rotary,
         cache: tuple[Tensor, Tensor],
         cache_position: Tensor,
         seqlens_k: Tensor,
         total_sequence_length: Tensor,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Attention over the cache and the new tokens, and the cache with these appended."""
+        q, k, v = self._queries_keys_values(attention, normed, rotary)
         if self.standard_attention:
             return self._attend(q, k, v, cache, cache_position)
         heads = (self.heads, self.kv_heads)
@@ -280,21 +309,21 @@ class FullDecoder(_Decoder):
     """All logits of whole rows, without a cache and without contrib operators.
 
     Args:
-        weights: of both graphs.
         model: `Qwen2_5_VLForConditionalGeneration`.
         merged_side: image tokens along a side of the one square image of every row, from which positions are derived;
             None if they are an input, for any images.
     """
 
-    def __init__(self, weights: DecoderWeights, model: Any, merged_side: int | None) -> None:
-        super().__init__(weights, model)
+    def __init__(self, model: Any, merged_side: int | None) -> None:
+        super().__init__(model)
+        self.head = Linear.of(model.lm_head)
         self.merged_side = merged_side
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, image_embeds: Tensor, position_ids: Tensor | None = None
     ) -> Tensor:
         """int64 (B, S), int64 (B, S) of ones and zeros, (B, S, D), int64 (3, B, S) or None to logits (B, S, V)."""
-        batch, length = input_ids.shape
+        length = input_ids.shape[1]
         if position_ids is None:
             is_image, positions = self.image_and_positions(input_ids, attention_mask)
         else:
@@ -303,15 +332,23 @@ class FullDecoder(_Decoder):
         cos, sin = cos[:, None], sin[:, None]
         visible = torch.ones(length, length, dtype=torch.bool).tril() & attention_mask.bool()[:, None, None]
         hidden = self._embed(input_ids, is_image, image_embeds)
-        for layer in self.weights.layers:
-            normed = rms_norm(hidden, layer.norm1, self.eps)
-            qkv = (linear(normed) for linear in cast("nn.ModuleList", layer.qkv))
-            q, k, v = (t.reshape(batch, length, -1, self.head_dim).transpose(1, 2) for t in qkv)
-            update = attend(_rotate(q, cos, sin), _rotate(k, cos, sin), v, visible)
-            hidden = hidden + layer.out(update.transpose(1, 2).reshape(batch, length, -1))
-            hidden = hidden + layer.mlp(rms_norm(hidden, layer.norm2, self.eps), F.silu)
-        normed = rms_norm(hidden, self.weights.norm, self.eps)
-        return self.weights.logits(normed.reshape(batch * length, -1)).reshape(batch, length, -1)
+        for layer in self.layers:
+            hidden = layer(self._layer, hidden, (cos, sin), visible)
+        return self.head(rms_norm(hidden, self.norm, self.eps))
+
+    def _layer(self, layer: Layer, hidden: Tensor, rotary: tuple[Tensor, Tensor], visible: Tensor) -> Tensor:
+        normed = rms_norm(hidden, layer.norm1, self.eps)
+        hidden = hidden + layer.attention(self._attention, normed, rotary, visible)
+        return hidden + layer.mlp(rms_norm(hidden, layer.norm2, self.eps), F.silu)
+
+    def _attention(
+        self, attention: Attention, normed: Tensor, rotary: tuple[Tensor, Tensor], visible: Tensor
+    ) -> Tensor:
+        batch, length, _ = normed.shape
+        qkv = (attention.q(normed), attention.k(normed), attention.v(normed))
+        q, k, v = (t.reshape(batch, length, -1, self.head_dim).transpose(1, 2) for t in qkv)
+        update = attend(rotate(q, *rotary), rotate(k, *rotary), v, visible)
+        return attention.out(update.transpose(1, 2).reshape(batch, length, -1))
 
     def image_and_positions(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
         """Mask of the image's tokens (B, S), and M-RoPE positions (3, B, S), of rows with at most one image.
@@ -333,28 +370,9 @@ class FullDecoder(_Decoder):
         return is_image, torch.where(is_image, image, text)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
-    """Grouped-query attention of (B, heads, S, head_dim) over (B, kv_heads, L, head_dim), softmax in fp32.
-
-    `visible` bool (B, 1, S, L): the keys that each query attends to.
-    """
-    batch, heads, length, head_dim = q.shape
-    q = q.reshape(batch, k.shape[1], -1, length, head_dim)
-    scores = q @ k[:, :, None].transpose(-1, -2) / math.sqrt(head_dim)
-    scores = torch.where(visible[:, None], scores.float(), torch.finfo(torch.float32).min)
-    mixed = scores.softmax(-1).to(v.dtype) @ v[:, :, None]
-    return mixed.reshape(batch, heads, length, head_dim)
-
-
 def _axis_of_frequency(mrope_section: list[int]) -> Tensor:
     """int64 (head_dim / 2,): 0, 1 or 2, the axis of each rotary frequency."""
     return torch.cat([torch.full((n,), i % 3) for i, n in enumerate(mrope_section)])
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of (B, heads, S, head_dim) in two halves by (B, 1, S, head_dim / 2)."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
 def _at(hidden: Tensor, index: Tensor) -> Tensor:

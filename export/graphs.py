@@ -1,18 +1,17 @@
-"""Traces a checkpoint's model, and writes four ONNX files and two weight files.
+"""Traces a checkpoint's model, and writes ONNX files and their weight files.
 
 What enters: the checkpoint's weights and the layout contract. What leaves, in one directory: `vision.onnx`,
-`decoder.onnx`, `decoder_guided.onnx`, `decoder_drawn.onnx` and, in fp32, `decoder_full.onnx`; the decoders share one
-weight file.
+`decoder.onnx`, `decoder_guided.onnx`, `decoder_drawn.onnx` and, in fp32, the plain graphs `decoder_full.onnx` and, on
+request, `vision_full.onnx`. Graphs of the same tower share one weight file.
 """
 
 import contextlib
 import logging
-import re
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -20,10 +19,11 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from export.decoder import CachedDecoder, DecoderWeights, FullDecoder
+from export.decoder import CachedDecoder, FullDecoder
 from export.guided import guide
 from export.half import to_half
 from export.lazy import LazyWeights, decoder_parts, vision_parts, without_weights
+from export.names import EMBEDDING, Tower, name_all
 from export.progress import Progress, Update
 from export.quantize import quantize
 from export.vision import NativeTower, SquareTower
@@ -36,10 +36,10 @@ from qvl_batch.bundle.manifest import (
     DECODER_GUIDED,
     HALVES,
     VISION,
+    VISION_FULL,
     Dtype,
     GraphSpec,
     TensorSpec,
-    part_names,
 )
 from qvl_batch.config import Device
 from qvl_batch.errors import ExportError
@@ -52,19 +52,12 @@ ALIGNMENT = 4096
 #: Batch and tokens of the example input that the decoders are traced with. They differ from each other and from
 #: 0 and 1: the tracer would make such dimensions constant.
 TRACE_ROWS, TRACE_TOKENS = 3, 7
-_LAYERS = {
-    r"patch_embed": "patch embedding",
-    r"blocks\.(\d+)\.": "vision block {}",
-    r"merger": "merger",
-    r"weights\.stack\.(\d+)\.": "decoder layer {}",
-    r"weights\.head": "head",
-}
 
 
 @dataclass(frozen=True, slots=True)
 class Precision:
-    """Precision of each tower's matrix products, layers that stay in fp32 (see `layer_names`), and the device that
-    the decoder is made for.
+    """Precision of each tower's matrix products, modules whose products stay in fp32, and the device that the decoder
+    is made for.
     """
 
     decoder: Dtype = "fp32"
@@ -78,10 +71,11 @@ class Precision:
         return self.decoder == "fp32"
 
 
-def layer_names(config: Any) -> list[str]:
-    """Names of the layers with matrix products, as in a comparison's layer plot."""
-    names = part_names(config.vision_config.depth, config.text_config.num_hidden_layers)
-    return [name for name in names if name != "embedding"]
+def products(model: Any, precision: Precision) -> list[str]:
+    """Names of the modules with a matrix product, in the order of the forward pass."""
+    parts = vision_parts(model, [1.0, 1.0, 1.0], precision.vision) + decoder_parts(model, precision.decoder)
+    weights = (name for part in parts for name in part.of(model.get_submodule(part.module)))
+    return [name.removesuffix(".weight") for name in weights if name.endswith(".weight") and name != EMBEDDING]
 
 
 class Traces:
@@ -107,14 +101,21 @@ def export_vision(
     out: Path,
     progress: Progress,
     traces: Traces,
+    *,
+    with_plain: bool = False,
 ) -> None:
-    """Write `vision.onnx` and its weights."""
-    with progress.step("vision graph"):
-        graph = traces.once(trace_vision, weights.skeleton, layout.resolution, mean, std, _traced_as(precision.vision))
-        LazyWeights(weights, vision_parts(weights.skeleton, std, precision.vision)).fill(graph)
-        _reduce(graph, precision.vision, precision.fp32_layers)
+    """Write `vision.onnx`, `with_plain` also `vision_full.onnx`, and one file with the weights of both."""
+    with progress.step("vision graphs" if with_plain else "vision graph"):
+        options = (weights.skeleton, layout.resolution, mean, std)
+        graphs = {VISION: traces.once(trace_vision, *options, _traced_as(precision.vision))}
+        if with_plain:
+            graphs[VISION_FULL] = traces.once(trace_vision, *options, "fp32", "standard")
+        lazy = LazyWeights(weights, vision_parts(weights.skeleton, std, precision.vision))
+        for graph in graphs.values():
+            lazy.fill(graph)
+        _reduce(graphs[VISION], precision.vision, precision.fp32_layers)
     with progress.step("vision weights") as update:
-        _write({VISION: graph}, out, update)
+        _write(graphs, out, update)
 
 
 def export_decoders(
@@ -145,29 +146,34 @@ def export_decoders(
         _write(graphs, out, update)
 
 
-def trace_vision(model: Any, resolution: Resolution, mean: list[float], std: list[float], dtype: Dtype) -> ir.Model:
-    """The vision graph in fp32, structured for `dtype`; without weights if the model has none."""
-    visual, side = model.model.visual, resolution.image_size
+def trace_vision(
+    model: Any,
+    resolution: Resolution,
+    mean: list[float],
+    std: list[float],
+    dtype: Dtype = "fp32",
+    operators: Literal["fused", "standard"] = "fused",
+) -> ir.Model:
+    """The vision graph in fp32, for `dtype` or in standard operators; without weights if the model has none."""
+    visual, side, plain = model.model.visual, resolution.image_size, operators == "standard"
     if side is not None:
         pixels = torch.zeros((2, side, side, 3), dtype=torch.uint8)
-        tower = SquareTower(visual, side, mean, std, dtype)
-        return _trace(tower, (pixels,), ["pixels"], ["image_features"], ({0: "B"},))
+        square = SquareTower(visual, side, mean, std, dtype, plain=plain)
+        return _trace("vision", square, (pixels,), ["pixels"], ["image_features"], ({0: "B"},))
     pixels = torch.zeros((1, 5 * resolution.unit, 7 * resolution.unit, 3), dtype=torch.uint8)
     height, width = (resolution.unit * torch.export.Dim(name) for name in ("rows", "columns"))
-    return _trace(
-        NativeTower(visual, mean, std, dtype), (pixels,), ["pixels"], ["image_features"], ({1: height, 2: width},)
-    )
+    native = NativeTower(visual, mean, std, dtype, plain=plain)
+    return _trace("vision", native, (pixels,), ["pixels"], ["image_features"], ({1: height, 2: width},))
 
 
 def trace_decoder(model: Any, layout: Layout, dtype: Dtype, device: Device, penalty: float = 1.0) -> ir.Model:
     """The decoder graph in fp32, structured for `dtype` and `device`; without weights if the model has none."""
     standard = device == "cuda" and dtype == "fp32"
-    weights = DecoderWeights(model, dtype)
     for_cuda = device == "cuda"
     decoder = CachedDecoder(
-        weights, model, layout.max_seq_len, standard_attention=standard, penalty=penalty, for_cuda=for_cuda
+        model, layout.max_seq_len, dtype, standard_attention=standard, penalty=penalty, for_cuda=for_cuda
     )
-    layers = len(weights.layers)
+    layers = len(decoder.layers)
     rows, tokens = TRACE_ROWS, TRACE_TOKENS
     length = layout.max_seq_len
     past = [torch.zeros(rows, decoder.kv_heads, length, decoder.head_dim) for _ in range(2 * layers)]
@@ -185,6 +191,7 @@ def trace_decoder(model: Any, layout: Layout, dtype: Dtype, device: Device, pena
     seen = [] if penalty == 1 else ["seen"]
     cache_names = [f"{kind}.{i}" for i in range(layers) for kind in ("key", "value")]
     return _trace(
+        "decoder",
         decoder,
         example,
         [
@@ -216,7 +223,7 @@ def trace_full_decoder(model: Any, layout: Layout) -> ir.Model:
     """The full decoder graph; without weights if the model has none."""
     resolution = layout.resolution
     side = None if resolution.image_size is None else resolution.image_size // resolution.unit
-    decoder = FullDecoder(DecoderWeights(model), model, side)
+    decoder = FullDecoder(model, side)
     shape = (TRACE_ROWS, TRACE_TOKENS)
     ids = torch.zeros(shape, dtype=torch.int64)
     embeds = torch.zeros((*shape, model.config.text_config.hidden_size))
@@ -226,26 +233,18 @@ def trace_full_decoder(model: Any, layout: Layout) -> ir.Model:
     if side is None:
         example, names = (*example, torch.zeros((3, *shape), dtype=torch.int64)), [*names, "position_ids"]
         axes = (*axes, {1: "B", 2: "S"})
-    return _trace(decoder, example, names, ["logits"], axes)
+    return _trace("decoder", decoder, example, names, ["logits"], axes)
 
 
-def _reduce(graph: ir.Model, dtype: Dtype, keep: tuple[str, ...]) -> None:
+def _reduce(graph: ir.Model, dtype: Dtype, fp32_layers: tuple[str, ...]) -> None:
     """Convert an fp32 graph to `dtype`, in place."""
-    quantize(graph, dtype, _layer_of, keep)
-    to_half(graph, dtype, _layer_of, keep)
+    quantize(graph, dtype, fp32_layers)
+    to_half(graph, dtype, fp32_layers)
 
 
 def _traced_as(dtype: Dtype) -> Dtype:
     """The dtype to trace for: integer graphs are quantized from the one in fp32."""
     return dtype if dtype in HALVES else "fp32"
-
-
-def _layer_of(weight: str) -> str:
-    """Name of the layer that a weight belongs to."""
-    for pattern, layer in _LAYERS.items():
-        if match := re.match(pattern, weight):
-            return layer.format(*match.groups())
-    raise AssertionError(weight)
 
 
 def graph_spec(path: Path) -> GraphSpec:
@@ -266,6 +265,7 @@ def graph_spec(path: Path) -> GraphSpec:
 
 
 def _trace(
+    tower: Tower,
     module: nn.Module,
     example: tuple[Tensor | list[Tensor] | None, ...],
     inputs: list[str],
@@ -285,6 +285,7 @@ def _trace(
         )
     assert program is not None
     model: ir.Model = program.model
+    name_all(model, tower)
     # The tracer attaches the Python stack to every node, with paths of this machine.
     for node in model.graph.all_nodes():
         node.metadata_props.clear()
@@ -312,7 +313,12 @@ def _write(graphs: dict[str, ir.Model], out: Path, update: Update) -> None:
         for value in graph.graph.initializers.values():
             if value.name in by_name:
                 value.const_value = by_name[value.name]
-        ir.save(graph, out / name)
+        proto = ir.to_proto(graph)
+        # Tools that transpose a weight in place would leave its old shape here.
+        kept = [value for value in proto.graph.value_info if value.name not in graph.graph.initializers]
+        del proto.graph.value_info[:]
+        proto.graph.value_info.extend(kept)
+        onnx.save(proto, out / name)
 
 
 def _write_tensors(tensors: dict[str, ir.TensorProtocol], path: Path, update: Update) -> dict[str, ir.ExternalTensor]:

@@ -14,7 +14,7 @@ fp32 and rounds every value that is in half precision in the graph. A GPU's resu
 the order of the sums inside a product.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard, cast
 
@@ -23,7 +23,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qvl_batch.bundle.manifest import HALVES, Dtype
+from export.names import EMBEDDING, HEAD, PATCHES, module_of
+from qvl_batch.bundle.manifest import HALVES, Dtype, is_in
 from qvl_batch.errors import ExportError
 
 FP32 = ir.DataType.FLOAT
@@ -36,10 +37,6 @@ PRODUCTS, ATTENTION = {"MatMul", "Gemm"}, {"GroupQueryAttention", "MultiHeadAtte
 #: Operators that are in half precision if all their consumers are, and operators that are if their inputs are.
 LIKE_CONSUMERS = {"Split"}
 LIKE_INPUTS = {"Add", "QuickGelu", "Mul", "Gelu", "Reshape", "Slice", "Split", "Concat", "Gather", "GatherElements"}
-#: Name prefixes of weights that always stay in fp32.
-ALWAYS_FP32 = ("patch_embed",)
-#: Names of the embedding table; the second is its name if the head is tied to it.
-EMBEDDINGS = ("weights.embed", "weights.head")
 
 
 def stream_unit(dtype: Dtype) -> int:
@@ -47,19 +44,18 @@ def stream_unit(dtype: Dtype) -> int:
     return FP16_UNIT if dtype == "fp16" else 1
 
 
-def to_half(model: ir.Model, dtype: Dtype, layers: Callable[[str], str], keep: Collection[str]) -> None:
+def to_half(model: ir.Model, dtype: Dtype, fp32_layers: Iterable[str]) -> None:
     """Convert matrix products, attention and the operators between them to half precision.
 
     Args:
         model: changed in place.
         dtype: fp16 or bf16; any other leaves the graph as it is.
-        layers: name of the layer that a weight belongs to, by the weight's name.
-        keep: layers whose products stay in fp32.
+        fp32_layers: modules whose products stay in fp32.
     """
     if dtype not in HALVES:
         return
     half = HALF[dtype]
-    nodes = _nodes_in_half(model, layers, keep)
+    nodes = _nodes_in_half(model, [PATCHES, *fp32_layers])
     casts = _Casts(model)
     for node in list(model.graph):
         wanted = half if node in nodes else FP32
@@ -115,15 +111,14 @@ def _is_half(value: ir.Value | None) -> TypeGuard[ir.Value]:
     return value is not None and value.dtype in HALF.values()
 
 
-def _nodes_in_half(model: ir.Model, layers: Callable[[str], str], keep: Collection[str]) -> set[ir.Node]:
+def _nodes_in_half(model: ir.Model, fp32_layers: Sequence[str]) -> set[ir.Node]:
     chosen: set[ir.Node] = set()
     for node in model.graph:
         if node.op_type in PRODUCTS:
-            weight = str(cast("ir.Value", node.inputs[1]).name)
-            is_constant = weight in model.graph.initializers
-            if is_constant and not weight.startswith(ALWAYS_FP32) and layers(weight) not in keep:
+            is_constant = cast("ir.Value", node.inputs[1]).name in model.graph.initializers
+            if is_constant and not is_in(module_of(node), fp32_layers):
                 chosen.add(node)
-        elif node.op_type in ATTENTION or _is_embedding_in_half(node, layers, keep):
+        elif node.op_type in ATTENTION or _is_embedding_in_half(node, fp32_layers):
             chosen.add(node)
         elif node.op_type in LIKE_INPUTS:
             sources = [value.producer() for value in node.inputs if value is not None and value.dtype == FP32]
@@ -137,16 +132,16 @@ def _nodes_in_half(model: ir.Model, layers: Callable[[str], str], keep: Collecti
     return chosen
 
 
-def _is_embedding_in_half(node: ir.Node, layers: Callable[[str], str], keep: Collection[str]) -> bool:
+def _is_embedding_in_half(node: ir.Node, fp32_layers: Sequence[str]) -> bool:
     """Whether a node is an embedding lookup, in half precision unless a tied head keeps the table in fp32.
 
     A table in fp32 would be cast in every run.
     """
     table = node.inputs[0]
-    if node.op_type != "Gather" or table is None or table.name not in EMBEDDINGS:
+    if node.op_type != "Gather" or table is None or table.name != EMBEDDING:
         return False
     is_tied = any(use.node.op_type in PRODUCTS for use in table.uses())
-    return not is_tied or layers(str(table.name)) not in keep
+    return not is_tied or not is_in(HEAD, fp32_layers)
 
 
 class _Casts:
@@ -187,8 +182,10 @@ class _Casts:
         return output
 
     def _cast(self, value: ir.Value, to: ir.DataType) -> ir.Value:
-        output = ir.node("Cast", [value], {"to": to}).outputs[0]
-        output.name, output.shape, output.type = f"{value.name}.as_{to.name.lower()}", value.shape, ir.TensorType(to)
+        node = ir.node("Cast", [value], {"to": to})
+        output = node.outputs[0]
+        node.name = output.name = f"{value.name}.as_{to.name.lower()}"
+        output.shape, output.type = value.shape, ir.TensorType(to)
         return output
 
 

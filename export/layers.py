@@ -17,6 +17,14 @@ from torch import Tensor, nn
 from export.operators import silu
 
 
+class Scope(nn.Module):
+    """A module whose call runs a function; the nodes of a graph that are traced in it are named after it."""
+
+    def forward(self, run: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
+        """The result of `run(self, ...)`."""
+        return run(self, *inputs, **options)
+
+
 class Linear(nn.Module):
     """`nn.Linear` with its weight stored (in, out), so that the graph multiplies without transposing."""
 

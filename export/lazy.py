@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from export.decoder import Layer
 from export.half import stream_unit
 from export.layers import Linear
-from export.vision import Block, patch_weights
+from export.vision import Block, Merger, patch_weights
 from export.weights import Weights
 from qvl_batch.bundle.manifest import Dtype
 from qvl_batch.errors import ExportError
@@ -47,33 +47,36 @@ class Part:
 
 def vision_parts(model: Any, std: list[float], dtype: Dtype) -> list[Part]:
     """Parts of `VisionTower`."""
-    visual, unit = model.model.visual, stream_unit(dtype)
-    heads = visual.config.num_heads
+    unit, blocks = stream_unit(dtype), range(len(model.model.visual.blocks))
     return [
-        Part("patch_embed", "model.visual.patch_embed", lambda module: {"": patch_weights(module, std, unit)}),
-        *(
-            Part(f"blocks.{k}", f"model.visual.blocks.{k}", lambda block: _parameters(Block(block, heads, dtype)))
-            for k in range(len(visual.blocks))
+        Part(
+            "vision.patch_embed",
+            "model.visual.patch_embed",
+            lambda module: {"weight": patch_weights(module, std, unit)},
         ),
-        Part("merger_norm", "model.visual.merger.ln_q", _weight),
-        Part("merger_in", "model.visual.merger.mlp.0", _linear),
-        Part("merger_out", "model.visual.merger.mlp.2", lambda linear: _parameters(Linear.of(linear).in_unit(unit))),
+        *(
+            Part(f"vision.blocks.{k}", f"model.visual.blocks.{k}", lambda block: _parameters(Block(block, dtype)))
+            for k in blocks
+        ),
+        Part("vision.merger", "model.visual.merger", lambda merger: _parameters(Merger(merger, dtype))),
     ]
 
 
 def decoder_parts(model: Any, dtype: Dtype) -> list[Part]:
-    """Parts of `DecoderWeights`, as an attribute `weights`."""
+    """Parts of both decoders. Where the head is tied, only the full decoder has one of its own."""
     layers = range(len(model.model.language_model.layers))
     return [
-        Part("weights.embed", "model.language_model.embed_tokens", _weight),
+        Part("decoder.embed", "model.language_model.embed_tokens", _parameters),
         *(
             Part(
-                f"weights.stack.{k}", f"model.language_model.layers.{k}", lambda layer: _parameters(Layer(layer, dtype))
+                f"decoder.layers.{k}",
+                f"model.language_model.layers.{k}",
+                lambda layer: _parameters(Layer(layer, dtype)),
             )
             for k in layers
         ),
-        Part("weights.norm", "model.language_model.norm", _weight),
-        Part("weights.head", "lm_head", _weight),
+        Part("decoder.norm", "model.language_model.norm", lambda norm: {"": norm.weight}),
+        Part("decoder.head", "lm_head", lambda head: _parameters(Linear.of(head))),
     ]
 
 
@@ -141,14 +144,6 @@ class LazyWeights:
 
 def _has_nan(values: Any) -> bool:
     return values.dtype.kind == "f" and bool(np.isnan(values).any())
-
-
-def _weight(module: Any) -> Tensors:
-    return {"": module.weight}
-
-
-def _linear(module: Any) -> Tensors:
-    return _parameters(Linear.of(module))
 
 
 def _parameters(module: nn.Module) -> Tensors:

@@ -12,13 +12,15 @@ window. Windows at the image's edges are smaller than the others; for attention,
 All of it follows from H and W by operations on integers. This module knows nothing of weights.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from export.operators import multi_head_attention, split
+from export.operators import split
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,24 +134,26 @@ class NativeArrangement:
         pixels = (self._groups.index_select(0, part.order) for part in self._parts)
         return [x.reshape(1, -1, len(mean)).float() - mean for x in pixels]
 
-    def within(self, part: int, q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    def within(self, part: int, q: Tensor, k: Tensor, v: Tensor, attend: Callable[..., Tensor]) -> Tensor:
         """As of `Arrangement`."""
         width = q.shape[-1]
         groups = [x.reshape(-1, self._grid.unit * width) for x in (q, k, v)]
         done: list[Tensor] = []
         for batch in self._parts[part].batches:
             rows = (x.index_select(0, batch.groups).reshape(*batch.shape, width) for x in groups)
-            attended = multi_head_attention(*rows, heads=heads, lengths=batch.lengths)
+            attended = attend(*rows, lengths=batch.lengths)
             done.append(attended.reshape(-1, self._grid.unit * width))
         return torch.cat(done).index_select(0, self._parts[part].slots).reshape(1, -1, width)
 
-    def over_all(self, q: list[Tensor], k: list[Tensor], v: list[Tensor], heads: int) -> list[Tensor]:
+    def over_all(
+        self, q: list[Tensor], k: list[Tensor], v: list[Tensor], attend: Callable[..., Tensor]
+    ) -> list[Tensor]:
         """As of `Arrangement`."""
         if len(self._parts) == 1:
-            return [multi_head_attention(q[0], k[0], v[0], heads=heads)]
+            return [attend(q[0], k[0], v[0])]
         patches = self._rows * self._columns * self._grid.unit
         keys, values = (torch.cat(parts, dim=1)[:, :patches] for parts in (k, v))
-        attended = multi_head_attention(torch.cat(q, dim=1), keys, values, heads=heads)
+        attended = attend(torch.cat(q, dim=1), keys, values)
         return split(attended, [part.patches for part in self._parts])
 
     def in_raster_order(self, merged: list[Tensor]) -> Tensor:
@@ -210,6 +214,10 @@ class NativeArrangement:
         taken = 0
         sizes = zip(numbers.tolist(), lengths.tolist(), corners, strict=True)
         for number, length, (top, left, is_column) in sizes:
+            # Said to the tracer, which cannot know it.
+            check = cast("Callable[[bool], None]", torch._check)  # noqa: SLF001  (documented, in spite of its name)
+            check(number >= 0)
+            check(length > 0)
             index = torch.arange(number)
             row, column = (index, 0) if is_column else (index // fit, index % fit)
             window = (top + row) * self._across + left + column

@@ -1,12 +1,13 @@
 """The fused operators of ONNX Runtime in the exported graphs, as functions for the tracer.
 
 Each emits one node (`torch.onnx.ops.symbolic*` tells the tracer its output's shape and dtype);
-none computes anything in PyTorch. `decoder_full.onnx` has none of them.
+none computes anything in PyTorch. The plain graphs have none of them: see `export.standard`.
 
 Definitions: onnxruntime/docs/ContribOperators.md.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -60,6 +61,19 @@ def multi_head_attention(q: Tensor, k: Tensor, v: Tensor, *, heads: int, lengths
     """
     masked = [] if lengths is None else [None, lengths]
     return _symbolic("MultiHeadAttention", [q, k, v, *masked], {"num_heads": heads}, q)
+
+
+@dataclass(frozen=True, slots=True)
+class Operators:
+    """Operators that a graph is made of: fused ones of ONNX Runtime, or standard ones. Each is as its namesake here."""
+
+    silu: Callable[[Tensor], Tensor]
+    skip_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+    rotary_embedding: Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
+    multi_head_attention: Callable[..., Tensor]
+
+
+FUSED = Operators(silu, skip_rms_norm, rotary_embedding, multi_head_attention)
 
 
 def split(x: Tensor, sizes: Sequence[int]) -> list[Tensor]:

@@ -5,6 +5,7 @@ the parity gate included, has passed.
 """
 
 import importlib.metadata
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from rich.console import Console
 
 from export.chat import chat_turn
 from export.checkpoint import Checkpoint, load_checkpoint
-from export.graphs import Precision, Traces, export_decoders, export_vision, graph_spec, layer_names
+from export.graphs import Precision, Traces, export_decoders, export_vision, graph_spec, products
 from export.parity import check_contract, check_parity
 from export.progress import Progress, ShownProgress
 from export.proof import known_answers, tolerance_of
@@ -35,6 +36,7 @@ from qvl_batch.bundle.manifest import (
     MANIFEST,
     TOKENIZER,
     VISION,
+    VISION_FULL,
     DecoderShape,
     Dtype,
     File,
@@ -42,6 +44,7 @@ from qvl_batch.bundle.manifest import (
     Parity,
     Tolerance,
     file_sha256,
+    is_in,
 )
 from qvl_batch.command_line import exit_status, settings, stop_as_by_ctrl_c
 from qvl_batch.config import Device
@@ -71,10 +74,14 @@ class ExportConfig:
     device: Device | None = None
     """Device that the decoder is made for. Without it, cuda for bf16 and fp16, else cpu; cuda also works with fp32."""
     fp32_layers: tuple[str, ...] = ()
-    """Layers to leave in fp32, by their names in a comparison's layer plot, such as "decoder layer 3"."""
+    """Layers or single products to leave in fp32, by their names in graphs and in a comparison's layer plot:
+    decoder.layers.3, or decoder.layers.3.mlp.down."""
     with_fp32: bool = False
     """Add the checkpoint in fp32 to a bundle of reduced precision: rows that give values that are not finite, or a
     repetitive answer, are then run again in fp32."""
+    with_vision_full: bool = False
+    """Add `vision_full.onnx` to a bundle whose vision tower is in fp32: the same in standard operators, for tools that
+    quantize. The decoder has such a graph, `decoder_full.onnx`, in any case."""
     max_seq_len: int | None = None
     """Longest row in tokens: text, images and answer together. Without it, 1024, or 4096 for images at their own
     size."""
@@ -189,18 +196,27 @@ def _unit(checkpoint: Checkpoint) -> int:
 
 
 def _precision(checkpoint: Checkpoint, config: ExportConfig) -> Precision:
-    known = layer_names(checkpoint.config)
-    for name in config.fp32_layers:
-        if name not in known:
-            raise ExportError(f"--fp32-layers {name!r}: there is no such layer; there are {', '.join(known)}")
     made_for: Device = "cuda" if config.dtype in HALVES else "cpu"
     device = config.device or made_for
     if device != made_for and config.dtype != "fp32":
         raise ExportError(f"--dtype {config.dtype} is for --device {made_for}, not for {device}")
     precision = Precision(config.dtype, config.vision_dtype or config.dtype, config.fp32_layers, device)
+    known = products(checkpoint.weights.skeleton, precision)
+    for name in config.fp32_layers:
+        if not any(is_in(product, [name]) for product in known):
+            raise ExportError(
+                f"--fp32-layers {name}: there is no such layer; products are {', '.join(_examples(known))}"
+            )
+    if config.with_vision_full and precision.vision != "fp32":
+        raise ExportError(f"--with-vision-full is for a vision tower in fp32, and this one is in {precision.vision}")
     if config.with_fp32 and precision.decoder == precision.vision == "fp32":
         raise ExportError("--with-fp32 needs a reduced --dtype or --vision-dtype: this bundle is in fp32 already")
     return precision
+
+
+def _examples(products: list[str]) -> list[str]:
+    """Products with a dot and a star in place of what all layers have."""
+    return list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", product) for product in products))
 
 
 def _check_output(output: Path, *, overwrite: bool) -> None:
@@ -225,9 +241,12 @@ def _fill(
     """Write everything into `staging`, the manifest last."""
     processor, penalty = checkpoint.image_processor, checkpoint.generation.repetition_penalty
     normalisation = (processor.image_mean, processor.image_std)
-    export_vision(checkpoint.weights, layout, *normalisation, precision, staging, progress, traces)
+    export_vision(
+        checkpoint.weights, layout, *normalisation, precision, staging, progress, traces,
+        with_plain=config.with_vision_full,
+    )  # fmt: skip
     export_decoders(checkpoint.weights, layout, precision, penalty, staging, progress, traces)
-    written = (VISION, DECODER, DECODER_GUIDED, DECODER_DRAWN, DECODER_FULL)
+    written = (VISION, VISION_FULL, DECODER, DECODER_GUIDED, DECODER_DRAWN, DECODER_FULL)
     names = [name for name in written if (staging / name).is_file()]
     graphs = {name: graph_spec(staging / name) for name in names}
     check_contract(layout, checkpoint.config.text_config.hidden_size, staging, precision)
@@ -236,7 +255,8 @@ def _fill(
         parity, tolerance = _pass_gate(staging, checkpoint, layout, precision, progress)
     if config.with_fp32:
         (staging / FP32).mkdir()
-        _fill(staging / FP32, checkpoint, layout, Precision(), replace(config, with_fp32=False), progress, traces)
+        plain = replace(config, with_fp32=False, with_vision_full=False)
+        _fill(staging / FP32, checkpoint, layout, Precision(), plain, progress, traces)
     for path in checkpoint.copied_files:
         shutil.copyfile(path, staging / path.name)
     # As transformers loads them, which can differ from the checkpoint's own files.

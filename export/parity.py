@@ -1,7 +1,8 @@
 """The parity gate: compares the graphs on disk with the checkpoint in PyTorch, on the same inputs.
 
-Compared are vision features, all logits of `decoder_full.onnx` (in a bundle without it, the cached
-graph's logits of the first token), and greedy tokens of a ragged batch through the cached graph. The
+Compared are vision features (of `vision_full.onnx` too, if there is one), all logits of `decoder_full.onnx`
+(in a bundle without it, the cached graph's logits of the first token), and greedy tokens of a ragged batch
+through the cached graph. The
 reference is transformers' own image processor and `forward`. The cached graph is driven by a short
 loop in this module, so that the result does not depend on the worker's engine. Neither side loads all
 its weights into memory, so that a model of any size can be compared. Graphs in half precision, which
@@ -10,7 +11,7 @@ no CPU runs, are emulated.
 The last row is in no figure of the gate. It becomes the bundle's known answers: see `export.proof`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from export.half import emulated_graph
 from export.progress import Progress, Update
 from qvl_batch.bundle.known_answers import repeated, sample
 from qvl_batch.bundle.layout import Layout, PlacedImage, mrope_positions
-from qvl_batch.bundle.manifest import DECODER, DECODER_FULL, HALVES, VISION, Dtype, Parity
+from qvl_batch.bundle.manifest import DECODER, DECODER_FULL, HALVES, VISION, VISION_FULL, Dtype, Parity
 from qvl_batch.distances import cosine, divergence, relative_error
 from qvl_batch.errors import ExportError
 
@@ -194,6 +195,9 @@ def check_parity(
         with progress.step("parity: full decoder graph"):
             full_logits_error = _full_logits_error(compared, directory)
     parity = _measured(compared, full_logits_error)
+    if (directory / VISION_FULL).is_file():
+        with progress.step("parity: full vision graph"):
+            parity = replace(parity, features=max(parity.features, _full_features_error(compared, directory)))
     refuse_beyond_bounds(parity, precision)
     return Gate(parity, *known)
 
@@ -354,6 +358,13 @@ def _full_logits_error(compared: list[Compared], directory: Path) -> float:
         relative_error(logits[: len(reference.logits)], reference.logits)
         for logits, (*_, reference) in zip(found, compared, strict=True)
     )
+
+
+def _full_features_error(compared: list[Compared], directory: Path) -> float:
+    """Largest error of the features of `vision_full.onnx`."""
+    session = _session(directory / VISION_FULL, "fp32")
+    found = [session.run(None, {"pixels": row.pixels[None]})[0][0] for row, *_ in compared]
+    return relative_error(np.concatenate(found), np.concatenate([reference.features for *_, reference in compared]))
 
 
 def _greedy(

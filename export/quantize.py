@@ -25,7 +25,7 @@ stream, norms, rotary tables, softmax, embedding) stays in fp32.
 the graph; the kernel rounds them to 8 bits in the same blocks (`accuracy_level` 4).
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -33,8 +33,9 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from export.names import module_of
 from export.operators import DOMAIN
-from qvl_batch.bundle.manifest import Dtype
+from qvl_batch.bundle.manifest import Dtype, is_in
 
 Array = NDArray[Any]
 #: Inputs that share one scale in a weight-only product.
@@ -45,14 +46,13 @@ ACCURACY_LEVEL = 4
 TINY = float(np.finfo(np.float32).tiny)
 
 
-def quantize(model: ir.Model, dtype: Dtype, layers: Callable[[str], str], keep: Collection[str]) -> None:
-    """Quantize every matrix product of `model` with a constant matrix, except those of the layers in `keep`.
+def quantize(model: ir.Model, dtype: Dtype, fp32_layers: Iterable[str]) -> None:
+    """Quantize every matrix product of `model` with a constant matrix, except those in `fp32_layers`.
 
     Args:
         model: changed in place.
         dtype: of the products; one that is not an integer leaves the graph as it is.
-        layers: name of the layer that a weight belongs to, by the weight's name.
-        keep: layers to leave in fp32.
+        fp32_layers: modules to leave in fp32.
     """
     if not dtype.startswith("int"):
         return
@@ -60,13 +60,15 @@ def quantize(model: ir.Model, dtype: Dtype, layers: Callable[[str], str], keep: 
     quantized = _w8a8 if dtype == "int8" else partial(_weight_only, bits=4 if dtype == "int4wo" else 8)
     for node in list(model.graph):
         weight = node.inputs[1] if node.op_type in ("MatMul", "Gemm") else None
-        if weight is None or weight.const_value is None or layers(str(weight.name)) in keep:
+        if weight is None or weight.const_value is None or is_in(module_of(node), fp32_layers):
             continue
-        # The weight of a Gemm is that of the head, stored (V, D) for the embedding.
-        product = quantized(tape, node.inputs[0], weight, transposed=node.op_type == "Gemm")
+        product = quantized(tape, node)
         product.shape, product.type = node.outputs[0].shape, node.outputs[0].type
-        name = node.outputs[0].name
-        ir.convenience.replace_nodes_and_values(model.graph, node, [node], tape.take(), node.outputs, [product])
+        name, nodes = node.outputs[0].name, tape.take()
+        for number, added in enumerate(nodes):
+            added.name = f"{node.name}.{number}.{added.op_type}"
+            added.outputs[0].name = f"{added.name}:0"
+        ir.convenience.replace_nodes_and_values(model.graph, node, [node], nodes, node.outputs, [product])
         product.name = name
     for name, value in list(model.graph.initializers.items()):
         if not value.uses() and not value.is_graph_output():
@@ -88,17 +90,13 @@ class _Tape:
         nodes, self._nodes = self._nodes, []
         return nodes
 
-    def of_weight(
-        self, weight: ir.Value, make: Callable[[Array], dict[str, Array]], *, transposed: bool
-    ) -> list[ir.Value]:
-        """Initializers that `make` computes from a weight (in, out)."""
-        name = str(weight.name)
-        if name not in self._of_weights:
-            assert weight.const_value is not None
-            matrix = weight.const_value.numpy()
-            made = make(np.ascontiguousarray(matrix.T if transposed else matrix, np.float32))
-            self._of_weights[name] = [self.constant(f"{name}.{suffix}", value) for suffix, value in made.items()]
-        return self._of_weights[name]
+    def of_weight(self, product: ir.Node, make: Callable[[Array], dict[str, Array]]) -> list[ir.Value]:
+        """Initializers that `make` computes from the weight (in, out) of a product."""
+        module = module_of(product)
+        if module not in self._of_weights:
+            made = make(_matrix(product))
+            self._of_weights[module] = [self.constant(f"{module}.{suffix}", value) for suffix, value in made.items()]
+        return self._of_weights[module]
 
     def constant(self, name: str, value: Array) -> ir.Value:
         """The initializer of this name, created if there is none."""
@@ -117,8 +115,20 @@ class _Tape:
         return node.outputs[0]
 
 
-def _w8a8(tape: _Tape, x: ir.Value, weight: ir.Value, *, transposed: bool) -> ir.Value:
-    weights, scales, zeros = tape.of_weight(weight, _to_int8, transposed=transposed)
+def _matrix(product: ir.Node) -> Array:
+    """The weight of a product, (in, out) in fp32."""
+    weight = product.inputs[1]
+    assert weight is not None
+    assert weight.const_value is not None
+    matrix = weight.const_value.numpy()
+    # The weight of a Gemm is that of a tied head, stored (V, D) for the embedding.
+    return np.ascontiguousarray(matrix.T if product.op_type == "Gemm" else matrix, np.float32)
+
+
+def _w8a8(tape: _Tape, node: ir.Node) -> ir.Value:
+    x = node.inputs[0]
+    assert x is not None
+    weights, scales, zeros = tape.of_weight(node, _to_int8)
     step = tape.constant("quantize.step", np.array(1 / LEVELS, np.float32))
     zero_point = tape.constant("quantize.zero_point", np.array(ZERO_POINT, np.uint8))
     if x not in tape.quantized:
@@ -166,10 +176,13 @@ def _quantize_activations(tape: _Tape, x: ir.Value, step: ir.Value, zero_point: 
             return tape.apply("QuantizeLinear", tape.apply("Div", x, largest), step, zero_point), largest
 
 
-def _weight_only(tape: _Tape, x: ir.Value, weight: ir.Value, *, transposed: bool, bits: int) -> ir.Value:
-    packed, scales = tape.of_weight(weight, partial(_to_blocks, bits=bits), transposed=transposed)
+def _weight_only(tape: _Tape, node: ir.Node, bits: int) -> ir.Value:
+    x, weight = node.inputs[:2]
+    assert x is not None
+    assert weight is not None
     assert weight.shape is not None
-    inputs, outputs = weight.shape[::-1] if transposed else weight.shape
+    packed, scales = tape.of_weight(node, partial(_to_blocks, bits=bits))
+    inputs, outputs = weight.shape[::-1] if node.op_type == "Gemm" else weight.shape
     attributes = {"K": inputs, "N": outputs, "bits": bits, "block_size": BLOCK, "accuracy_level": ACCURACY_LEVEL}
     return tape.apply("MatMulNBits", x, packed, scales, domain=DOMAIN, **attributes)
 

@@ -19,6 +19,8 @@ This module knows nothing of tokens or of files.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import partial
 from itertools import groupby, pairwise
 from typing import Any, Protocol, cast
 
@@ -28,9 +30,10 @@ from torch.nn import functional as F  # noqa: N812
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
 from export.half import stream_unit
-from export.layers import GatedMlp, Linear
+from export.layers import GatedMlp, Linear, Scope
 from export.native import NativeArrangement, NativeGrid
-from export.operators import multi_head_attention, rms_norm, rotary_embedding, skip_rms_norm
+from export.operators import FUSED, rms_norm
+from export.standard import STANDARD
 from qvl_batch.bundle.manifest import HALVES, Dtype
 
 #: Epsilon of the vision tower's norms, a constant of transformers' `Qwen2_5_VLVisionBlock`.
@@ -43,6 +46,8 @@ PATCHES_AT_ONCE = 576
 NATIVE_PARTS = 4
 #: `(count, length in patches)` of consecutive windows of equal length.
 Windows = list[tuple[int, int]]
+#: Attention of all queries over all keys, (B, S, heads * head_dim) each.
+Attend = Callable[..., Tensor]
 
 
 class Arrangement(Protocol):
@@ -55,10 +60,10 @@ class Arrangement(Protocol):
     def patches(self, mean: Tensor) -> list[Tensor]:
         """Pixels of each part minus the mean, (B, n, patch * patch * 3)."""
 
-    def within(self, part: int, q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    def within(self, part: int, q: Tensor, k: Tensor, v: Tensor, attend: Attend) -> Tensor:
         """Attention within the windows of a part: (B, n, D) each to (B, n, D)."""
 
-    def over_all(self, q: list[Tensor], k: list[Tensor], v: list[Tensor], heads: int) -> list[Tensor]:
+    def over_all(self, q: list[Tensor], k: list[Tensor], v: list[Tensor], attend: Attend) -> list[Tensor]:
         """Attention over the whole image: (B, n, D) of each part to (B, n, D) of each part."""
 
     def in_raster_order(self, merged: list[Tensor]) -> Tensor:
@@ -72,12 +77,18 @@ class VisionTower(nn.Module, ABC):
         visual: the checkpoint's vision tower.
         mean, std: normalisation of the checkpoint's image processor, for values in 0 to 1.
         dtype: of its matrix products; it determines the residual stream's unit, see `export.decoder`.
+        plain: use standard operators only, and do not divide the image into parts.
     """
 
     mean: Tensor
 
-    def __init__(self, visual: Any, mean: list[float], std: list[float], dtype: Dtype = "fp32") -> None:
+    def __init__(
+        self, visual: Any, mean: list[float], std: list[float], dtype: Dtype = "fp32", *, plain: bool = False
+    ) -> None:
         super().__init__()
+        self.operators = STANDARD if plain else FUSED
+        #: Whether an image is one part: a GPU runs all patches at once, and tools want each weight in one product.
+        self.is_whole = plain or dtype in HALVES
         config = visual.config
         self.patch, self.merge = config.patch_size, config.spatial_merge_size
         self.heads, self.hidden = config.num_heads, config.hidden_size
@@ -87,11 +98,9 @@ class VisionTower(nn.Module, ABC):
 
         # Repeated for a whole patch: broadcasting three numbers takes eight times as long.
         self.register_buffer("mean", (255 * torch.tensor(mean)).repeat(self.patch**2))
-        self.patch_embed = nn.Parameter(patch_weights(visual.patch_embed, std, self.unit))
-        self.blocks = nn.ModuleList(Block(block, self.heads, dtype) for block in visual.blocks)
-        self.merger_norm = visual.merger.ln_q.weight
-        self.merger_in = Linear.of(visual.merger.mlp[0])
-        self.merger_out = Linear.of(visual.merger.mlp[2]).in_unit(self.unit)
+        self.patch_embed = Linear(patch_weights(visual.patch_embed, std, self.unit).t(), None)
+        self.blocks = cast("list[Block]", nn.ModuleList(Block(block, dtype) for block in visual.blocks))
+        self.merger = Merger(visual.merger, dtype)
 
     @abstractmethod
     def arranged(self, pixels: Tensor) -> Arrangement:
@@ -100,28 +109,54 @@ class VisionTower(nn.Module, ABC):
     def forward(self, pixels: Tensor) -> Tensor:
         """(B, H, W, 3) uint8 to (B, T_img, D)."""
         image = self.arranged(pixels)
-        blocks = cast("list[Block]", self.blocks)
         tables = image.tables
-        hidden = [patches @ self.patch_embed for patches in image.patches(self.mean)]
-        normed = [rms_norm(x, blocks[0].norm1, self.eps) for x in hidden]
-        for index, block in enumerate(blocks):
-            qkv = [block.queries_keys_values(x, *table) for x, table in zip(normed, tables, strict=True)]
-            if index in self.full_blocks:
-                q, k, v = map(list, zip(*qkv, strict=True))
-                attended = image.over_all(q, k, v, self.heads)
-            else:
-                attended = [image.within(part, *x, self.heads) for part, x in enumerate(qkv)]
-            following = blocks[index + 1].norm1 if index + 1 < len(blocks) else self.merger_norm
-            done = [block.after_attention(*x, following, self.eps) for x in zip(attended, hidden, strict=True)]
+        hidden = [self.patch_embed(patches) for patches in image.patches(self.mean)]
+        normed = [rms_norm(x, self.blocks[0].norm1, self.eps) for x in hidden]
+        for index, block in enumerate(self.blocks):
+            following = self.blocks[index + 1].norm1 if index + 1 < len(self.blocks) else self.merger.norm
+            attended = block.attention(self._attention, image, normed, tables, is_full=index in self.full_blocks)
+            done = [block(self._after_attention, *x, following) for x in zip(attended, hidden, strict=True)]
             normed, hidden = map(list, zip(*done, strict=True))
         features = image.in_raster_order([self._merge(x) for x in normed])
         # A Div, which stays in fp32 in a graph in half precision; a Mul would not.
         return features if self.unit == 1 else features / (1 / self.unit)
 
+    def _attention(
+        self,
+        attention: "Attention",
+        image: Arrangement,
+        normed: list[Tensor],
+        tables: list[tuple[Tensor, Tensor]],
+        *,
+        is_full: bool,
+    ) -> list[Tensor]:
+        """Attention within windows or over the whole image: (B, n, D) of each part to (B, n, D) of each part."""
+        qkv = [self._queries_keys_values(attention, x, *table) for x, table in zip(normed, tables, strict=True)]
+        attend = partial(self.operators.multi_head_attention, heads=self.heads)
+        if not is_full:
+            return [image.within(part, *x, attend) for part, x in enumerate(qkv)]
+        q, k, v = map(list, zip(*qkv, strict=True))
+        return image.over_all(q, k, v, attend)
+
+    def _queries_keys_values(
+        self, attention: "Attention", x: Tensor, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Normed (B, n, D) and its part of the rotary tables to three (B, n, D)."""
+        first, rotary = torch.zeros(1, dtype=torch.int64), self.operators.rotary_embedding
+        q, k, v = attention.q(x), attention.k(x), attention.v(x)
+        return rotary(q, first, cos, sin, self.heads), rotary(k, first, cos, sin, self.heads), v
+
+    def _after_attention(
+        self, block: "Block", attended: Tensor, hidden: Tensor, following: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Attention output and residual stream (B, n, D) to inputs of the next block: normed stream, and stream."""
+        skip_rms_norm = self.operators.skip_rms_norm
+        normed, hidden = skip_rms_norm(block.attention.out(attended), hidden, block.norm2, self.eps)
+        return skip_rms_norm(block.mlp(normed, self.operators.silu), hidden, following, self.eps)
+
     def _merge(self, normed: Tensor) -> Tensor:
         """(B, n, D) of whole merge groups to (B, n / merge**2, D of the decoder)."""
-        groups = normed.reshape(-1, normed.shape[1] // self.merge**2, self.merge**2 * self.hidden)
-        return self.merger_out(F.gelu(self.merger_in(groups)))
+        return self.merger(normed.reshape(-1, normed.shape[1] // self.merge**2, self.merge**2 * self.hidden))
 
 
 class SquareTower(VisionTower):
@@ -130,7 +165,7 @@ class SquareTower(VisionTower):
     Args:
         visual: the checkpoint's vision tower.
         image_size: side in pixels, a multiple of patch size x merge size.
-        mean, std, dtype: as of `VisionTower`.
+        mean, std, dtype, plain: as of `VisionTower`.
     """
 
     order: Tensor
@@ -139,13 +174,20 @@ class SquareTower(VisionTower):
     sin: Tensor
 
     def __init__(
-        self, visual: Any, image_size: int, mean: list[float], std: list[float], dtype: Dtype = "fp32"
+        self,
+        visual: Any,
+        image_size: int,
+        mean: list[float],
+        std: list[float],
+        dtype: Dtype = "fp32",
+        *,
+        plain: bool = False,
     ) -> None:
-        super().__init__(visual, mean, std, dtype)
+        super().__init__(visual, mean, std, dtype, plain=plain)
         self.merged_side = image_size // (self.patch * self.merge)
         grid = torch.tensor([[1, image_size // self.patch, image_size // self.patch]])
         order, windows = window_order(grid, visual.config)
-        self.parts = split_windows(windows, len(order) * self.merge**2 if dtype in HALVES else PATCHES_AT_ONCE)
+        self.parts = split_windows(windows, len(order) * self.merge**2 if self.is_whole else PATCHES_AT_ONCE)
         self.register_buffer("order", order)
         self.register_buffer("inverse", torch.argsort(order))
         cos, sin = visual.rotary_pos_emb(torch.zeros(1), get_vision_position_ids(grid, self.merge))
@@ -183,21 +225,20 @@ class SquareArrangement:
         x = x.index_select(1, self._tower.order).reshape(-1, side**2 * merge**2, patch**2 * 3)
         return self._split(x.float() - mean)
 
-    def within(self, part: int, q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    def within(self, part: int, q: Tensor, k: Tensor, v: Tensor, attend: Attend) -> Tensor:
         """As of `Arrangement`."""
         done: list[Tensor] = []
         start = 0
         for count, length in self._tower.parts[part]:
             span = slice(start, start + count * length)
             rows = (t[:, span].reshape(-1, length, t.shape[-1]) for t in (q, k, v))
-            done.append(multi_head_attention(*rows, heads=heads).reshape(-1, count * length, q.shape[-1]))
+            done.append(attend(*rows).reshape(-1, count * length, q.shape[-1]))
             start = span.stop
         return torch.cat(done, dim=1)
 
-    def over_all(self, q: list[Tensor], k: list[Tensor], v: list[Tensor], heads: int) -> list[Tensor]:
+    def over_all(self, q: list[Tensor], k: list[Tensor], v: list[Tensor], attend: Attend) -> list[Tensor]:
         """As of `Arrangement`."""
-        whole = (torch.cat(parts, dim=1) for parts in (q, k, v))
-        return self._split(multi_head_attention(*whole, heads=heads))
+        return self._split(attend(*(torch.cat(parts, dim=1) for parts in (q, k, v))))
 
     def in_raster_order(self, merged: list[Tensor]) -> Tensor:
         """As of `Arrangement`."""
@@ -212,15 +253,17 @@ class NativeTower(VisionTower):
 
     Args:
         visual: the checkpoint's vision tower.
-        mean, std, dtype: as of `VisionTower`.
+        mean, std, dtype, plain: as of `VisionTower`.
     """
 
     frequencies: Tensor
 
-    def __init__(self, visual: Any, mean: list[float], std: list[float], dtype: Dtype = "fp32") -> None:
-        super().__init__(visual, mean, std, dtype)
+    def __init__(
+        self, visual: Any, mean: list[float], std: list[float], dtype: Dtype = "fp32", *, plain: bool = False
+    ) -> None:
+        super().__init__(visual, mean, std, dtype, plain=plain)
         window = visual.config.window_size // (self.patch * self.merge)
-        self.grid = NativeGrid(self.patch, self.merge, window, 1 if dtype in HALVES else NATIVE_PARTS)
+        self.grid = NativeGrid(self.patch, self.merge, window, 1 if self.is_whole else NATIVE_PARTS)
         rotary = visual.rotary_pos_emb
         assert rotary.attention_scaling == 1
         self.register_buffer("frequencies", rotary.inv_freq.clone())
@@ -240,33 +283,40 @@ def patch_weights(patch_embed: Any, std: list[float], unit: int = 1) -> Tensor:
     return (weight / divisor[:, None]).reshape(-1, weight.shape[-1])
 
 
-class Block(nn.Module):
-    """One vision block: attention within windows or over the whole image, then a gated MLP.
+class Attention(Scope):
+    """Projections of one block's attention, with matrix products in `dtype`."""
 
-    Its matrix products are in `dtype`.
-    """
-
-    def __init__(self, block: Any, heads: int, dtype: Dtype = "fp32") -> None:
+    def __init__(self, attention: Any, dtype: Dtype) -> None:
         super().__init__()
-        self.heads, unit = heads, stream_unit(dtype)
-        self.norm1, self.norm2 = block.norm1.weight, block.norm2.weight
-        q, k, v = Linear.parts(block.attn.qkv, 3)
-        out = block.attn.proj
-        self.qkv = nn.ModuleList((q, k, v.with_bias(None)))
+        self.q, self.k, v = Linear.parts(attention.qkv, 3)
+        self.v, out = v.with_bias(None), attention.proj
         # Attention weights add up to 1, so the values' bias passes through attention unchanged.
-        self.proj = Linear(out.weight, out.bias + out.weight @ v.bias).in_unit(unit)
-        self.mlp = GatedMlp(block.mlp, unit)
+        self.out = Linear(out.weight, out.bias + out.weight @ v.bias).in_unit(stream_unit(dtype))
 
-    def queries_keys_values(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Normed (B, n, D) and its part of the rotary tables to three (B, n, D)."""
-        q, k, v = (linear(x) for linear in self.qkv)
-        first = torch.zeros(1, dtype=torch.int64)
-        return rotary_embedding(q, first, cos, sin, self.heads), rotary_embedding(k, first, cos, sin, self.heads), v
 
-    def after_attention(self, attended: Tensor, hidden: Tensor, following: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """Attention output and residual stream (B, n, D) to inputs of the next block: normed stream, and stream."""
-        normed, hidden = skip_rms_norm(self.proj(attended), hidden, self.norm2, eps)
-        return skip_rms_norm(self.mlp(normed), hidden, following, eps)
+class Block(Scope):
+    """Weights of one vision block, with matrix products in `dtype`."""
+
+    def __init__(self, block: Any, dtype: Dtype = "fp32") -> None:
+        super().__init__()
+        self.norm1, self.norm2 = block.norm1.weight, block.norm2.weight
+        self.attention = Attention(block.attn, dtype)
+        self.mlp = GatedMlp(block.mlp, stream_unit(dtype))
+
+
+class Merger(nn.Module):
+    """Merge groups to the decoder's embeddings, with matrix products in `dtype`."""
+
+    __call__: Callable[..., Tensor]
+
+    def __init__(self, merger: Any, dtype: Dtype = "fp32") -> None:
+        super().__init__()
+        self.norm = merger.ln_q.weight
+        self.fc1, self.fc2 = Linear.of(merger.mlp[0]), Linear.of(merger.mlp[2]).in_unit(stream_unit(dtype))
+
+    def forward(self, groups: Tensor) -> Tensor:
+        """Normed (..., merge**2 * D) to (..., D of the decoder)."""
+        return self.fc2(F.gelu(self.fc1(groups)))
 
 
 def window_order(grid: Tensor, config: Any) -> tuple[Tensor, Windows]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from conftest import TINY
+from safetensors.torch import load_file, save_file
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 
@@ -41,4 +42,15 @@ def make_checkpoint(
     model.save_pretrained(path / "saved")
     (path / "saved" / "model.safetensors").rename(path / "model.safetensors")
     shutil.rmtree(path / "saved")
+    return path
+
+
+def untied(path: Path) -> Path:
+    """Write the tiny checkpoint with a head of its own, which holds the same weights."""
+    shutil.copytree(TINY, path)
+    tensors = load_file(TINY / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
     return path

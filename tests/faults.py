@@ -36,10 +36,11 @@ def without_normalisation(bundle: Path) -> None:
     std = json.loads((bundle / "preprocessor_config.json").read_text())["image_std"]
     with _graph(bundle, VISION) as graph:
         initializers = {initializer.name: initializer for initializer in graph.initializer}
-        weights = _weights(bundle, initializers["patch_embed"])
+        weights = _weights(bundle, initializers["vision.patch_embed.weight"])
         weights *= np.tile(np.array(std, np.float32), len(weights) // 3)[:, None]
         weights.flush()
-        initializers["mean"].CopyFrom(numpy_helper.from_array(np.zeros(initializers["mean"].dims, np.float32), "mean"))
+        mean = initializers["vision.mean"]
+        mean.CopyFrom(numpy_helper.from_array(np.zeros(mean.dims, np.float32), mean.name))
 
 
 def merge_groups_in_raster_order(bundle: Path) -> None:

@@ -43,9 +43,9 @@ def expected(tiny_bundle, encoded_rows):
 
 def _says_the_same_again(bundle):
     """Make a bundle's decoder answer each token with itself: its layers add nothing to the embedding."""
-    for layer in ("out", "mlp.down"):
+    for layer in ("attention.out", "mlp.down"):
         for number in range(4):
-            spoil(bundle, DECODER, f"weights.stack.{number}.{layer}", 0)
+            spoil(bundle, DECODER, f"decoder.layers.{number}.{layer}", 0)
     forget_known_answers(bundle)  # with them, it would be refused
 
 
@@ -64,7 +64,7 @@ def test_a_row_whose_logits_are_not_finite_fails_alone(value, tiny_bundle, encod
 
 
 def test_rows_that_fail_in_the_decoder_are_run_again_in_fp32(copied_bundle, tiny_bundle, encoded_rows, expected):
-    spoil(copied_bundle, DECODER, "weights.stack.1.mlp.down")
+    spoil(copied_bundle, DECODER, "decoder.layers.1.mlp.down")
     forget_known_answers(copied_bundle)  # with them, it would be refused
     damaged = _answer_all(Bundle.load(copied_bundle), encoded_rows)
     assert {answer.failure.type for answer in damaged} == {"NumericError"}
@@ -72,7 +72,7 @@ def test_rows_that_fail_in_the_decoder_are_run_again_in_fp32(copied_bundle, tiny
 
 
 def test_images_that_fail_in_the_vision_graph_are_encoded_again_in_fp32(copied_bundle, tiny_bundle, encoded_rows):
-    spoil(copied_bundle, VISION, "blocks.1.mlp.down")
+    spoil(copied_bundle, VISION, "vision.blocks.1.mlp.down")
     forget_known_answers(copied_bundle)  # with them, it would be refused
     image = letterboxed(ROWS[0]["image"]["bytes"])
     with pytest.raises(NumericError, match="the image features are not finite") as failure:
@@ -83,7 +83,7 @@ def test_images_that_fail_in_the_vision_graph_are_encoded_again_in_fp32(copied_b
 
 
 def test_an_image_that_fails_in_fp32_too_has_failed(copied_bundle):
-    spoil(copied_bundle, VISION, "blocks.1.mlp.down")
+    spoil(copied_bundle, VISION, "vision.blocks.1.mlp.down")
     forget_known_answers(copied_bundle)  # with them, it would be refused
     bundle = add_fp32(copied_bundle, Bundle.load(copied_bundle))
     with pytest.raises(NumericError, match="not finite"):
@@ -91,7 +91,7 @@ def test_an_image_that_fails_in_fp32_too_has_failed(copied_bundle):
 
 
 def test_features_that_are_all_the_same_mean_nothing(copied_bundle):
-    spoil(copied_bundle, VISION, "merger_out", value=0.0)
+    spoil(copied_bundle, VISION, "vision.merger.fc2", value=0.0)
     forget_known_answers(copied_bundle)  # with them, it would be refused
     with pytest.raises(NumericError, match="the image features are all the same"):
         VisionEncoder(Bundle.load(copied_bundle), threads=2).encode(letterboxed(ROWS[0]["image"]["bytes"]))

@@ -127,11 +127,11 @@ def _moved_image(monkeypatch):
 @pytest.mark.parametrize(
     ("damage", "begins_at", "own"),
     [
-        ("1-D positions", "decoder layer 0", {f"decoder layer {k}" for k in range(4)}),
-        ("merge groups in raster order", "patch embedding", {"patch embedding"}),
-        ("image moved by one", "embedding", {"embedding"}),
-        ("decoder layer at 4 bits", "decoder layer 2", {"decoder layer 2"}),
-        ("vision block at 4 bits", "vision block 1", {"vision block 1"}),
+        ("1-D positions", "decoder.layers.0", {f"decoder.layers.{k}" for k in range(4)}),
+        ("merge groups in raster order", "vision.patch_embed", {"vision.patch_embed"}),
+        ("image moved by one", "decoder.embed", {"decoder.embed"}),
+        ("decoder layer at 4 bits", "decoder.layers.2", {"decoder.layers.2"}),
+        ("vision block at 4 bits", "vision.blocks.1", {"vision.blocks.1"}),
     ],
 )
 def test_damage_turns_the_report_red_and_the_layer_plot_points_at_it(
@@ -141,8 +141,8 @@ def test_damage_turns_the_report_red_and_the_layer_plot_points_at_it(
         "1-D positions": lambda: positions_of_one_dimension(monkeypatch),
         "merge groups in raster order": lambda: merge_groups_in_raster_order(copied_bundle),
         "image moved by one": lambda: _moved_image(monkeypatch),
-        "decoder layer at 4 bits": lambda: quantize_layer(copied_bundle, DECODER, "weights.stack.2."),
-        "vision block at 4 bits": lambda: quantize_layer(copied_bundle, VISION, "blocks.1."),
+        "decoder layer at 4 bits": lambda: quantize_layer(copied_bundle, DECODER, "decoder.layers.2."),
+        "vision block at 4 bits": lambda: quantize_layer(copied_bundle, VISION, "vision.blocks.1."),
     }[damage]()
     outcome = compare(_compare_config(copied_bundle, tmp_path / "out", limit=3, layers=True))
     assert_points_at(outcome, begins_at, own)
@@ -160,9 +160,9 @@ def test_layers_of_an_exact_bundle_agree_at_every_depth(tmp_path):
     depths = outcome.summary["layers"]["depths"]
     assert [depth["name"] for depth in depths] == depth_names(8, 2)
     assert [depth["name"] for depth in depths][:4] == [
-        "patch embedding",
-        *(f"vision block {k}" for k in range(2)),
-        "merger",
+        "vision.patch_embed",
+        *(f"vision.blocks.{k}" for k in range(2)),
+        "vision.merger",
     ]
     assert max(max(depth["total"]["max"], depth["own"]["max"]) for depth in depths) < 1e-4
     assert outcome.summary["layers"]["begins_at"] is None
@@ -413,7 +413,7 @@ def test_ids_and_expected_answers_that_are_no_text_are_read_all_the_same(tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("stage", "graph", "weights"), [("vision", VISION, "mean"), ("decode", DECODER, "weights.norm")]
+    ("stage", "graph", "weights"), [("vision", VISION, "vision.mean"), ("decode", DECODER, "decoder.norm")]
 )
 def test_numbers_that_mean_nothing_are_the_bundles_failure(stage, graph, weights, copied_bundle, tmp_path):
     spoil(copied_bundle, graph, weights, value=np.nan)
@@ -424,7 +424,7 @@ def test_numbers_that_mean_nothing_are_the_bundles_failure(stage, graph, weights
 
 
 def test_two_bundles_can_be_compared_with_each_other(tiny_bundle, copied_bundle, tmp_path):
-    quantize_layer(copied_bundle, DECODER, "weights.stack.1.", bits=3)
+    quantize_layer(copied_bundle, DECODER, "decoder.layers.1.", bits=3)
     sides = {"checkpoint": None, "against_bundle": tiny_bundle.path}
     config = _compare_config(tiny_bundle.path, tmp_path / "same", **sides, layers=True, limit=3)
     same = compare(config)
@@ -433,7 +433,7 @@ def test_two_bundles_can_be_compared_with_each_other(tiny_bundle, copied_bundle,
     assert all(depth["own"]["max"] < 1e-6 for depth in same.summary["layers"]["depths"])
     other = compare(dataclasses.replace(config, bundle=copied_bundle, output=tmp_path / "other"))
     assert not other.passed
-    assert "drift begins at decoder layer 1, largest error of its own: decoder layer 1" in str(other)
+    assert "drift begins at decoder.layers.1, largest error of its own: decoder.layers.1" in str(other)
     assert "differs from the other bundle" in other.page.read_text()
 
 

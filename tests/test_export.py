@@ -17,7 +17,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 import export.decoder
 import export.vision
 from export.checkpoint import load_checkpoint
-from export.decoder import DecoderWeights, FullDecoder
+from export.decoder import FullDecoder
 from export.graphs import Traces
 from export.package import ExportConfig, export_bundle
 from export.progress import Progress
@@ -104,7 +104,7 @@ def test_a_bundle_can_be_moved(tiny_bundle, tmp_path):
 
 def test_positions_in_the_graph_are_those_of_transformers():
     model = load_checkpoint(TINY).model
-    full = FullDecoder(DecoderWeights(model), model, merged_side=4)
+    full = FullDecoder(model, merged_side=4)
     image = [model.config.image_token_id] * 16
     rows = [[5, 6, 7, *image, 8, 9], [5, *image, 6, 7], [5, 6, 7, 8]]
     assert len(image) == full.merged_side**2

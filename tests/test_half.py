@@ -23,10 +23,11 @@ from export import half
 from export.checkpoint import load_checkpoint
 from export.graphs import Precision
 from export.half import emulated, emulated_graph, to_half
+from export.names import module_of
 from export.package import ExportConfig, export_bundle
 from export.parity import refuse_beyond_bounds
 from qvl_batch.bundle.loading import Bundle
-from qvl_batch.bundle.manifest import DECODER, DECODER_FULL, VISION, Parity
+from qvl_batch.bundle.manifest import DECODER, DECODER_FULL, VISION, Parity, is_in
 from qvl_batch.decoder.decoder import Decoder
 from qvl_batch.decoder.prompts import RowLayout
 from qvl_batch.errors import BundleError, ExportError, NumericError
@@ -75,16 +76,16 @@ def test_graphs_are_in_half_precision_node_by_node(in_half):
         seen = set()
         for node in graph:
             types = _types([*node.inputs, *node.outputs])
-            patches = any(value.name == "patch_embed" for value in node.inputs if value is not None)
-            if node.op_type in FP32 or patches:
+            if node.op_type in FP32 or node.name.startswith("vision.patch_embed/"):
                 assert types <= {ir.DataType.FLOAT}, node
             elif node.op_type in IN_HALF:
                 assert types == {wanted}, node
             seen.add(node.op_type)
         assert {"SkipSimplifiedLayerNormalization", "RotaryEmbedding", "MatMul", "QuickGelu"} <= seen
-        weights = {v.name: v.dtype for v in graph.initializers.values() if v.name.endswith(".weight")}
+        matrices = (value for name, value in graph.initializers.items() if name.endswith(".weight"))
+        weights = {v.name: v.dtype for v in matrices if v.name != "vision.patch_embed.weight"}
         assert set(weights.values()) == {wanted}
-    assert {wanted} == {v.dtype for n, v in graph.initializers.items() if n in ("weights.embed", "weights.head")}
+    assert {wanted} == {v.dtype for n, v in graph.initializers.items() if n == "decoder.embed.weight"}
 
 
 def test_inputs_and_outputs_are_in_fp32_but_for_the_cache(in_half):
@@ -118,7 +119,7 @@ def test_a_comparison_emulates_it_layer_by_layer(in_half, tmp_path):
     )  # fmt: skip
     outcome = compare(config)
     assert outcome.passed, str(outcome)
-    own = [depth["own"]["median"] for depth in outcome.summary["layers"]["depths"] if depth["name"] != "embedding"]
+    own = [depth["own"]["median"] for depth in outcome.summary["layers"]["depths"] if depth["name"] != "decoder.embed"]
     assert all(1e-5 < error < 0.05 for error in own[1:])
 
 
@@ -144,13 +145,13 @@ def test_emulation_rounds_where_the_graph_holds_a_half():
 
 @pytest.mark.long
 def test_layers_can_be_left_in_fp32(tmp_path):
-    kept = ("vision block 1", "decoder layer 2", "head")
+    kept = ("vision.blocks.1", "decoder.layers.2", "decoder.head")
     config = ExportConfig(checkpoint=TINY, output=tmp_path / "bundle", dtype="bf16", fp32_layers=kept)
     assert export_bundle(config, traces=TRACES).fp32_layers == kept
-    for name, prefixes in ((VISION, ("blocks.1.",)), (DECODER, ("weights.stack.2.", "weights.head"))):
+    for name in (VISION, DECODER):
         products = [n for n in ir.load(tmp_path / "bundle" / name).graph if n.op_type in ("MatMul", "Gemm")]
         for node in products:
-            in_fp32 = node.inputs[1].name.startswith((*prefixes, "patch_embed"))
+            in_fp32 = is_in(module_of(node), [*kept, "vision.patch_embed"])
             assert _types([*node.inputs, *node.outputs]) == {ir.DataType.FLOAT if in_fp32 else half.HALF["bf16"]}
 
 
@@ -209,7 +210,7 @@ def test_weights_that_fp16_does_not_hold_are_named(tmp_path):
         tensors["model.layers.1.mlp.gate_proj.weight"], 1e5, dtype=torch.float32
     )
     save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ExportError, match=r"weights.stack.1.mlp.gate.weight has values up to 1e\+05, which float16"):
+    with pytest.raises(ExportError, match=r"decoder.layers.1.mlp.gate.weight has values up to 1e\+05, which float16"):
         export_bundle(
             ExportConfig(checkpoint=checkpoint, output=tmp_path / "bundle", dtype="fp16", vision_dtype="fp32"),
             traces=TRACES,

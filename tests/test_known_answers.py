@@ -172,7 +172,7 @@ def test_a_graph_in_fp32_for_failed_rows_is_proved_too(saturating, copied_bundle
         "guided decoder in fp32",
         "drawn decoder in fp32",
     ]
-    spoil(copied_bundle, VISION, "blocks.1.mlp.down")
+    spoil(copied_bundle, VISION, "vision.blocks.1.mlp.down")
     forget_known_answers(copied_bundle)  # with them, it would be refused itself
     vision = VisionEncoder(Bundle.load(copied_bundle), threads=2)
     saturating()

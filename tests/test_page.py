@@ -179,7 +179,7 @@ def test_the_plots_show_every_row_and_where_drift_begins(page, outcome):
     lines = page.find_elements(By.CSS_SELECTOR, "#layers .lane")
     assert len(lines) == 12
     red = [line.text for line in lines if line.find_elements(By.CSS_SELECTOR, ".own.over")]
-    assert red == ["patch embedding"]
+    assert red == ["vision.patch_embed"]
     widths = [line.find_element(By.CLASS_NAME, "own").size["width"] for line in lines]
     assert max(widths) == widths[0] > 1.3 * sorted(widths)[-2]
     dots = page.find_elements(By.CSS_SELECTOR, "#stages .dot")
@@ -187,7 +187,7 @@ def test_the_plots_show_every_row_and_where_drift_begins(page, outcome):
 
 
 def test_a_bundle_without_normalisation_is_wrong_from_the_first_layer_on(outcome):
-    assert_points_at(outcome, "patch embedding", {"patch embedding"})
+    assert_points_at(outcome, "vision.patch_embed", {"patch embedding"})
 
 
 def test_a_small_gallery_takes_what_differs_first(outcome):

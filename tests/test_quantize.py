@@ -10,6 +10,7 @@ import sys
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from answers import ask, demo_rows
 from conftest import QUESTIONS, ROOT, TINY, TRACES, exported
@@ -18,10 +19,11 @@ from reference import letterboxed
 
 from comparison.config import CompareConfig
 from comparison.run import compare
+from export.names import module_of
 from export.package import ExportConfig, export_bundle
 from export.quantize import _to_int8
 from qvl_batch.bundle.loading import Bundle
-from qvl_batch.bundle.manifest import DECODER, DECODER_FULL, FP32, VISION
+from qvl_batch.bundle.manifest import DECODER, DECODER_FULL, FP32, VISION, is_in
 from qvl_batch.decoder.decoder import NO_TOKEN, Decoder
 from qvl_batch.decoder.prompts import RowLayout
 from qvl_batch.errors import ExportError
@@ -69,7 +71,9 @@ def test_answers_cost_what_is_said(reduced, tmp_path):
     assert outcome.passed, str(outcome)
     assert outcome.summary["drift"]["vision"]["median"] > 1e-4
     assert all(
-        depth["own"]["median"] > 1e-4 for depth in outcome.summary["layers"]["depths"] if depth["name"] != "embedding"
+        depth["own"]["median"] > 1e-4
+        for depth in outcome.summary["layers"]["depths"]
+        if depth["name"] != "decoder.embed"
     )
 
 
@@ -150,24 +154,22 @@ def test_a_row_that_is_not_finite_fails_alone(reduced, rows):
 
 
 def test_layers_can_be_left_in_fp32(tmp_path):
-    kept = ("patch embedding", "vision block 1", "decoder layer 2", "head")
+    kept = ("vision.patch_embed", "vision.blocks.1", "decoder.layers.2", "decoder.head")
     config = ExportConfig(checkpoint=TINY, output=tmp_path / "bundle", dtype="int8", fp32_layers=kept, skip_parity=True)
     assert export_bundle(config, traces=TRACES).fp32_layers == kept
     bundle = Bundle.load(tmp_path / "bundle")
-    for name, prefixes, products in (
-        (VISION, ("patch_embed", "blocks.1."), 8), (DECODER, ("weights.stack.2.", "weights.head"), 8)
-    ):  # fmt: skip
-        graph = onnx.load(bundle.file(name), load_external_data=False).graph
-        plain = {node.input[1] for node in graph.node if node.op_type in ("MatMul", "Gemm")}
-        assert len(plain) == products
-        assert all(weight.startswith(prefixes) for weight in plain)
+    for name in (VISION, DECODER):
+        graph = ir.load(bundle.file(name)).graph
+        plain = {module_of(node) for node in graph if node.op_type in ("MatMul", "Gemm")}
+        assert len(plain) == 8
+        assert all(is_in(module, kept) for module in plain)
     outcome = compare(
         CompareConfig(
             bundle=bundle.path, checkpoint=TINY, input=(str(QUESTIONS),), output=tmp_path / "out", limit=4, layers=True
         )
     )
     own = {depth["name"]: depth["own"]["median"] for depth in outcome.summary["layers"]["depths"]}
-    assert {name for name, error in own.items() if error < 1e-5} == {*kept, "embedding"}
+    assert {name for name, error in own.items() if error < 1e-5} == {*kept, "decoder.embed"}
 
 
 @pytest.mark.long
@@ -195,11 +197,24 @@ def test_fp32_beside_fp32_is_refused(tmp_path):
 
 
 def test_a_layer_that_is_not_there_is_named(tmp_path):
-    config = ExportConfig(checkpoint=TINY, output=tmp_path / "bundle", dtype="int8", fp32_layers=("decoder layer 4",))
+    config = ExportConfig(checkpoint=TINY, output=tmp_path / "bundle", dtype="int8", fp32_layers=("decoder.layers.4",))
     with pytest.raises(
-        ExportError, match=r"--fp32-layers 'decoder layer 4': there is no such layer; .* decoder layer 3"
+        ExportError, match=r"--fp32-layers decoder.layers.4: there is no such layer; .* decoder.layers.\*.mlp.gate, "
     ):
         export_bundle(config)
+
+
+def test_a_single_product_can_be_left_in_fp32(tmp_path):
+    kept = ("decoder.layers.0.mlp.down", "vision.blocks.3.attention")
+    config = ExportConfig(checkpoint=TINY, output=tmp_path / "bundle", dtype="int8", fp32_layers=kept, skip_parity=True)
+    export_bundle(config, traces=TRACES)
+    plain = {
+        module_of(node)
+        for name in (VISION, DECODER)
+        for node in ir.load(tmp_path / "bundle" / name).graph
+        if node.op_type in ("MatMul", "Gemm")
+    }
+    assert plain == {kept[0], *(f"{kept[1]}.{part}" for part in ("q", "k", "v", "out"))}
 
 
 EMULATOR = "qemu-x86_64"

@@ -72,7 +72,7 @@ class LayerProbe:
         self._vision = _Tower(bundle.file(VISION), threads, bundle.manifest.vision_dtype)
         # The mean of pixels is repeated for each colour of each pixel of a patch.
         graph = onnx.load(bundle.file(VISION), load_external_data=False).graph
-        (rows,) = (weights.dims[0] for weights in graph.initializer if weights.name == "mean")
+        (rows,) = (weights.dims[0] for weights in graph.initializer if weights.name == "vision.mean")
         self._patches_per_token = 3 * bundle.manifest.layout.resolution.unit**2 // rows
         self._language = _Tower(bundle.file(DECODER), threads, bundle.manifest.dtype)
 

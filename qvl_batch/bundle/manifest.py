@@ -23,6 +23,7 @@ DECODER = "decoder.onnx"
 DECODER_GUIDED = "decoder_guided.onnx"
 DECODER_DRAWN = "decoder_drawn.onnx"
 DECODER_FULL = "decoder_full.onnx"
+VISION_FULL = "vision_full.onnx"
 TOKENIZER = "tokenizer.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 KNOWN_ANSWERS = "known_answers.npz"
@@ -170,11 +171,19 @@ def mask_bytes(vocab_size: int) -> int:
 
 
 def part_names(vision: int, decoder: int) -> list[str]:
-    """Names of the model's parts, in the order of the forward pass, for towers of `vision` and `decoder` layers."""
+    """Names of the model's parts, in the order of the forward pass, for towers of `vision` and `decoder` layers.
+
+    The names of nodes in the graphs begin with them.
+    """
     return [
-        "patch embedding", *(f"vision block {k}" for k in range(vision)), "merger",
-        "embedding", *(f"decoder layer {k}" for k in range(decoder)), "head",
+        "vision.patch_embed", *(f"vision.blocks.{k}" for k in range(vision)), "vision.merger",
+        "decoder.embed", *(f"decoder.layers.{k}" for k in range(decoder)), "decoder.head",
     ]  # fmt: skip
+
+
+def is_in(module: str, others: Iterable[str]) -> bool:
+    """Whether a module is one of the others or inside of one: `decoder.layers.3.mlp.gate` is in `decoder.layers.3`."""
+    return any(module == other or module.startswith(f"{other}.") for other in others)
 
 
 def file_sha256(path: Path) -> str:
