@@ -14,7 +14,7 @@ import itertools
 import json
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -24,13 +24,14 @@ import tyro
 from numpy.typing import NDArray
 from onnxruntime.quantization import CalibrationDataReader
 
-from qvl_batch.bundle.layout import Features, Pixels, mrope_positions
+from qvl_batch.bundle.layout import Pixels, mrope_positions
 from qvl_batch.bundle.loading import Bundle
 from qvl_batch.bundle.manifest import Manifest
 from qvl_batch.columns import FILE, IMAGES, MESSAGES, ROW, failures_of
 from qvl_batch.command_line import exit_status, settings, stop_as_by_ctrl_c
 from qvl_batch.config import Fit, JobConfig, check_at_least_one
 from qvl_batch.conversation import from_json
+from qvl_batch.decoder.decoder import PrefillRow
 from qvl_batch.decoder.prompts import RowLayout, TokenRow
 from qvl_batch.errors import ConfigError, InputError, JobError, PromptError, RowError
 from qvl_batch.images.pixels import Seen, seen_or_failure
@@ -149,7 +150,8 @@ def calibrate(config: CalibrationConfig, say: Callable[[str], None] = lambda _: 
         for file, each in zip(own, pixels, strict=True):
             np.savez(output / file, pixels=each[None])
         file = f"decoder/{len(written):06}.npz"
-        feeds = decoder_feeds(tokens, features, bundle.manifest, config.pad_to)
+        row_of_tokens = PrefillRow(tokens.input_ids, tokens.images, features)
+        feeds = decoder_feeds(row_of_tokens, bundle.manifest, config.pad_to)
         np.savez(output / file, allow_pickle=False, **feeds)
         written.append(row | {"decoder": file, "vision": own})
     if left_out:
@@ -162,28 +164,25 @@ def calibrate(config: CalibrationConfig, say: Callable[[str], None] = lambda _: 
     return len(written)
 
 
-def decoder_feeds(
-    tokens: TokenRow, features: Sequence[Features], manifest: Manifest, pad_to: int | None = None
-) -> Feeds:
+def decoder_feeds(row: PrefillRow, manifest: Manifest, pad_to: int | None = None) -> Feeds:
     """Inputs of `decoder_full.onnx` for one row.
 
     Args:
-        tokens: of the row.
-        features: (T_img, D) of each of its images, in the order of the row.
+        row: its tokens, images and features.
         manifest: of the bundle.
         pad_to: tokens to pad the row to, on the right; None for no padding.
     """
-    length = len(tokens.input_ids)
+    length = len(row.input_ids)
     size = pad_to or length
     ids = np.full((1, size), manifest.generation.pad_token_id)
-    ids[0, :length] = tokens.input_ids
+    ids[0, :length] = row.input_ids
     embeds = np.zeros((1, size, manifest.decoder.hidden_size), np.float32)
-    for image, found in zip(tokens.images, features, strict=True):
+    for image, found in zip(row.images, row.features, strict=True):
         embeds[0, image.start : image.stop] = found
     mask = (np.arange(size) < length).astype(np.int64)[None]
     feeds: Feeds = {"input_ids": ids, "attention_mask": mask, "image_embeds": embeds}
     if manifest.layout.resolution.is_native:
-        feeds["position_ids"] = mrope_positions(size, tokens.images)[:, None]
+        feeds["position_ids"] = mrope_positions(size, row.images)[:, None]
     return feeds
 
 

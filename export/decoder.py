@@ -70,9 +70,9 @@ class Embedding(nn.Module):
         super().__init__()
         self.weight = cast("nn.Parameter", weight)
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        """int64 (B, S) to (B, S, D)."""
-        return F.embedding(input_ids, self.weight)
+    def forward(self, input_ids: Tensor, is_image: Tensor, image_embeds: Tensor) -> Tensor:
+        """int64 (B, S), bool (B, S) and (B, S, D) to (B, S, D)."""
+        return torch.where(is_image[..., None], image_embeds, F.embedding(input_ids, self.weight))
 
 
 class TiedHead(nn.Module):
@@ -112,7 +112,7 @@ class _Decoder(nn.Module):
         self.register_buffer("axis", _axis_of_frequency(rotary.mrope_section))
 
     def _embed(self, input_ids: Tensor, is_image: Tensor, image_embeds: Tensor) -> Tensor:
-        hidden = torch.where(is_image[..., None], image_embeds, self.embed(input_ids))
+        hidden = self.embed(input_ids, is_image, image_embeds)
         return hidden if self.unit == 1 else hidden / self.unit
 
     def _rotary_tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:

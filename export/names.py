@@ -17,6 +17,11 @@ import onnx_ir as ir
 Tower = Literal["vision", "decoder"]
 #: The product of pixels, the head, and the table of tokens.
 PATCHES, HEAD, EMBEDDING = "vision.patch_embed", "decoder.head", "decoder.embed.weight"
+#: Hidden states in the plain graphs: before the first layer, and after each.
+PLAIN_STATES: dict[Tower, tuple[str, str]] = {
+    "vision": ("vision.patch_embed/MatMul:0", "vision.blocks.{}/Add.2:0"),
+    "decoder": ("decoder.embed/Where:0", "decoder.layers.{}/Add.3:0"),
+}
 #: Where the tracer says which modules a node is in, outermost first; the last one is the node itself.
 _SCOPES = "pkg.torch.onnx.name_scopes"
 

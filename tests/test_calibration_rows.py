@@ -112,5 +112,5 @@ def test_what_cannot_be_used_is_one_line(tiny_bundle, demo, tmp_path, monkeypatc
     pq.write_table(pa.Table.from_pylist([demo[0] | {"prompt": ""}]), tmp_path / "rows.parquet")
     with pytest.raises(JobError, match="none of the 1 rows can be used: there is nothing to calibrate on"):
         calibrate(_config(tiny_bundle, tmp_path / "other", tmp_path / "rows.parquet"))
-    with pytest.raises(InputError, match="has no calibration.json: make one with `python -m export.calibration`"):
+    with pytest.raises(InputError, match=r"has no calibration.json: make one with `python -m export.calibration`"):
         CalibrationReader(tmp_path)

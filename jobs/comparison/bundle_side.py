@@ -2,18 +2,22 @@
 
 Answers go through the engine with several rows in its slots, as in a job, but with a decoder that
 also records the logits of each token. Graphs that are made for a GPU run there if there is one, and
-else on the CPU, where half precision is emulated.
+else on the CPU, where half precision is emulated. Plain graphs that a tool has quantized can take the
+place of the bundle's.
 """
 
 from collections.abc import Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
+import onnx
 
-from comparison.layers import LayerProbe
+from comparison.layers import LayerProbe, Tower, plain_feeds, worker_feeds
+from comparison.plain_graphs import PlainDecoder, PlainVision
 from comparison.questions import Question
-from comparison.traces import Array, States, Trace
+from comparison.traces import Array, Decoded, States, Trace
 from export.half import emulated_graph
 from qvl_batch.bundle.layout import Pixels
 from qvl_batch.bundle.loading import Bundle
@@ -84,6 +88,38 @@ class RecordingDecoder(Decoder):
             self._in_slot[slot].logits.append(logits.copy())
 
 
+class EngineDecoder:
+    """The engine over a bundle's decoder, which records."""
+
+    def __init__(self, bundle: Bundle, threads: int, memory: Memory, graph: bytes | None) -> None:
+        self.decoder = RecordingDecoder(bundle, SLOTS, threads, memory, graph)
+        # One engine for all questions: on a GPU, steps are captured once for each thread.
+        self._engine = Engine(self.decoder, bundle.manifest.generation.eos_token_ids)
+
+    def complete(self, requests: Sequence[Request]) -> list[Decoded | Failure]:
+        """Answer rows, in order."""
+        self.decoder.records = {}
+        futures = [self._engine.submit(request) for request in requests]
+        wait(futures)
+        return [self._decoded(request, future) for request, future in zip(requests, futures, strict=True)]
+
+    def _decoded(self, request: Request, future: "Future[Completion]") -> Decoded | Failure:
+        try:
+            count = len(future.result().token_ids) + 1
+        except NumericError as error:
+            return Failure.of(error)
+        record = self.decoder.records[id(request.row)]
+        return Decoded(record.tokens[:count], record.logits[:count])
+
+
+@dataclass(frozen=True, slots=True)
+class Graphs:
+    """Plain graphs that take the place of a bundle's."""
+
+    decoder: Path | None = None
+    vision: Path | None = None
+
+
 class BundleSide:
     """A bundle as a side. It skips the check of known answers: a comparison measures errors instead of refusing them.
 
@@ -94,9 +130,11 @@ class BundleSide:
         layers: also load what `states` and `probe` need.
         system_prompt: as the job's.
         device: where graphs that are made for a GPU run.
+        graphs: run these in place of the bundle's.
 
     Raises:
         DeviceError: CUDA was asked for and cannot be used.
+        BundleError: one of the graphs cannot take the place of the bundle's.
     """
 
     def __init__(
@@ -108,24 +146,44 @@ class BundleSide:
         layers: bool,
         system_prompt: str | None = None,
         device: DeviceOption = "auto",
+        graphs: Graphs = Graphs(),
     ) -> None:
-        threads = usable_cpus()
+        threads, manifest = usable_cpus(), bundle.manifest
         self.layout = RowLayout(bundle, system_prompt)
         self._max_new_tokens, self._max_seq_len = max_new_tokens, max_seq_len
-        self._hidden_size = bundle.manifest.decoder.hidden_size
-        types = {VISION: bundle.manifest.vision_dtype, DECODER: bundle.manifest.dtype}
+        self._hidden_size, self._eos = manifest.decoder.hidden_size, manifest.generation.eos_token_ids
         on_gpu = device == "cuda" or (device == "auto" and has_cuda())
-        graphs = {
+        emulated = {
             name: emulated_graph(bundle.file(name)) if dtype in HALVES and not on_gpu else None
-            for name, dtype in types.items()
+            for name, dtype in ((VISION, manifest.vision_dtype), (DECODER, manifest.dtype))
         }
-        where: Device = "cuda" if types[VISION] in HALVES and on_gpu else "cpu"
-        memory = memory_on("cuda" if bundle.manifest.device == "cuda" and on_gpu else "cpu")
-        self._vision = VisionEncoder(bundle, threads, where, graph=graphs[VISION], prove=False)
-        self._decoder = RecordingDecoder(bundle, SLOTS, threads, memory, graphs[DECODER])
-        # One engine for all questions: on a GPU, steps are captured once for each thread.
-        self._engine = Engine(self._decoder, bundle.manifest.generation.eos_token_ids)
-        self._probe = LayerProbe(bundle, self._decoder, threads) if layers else None
+        self._vision: VisionEncoder | PlainVision
+        self._decoder: EngineDecoder | PlainDecoder
+        if graphs.vision:
+            self._vision = PlainVision(graphs.vision, bundle, threads)
+        else:
+            where: Device = "cuda" if manifest.vision_dtype in HALVES and on_gpu else "cpu"
+            self._vision = VisionEncoder(bundle, threads, where, graph=emulated[VISION], prove=False)
+        if graphs.decoder:
+            self._decoder = PlainDecoder(graphs.decoder, bundle, threads)
+        else:
+            memory = memory_on("cuda" if manifest.device == "cuda" and on_gpu else "cpu")
+            self._decoder = EngineDecoder(bundle, threads, memory, emulated[DECODER])
+        self._probe = self._layer_probe(bundle, threads, graphs) if layers else None
+
+    def _layer_probe(self, bundle: Bundle, threads: int, graphs: Graphs) -> LayerProbe:
+        manifest = bundle.manifest
+        if graphs.vision:
+            vision = Tower.plain(graphs.vision, threads, "vision", _vision_depth(bundle))
+        else:
+            vision = Tower.of_bundle(bundle.file(VISION), threads, manifest.vision_dtype)
+        if graphs.decoder:
+            language = Tower.plain(graphs.decoder, threads, "decoder", manifest.decoder.layers)
+        else:
+            language = Tower.of_bundle(bundle.file(DECODER), threads, manifest.dtype)
+        engine = self._decoder
+        feeds = worker_feeds(bundle, engine.decoder) if isinstance(engine, EngineDecoder) else plain_feeds(bundle)
+        return LayerProbe(bundle, vision, language, feeds)
 
     @property
     def probe(self) -> LayerProbe:
@@ -136,8 +194,10 @@ class BundleSide:
     def answer(self, questions: Sequence[Question]) -> list[Trace | Failure]:
         """Answer questions that have no failure, in order."""
         requests = [self._request(question) for question in questions]
-        traces = iter(self._run([request for request in requests if isinstance(request, Request)]))
-        return [request if isinstance(request, Failure) else next(traces) for request in requests]
+        decoded = iter(self._decoder.complete([request for request in requests if isinstance(request, Request)]))
+        return [
+            request if isinstance(request, Failure) else self._trace(request, next(decoded)) for request in requests
+        ]
 
     def states(self, question: Question) -> States:
         """Hidden states of a question that this side can answer."""
@@ -163,22 +223,21 @@ class BundleSide:
             question.conversation, [resolution.grid(*image.pixels.shape[:2]) for image in question.images]
         )
 
-    def _run(self, requests: Sequence[Request]) -> list[Trace | Failure]:
-        self._decoder.records = {}
-        futures = [self._engine.submit(request) for request in requests]
-        wait(futures)
-        records = [self._decoder.records[id(request.row)] for request in requests]
-        return list(map(self._trace, requests, futures, records))
-
-    def _trace(self, request: Request, future: "Future[Completion]", record: _Record) -> Trace | Failure:
-        try:
-            completion = future.result()
-        except NumericError as error:
-            return Failure.of(error)
+    def _trace(self, request: Request, decoded: Decoded | Failure) -> Trace | Failure:
+        if isinstance(decoded, Failure):
+            return decoded
+        *tokens, last = decoded.token_ids
         return Trace(
-            text=self.layout.text(completion.token_ids),
-            token_ids=record.tokens[: len(completion.token_ids) + 1],
+            text=self.layout.text(tokens if last in self._eos else decoded.token_ids),
+            token_ids=decoded.token_ids,
             input_ids=list(request.row.input_ids),
             features=np.concatenate([np.zeros((0, self._hidden_size), np.float32), *request.row.features]),
-            logits=np.stack(record.logits[: len(completion.token_ids) + 1]),
+            logits=np.stack(decoded.logits),
         )
+
+
+def _vision_depth(bundle: Bundle) -> int:
+    """Number of vision blocks."""
+    graph = onnx.load(bundle.file(VISION), load_external_data=False).graph
+    modules = (node.name.split("/")[0].split(".") for node in graph.node if node.name.startswith("vision.blocks."))
+    return len({module[2] for module in modules})

@@ -25,6 +25,11 @@ class CompareConfig(JobConfig):
     """Ask again about the rows that failed on a side or could not be compared."""
     overwrite: bool = False
     """Delete the comparison that the output folder already holds. Without it, the same comparison is continued."""
+    decoder_graph: Path | None = None
+    """A plain decoder graph that a tool has quantized (made from `decoder_full.onnx`), to compare in place of the
+    bundle's. It has no KV cache, so it is asked the first 64 rows unless --limit says otherwise."""
+    vision_graph: Path | None = None
+    """A plain vision graph that a tool has quantized (made from `vision_full.onnx`), in place of the bundle's."""
     checkpoint: Path | None = None
     """Folder of the checkpoint that the bundle was exported from; it answers in PyTorch, in fp32."""
     against_bundle: Path | None = None
@@ -67,6 +72,12 @@ class CompareConfig(JobConfig):
             raise ConfigError(f"--gallery must be at least 0, not {self.gallery}")
         if len(set(self.fit)) < len(self.fit):
             raise ConfigError("--fit names a way to fit an image more than once")
+
+    @property
+    def graphs(self) -> dict[str, Path]:
+        """Graphs that take the place of the bundle's, by tower."""
+        given = {"decoder": self.decoder_graph, "vision": self.vision_graph}
+        return {name: path for name, path in given.items() if path is not None}
 
     @property
     def folder(self) -> Path:

@@ -14,7 +14,7 @@ every layer, gives each layer's own error.
 What enters: pixels and tokens of rows. What leaves: `States`, and drift at each depth.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -24,7 +24,10 @@ import numpy as np
 import onnx
 
 from comparison.traces import Array, States
+from export.calibration import decoder_feeds
 from export.half import emulated_graph, stream_unit
+from export.names import PLAIN_STATES
+from export.names import Tower as TowerName
 from qvl_batch.bundle.layout import Pixels
 from qvl_batch.bundle.loading import Bundle
 from qvl_batch.bundle.manifest import DECODER, HALVES, VISION, Dtype, part_names
@@ -52,29 +55,26 @@ class Drift:
     own: list[float]
 
 
+#: Inputs of a decoder graph for a row with features (T, D) of all its images.
+Feeds = Callable[[TokenRow, Array], dict[str, Array]]
+
+
 class LayerProbe:
-    """Reads and replaces hidden states in the graphs of a bundle.
+    """Reads and replaces hidden states in graphs.
 
     Args:
-        bundle: whose graphs.
-        decoder: of the same bundle; lays out a row as the worker does.
-        threads: threads that one operator may use.
+        bundle: whose layout the graphs have.
+        vision: the vision graph.
+        language: the decoder graph.
+        feeds: inputs of the decoder graph.
     """
 
-    def __init__(self, bundle: Bundle, decoder: Decoder, threads: int) -> None:
-        self._decoder = decoder
-        inputs = bundle.manifest.graphs[DECODER].inputs
-        self._past: dict[str, Array] = {}
-        for name, spec in inputs.items():
-            if name.startswith("past_"):
-                kind = np.bool_ if spec.dtype == "bool" else np.float32
-                self._past[name] = np.zeros((1, *map(int, spec.shape[1:])), kind)
-        self._vision = _Tower(bundle.file(VISION), threads, bundle.manifest.vision_dtype)
+    def __init__(self, bundle: Bundle, vision: "Tower", language: "Tower", feeds: Feeds) -> None:
+        self._vision, self._language, self._row = vision, language, feeds
         # The mean of pixels is repeated for each colour of each pixel of a patch.
         graph = onnx.load(bundle.file(VISION), load_external_data=False).graph
         (rows,) = (weights.dims[0] for weights in graph.initializer if weights.name == "vision.mean")
         self._patches_per_token = 3 * bundle.manifest.layout.resolution.unit**2 // rows
-        self._language = _Tower(bundle.file(DECODER), threads, bundle.manifest.dtype)
 
     def states(self, images: Sequence[Pixels], tokens: TokenRow) -> States:
         """Hidden states of one row.
@@ -85,7 +85,7 @@ class LayerProbe:
         """
         *vision, features = _joined([self._encode(image) for image in images])
         *decoder, logits = self._language.run(self._row(tokens, features), "logits")
-        return States(vision, features, decoder, logits)
+        return States(vision, features, _last_token(decoder), logits)
 
     def drift(self, images: Sequence[Pixels], tokens: TokenRow, reference: States) -> Drift:
         """Drift of one row from the reference's states; the other arguments are those of `states`."""
@@ -96,13 +96,13 @@ class LayerProbe:
             own_errors.append(self._encode(image, given))
         *states, features = _joined(encoded)
         *decoder, logits = self._language.run(self._row(tokens, features), "logits")
-        found, vision = States(states, features, decoder, logits), _joined(own_errors)
+        found, vision = States(states, features, _last_token(decoder), logits), _joined(own_errors)
         # The decoder's own error is measured with the reference's features.
         row = self._row(tokens, reference.features)
-        decoder = self._language.run(row, "logits", reference.decoder)
+        *decoder, logits = self._language.run(row, "logits", reference.decoder)
         expected = [*reference.vision, reference.features, *reference.decoder, reference.logits]
         accumulated = [*found.vision, found.features, *found.decoder, found.logits]
-        own = [*vision, *decoder]
+        own = [*vision, *_last_token(decoder), logits]
         return Drift(
             total=[state_error(a, b) for a, b in zip(accumulated, expected, strict=True)],
             own=[state_error(a, b) for a, b in zip(own, expected, strict=True)],
@@ -113,25 +113,65 @@ class LayerProbe:
         *states, features = self._vision.run({"pixels": image[None]}, "image_features", given)
         return [*(state[: len(features) * self._patches_per_token] for state in states), features]
 
-    def _row(self, tokens: TokenRow, features: Array) -> dict[str, Array]:
-        parts = np.split(features, _ends(tokens))
-        prefill = self._decoder.prefill_inputs([PrefillRow(tokens.input_ids, tokens.images, parts)])
-        return {name: buffer.values for name, buffer in prefill.items()} | self._past
+
+def worker_feeds(bundle: Bundle, decoder: Decoder) -> Feeds:
+    """Inputs of a bundle's `decoder.onnx`, which `decoder` lays out as in a job."""
+    past: dict[str, Array] = {}
+    for name, spec in bundle.manifest.graphs[DECODER].inputs.items():
+        if name.startswith("past_"):
+            kind = np.bool_ if spec.dtype == "bool" else np.float32
+            past[name] = np.zeros((1, *map(int, spec.shape[1:])), kind)
+
+    def feeds(tokens: TokenRow, features: Array) -> dict[str, Array]:
+        prefill = decoder.prefill_inputs([_row(tokens, features)])
+        return {name: buffer.values for name, buffer in prefill.items()} | past
+
+    return feeds
 
 
-class _Tower:
-    """One instrumented graph, on the CPU."""
+def plain_feeds(bundle: Bundle) -> Feeds:
+    """Inputs of `decoder_full.onnx`, or of what a tool made of it."""
+    return lambda tokens, features: decoder_feeds(_row(tokens, features), bundle.manifest)
 
-    def __init__(self, path: Path, threads: int, dtype: Dtype) -> None:
+
+def _row(tokens: TokenRow, features: Array) -> PrefillRow:
+    """A row with features (T, D) of all its images."""
+    return PrefillRow(tokens.input_ids, tokens.images, np.split(features, _ends(tokens)))
+
+
+class Tower:
+    """One instrumented graph, on the CPU.
+
+    Args:
+        path: the graph's file.
+        threads: threads that one operator may use.
+        model: the instrumented graph.
+        states: names of its outputs for hidden states, by depth and part.
+        unit: divisor of its residual stream.
+    """
+
+    def __init__(
+        self, path: Path, threads: int, model: onnx.ModelProto, states: list[list[str]], unit: int = 1
+    ) -> None:
+        self._unit, self._states = unit, states
+        self._session = Session(path, threads, model.SerializeToString())
+        #: Lengths of the parts that the last run had each state in.
+        self._lengths: list[list[int]] = []
+
+    @classmethod
+    def of_bundle(cls, path: Path, threads: int, dtype: Dtype) -> "Tower":
+        """A graph of a bundle."""
         if dtype in HALVES:
             model = onnx.load_from_string(emulated_graph(path))
         else:
             model = onnx.load(path, load_external_data=False)
-        self._unit = stream_unit(dtype)
-        self._states = instrument(model, path)
-        self._session = Session(path, threads, model.SerializeToString())
-        #: Lengths of the parts that the last run had each state in.
-        self._lengths: list[list[int]] = []
+        return cls(path, threads, model, instrument(model, path), stream_unit(dtype))
+
+    @classmethod
+    def plain(cls, path: Path, threads: int, tower: TowerName, layers: int) -> "Tower":
+        """A plain graph, or what a tool made of it."""
+        model = onnx.load(path, load_external_data=False)
+        return cls(path, threads, model, instrument_plain(model, path, tower, layers))
 
     def run(self, inputs: dict[str, Array], output: str, given: list[Array] | None = None) -> list[Array]:
         """States of the single row in `inputs`, then `output`; states that are `given` replace them in the graph, after
@@ -144,13 +184,20 @@ class _Tower:
             if given is not None:
                 lengths = self._lengths[depth]
                 missing = [(0, sum(lengths) - len(given[depth])), (0, 0)]
-                parts = np.split(np.pad(given[depth] / self._unit, missing), np.cumsum(lengths)[:-1])
+                # Patches that a graph adds are dropped; of a decoder's last state, only the last token is used.
+                padded = np.pad(given[depth] / self._unit, missing, mode="edge")
+                parts = np.split(padded, np.cumsum(lengths)[:-1])
             feeds |= {f"given.{depth}.{part}": state[None] for part, state in enumerate(parts)}
         *found, result = self._session.run([*chain(*self._states), output], inputs | feeds)
         each = iter(found)
         parts_of = [[next(each)[0] for _ in names] for names in self._states]
         self._lengths = [[len(part) for part in parts] for parts in parts_of]
-        return [*(self._unit * np.concatenate(parts) for parts in parts_of), result[0]]
+        # A plain decoder computes the logits of all tokens.
+        return [*(self._unit * np.concatenate(parts) for parts in parts_of), self._last(output, result[0])]
+
+    @staticmethod
+    def _last(output: str, result: Array) -> Array:
+        return result[-1] if output == "logits" and result.ndim == 2 else result  # noqa: PLR2004
 
 
 def _ends(tokens: TokenRow) -> Array:
@@ -216,6 +263,35 @@ def instrument(model: onnx.ModelProto, path: Path) -> list[list[str]]:
     unknown = onnx.helper.make_tensor_value_info
     graph.output.extend(known.get(name, unknown(name, onnx.TensorProto.FLOAT, None)) for name in chain(*names))
     return names
+
+
+def instrument_plain(model: onnx.ModelProto, path: Path, tower: TowerName, layers: int) -> list[list[str]]:
+    """As `instrument`, for a plain graph with so many layers, or for what a tool made of it.
+
+    Raises:
+        BundleError: the graph lacks values of the plain graph's names.
+    """
+    first, after = PLAIN_STATES[tower]
+    names = [first, *(after.format(layer) for layer in range(layers))]
+    producers = {name: node for node in model.graph.node for name in node.output}
+    missing = next((name for name in names if name not in producers), None)
+    if missing is not None:
+        raise BundleError(
+            f"{path}: --layers needs the values of a plain graph by their names, and {missing!r} is not there: "
+            "quantize the bundle's own plain graph without fusing nodes, or leave out --layers"
+        )
+    model.graph.input.append(onnx.helper.make_tensor_value_info(USE_GIVEN, onnx.TensorProto.BOOL, []))
+    for depth, name in enumerate(names):
+        _divert(model, f"{depth}.0", name, after=producers[name], normed=None)
+    known = {value.name for value in model.graph.output}
+    added = [name for name in names if name not in known]
+    model.graph.output.extend(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in added)
+    return [[name] for name in names]
+
+
+def _last_token(states: list[Array]) -> list[Array]:
+    """States of a decoder, the last of them of the last token alone."""
+    return [*states[:-1], states[-1][-1:]]
 
 
 def _parts(graph: onnx.GraphProto, norms: list[onnx.NodeProto]) -> int:

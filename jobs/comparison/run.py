@@ -2,17 +2,18 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from comparison.bundle_side import BundleSide
+from comparison.bundle_side import BundleSide, Graphs
 from comparison.config import CompareConfig
 from comparison.layers import Drift, depth_names
 from comparison.measures import Measures
 from comparison.page import render
+from comparison.plain_graphs import graph_sha256
 from comparison.questions import Question, Questions, open_questions
 from comparison.records import PAGE, Records, record
 from comparison.summary import STAGES, Bounds, difference, summarize
@@ -26,6 +27,8 @@ from qvl_batch.schema import Failure
 
 #: Most questions in one chunk, and most bytes of its logits on both sides together.
 CHUNK, LOGITS_BYTES = 32, 1 << 30
+#: Rows that a decoder without a KV cache is asked by default.
+PLAIN_ROWS = 64
 PACKAGES = ("qvl-batch", "onnxruntime-gpu", "onnxruntime", "torch", "transformers")
 
 
@@ -80,6 +83,8 @@ def compare(config: CompareConfig, say: Callable[[str], None] = lambda _: None) 
     Raises:
         JobError: input, output, bundle, checkpoint or settings make the comparison impossible.
     """
+    if config.decoder_graph and config.limit is None:
+        config = replace(config, limit=PLAIN_ROWS)
     sides = _Sides(config, Bundle.load(config.bundle))
     questions = open_questions(config, sides.bundle.manifest.layout.resolution, say)
     settings = _settings(config, sides, questions)
@@ -155,7 +160,7 @@ class _Sides:
     @cached_property
     def candidate(self) -> BundleSide:
         """The bundle to compare."""
-        return self._side_of(self.bundle)
+        return self._side_of(self.bundle, Graphs(self.config.decoder_graph, self.config.vision_graph))
 
     @cached_property
     def reference(self) -> Side:
@@ -176,7 +181,7 @@ class _Sides:
             device=config.device,
         )
 
-    def _side_of(self, bundle: Bundle) -> BundleSide:
+    def _side_of(self, bundle: Bundle, graphs: Graphs = Graphs()) -> BundleSide:  # noqa: B008  (cannot be changed)
         config = self.config
         return BundleSide(
             bundle,
@@ -185,6 +190,7 @@ class _Sides:
             layers=config.layers,
             system_prompt=config.system_prompt,
             device=config.device,
+            graphs=graphs,
         )
 
     @cached_property
@@ -225,7 +231,10 @@ def _report(config: CompareConfig, sides: _Sides, records: Records, settings: di
         raise JobError(f"none of {len(rows):,} rows could be compared: {_first_error(rows)}")
     summary = {
         "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "bundle": {"path": str(config.bundle), **asdict(sides.bundle.manifest.source)},
+        "bundle": {
+            "path": ", ".join([str(config.bundle), *map(str, config.graphs.values())]),
+            **asdict(sides.bundle.manifest.source),
+        },
         "reference": {
             "kind": "bundle" if sides.other else "checkpoint",
             "path": str(config.against_bundle or config.checkpoint),
@@ -253,6 +262,7 @@ def _settings(config: CompareConfig, sides: _Sides, questions: Questions) -> dic
     files = questions.source.files
     return {
         "bundle": sides.bundle.sha256,
+        "graphs": {name: graph_sha256(path) for name, path in config.graphs.items()},
         "reference": sides.reference_source.sha256,
         "input files": [[file.path, file.footer] for file in files],
         "limit": config.limit,
@@ -283,6 +293,8 @@ def _rows_per_chunk(config: CompareConfig, bundle: Bundle) -> int:
 def _say_what(say: Callable[[str], None], config: CompareConfig, sides: _Sides, questions: Questions) -> None:
     manifest, other = sides.bundle.manifest, sides.reference_source
     say(f"bundle    {config.bundle}, {manifest.source.name}, {manifest.dtype}")
+    for name, path in config.graphs.items():
+        say(f"{name:<10}{path}, in place of the bundle's")
     say(f"against   {config.against_bundle or config.checkpoint}, {'a bundle' if sides.other else 'PyTorch, fp32'}")
     if not sides.other and other.sha256 != manifest.source.sha256:
         say("note      the bundle's manifest says it was exported from another checkpoint")

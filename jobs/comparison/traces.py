@@ -35,6 +35,14 @@ class Trace:
 
 
 @dataclass(frozen=True, slots=True)
+class Decoded:
+    """Tokens of an answer, as those of `Trace`, and the logits that each was chosen from."""
+
+    token_ids: list[int]
+    logits: list[Array]
+
+
+@dataclass(frozen=True, slots=True)
 class States:
     """Hidden states of one row: before the first layer, then after each, as in transformers.
 
