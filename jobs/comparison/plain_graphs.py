@@ -166,10 +166,21 @@ def _joined(rows: Sequence[Feeds]) -> Feeds:
     }
 
 
-def graph_sha256(path: Path) -> str:
-    """Identifies a graph: a hash of its file and of the files that its weights are in."""
-    names = [path.name, *sorted(external_locations(path.read_bytes()))]
-    return combined_sha256((name, file_sha256(path.parent / name)) for name in names)
+def graph_sha256(option: str, path: Path) -> str:
+    """Identifies a graph that an option names: a hash of its file and of the files that its weights are in.
+
+    Raises:
+        ConfigError: it is not there, is not an ONNX graph, or lacks a file of weights.
+    """
+    try:
+        locations = external_locations(path.read_bytes())
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not an ONNX graph"
+        raise ConfigError(f"{option} {path}: {reason}") from error
+    for name in sorted(locations):
+        if not (path.parent / name).is_file():
+            raise ConfigError(f"{option} {path} has weights in {name}, which is not beside it: copy it there")
+    return combined_sha256((name, file_sha256(path.parent / name)) for name in (path.name, *locations))
 
 
 def _load(option: str, path: Path, threads: int, inputs: Tensors, outputs: Tensors) -> Session:
@@ -178,13 +189,6 @@ def _load(option: str, path: Path, threads: int, inputs: Tensors, outputs: Tenso
     Raises:
         ConfigError: it has others, or cannot be loaded.
     """
-    try:
-        missing = [name for name in external_locations(path.read_bytes()) if not (path.parent / name).is_file()]
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not an ONNX graph"
-        raise ConfigError(f"{option} {path}: {reason}") from error
-    if missing:
-        raise ConfigError(f"{option} {path} has weights in {missing[0]}, which is not beside it: copy it there")
     graph = onnx.load(path, load_external_data=False).graph
     for what, wanted, found in (("inputs", inputs, graph.input), ("outputs", outputs, graph.output)):
         specs = {value.name: _spec(value) for value in found}

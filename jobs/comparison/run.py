@@ -89,6 +89,8 @@ def compare(config: CompareConfig, say: Callable[[str], None] = lambda _: None) 
     questions = open_questions(config, sides.bundle.manifest.layout.resolution, say)
     settings = _settings(config, sides, questions)
     id_type = questions.source.columns.id.type
+    if config.graphs:
+        sides.load_candidate()  # a graph that cannot be used leaves no trace in the output
     records = Records.open(config.folder, id_type, settings, overwrite=config.overwrite)
     _say_what(say, config, sides, questions)
     failures = records.failures()
@@ -161,6 +163,14 @@ class _Sides:
     def candidate(self) -> BundleSide:
         """The bundle to compare."""
         return self._side_of(self.bundle, Graphs(self.config.decoder_graph, self.config.vision_graph))
+
+    def load_candidate(self) -> None:
+        """Load the bundle to compare now.
+
+        Raises:
+            ConfigError: a graph cannot take the place of the bundle's.
+        """
+        _ = self.candidate
 
     @cached_property
     def reference(self) -> Side:
@@ -262,7 +272,7 @@ def _settings(config: CompareConfig, sides: _Sides, questions: Questions) -> dic
     files = questions.source.files
     return {
         "bundle": sides.bundle.sha256,
-        "graphs": {name: graph_sha256(path) for name, path in config.graphs.items()},
+        "graphs": {name: graph_sha256(f"--{name}-graph", path) for name, path in config.graphs.items()},
         "reference": sides.reference_source.sha256,
         "input files": [[file.path, file.footer] for file in files],
         "limit": config.limit,
