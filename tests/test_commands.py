@@ -51,6 +51,8 @@ TESTS = {
     "make emulator": ["test_what_tests_need_is_installed_where_it_is_not"],
     ".ci/run": ["test_the_machine_that_checks_all_runs_lint_and_tests"],
     "python -m export": ["test_the_demo_exports_its_bundles"],
+    "python -m export.calibration": ["test_tool_graphs.py::test_a_day_with_tools_that_quantize_runs_as_the_page_says"],
+    "python quantize.py": ["test_tool_graphs.py::test_a_day_with_tools_that_quantize_runs_as_the_page_says"],
     "python jobs/caption.py": ["test_the_demo_answers_and_shows"],
     "python jobs/check.py": ["test_known_answers.py::test_check_is_a_command"],
     "python jobs/show.py": ["test_the_demo_answers_and_shows"],
@@ -289,7 +291,9 @@ def test_a_command_line_that_its_program_does_not_take_is_noticed(run_here):
         assert status == 2
 
 
-@pytest.mark.parametrize("program", ["-m export", *(f"jobs/{path.name}" for path in (ROOT / "jobs").glob("*.py"))])
+@pytest.mark.parametrize(
+    "program", ["-m export", "-m export.calibration", *(f"jobs/{path.name}" for path in (ROOT / "jobs").glob("*.py"))]
+)
 def test_every_command_has_help(program, run_here, capsys):
     assert run_here(f"python {program} --help") == 0
     assert "usage:" in capsys.readouterr().out

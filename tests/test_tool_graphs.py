@@ -1,10 +1,16 @@
 """A plain graph that a tool has quantized is judged like a bundle, and what cannot be one is refused in one line."""
 
+import json
+import os
+import re
+import subprocess
+import sys
+
 import onnx
 import pyarrow.parquet as pq
 import pytest
 from checkpoints import make_checkpoint
-from conftest import CONVERSATIONS, QUESTIONS, TINY, exported
+from conftest import CONVERSATIONS, QUESTIONS, ROOT, TINY, exported
 from onnxruntime.quantization import quantize_dynamic
 
 from comparison.config import CompareConfig
@@ -118,3 +124,25 @@ def test_a_graph_without_our_names_is_judged_but_not_by_layers(tiny_bundle, tmp_
     assert compare(_config(tiny_bundle, tmp_path / "out", decoder_graph=path, limit=2)).passed
     with pytest.raises(BundleError, match=r"'decoder.embed/Where:0' is not there: .* or leave out --layers"):
         compare(_config(tiny_bundle, tmp_path / "layers", decoder_graph=path, layers=True, limit=2))
+
+
+@pytest.mark.parametrize("tool", ["static", pytest.param("dynamic", marks=pytest.mark.long), "8"])
+def test_a_day_with_tools_that_quantize_runs_as_the_page_says(tool, tiny_bundle, tmp_path):
+    """The commands of the page, `python -m export.calibration` and `quantize.py` among them, on fewer rows."""
+    section = (ROOT / "export" / "README.md").read_text().partition("## With tools that quantize")[2]
+    script = re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]
+    _, calibration, quantize, comparison = re.search(r"```\n(.*?)```", section, re.DOTALL)[1].splitlines()
+    (tmp_path / "quantize.py").write_text(script)
+    (tmp_path / "sample.parquet").symlink_to(QUESTIONS)
+    (tmp_path / "jobs").symlink_to(ROOT / "jobs")
+    (tmp_path / "CHECKPOINT").symlink_to(TINY)
+    (tmp_path / "bundle").symlink_to(tiny_bundle.path)
+    calibration = calibration.replace("--limit 32", "--limit 4")
+    for line in (calibration, quantize.replace(" static ", f" {tool} "), f"{comparison} --limit 3"):
+        command = [sys.executable, *line.split()[1:]]
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+        assert result.returncode == 0 or tool == "static", result.stderr
+    drift = json.loads((tmp_path / "comparison" / "summary.json").read_text())["drift"]["prefill"]["max"]
+    assert 1e-4 < drift < 0.7
+    assert "equal     " in result.stdout
