@@ -29,8 +29,8 @@ COMPARISON := build/comparison
 BENCH := build/bench
 OPENVINO := build/openvino
 TRAINING := build/train
-# Three processes, each with one file of tests at a time: while a test of one waits, the other uses the cores.
-PYTEST := $(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
+# Two processes, each with one file of tests at a time: while a test of one waits, the other uses the cores.
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-long soak fuzz real-size compare lint bench bench-answers openvino train clean browser emulator
 .DELETE_ON_ERROR:

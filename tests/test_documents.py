@@ -20,6 +20,7 @@ from benchmark.answers import AnswersConfig
 from benchmark.gpu import GpuBenchConfig
 from calibration.config import CalibrateConfig
 from comparison.config import CompareConfig
+from export.calibration import CalibrationConfig
 from export.package import ExportConfig
 from qvl_batch.config import CaptionConfig
 from qvl_batch.conversation import images_of
@@ -133,6 +134,7 @@ def test_the_notebook_example_runs(after_the_demo):
     assert _run_example(_example("README.md", "photo.jpg"), after_the_demo, dict(os.environ)).strip()
 
 
+@pytest.mark.long
 def test_the_example_of_a_folder_of_photos_answers_each_once(after_the_demo, ray_env):
     code = _example("jobs/README.md", "PHOTOS")
     said = _run_example(code, after_the_demo, ray_env)
@@ -226,6 +228,7 @@ OTHERS = {
     *("--working-dir", "--address", "--entrypoint-num-gpus"),  # Ray
     *("--id", "--query-gpu", "--format"),  # nvidia-smi
     *("--local-dir", "--help"),
+    *("--algorithm", "--precision"),  # Olive
 }
 
 
@@ -234,6 +237,7 @@ def _options():
     for config in (
         CaptionConfig,
         CalibrateConfig,
+        CalibrationConfig,
         CompareConfig,
         ExportConfig,
         BenchConfig,

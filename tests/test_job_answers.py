@@ -59,6 +59,7 @@ def test_scenes_of_the_demo_are_described_in_json(native_bundle, job, tmp_path):
     assert all(0 < row["confidence"] <= 1 for row in rows)
 
 
+@pytest.mark.long
 def test_answers_say_how_sure_the_model_is(tiny_bundle, demo, job, tmp_path):
     pq.write_table(pa.Table.from_pylist([*demo[:8], demo[8] | {"image": None}]), tmp_path / "rows.parquet")
     options = ("--bundle", tiny_bundle.path, "--input", tmp_path / "rows.parquet")
@@ -185,6 +186,7 @@ def _said(row):
     return {name: row[name] for name in ("answer", "finish_reason", "answer_tokens", "error_message")}
 
 
+@pytest.mark.long
 def test_drawn_answers_are_the_same_whatever_rows_come_with_them(tiny_bundle, demo, job, tmp_path):
     said = [None, {"temperature": 2.0, "samples": 3}, {"temperature": 0}, {"seed": 6}, "{", {"top_p": 2}]
     table = pa.Table.from_pylist(demo[:6])

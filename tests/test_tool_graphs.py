@@ -51,9 +51,9 @@ def test_a_quantized_graph_is_judged_by_answers_stages_and_layers(tiny_bundle, d
 
 
 def test_a_plain_graph_answers_as_the_bundle_whatever_rows_share_its_runs(tiny_bundle, tmp_path):
-    outcome = compare(_config(tiny_bundle, tmp_path, decoder_graph=tiny_bundle.file(DECODER_FULL), limit=16))
+    outcome = compare(_config(tiny_bundle, tmp_path, decoder_graph=tiny_bundle.file(DECODER_FULL), limit=8))
     assert outcome.passed
-    assert outcome.summary["agreement"]["count"] == 16
+    assert outcome.summary["agreement"]["count"] == 8
 
 
 @pytest.mark.long
@@ -81,9 +81,10 @@ def _without_names(source, path):
     for node in model.graph.node:
         node.name = ""
         for at, name in enumerate(node.output):
-            names[name] = name if name == "logits" else f"value_{len(names)}"
+            names[name] = f"value_{len(names)}"
             node.output[at] = names[name]
         node.input[:] = [names.get(name, name) for name in node.input]
+    model.graph.output[0].name = names["logits"]
     del model.graph.value_info[:]
     onnx.save(model, path)
 
@@ -126,7 +127,7 @@ def test_a_graph_without_our_names_is_judged_but_not_by_layers(tiny_bundle, tmp_
         compare(_config(tiny_bundle, tmp_path / "layers", decoder_graph=path, layers=True, limit=2))
 
 
-@pytest.mark.parametrize("tool", ["static", pytest.param("dynamic", marks=pytest.mark.long), "8"])
+@pytest.mark.parametrize("tool", ["8", *(pytest.param(tool, marks=pytest.mark.long) for tool in ("static", "dynamic"))])
 def test_a_day_with_tools_that_quantize_runs_as_the_page_says(tool, tiny_bundle, tmp_path):
     """The commands of the page, `python -m export.calibration` and `quantize.py` among them, on fewer rows."""
     section = (ROOT / "export" / "README.md").read_text().partition("## With tools that quantize")[2]

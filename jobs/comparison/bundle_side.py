@@ -176,11 +176,11 @@ class BundleSide:
         if graphs.vision:
             vision = Tower.plain(graphs.vision, threads, "vision", _vision_depth(bundle))
         else:
-            vision = Tower.of_bundle(bundle.file(VISION), threads, manifest.vision_dtype)
+            vision = Tower.of_bundle(bundle.file(VISION), threads, "vision", manifest.vision_dtype)
         if graphs.decoder:
             language = Tower.plain(graphs.decoder, threads, "decoder", manifest.decoder.layers)
         else:
-            language = Tower.of_bundle(bundle.file(DECODER), threads, manifest.dtype)
+            language = Tower.of_bundle(bundle.file(DECODER), threads, "decoder", manifest.dtype)
         engine = self._decoder
         feeds = worker_feeds(bundle, engine.decoder) if isinstance(engine, EngineDecoder) else plain_feeds(bundle)
         return LayerProbe(bundle, vision, language, feeds)

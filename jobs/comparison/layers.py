@@ -84,8 +84,8 @@ class LayerProbe:
             tokens: of the row.
         """
         *vision, features = _joined([self._encode(image) for image in images])
-        *decoder, logits = self._language.run(self._row(tokens, features), "logits")
-        return States(vision, features, _last_token(decoder), logits)
+        *decoder, logits = self._language.run(self._row(tokens, features))
+        return States(vision, features, *_of_last_token(decoder, logits))
 
     def drift(self, images: Sequence[Pixels], tokens: TokenRow, reference: States) -> Drift:
         """Drift of one row from the reference's states; the other arguments are those of `states`."""
@@ -95,14 +95,15 @@ class LayerProbe:
             encoded.append(self._encode(image))
             own_errors.append(self._encode(image, given))
         *states, features = _joined(encoded)
-        *decoder, logits = self._language.run(self._row(tokens, features), "logits")
-        found, vision = States(states, features, _last_token(decoder), logits), _joined(own_errors)
+        *decoder, logits = self._language.run(self._row(tokens, features))
+        found, vision = States(states, features, *_of_last_token(decoder, logits)), _joined(own_errors)
         # The decoder's own error is measured with the reference's features.
         row = self._row(tokens, reference.features)
-        *decoder, logits = self._language.run(row, "logits", reference.decoder)
+        *decoder, logits = self._language.run(row, reference.decoder)
         expected = [*reference.vision, reference.features, *reference.decoder, reference.logits]
         accumulated = [*found.vision, found.features, *found.decoder, found.logits]
-        own = [*vision, *_last_token(decoder), logits]
+        decoder, logits = _of_last_token(decoder, logits)
+        own = [*vision, *decoder, logits]
         return Drift(
             total=[state_error(a, b) for a, b in zip(accumulated, expected, strict=True)],
             own=[state_error(a, b) for a, b in zip(own, expected, strict=True)],
@@ -110,7 +111,7 @@ class LayerProbe:
 
     def _encode(self, image: Pixels, given: list[Array] | None = None) -> list[Array]:
         """States and features of an image, as `_Tower.run`, without patches that the graph adds to fill its parts."""
-        *states, features = self._vision.run({"pixels": image[None]}, "image_features", given)
+        *states, features = self._vision.run({"pixels": image[None]}, given)
         return [*(state[: len(features) * self._patches_per_token] for state in states), features]
 
 
@@ -147,35 +148,38 @@ class Tower:
         threads: threads that one operator may use.
         model: the instrumented graph.
         states: names of its outputs for hidden states, by depth and part.
+        output: name of its result: features, or logits, of which those of the last token are taken.
         unit: divisor of its residual stream.
     """
 
     def __init__(
-        self, path: Path, threads: int, model: onnx.ModelProto, states: list[list[str]], unit: int = 1
+        self, path: Path, threads: int, model: onnx.ModelProto, states: list[list[str]], output: str, unit: int = 1
     ) -> None:
-        self._unit, self._states = unit, states
+        self._unit, self._states, self._output = unit, states, output
         self._session = Session(path, threads, model.SerializeToString())
         #: Lengths of the parts that the last run had each state in.
         self._lengths: list[list[int]] = []
 
     @classmethod
-    def of_bundle(cls, path: Path, threads: int, dtype: Dtype) -> "Tower":
+    def of_bundle(cls, path: Path, threads: int, tower: TowerName, dtype: Dtype) -> "Tower":
         """A graph of a bundle."""
+        output = "image_features" if tower == "vision" else "logits"
         if dtype in HALVES:
             model = onnx.load_from_string(emulated_graph(path))
         else:
             model = onnx.load(path, load_external_data=False)
-        return cls(path, threads, model, instrument(model, path), stream_unit(dtype))
+        return cls(path, threads, model, instrument(model, path), output, stream_unit(dtype))
 
     @classmethod
     def plain(cls, path: Path, threads: int, tower: TowerName, layers: int) -> "Tower":
         """A plain graph, or what a tool made of it."""
         model = onnx.load(path, load_external_data=False)
-        return cls(path, threads, model, instrument_plain(model, path, tower, layers))
+        output = model.graph.output[0].name
+        return cls(path, threads, model, instrument_plain(model, path, tower, layers), output)
 
-    def run(self, inputs: dict[str, Array], output: str, given: list[Array] | None = None) -> list[Array]:
-        """States of the single row in `inputs`, then `output`; states that are `given` replace them in the graph, after
-        a run of the same row without them.
+    def run(self, inputs: dict[str, Array], given: list[Array] | None = None) -> list[Array]:
+        """States of the single row in `inputs`, then the result; states that are `given` replace them in the graph,
+        after a run of the same row without them.
         """
         feeds: dict[str, Any] = {USE_GIVEN: np.array(given is not None)}
         for depth, names in enumerate(self._states):
@@ -188,16 +192,11 @@ class Tower:
                 padded = np.pad(given[depth] / self._unit, missing, mode="edge")
                 parts = np.split(padded, np.cumsum(lengths)[:-1])
             feeds |= {f"given.{depth}.{part}": state[None] for part, state in enumerate(parts)}
-        *found, result = self._session.run([*chain(*self._states), output], inputs | feeds)
+        *found, result = self._session.run([*chain(*self._states), self._output], inputs | feeds)
         each = iter(found)
         parts_of = [[next(each)[0] for _ in names] for names in self._states]
         self._lengths = [[len(part) for part in parts] for parts in parts_of]
-        # A plain decoder computes the logits of all tokens.
-        return [*(self._unit * np.concatenate(parts) for parts in parts_of), self._last(output, result[0])]
-
-    @staticmethod
-    def _last(output: str, result: Array) -> Array:
-        return result[-1] if output == "logits" and result.ndim == 2 else result  # noqa: PLR2004
+        return [*(self._unit * np.concatenate(parts) for parts in parts_of), result[0]]
 
 
 def _ends(tokens: TokenRow) -> Array:
@@ -289,9 +288,12 @@ def instrument_plain(model: onnx.ModelProto, path: Path, tower: TowerName, layer
     return [[name] for name in names]
 
 
-def _last_token(states: list[Array]) -> list[Array]:
-    """States of a decoder, the last of them of the last token alone."""
-    return [*states[:-1], states[-1][-1:]]
+def _of_last_token(states: list[Array], logits: Array) -> tuple[list[Array], Array]:
+    """States of a decoder, and logits, with the last state and the logits of the last token alone.
+
+    A plain graph computes them for all tokens.
+    """
+    return [*states[:-1], states[-1][-1:]], logits if logits.ndim == 1 else logits[-1]
 
 
 def _parts(graph: onnx.GraphProto, norms: list[onnx.NodeProto]) -> int:

@@ -56,7 +56,7 @@ class PlainVision:
         Raises:
             NumericError: they are not finite.
         """
-        features: Features = self._session.run(["image_features"], {"pixels": pixels[None]})[0][0]
+        features: Features = self._session.run(list(self._session.outputs), {"pixels": pixels[None]})[0][0]
         if not np.isfinite(features).all():
             raise NumericError("the image's features are not finite")
         return features
@@ -109,7 +109,8 @@ class PlainDecoder:
         """Answer rows with the same number of tokens."""
         generation = self._manifest.generation
         while answers:
-            logits = self._session.run(["logits"], _joined([answer.feeds for answer in answers]))[0][:, -1]
+            feeds = _joined([answer.feeds for answer in answers])
+            logits = self._session.run(list(self._session.outputs), feeds)[0][:, -1]
             for answer, found in zip(answers, logits, strict=True):
                 answer.take(found.copy(), generation.repetition_penalty)
             answers = [answer for answer in answers if not answer.is_over(generation.eos_token_ids)]
@@ -192,7 +193,9 @@ def _load(option: str, path: Path, threads: int, inputs: Tensors, outputs: Tenso
     graph = onnx.load(path, load_external_data=False).graph
     for what, wanted, found in (("inputs", inputs, graph.input), ("outputs", outputs, graph.output)):
         specs = {value.name: _spec(value) for value in found}
-        if specs.keys() != wanted.keys() or not all(map(_fits, specs.values(), (wanted[name] for name in specs))):
+        if what == "outputs" and len(specs) == len(wanted):
+            specs = dict(zip(wanted, specs.values(), strict=True))  # some tools rename it
+        if specs.keys() != wanted.keys() or not all(_fits(specs[name], wanted[name]) for name in wanted):
             raise ConfigError(
                 f"{option} {path} has the {what} {_listed(specs)}, not {_listed(wanted)}: it must be made from a plain "
                 "graph of this bundle's checkpoint"
