@@ -177,8 +177,10 @@ class _Casts:
     def as_output(self, value: ir.Value, to: ir.DataType) -> ir.Value:
         """An output in another type, under its own name."""
         output = self._cast(value, to)
+        node = cast("ir.Node", output.producer())
+        node.name = f"{value.name}.output"  # one of this type can be there for a node, too
         output.name, value.name = value.name, f"{value.name}.half"
-        self._graph.append(cast("ir.Node", output.producer()))
+        self._graph.append(node)
         return output
 
     def _cast(self, value: ir.Value, to: ir.DataType) -> ir.Value:

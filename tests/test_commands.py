@@ -258,6 +258,7 @@ def run_here(monkeypatch):
         monkeypatch.setattr(sys, "argv", words[1:] if words[0] == "-m" else words)
         try:
             if words[0] == "-m":
+                monkeypatch.delitem(sys.modules, words[1], raising=False)  # as in a process of its own
                 runpy.run_module(words[1], run_name="__main__", alter_sys=True)
             else:
                 runpy.run_path(str(ROOT / words[0]), run_name="__main__")

@@ -131,7 +131,7 @@ def test_emulation_rounds_where_the_graph_holds_a_half():
     node = ir.node("MatMul", [values[0], w], outputs=[values[1]])
     graph = ir.Graph([values[0]], [values[1]], nodes=[node], initializers=[w], name="g", opset_imports={"": 21})
     model = ir.Model(graph, ir_version=10)
-    to_half(model, "bf16", str, ())
+    to_half(model, "bf16", ())
     session = ort.InferenceSession(ir.to_proto(emulated(model)).SerializeToString())
     x = np.random.default_rng(1).normal(size=(4, 4)).astype(np.float32)
     found = session.run(None, {"x": x})[0]

@@ -187,7 +187,7 @@ def test_the_plots_show_every_row_and_where_drift_begins(page, outcome):
 
 
 def test_a_bundle_without_normalisation_is_wrong_from_the_first_layer_on(outcome):
-    assert_points_at(outcome, "vision.patch_embed", {"patch embedding"})
+    assert_points_at(outcome, "vision.patch_embed", {"vision.patch_embed"})
 
 
 def test_a_small_gallery_takes_what_differs_first(outcome):

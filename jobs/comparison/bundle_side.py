@@ -134,7 +134,7 @@ class BundleSide:
 
     Raises:
         DeviceError: CUDA was asked for and cannot be used.
-        BundleError: one of the graphs cannot take the place of the bundle's.
+        ConfigError: one of the graphs cannot take the place of the bundle's.
     """
 
     def __init__(
