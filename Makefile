@@ -9,6 +9,7 @@
 # lint     ruff, mypy, and the order of imports
 # bench      measure engine and Ray job against transformers' generate on a made-up model (an hour)
 # bench-answers  measure what constraints and confidence cost, on a made-up model with Qwen's number of tokens
+# quantizers install Neural Compressor and Olive in an environment of their own, for tests
 # openvino   install OpenVINO GenAI in its own environment, so that `bench` measures it too
 # train      train the tiny model again (three hours)
 # The first target installs everything into .venv. ARGS='...' passes more options to the script.
@@ -28,11 +29,14 @@ ANSWERS := build/demo-answers
 COMPARISON := build/comparison
 BENCH := build/bench
 OPENVINO := build/openvino
+QUANTIZERS := build/quantizers
+SITE := 'import sysconfig; print(sysconfig.get_path("purelib"))'
 TRAINING := build/train
 # Two processes, each with one file of tests at a time: while a test of one waits, the other uses the cores.
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-long soak fuzz real-size compare lint bench bench-answers openvino train clean browser emulator
+.PHONY: demo test test-long soak fuzz real-size compare lint bench bench-answers openvino train clean browser emulator \
+	quantizers
 .DELETE_ON_ERROR:
 
 demo: $(BUNDLE)/bundle.json $(NATIVE)/bundle.json
@@ -49,7 +53,7 @@ demo: $(BUNDLE)/bundle.json $(NATIVE)/bundle.json
 test: $(READY) browser
 	$(PYTEST)
 
-test-long: $(READY) browser emulator
+test-long: $(READY) browser emulator quantizers
 	$(PYTEST) -m long
 
 soak: $(BUNDLE)/bundle.json
@@ -147,6 +151,16 @@ emulator:
 	@command -v qemu-x86_64 >/dev/null || { \
 		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends qemu-user; \
 	} >/dev/null 2>&1 || echo "qemu-user can't be installed here (Debian, as root): tests of other processors will be skipped"
+
+# Tests of others' tools need them; where they can't be installed they are skipped.
+quantizers: $(READY)
+	@test -e $(QUANTIZERS)/.ready -a ! $(QUANTIZERS)/.ready -ot tests/quantizers-requirements.txt || { \
+		$(BIN)/python -m venv --clear $(QUANTIZERS) && \
+		echo "import site; site.addsitedir('$$($(BIN)/python -c $(SITE))')" \
+			> "$$($(QUANTIZERS)/bin/python -c $(SITE))/ours.pth" && \
+		$(QUANTIZERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+			--requirement tests/quantizers-requirements.txt && touch $(QUANTIZERS)/.ready; \
+	} || echo "Neural Compressor and Olive can't be installed here: tests of them will be skipped"
 
 clean:
 	rm -rf build $(VENV)

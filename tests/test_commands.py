@@ -48,10 +48,12 @@ TESTS = {
     "make train": ["test_training_goes_on_where_it_was"],
     "make clean": ["test_clean_removes_what_was_built_and_nothing_else"],
     "make browser": ["test_what_tests_need_is_installed_where_it_is_not"],
+    "make quantizers": ["test_quantizers.py::test_olive_takes_the_plain_graph"],
     "make emulator": ["test_what_tests_need_is_installed_where_it_is_not"],
     ".ci/run": ["test_the_machine_that_checks_all_runs_lint_and_tests"],
     "python -m export": ["test_the_demo_exports_its_bundles"],
     "python -m export.calibration": ["test_tool_graphs.py::test_a_day_with_tools_that_quantize_runs_as_the_page_says"],
+    "python compress.py": ["test_quantizers.py::test_neural_compressor_takes_the_plain_graph"],
     "python quantize.py": ["test_tool_graphs.py::test_a_day_with_tools_that_quantize_runs_as_the_page_says"],
     "python jobs/caption.py": ["test_the_demo_answers_and_shows"],
     "python jobs/check.py": ["test_known_answers.py::test_check_is_a_command"],
@@ -98,7 +100,7 @@ OTHERS = (
     *("qvl_batch/", "export/", "jobs/", "tests/"),
 )
 #: Lines of the Makefile that are no programs of ours.
-TOOLS = ("rm", "touch", "command", "ruff", "mypy", "lint-imports", "optimum-cli", "python3")
+TOOLS = ("rm", "test", "touch", "command", "ruff", "mypy", "lint-imports", "optimum-cli", "python3")
 
 
 def _words(line):

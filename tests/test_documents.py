@@ -126,8 +126,8 @@ def _example(page, word):
 
 
 def test_every_example_is_one_that_is_run():
-    # Those of the export are run by `test_native.py` and `test_tool_graphs.py`.
-    assert [page for page, _ in EXAMPLES] == ["README.md", *["export/README.md"] * 2, *["jobs/README.md"] * 3]
+    # Those of the export are run by `test_native.py`, `test_tool_graphs.py` and `test_quantizers.py`.
+    assert [page for page, _ in EXAMPLES] == ["README.md", *["export/README.md"] * 3, *["jobs/README.md"] * 3]
 
 
 def test_the_notebook_example_runs(after_the_demo):
