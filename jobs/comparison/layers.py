@@ -282,9 +282,7 @@ def instrument_plain(model: onnx.ModelProto, path: Path, tower: TowerName, layer
     model.graph.input.append(onnx.helper.make_tensor_value_info(USE_GIVEN, onnx.TensorProto.BOOL, []))
     for depth, name in enumerate(names):
         _divert(model, f"{depth}.0", name, after=producers[name], normed=None)
-    known = {value.name for value in model.graph.output}
-    added = [name for name in names if name not in known]
-    model.graph.output.extend(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in added)
+    model.graph.output.extend(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in names)
     return [[name] for name in names]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from rapidfuzz.distance import Levenshtein
 
-from comparison.traces import Trace, first_difference
+from comparison.traces import Trace, first_difference, penalised
 from qvl_batch.distances import cosine, divergence, relative_error
 
 
@@ -78,15 +78,10 @@ def _margin(trace: Trace, index: int | None, other: int | None, penalty: float) 
         return None
     seen = {*trace.input_ids, *trace.token_ids[:index]}
     score, others = (
-        _penalised(trace.logits[index][token], penalty if token in seen else 1.0)
+        float(penalised(trace.logits[index][token], penalty if token in seen else 1.0))
         for token in (trace.token_ids[index], other)
     )
     return score - others
-
-
-def _penalised(logit: float, penalty: float) -> float:
-    """Score of a token that is in the row already: see `export.decoder`."""
-    return float(logit * penalty if logit < 0 else logit / penalty)
 
 
 def _at(tokens: list[int], index: int | None) -> int | None:

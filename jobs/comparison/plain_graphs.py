@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from comparison.traces import Array, Decoded
+from comparison.traces import Array, Decoded, penalised
 from export.calibration import Feeds, decoder_feeds
 from qvl_batch.bundle.external_data import external_locations
 from qvl_batch.bundle.layout import Features, Pixels
@@ -137,7 +137,7 @@ class _Answer:
             self.failure = Failure.of(NumericError("logits are not finite"))
             return
         scores, seen = logits.copy(), np.unique(self.feeds["input_ids"])
-        scores[seen] = np.where(scores[seen] < 0, scores[seen] * penalty, scores[seen] / penalty)
+        scores[seen] = penalised(scores[seen], penalty)
         self.tokens.append(int(scores.argmax()))
         self.logits.append(logits)
         self._append(self.tokens[-1])

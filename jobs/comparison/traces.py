@@ -69,6 +69,11 @@ class Side(Protocol):
         """Hidden states of a question that this side can answer."""
 
 
+def penalised(logits: Array, penalty: float) -> Array:
+    """Scores of tokens that are in the row already: see `export.decoder`."""
+    return np.where(logits < 0, logits * penalty, logits / penalty)
+
+
 def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
     """Index of the first token that differs, None if all are equal.
 
