@@ -9,7 +9,6 @@ import contextlib
 import logging
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +22,8 @@ from export.decoder import CachedDecoder, FullDecoder
 from export.guided import guide
 from export.half import to_half
 from export.lazy import LazyWeights, decoder_parts, vision_parts, without_weights
-from export.names import EMBEDDING, Tower, name_all
+from export.names import Tower, name_all
+from export.precision import Precision
 from export.progress import Progress, Update
 from export.quantize import quantize
 from export.vision import NativeTower, SquareTower
@@ -52,30 +52,6 @@ ALIGNMENT = 4096
 #: Batch and tokens of the example input that the decoders are traced with. They differ from each other and from
 #: 0 and 1: the tracer would make such dimensions constant.
 TRACE_ROWS, TRACE_TOKENS = 3, 7
-
-
-@dataclass(frozen=True, slots=True)
-class Precision:
-    """Precision of each tower's matrix products, modules whose products stay in fp32, and the device that the decoder
-    is made for.
-    """
-
-    decoder: Dtype = "fp32"
-    vision: Dtype = "fp32"
-    fp32_layers: tuple[str, ...] = ()
-    device: Device = "cpu"
-
-    @property
-    def has_full(self) -> bool:
-        """Whether there is a `decoder_full.onnx` too; it shares the weights of a decoder in fp32."""
-        return self.decoder == "fp32"
-
-
-def products(model: Any, precision: Precision) -> list[str]:
-    """Names of the modules with a matrix product, in the order of the forward pass."""
-    parts = vision_parts(model, [1.0, 1.0, 1.0], precision.vision) + decoder_parts(model, precision.decoder)
-    weights = (name for part in parts for name in part.of(model.get_submodule(part.module)))
-    return [name.removesuffix(".weight") for name in weights if name.endswith(".weight") and name != EMBEDDING]
 
 
 class Traces:
@@ -113,7 +89,7 @@ def export_vision(
         lazy = LazyWeights(weights, vision_parts(weights.skeleton, std, precision.vision))
         for graph in graphs.values():
             lazy.fill(graph)
-        _reduce(graphs[VISION], precision.vision, precision.fp32_layers)
+        _reduce(graphs[VISION], precision, "vision")
     with progress.step("vision weights") as update:
         _write(graphs, out, update)
 
@@ -138,7 +114,7 @@ def export_decoders(
         lazy = LazyWeights(weights, decoder_parts(weights.skeleton, precision.decoder))
         for graph in graphs.values():
             lazy.fill(graph)
-        _reduce(graphs[DECODER], precision.decoder, precision.fp32_layers)
+        _reduce(graphs[DECODER], precision, "decoder")
         vocab_size = model.config.text_config.vocab_size
         graphs[DECODER_GUIDED] = guide(graphs[DECODER].clone(), vocab_size)
         graphs[DECODER_DRAWN] = guide(graphs[DECODER].clone(), vocab_size, drawn=True)
@@ -236,10 +212,10 @@ def trace_full_decoder(model: Any, layout: Layout) -> ir.Model:
     return _trace("decoder", decoder, example, names, ["logits"], axes)
 
 
-def _reduce(graph: ir.Model, dtype: Dtype, fp32_layers: tuple[str, ...]) -> None:
-    """Convert an fp32 graph to `dtype`, in place."""
-    quantize(graph, dtype, fp32_layers)
-    to_half(graph, dtype, fp32_layers)
+def _reduce(graph: ir.Model, precision: Precision, tower: Tower) -> None:
+    """Reduce the precision of a tower's graph in fp32, in place."""
+    quantize(graph, precision.of)
+    to_half(graph, precision.of_tower(tower), precision.of)
 
 
 def _traced_as(dtype: Dtype) -> Dtype:

@@ -14,7 +14,7 @@ fp32 and rounds every value that is in half precision in the graph. A GPU's resu
 the order of the sums inside a product.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeGuard, cast
 
@@ -24,7 +24,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from export.names import EMBEDDING, HEAD, PATCHES, module_of
-from qvl_batch.bundle.manifest import HALVES, Dtype, is_in
+from qvl_batch.bundle.manifest import HALVES, Dtype
 from qvl_batch.errors import ExportError
 
 FP32 = ir.DataType.FLOAT
@@ -44,18 +44,18 @@ def stream_unit(dtype: Dtype) -> int:
     return FP16_UNIT if dtype == "fp16" else 1
 
 
-def to_half(model: ir.Model, dtype: Dtype, fp32_layers: Iterable[str]) -> None:
+def to_half(model: ir.Model, dtype: Dtype, dtype_of: Callable[[str], Dtype]) -> None:
     """Convert matrix products, attention and the operators between them to half precision.
 
     Args:
         model: changed in place.
         dtype: fp16 or bf16; any other leaves the graph as it is.
-        fp32_layers: modules whose products stay in fp32.
+        dtype_of: dtype of the product of a module: `dtype`, or fp32.
     """
     if dtype not in HALVES:
         return
     half = HALF[dtype]
-    nodes = _nodes_in_half(model, [PATCHES, *fp32_layers])
+    nodes = _nodes_in_half(model, lambda module: module != PATCHES and dtype_of(module) == dtype)
     casts = _Casts(model)
     for node in list(model.graph):
         wanted = half if node in nodes else FP32
@@ -111,14 +111,14 @@ def _is_half(value: ir.Value | None) -> TypeGuard[ir.Value]:
     return value is not None and value.dtype in HALF.values()
 
 
-def _nodes_in_half(model: ir.Model, fp32_layers: Sequence[str]) -> set[ir.Node]:
+def _nodes_in_half(model: ir.Model, is_half: Callable[[str], bool]) -> set[ir.Node]:
     chosen: set[ir.Node] = set()
     for node in model.graph:
         if node.op_type in PRODUCTS:
             is_constant = cast("ir.Value", node.inputs[1]).name in model.graph.initializers
-            if is_constant and not is_in(module_of(node), fp32_layers):
+            if is_constant and is_half(module_of(node)):
                 chosen.add(node)
-        elif node.op_type in ATTENTION or _is_embedding_in_half(node, fp32_layers):
+        elif node.op_type in ATTENTION or _is_embedding_in_half(node, is_half):
             chosen.add(node)
         elif node.op_type in LIKE_INPUTS:
             sources = [value.producer() for value in node.inputs if value is not None and value.dtype == FP32]
@@ -132,7 +132,7 @@ def _nodes_in_half(model: ir.Model, fp32_layers: Sequence[str]) -> set[ir.Node]:
     return chosen
 
 
-def _is_embedding_in_half(node: ir.Node, fp32_layers: Sequence[str]) -> bool:
+def _is_embedding_in_half(node: ir.Node, is_half: Callable[[str], bool]) -> bool:
     """Whether a node is an embedding lookup, in half precision unless a tied head keeps the table in fp32.
 
     A table in fp32 would be cast in every run.
@@ -141,7 +141,7 @@ def _is_embedding_in_half(node: ir.Node, fp32_layers: Sequence[str]) -> bool:
     if node.op_type != "Gather" or table is None or table.name != EMBEDDING:
         return False
     is_tied = any(use.node.op_type in PRODUCTS for use in table.uses())
-    return not is_tied or not is_in(HEAD, fp32_layers)
+    return not is_tied or is_half(HEAD)
 
 
 class _Casts:

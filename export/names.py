@@ -10,11 +10,12 @@ A module is one of the model's parts (`part_names`) or inside of one. Reports an
 
 import ast
 from collections import Counter
-from typing import Literal
+from typing import Literal, get_args
 
 import onnx_ir as ir
 
 Tower = Literal["vision", "decoder"]
+TOWERS: tuple[Tower, ...] = get_args(Tower)
 #: The product of pixels, the head, and the table of tokens.
 PATCHES, HEAD, EMBEDDING = "vision.patch_embed", "decoder.head", "decoder.embed.weight"
 #: Hidden states in the plain graphs: before the first layer, and after each.

@@ -5,7 +5,6 @@ the parity gate included, has passed.
 """
 
 import importlib.metadata
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -19,8 +18,10 @@ from rich.console import Console
 
 from export.chat import chat_turn
 from export.checkpoint import Checkpoint, load_checkpoint
-from export.graphs import Precision, Traces, export_decoders, export_vision, graph_spec, products
+from export.graphs import Traces, export_decoders, export_vision, graph_spec
+from export.names import TOWERS
 from export.parity import check_contract, check_parity
+from export.precision import Precision, check_mix, layers_of, products
 from export.progress import Progress, ShownProgress
 from export.proof import known_answers, tolerance_of
 from qvl_batch.bundle.layout import Layout, Resolution
@@ -44,7 +45,6 @@ from qvl_batch.bundle.manifest import (
     Parity,
     Tolerance,
     file_sha256,
-    is_in,
 )
 from qvl_batch.command_line import exit_status, settings, stop_as_by_ctrl_c
 from qvl_batch.config import Device
@@ -76,6 +76,9 @@ class ExportConfig:
     fp32_layers: tuple[str, ...] = ()
     """Layers or single products to leave in fp32, by their names in graphs and in a comparison's layer plot:
     decoder.layers.3, or decoder.layers.3.mlp.down."""
+    layers_dtype: tuple[str, ...] = ()
+    """Precision of layers or single products, as MODULE=DTYPE; a star stands for any number of a layer:
+    'decoder.layers.*.mlp.down=int8wo' decoder.head=fp32. Of two for the same module, the later one counts."""
     with_fp32: bool = False
     """Add the checkpoint in fp32 to a bundle of reduced precision: rows that give values that are not finite, or a
     repetitive answer, are then run again in fp32."""
@@ -200,23 +203,18 @@ def _precision(checkpoint: Checkpoint, config: ExportConfig) -> Precision:
     device = config.device or made_for
     if device != made_for and config.dtype != "fp32":
         raise ExportError(f"--dtype {config.dtype} is for --device {made_for}, not for {device}")
-    precision = Precision(config.dtype, config.vision_dtype or config.dtype, config.fp32_layers, device)
-    known = products(checkpoint.weights.skeleton, precision)
-    for name in config.fp32_layers:
-        if not any(is_in(product, [name]) for product in known):
-            raise ExportError(
-                f"--fp32-layers {name}: there is no such layer; products are {', '.join(_examples(known))}"
-            )
-    if config.with_vision_full and precision.vision != "fp32":
-        raise ExportError(f"--with-vision-full is for a vision tower in fp32, and this one is in {precision.vision}")
-    if config.with_fp32 and precision.decoder == precision.vision == "fp32":
+    vision_dtype = config.vision_dtype or config.dtype
+    known = products(checkpoint.weights.skeleton, config.dtype, vision_dtype)
+    layers = layers_of(config.layers_dtype, config.fp32_layers, known)
+    precision = Precision(config.dtype, vision_dtype, layers, device)
+    check_mix(precision)
+    reduced = {tower: sorted(precision.dtypes(tower) - {"fp32"}) for tower in TOWERS}
+    if config.with_vision_full and reduced["vision"]:
+        found = ", ".join(reduced["vision"])
+        raise ExportError(f"--with-vision-full is for a vision tower in fp32, and this one is in {found}")
+    if config.with_fp32 and not any(reduced.values()):
         raise ExportError("--with-fp32 needs a reduced --dtype or --vision-dtype: this bundle is in fp32 already")
     return precision
-
-
-def _examples(products: list[str]) -> list[str]:
-    """Products with a dot and a star in place of what all layers have."""
-    return list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", product) for product in products))
 
 
 def _check_output(output: Path, *, overwrite: bool) -> None:
@@ -274,7 +272,7 @@ def _fill(
         dtype=precision.decoder,
         device=precision.device,
         vision_dtype=precision.vision,
-        fp32_layers=precision.fp32_layers,
+        layers_dtype=dict(precision.layers),
         special_tokens=checkpoint.special_tokens,
         layout=layout,
         decoder=_decoder_shape(checkpoint.config.text_config),

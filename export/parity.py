@@ -11,6 +11,7 @@ no CPU runs, are emulated.
 The last row is in no figure of the gate. It becomes the bundle's known answers: see `export.proof`.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from export.checkpoint import Checkpoint
-from export.graphs import Precision
 from export.half import emulated_graph
+from export.precision import Precision
 from export.progress import Progress, Update
 from qvl_batch.bundle.known_answers import repeated, sample
 from qvl_batch.bundle.layout import Layout, PlacedImage, mrope_positions
@@ -224,11 +225,10 @@ def refuse_beyond_bounds(parity: Parity, precision: Precision) -> None:
     Raises:
         ExportError: names the first such figure, its value and its bound.
     """
-    vision = BOUNDS[precision.vision]
+    vision = bounds_of(precision.dtypes("vision"))
     # The decoder's input is the vision tower's output, errors included.
-    both = (vision, BOUNDS[precision.decoder])
-    error, kl = max(b.error for b in both), max(b.first_token_kl for b in both)
-    agreement = min(b.agreement for b in both)
+    both = bounds_of(precision.dtypes("vision") | precision.dtypes("decoder"))
+    kl = both.first_token_kl
     off = "off by {:.2e} of their largest magnitude (allowed: {:.0e})"
     for is_within, what in (
         (parity.features <= vision.error, f"vision features are {off.format(parity.features, vision.error)}"),
@@ -236,18 +236,29 @@ def refuse_beyond_bounds(parity: Parity, precision: Precision) -> None:
             parity.feature_cosine >= vision.feature_cosine,
             f"an image token's features have cosine {parity.feature_cosine:.6f} (allowed: {vision.feature_cosine})",
         ),
-        (parity.logits <= error, f"logits are {off.format(parity.logits, error)}"),
+        (parity.logits <= both.error, f"logits are {off.format(parity.logits, both.error)}"),
         (
             parity.first_token_kl <= kl,
             f"the first token's distribution diverges by {parity.first_token_kl:.2e} nats (allowed: {kl:.0e})",
         ),
         (
-            parity.agreement >= agreement,
-            f"{parity.tokens_equal} of {parity.tokens} greedy tokens are equal (allowed: {agreement:.0%})",
+            parity.agreement >= both.agreement,
+            f"{parity.tokens_equal} of {parity.tokens} greedy tokens are equal (allowed: {both.agreement:.0%})",
         ),
     ):
         if not is_within:
             raise ExportError(f"parity gate: {what}; no bundle was written")
+
+
+def bounds_of(dtypes: Iterable[Dtype]) -> GateBounds:
+    """For each figure, the widest of these dtypes' bounds."""
+    each = [BOUNDS[dtype] for dtype in dtypes]
+    return GateBounds(
+        error=max(bounds.error for bounds in each),
+        first_token_kl=max(bounds.first_token_kl for bounds in each),
+        feature_cosine=min(bounds.feature_cosine for bounds in each),
+        agreement=min(bounds.agreement for bounds in each),
+    )
 
 
 def _rows(checkpoint: Checkpoint, layout: Layout) -> list[Row]:

@@ -6,8 +6,9 @@ tolerance for its manifest, which the exporting machine's own graphs keep.
 
 import numpy as np
 
-from export.graphs import Precision
-from export.parity import BOUNDS, Gate
+from export.names import TOWERS, Tower
+from export.parity import BOUNDS, Gate, bounds_of
+from export.precision import Precision
 from qvl_batch.bundle.known_answers import STEPS, KnownAnswers, sample
 from qvl_batch.bundle.manifest import Tolerance
 from qvl_batch.distances import cosine, relative_error
@@ -49,14 +50,18 @@ def known_answers(gate: Gate, tolerance: Tolerance) -> KnownAnswers:
 
 def tolerance_of(gate: Gate, precision: Precision) -> Tolerance:
     """The bounds of the gate; in integer precision, `INTEGER_MARGIN` times this machine's errors if that is less."""
-    exact, vision, decoder = BOUNDS["fp32"], BOUNDS[precision.vision], BOUNDS[precision.decoder]
+    exact, vision, decoder = BOUNDS["fp32"], *(bounds_of(precision.dtypes(tower)) for tower in TOWERS)
     features, least_cosine, logits = vision.error, vision.feature_cosine, decoder.error
-    if precision.vision.startswith("int"):
+    if _has_integers(precision, "vision"):
         found, expected = sample(gate.graphs.features), sample(gate.reference.features)
         features = max(exact.error, min(features, INTEGER_MARGIN * relative_error(found, expected)))
         distance = 1 - float(cosine(found, expected).min())
         least_cosine = min(exact.feature_cosine, max(least_cosine, 1 - INTEGER_MARGIN * distance))
-    if precision.decoder.startswith("int"):
+    if _has_integers(precision, "decoder"):
         error = relative_error(gate.graphs.logits, gate.reference.first_logits)
         logits = max(exact.error, min(logits, INTEGER_MARGIN * error))
     return Tolerance(features=features, feature_cosine=least_cosine, logits=logits)
+
+
+def _has_integers(precision: Precision, tower: Tower) -> bool:
+    return any(dtype.startswith("int") for dtype in precision.dtypes(tower))

@@ -25,7 +25,7 @@ stream, norms, rotary tables, softmax, embedding) stays in fp32.
 the graph; the kernel rounds them to 8 bits in the same blocks (`accuracy_level` 4).
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 
 from export.names import module_of
 from export.operators import DOMAIN
-from qvl_batch.bundle.manifest import Dtype, is_in
+from qvl_batch.bundle.manifest import Dtype
 
 Array = NDArray[Any]
 #: Inputs that share one scale in a weight-only product.
@@ -46,23 +46,19 @@ ACCURACY_LEVEL = 4
 TINY = float(np.finfo(np.float32).tiny)
 
 
-def quantize(model: ir.Model, dtype: Dtype, fp32_layers: Iterable[str]) -> None:
-    """Quantize every matrix product of `model` with a constant matrix, except those in `fp32_layers`.
+def quantize(model: ir.Model, dtype_of: Callable[[str], Dtype]) -> None:
+    """Quantize matrix products of `model` with a constant matrix.
 
     Args:
         model: changed in place.
-        dtype: of the products; one that is not an integer leaves the graph as it is.
-        fp32_layers: modules to leave in fp32.
+        dtype_of: dtype of the product of a module; one that is not an integer leaves it as it is.
     """
-    if not dtype.startswith("int"):
-        return
     tape = _Tape(model)
-    quantized = _w8a8 if dtype == "int8" else partial(_weight_only, bits=4 if dtype == "int4wo" else 8)
     for node in list(model.graph):
         weight = node.inputs[1] if node.op_type in ("MatMul", "Gemm") else None
-        if weight is None or weight.const_value is None or is_in(module_of(node), fp32_layers):
+        if weight is None or weight.const_value is None or dtype_of(module_of(node)) not in PRODUCTS:
             continue
-        product = quantized(tape, node)
+        product = PRODUCTS[dtype_of(module_of(node))](tape, node)
         product.shape, product.type = node.outputs[0].shape, node.outputs[0].type
         name, nodes = node.outputs[0].name, tape.take()
         for number, added in enumerate(nodes):
@@ -198,3 +194,11 @@ def _to_blocks(matrix: Array, bits: int) -> dict[str, Array]:
     levels = (np.rint(padded / scale) + zero_point).astype(np.uint8)
     packed = levels if bits == 8 else levels[..., ::2] | (levels[..., 1::2] << 4)  # noqa: PLR2004
     return {f"int{bits}": packed, "scale": scale[..., 0].astype(np.float32)}
+
+
+#: What replaces a product: `(tape, node)` to the value that the product has.
+PRODUCTS: dict[Dtype, Callable[[_Tape, ir.Node], ir.Value]] = {
+    "int8": _w8a8,
+    "int8wo": partial(_weight_only, bits=8),
+    "int4wo": partial(_weight_only, bits=4),
+}

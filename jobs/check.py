@@ -99,10 +99,9 @@ def _timed(graph: str, load: Callable[[], VisionEncoder | Decoder]) -> Checked:
 
 def show(config: CheckConfig, manifest: Manifest, found: list[Checked], console: Console) -> bool:
     """Print a table and a verdict; returns whether all figures are within their bounds."""
-    towers = f"vision in {manifest.vision_dtype}, decoder in {manifest.dtype}"
     versions = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
     for line in (
-        f"bundle    {config.bundle}: {manifest.source.name}, {towers}",
+        f"bundle    {config.bundle}: {manifest.source.name}, {manifest.towers}",
         f"exported  with {versions}",
         *(f"machine   {machine}" for machine in dict.fromkeys(checked.machine for checked in found)),
     ):

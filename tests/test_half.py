@@ -21,11 +21,11 @@ from comparison.reference import PyTorch
 from comparison.run import compare
 from export import half
 from export.checkpoint import load_checkpoint
-from export.graphs import Precision
 from export.half import emulated, emulated_graph, to_half
 from export.names import module_of
 from export.package import ExportConfig, export_bundle
 from export.parity import refuse_beyond_bounds
+from export.precision import Precision
 from qvl_batch.bundle.loading import Bundle
 from qvl_batch.bundle.manifest import DECODER, DECODER_FULL, VISION, Parity, is_in
 from qvl_batch.decoder.decoder import Decoder
@@ -131,7 +131,7 @@ def test_emulation_rounds_where_the_graph_holds_a_half():
     node = ir.node("MatMul", [values[0], w], outputs=[values[1]])
     graph = ir.Graph([values[0]], [values[1]], nodes=[node], initializers=[w], name="g", opset_imports={"": 21})
     model = ir.Model(graph, ir_version=10)
-    to_half(model, "bf16", ())
+    to_half(model, "bf16", lambda _: "bf16")
     session = ort.InferenceSession(ir.to_proto(emulated(model)).SerializeToString())
     x = np.random.default_rng(1).normal(size=(4, 4)).astype(np.float32)
     found = session.run(None, {"x": x})[0]
@@ -147,7 +147,7 @@ def test_emulation_rounds_where_the_graph_holds_a_half():
 def test_layers_can_be_left_in_fp32(tmp_path):
     kept = ("vision.blocks.1", "decoder.layers.2", "decoder.head")
     config = ExportConfig(checkpoint=TINY, output=tmp_path / "bundle", dtype="bf16", fp32_layers=kept)
-    assert export_bundle(config, traces=TRACES).fp32_layers == kept
+    assert export_bundle(config, traces=TRACES).layers_dtype == dict.fromkeys(kept, "fp32")
     for name in (VISION, DECODER):
         products = [n for n in ir.load(tmp_path / "bundle" / name).graph if n.op_type in ("MatMul", "Gemm")]
         for node in products:

@@ -156,7 +156,7 @@ def test_a_row_that_is_not_finite_fails_alone(reduced, rows):
 def test_layers_can_be_left_in_fp32(tmp_path):
     kept = ("vision.patch_embed", "vision.blocks.1", "decoder.layers.2", "decoder.head")
     config = ExportConfig(checkpoint=TINY, output=tmp_path / "bundle", dtype="int8", fp32_layers=kept, skip_parity=True)
-    assert export_bundle(config, traces=TRACES).fp32_layers == kept
+    assert export_bundle(config, traces=TRACES).layers_dtype == dict.fromkeys(kept, "fp32")
     bundle = Bundle.load(tmp_path / "bundle")
     for name in (VISION, DECODER):
         graph = ir.load(bundle.file(name)).graph
@@ -215,6 +215,56 @@ def test_a_single_product_can_be_left_in_fp32(tmp_path):
         if node.op_type in ("MatMul", "Gemm")
     }
     assert plain == {kept[0], *(f"{kept[1]}.{part}" for part in ("q", "k", "v", "out"))}
+
+
+def test_layers_can_have_a_precision_of_their_own(tmp_path):
+    config = ExportConfig(
+        checkpoint=TINY, output=tmp_path / "bundle", dtype="int8wo", vision_dtype="fp32", fp32_layers=("decoder.head",),
+        layers_dtype=(
+            "decoder.layers.*.mlp=int4wo", "vision.blocks.2=int8", "decoder.layers.1.mlp.down=int8",
+            "decoder.head=int8",
+        ),
+    )  # fmt: skip
+    manifest = export_bundle(config, traces=TRACES)
+    assert manifest.layers_dtype["decoder.layers.3.mlp"] == "int4wo"
+    assert manifest.layers_dtype["decoder.head"] == "fp32"
+    assert manifest.towers == "vision in fp32 (int8: 1), decoder in int8wo (fp32: 1, int4wo: 4, int8: 1)"
+    assert manifest.vision_dtypes == {"fp32", "int8"}
+    assert DECODER_FULL not in manifest.files
+    assert manifest.parity is not None
+    found = {
+        module_of(node): (node.op_type, *(a.value for name, a in node.attributes.items() if name == "bits"))
+        for name in (VISION, DECODER)
+        for node in ir.load(tmp_path / "bundle" / name).graph
+        if node.op_type in ("MatMul", "Gemm", "MatMulNBits", "MatMulIntegerToFloat")
+    }
+    expected = {
+        "vision.blocks.1.mlp.up": ("MatMul",),
+        "vision.blocks.2.attention.q": ("MatMulIntegerToFloat",),
+        "decoder.layers.0.attention.out": ("MatMulNBits", 8),
+        "decoder.layers.0.mlp.down": ("MatMulNBits", 4),
+        "decoder.layers.1.mlp.up": ("MatMulNBits", 4),
+        "decoder.layers.1.mlp.down": ("MatMulIntegerToFloat",),
+        "decoder.head": ("Gemm",),
+    }
+    assert {module: found[module] for module in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layers_dtype": ("decoder.head",)}, "--layers-dtype decoder.head: write MODULE=DTYPE, with one of fp32, "),
+        ({"layers_dtype": ("decoder.head=int2",)}, "--layers-dtype decoder.head=int2: write MODULE=DTYPE"),
+        ({"layers_dtype": ("decoder.layers.9=int8",)}, "--layers-dtype decoder.layers.9=int8: there is no such layer"),
+        ({"layers_dtype": ("decoder.layers.*.mpl=int8",)}, r"decoder.layers.\*.mpl=int8: there is no such layer"),
+        ({"layers_dtype": ("decoder.head=bf16",)}, "its tower is in fp32, and beside half precision only fp32"),
+        ({"dtype": "bf16", "layers_dtype": ("decoder.head=int8",)}, "its tower is in bf16, and beside half precision"),
+        ({"device": "cuda", "layers_dtype": ("decoder.head=int8",)}, "--device cuda: int8 is for a decoder on the CPU"),
+    ],
+)
+def test_a_precision_that_cannot_be_is_refused(tmp_path, options, message):
+    with pytest.raises(ExportError, match=message):
+        export_bundle(ExportConfig(checkpoint=TINY, output=tmp_path / "bundle", **options))
 
 
 EMULATOR = "qemu-x86_64"

@@ -302,7 +302,7 @@ def _rows_per_chunk(config: CompareConfig, bundle: Bundle) -> int:
 
 def _say_what(say: Callable[[str], None], config: CompareConfig, sides: _Sides, questions: Questions) -> None:
     manifest, other = sides.bundle.manifest, sides.reference_source
-    say(f"bundle    {config.bundle}, {manifest.source.name}, {manifest.dtype}")
+    say(f"bundle    {config.bundle}, {manifest.source.name}, {manifest.towers}")
     for name, path in config.graphs.items():
         say(f"{name:<10}{path}, in place of the bundle's")
     say(f"against   {config.against_bundle or config.checkpoint}, {'a bundle' if sides.other else 'PyTorch, fp32'}")

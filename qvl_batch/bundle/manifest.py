@@ -5,7 +5,8 @@ What enters: the file's text. What leaves: a validated `Manifest`. The exporter 
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,7 +17,7 @@ from qvl_batch.bundle.layout import Layout
 from qvl_batch.config import Device
 from qvl_batch.errors import BundleError
 
-FORMAT_VERSION = 8
+FORMAT_VERSION = 9
 MANIFEST = "bundle.json"
 VISION = "vision.onnx"
 DECODER = "decoder.onnx"
@@ -125,10 +126,10 @@ class Tolerance:
 class Manifest:
     """Contents of `bundle.json`.
 
-    `dtype` is the precision of the decoder, `vision_dtype` of the vision tower; `fp32_layers` of either tower are in
-    fp32. `device` is the device that the decoder was exported for; a vision tower in fp32 runs on any. Without the
-    parity gate there is no `parity`, no `tolerance` and no file of known answers. `special_tokens` are the variables of
-    the chat template that name them, such as `eos_token`.
+    `dtype` is the precision of the decoder, `vision_dtype` of the vision tower, and `layers_dtype` of modules of either
+    tower that differ from it. `device` is the device that the decoder was exported for; a vision tower in fp32 runs on
+    any. Without the parity gate there is no `parity`, no `tolerance` and no file of known answers. `special_tokens` are
+    the variables of the chat template that name them, such as `eos_token`.
     """
 
     #: Unknown keys are refused, in nested objects too.
@@ -138,7 +139,7 @@ class Manifest:
     dtype: Dtype
     device: Device
     vision_dtype: Dtype
-    fp32_layers: tuple[str, ...]
+    layers_dtype: dict[str, Dtype]
     special_tokens: dict[str, str]
     layout: Layout
     decoder: DecoderShape
@@ -152,6 +153,22 @@ class Manifest:
     def bytes_of(self, graph: str) -> int:
         """Size in bytes of a graph with its weights."""
         return sum(file.size for name, file in self.files.items() if name in (graph, f"{graph}.data"))
+
+    @property
+    def vision_dtypes(self) -> set[Dtype]:
+        """All dtypes of the vision tower's products."""
+        return dtypes_of("vision", self.vision_dtype, self.layers_dtype)
+
+    @property
+    def towers(self) -> str:
+        """Precision of both towers, in words."""
+        vision, decoder = self._in_words("vision", self.vision_dtype), self._in_words("decoder", self.dtype)
+        return f"vision in {vision}, decoder in {decoder}"
+
+    def _in_words(self, tower: str, dtype: Dtype) -> str:
+        others = Counter(each for name, each in self.layers_dtype.items() if is_in(name, [tower]) and each != dtype)
+        named = ", ".join(f"{other}: {count}" for other, count in sorted(others.items()))
+        return f"{dtype} ({named})" if named else dtype
 
     @property
     def vision_sha256(self) -> str:
@@ -184,6 +201,11 @@ def part_names(vision: int, decoder: int) -> list[str]:
 def is_in(module: str, others: Iterable[str]) -> bool:
     """Whether a module is one of the others or inside of one: `decoder.layers.3.mlp.gate` is in `decoder.layers.3`."""
     return any(module == other or module.startswith(f"{other}.") for other in others)
+
+
+def dtypes_of(tower: str, dtype: Dtype, layers: Mapping[str, Dtype]) -> set[Dtype]:
+    """All dtypes of a tower in `dtype`, some of whose modules have others."""
+    return {dtype, *(each for name, each in layers.items() if is_in(name, [tower]))}
 
 
 def file_sha256(path: Path) -> str:

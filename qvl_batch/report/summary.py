@@ -175,6 +175,8 @@ def recorded_settings(
             "sha256": bundle.sha256,
             "source": asdict(bundle.manifest.source),
             "dtype": bundle.manifest.dtype,
+            "vision_dtype": bundle.manifest.vision_dtype,
+            "layers_dtype": bundle.manifest.layers_dtype,
         },
         "decoding": {
             "method": "sampling" if config.sampling.is_random or config.sampling_column else "greedy",

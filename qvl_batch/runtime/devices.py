@@ -60,13 +60,15 @@ def resolve_vision_device(requested: DeviceOption, manifest: Manifest) -> Device
     """
     _check_option(requested, "vision device")
     only: Device | None = None
-    if manifest.vision_dtype != "fp32":
-        only = "cuda" if manifest.vision_dtype in HALVES else "cpu"
+    reduced = manifest.vision_dtypes - {"fp32"}
+    if reduced:
+        only = "cuda" if reduced <= set(HALVES) else "cpu"
     if requested == "auto":
         return only or "cpu"
     if only not in (None, requested):
+        found = ", ".join(sorted(reduced))
         raise DeviceError(
-            f"--vision-device {requested}: this bundle's vision tower is in {manifest.vision_dtype}, which runs on "
+            f"--vision-device {requested}: this bundle's vision tower is in {found}, which runs on "
             f"{only}; export the checkpoint with --vision-dtype fp32, or leave out --vision-device"
         )
     return requested
