@@ -14,7 +14,7 @@ import itertools
 import json
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -24,28 +24,21 @@ import tyro
 from numpy.typing import NDArray
 from onnxruntime.quantization import CalibrationDataReader
 
-from qvl_batch.bundle.layout import Pixels, mrope_positions
+from export.sample import INDEX, SampleRows
+from qvl_batch.bundle.layout import mrope_positions
 from qvl_batch.bundle.loading import Bundle
 from qvl_batch.bundle.manifest import Manifest
-from qvl_batch.columns import FILE, IMAGES, MESSAGES, ROW, failures_of
 from qvl_batch.command_line import exit_status, settings, stop_as_by_ctrl_c
 from qvl_batch.config import Fit, JobConfig, check_at_least_one
-from qvl_batch.conversation import from_json
 from qvl_batch.decoder.decoder import PrefillRow
-from qvl_batch.decoder.prompts import RowLayout, TokenRow
-from qvl_batch.errors import ConfigError, InputError, JobError, PromptError, RowError
-from qvl_batch.images.pixels import Seen, seen_or_failure
-from qvl_batch.images.view import View
-from qvl_batch.input.fetch import Fetcher
-from qvl_batch.input.reader import read_unit
-from qvl_batch.input.source import Source, open_source
+from qvl_batch.decoder.prompts import RowLayout
+from qvl_batch.errors import ConfigError, InputError, JobError, RowError
 from qvl_batch.runtime.devices import usable_cpus
-from qvl_batch.schema import ID, Failure, first_failure, readable
+from qvl_batch.schema import Failure
 from qvl_batch.vision.encoder import VisionEncoder
 
 Graph = Literal["decoder", "vision"]
 Feeds = dict[str, NDArray[Any]]
-INDEX = "calibration.json"
 #: Rows of the input that are read at a time.
 ROWS_AT_ONCE = 8
 
@@ -127,31 +120,27 @@ def calibrate(config: CalibrationConfig, say: Callable[[str], None] = lambda _: 
         JobError: bundle, input or output cannot be used, or no row can.
     """
     bundle, output = Bundle.load(config.bundle), Path(config.output)
-    view = View.of(bundle.manifest.layout.resolution, config.fit, config.max_pixels)
-    layout, source = RowLayout(bundle, config.system_prompt), open_source(config)
+    rows = SampleRows(config, RowLayout(bundle, config.system_prompt), config.fit, config.pad_to)
     _clear(output, overwrite=config.overwrite)
     vision = VisionEncoder(bundle, usable_cpus())
     written: list[dict[str, Any]] = []
     left_out: list[dict[str, Any]] = []
     images = itertools.count()
-    for record in _records(source, config):
-        row = {"file": source.files[record["file"]].path, "row": record["row"], "id": record["id"]}
-        laid_out = _laid_out(record, view, config, layout)
-        if isinstance(laid_out, Failure):
-            left_out.append(row | asdict(laid_out))
+    for place, found in rows:
+        row = asdict(place)
+        if isinstance(found, Failure):
+            left_out.append(row | asdict(found))
             continue
-        tokens, pixels = laid_out
         try:
-            features = [vision.encode(each) for each in pixels]
+            features = [vision.encode(pixels) for pixels in found.pixels]
         except RowError as error:
             left_out.append(row | asdict(Failure.of(error)))
             continue
-        own = [f"vision/{next(images):06}.npz" for _ in pixels]
-        for file, each in zip(own, pixels, strict=True):
-            np.savez(output / file, pixels=each[None])
+        own = [f"vision/{next(images):06}.npz" for _ in found.pixels]
+        for file, pixels in zip(own, found.pixels, strict=True):
+            np.savez(output / file, pixels=pixels[None])
         file = f"decoder/{len(written):06}.npz"
-        row_of_tokens = PrefillRow(tokens.input_ids, tokens.images, features)
-        feeds = decoder_feeds(row_of_tokens, bundle.manifest, config.pad_to)
+        feeds = decoder_feeds(PrefillRow(found.input_ids, found.images, features), bundle.manifest, config.pad_to)
         np.savez(output / file, allow_pickle=False, **feeds)
         written.append(row | {"decoder": file, "vision": own})
     if left_out:
@@ -184,43 +173,6 @@ def decoder_feeds(row: PrefillRow, manifest: Manifest, pad_to: int | None = None
     if manifest.layout.resolution.is_native:
         feeds["position_ids"] = mrope_positions(size, row.images)[:, None]
     return feeds
-
-
-def _records(source: Source, config: CalibrationConfig) -> Iterator[dict[str, Any]]:
-    """Rows of the input, with the bytes of their image files, or the failure to read them."""
-    fetcher = Fetcher(config.allow_images_from)
-    for unit in source.units():
-        for table in read_unit(unit, source.columns, config.prompt, ROWS_AT_ONCE, fetcher):
-            for at, failure in enumerate(failures_of(table)):
-                record = table.slice(at, 1)
-                yield {
-                    "file": record[FILE][0].as_py(),
-                    "row": record[ROW][0].as_py(),
-                    "id": readable(record[ID])[0],
-                    "messages": record[MESSAGES][0].as_py(),
-                    "images": record[IMAGES][0].as_py() or [],
-                    "failure": failure,
-                }
-
-
-def _laid_out(
-    record: Mapping[str, Any], view: View, config: CalibrationConfig, layout: RowLayout
-) -> tuple[TokenRow, list[Pixels]] | Failure:
-    """Tokens of a row, and pixels of its images in the order of the tokens; or why there are none."""
-    files = record["images"] if record["failure"] is None else []
-    seen = [seen_or_failure(file, view, config.image_rules) for file in files]
-    wrong: Failure | None = record["failure"] or first_failure(seen)
-    if wrong is not None:
-        return wrong
-    pixels = [image.pixels for image in seen if isinstance(image, Seen)]
-    grids = [view.resolution.grid(*each.shape[:2]) for each in pixels]
-    try:
-        tokens = layout.row(from_json(record["messages"]), grids)
-        if config.pad_to is not None and len(tokens.input_ids) > config.pad_to:
-            raise PromptError(f"the row has {len(tokens.input_ids)} tokens, more than --pad-to {config.pad_to}")
-    except RowError as error:
-        return Failure.of(error)
-    return tokens, [pixels[image.index] for image in tokens.images]
 
 
 def _clear(output: Path, *, overwrite: bool) -> None:

@@ -36,6 +36,8 @@ from qvl_batch.bundle.manifest import HALVES, Dtype
 
 #: Each token's row in two tables, and the tables of cosines and sines.
 Rotary = tuple[Tensor, Tensor, Tensor]
+#: Cosines and sines of each token, (B, 1, S, head_dim / 2).
+Rotation = tuple[Tensor, Tensor]
 
 
 class Attention(Scope):
@@ -49,6 +51,7 @@ class Attention(Scope):
         else:
             self.q, self.k, self.v = map(Linear.of, qkv)
         self.out = Linear.of(attention.o_proj).in_unit(stream_unit(dtype))
+        self.head_dim = int(attention.head_dim)
 
 
 class Layer(Scope):
@@ -323,6 +326,15 @@ class FullDecoder(_Decoder):
         self, input_ids: Tensor, attention_mask: Tensor, image_embeds: Tensor, position_ids: Tensor | None = None
     ) -> Tensor:
         """int64 (B, S), int64 (B, S) of ones and zeros, (B, S, D), int64 (3, B, S) or None to logits (B, S, V)."""
+        hidden, *context = self.begin(input_ids, attention_mask, image_embeds, position_ids)
+        for layer in self.layers:
+            hidden = layer(self.run_layer, hidden, *context)
+        return self.head(rms_norm(hidden, self.norm, self.eps))
+
+    def begin(
+        self, input_ids: Tensor, attention_mask: Tensor, image_embeds: Tensor, position_ids: Tensor | None
+    ) -> tuple[Tensor, Rotation, Tensor]:
+        """Inputs of the first layer: hidden states (B, S, D), and what all layers take, rotary tables and the mask."""
         length = input_ids.shape[1]
         if position_ids is None:
             is_image, positions = self.image_and_positions(input_ids, attention_mask)
@@ -331,19 +343,15 @@ class FullDecoder(_Decoder):
         cos, sin = self._rotary_tables(positions)
         cos, sin = cos[:, None], sin[:, None]
         visible = torch.ones(length, length, dtype=torch.bool).tril() & attention_mask.bool()[:, None, None]
-        hidden = self._embed(input_ids, is_image, image_embeds)
-        for layer in self.layers:
-            hidden = layer(self._layer, hidden, (cos, sin), visible)
-        return self.head(rms_norm(hidden, self.norm, self.eps))
+        return self._embed(input_ids, is_image, image_embeds), (cos, sin), visible
 
-    def _layer(self, layer: Layer, hidden: Tensor, rotary: tuple[Tensor, Tensor], visible: Tensor) -> Tensor:
+    def run_layer(self, layer: Layer, hidden: Tensor, rotary: Rotation, visible: Tensor) -> Tensor:
+        """Hidden states (B, S, D) after a layer."""
         normed = rms_norm(hidden, layer.norm1, self.eps)
         hidden = hidden + layer.attention(self._attention, normed, rotary, visible)
         return hidden + layer.mlp(rms_norm(hidden, layer.norm2, self.eps), F.silu)
 
-    def _attention(
-        self, attention: Attention, normed: Tensor, rotary: tuple[Tensor, Tensor], visible: Tensor
-    ) -> Tensor:
+    def _attention(self, attention: Attention, normed: Tensor, rotary: Rotation, visible: Tensor) -> Tensor:
         batch, length, _ = normed.shape
         qkv = (attention.q(normed), attention.k(normed), attention.v(normed))
         q, k, v = (t.reshape(batch, length, -1, self.head_dim).transpose(1, 2) for t in qkv)

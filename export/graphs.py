@@ -18,6 +18,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
+from export.calibrated import Calibrated
 from export.decoder import CachedDecoder, FullDecoder
 from export.guided import guide
 from export.half import to_half
@@ -77,6 +78,7 @@ def export_vision(
     out: Path,
     progress: Progress,
     traces: Traces,
+    calibrated: Calibrated,
     *,
     with_plain: bool = False,
 ) -> None:
@@ -86,10 +88,10 @@ def export_vision(
         graphs = {VISION: traces.once(trace_vision, *options, _traced_as(precision.vision))}
         if with_plain:
             graphs[VISION_FULL] = traces.once(trace_vision, *options, "fp32", "standard")
-        lazy = LazyWeights(weights, vision_parts(weights.skeleton, std, precision.vision))
+        lazy = LazyWeights(weights, vision_parts(weights.skeleton, std, precision.vision), calibrated.scales)
         for graph in graphs.values():
             lazy.fill(graph)
-        _reduce(graphs[VISION], precision, "vision")
+        _reduce(graphs[VISION], precision, "vision", calibrated)
     with progress.step("vision weights") as update:
         _write(graphs, out, update)
 
@@ -102,6 +104,7 @@ def export_decoders(
     out: Path,
     progress: Progress,
     traces: Traces,
+    calibrated: Calibrated,
 ) -> None:
     """Write `decoder.onnx`, `decoder_guided.onnx` and `decoder_drawn.onnx`, in fp32 also `decoder_full.onnx`, and one
     file with the weights of all.
@@ -111,10 +114,10 @@ def export_decoders(
         graphs = {DECODER: traces.once(trace_decoder, model, layout, dtype, precision.device, penalty)}
         if precision.has_full:
             graphs[DECODER_FULL] = traces.once(trace_full_decoder, model, layout)
-        lazy = LazyWeights(weights, decoder_parts(weights.skeleton, precision.decoder))
+        lazy = LazyWeights(weights, decoder_parts(weights.skeleton, precision.decoder), calibrated.scales)
         for graph in graphs.values():
             lazy.fill(graph)
-        _reduce(graphs[DECODER], precision, "decoder")
+        _reduce(graphs[DECODER], precision, "decoder", calibrated)
         vocab_size = model.config.text_config.vocab_size
         graphs[DECODER_GUIDED] = guide(graphs[DECODER].clone(), vocab_size)
         graphs[DECODER_DRAWN] = guide(graphs[DECODER].clone(), vocab_size, drawn=True)
@@ -212,9 +215,9 @@ def trace_full_decoder(model: Any, layout: Layout) -> ir.Model:
     return _trace("decoder", decoder, example, names, ["logits"], axes)
 
 
-def _reduce(graph: ir.Model, precision: Precision, tower: Tower) -> None:
+def _reduce(graph: ir.Model, precision: Precision, tower: Tower, calibrated: Calibrated) -> None:
     """Reduce the precision of a tower's graph in fp32, in place."""
-    quantize(graph, precision.of)
+    quantize(graph, precision.of, calibrated.rounded)
     to_half(graph, precision.of_tower(tower), precision.of)
 
 

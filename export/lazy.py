@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from export.decoder import Layer
 from export.half import stream_unit
 from export.layers import Linear
+from export.smoothing import Scales, smooth
 from export.vision import Block, Merger, patch_weights
 from export.weights import Weights
 from qvl_batch.bundle.manifest import Dtype
@@ -36,12 +37,15 @@ class Part:
 
     prefix: str
     module: str
-    make: Callable[[Any], Tensors]
+    make: Callable[[Any], nn.Module | Tensors]
 
-    def of(self, module: Any) -> Tensors:
-        """The parameters by name; for a module of the skeleton, meta tensors of the same shapes."""
+    def of(self, module: Any, scales: Scales | None = None) -> Tensors:
+        """The parameters by name, smoothed by `scales`; of a module of the skeleton, meta tensors of these shapes."""
         with torch.no_grad():
             made = self.make(module)
+        if isinstance(made, nn.Module):
+            smooth(self.prefix, made, scales or {})
+            made = dict(made.named_parameters())
         return {f"{self.prefix}.{name}" if name else self.prefix: tensor for name, tensor in made.items()}
 
 
@@ -54,11 +58,8 @@ def vision_parts(model: Any, std: list[float], dtype: Dtype) -> list[Part]:
             "model.visual.patch_embed",
             lambda module: {"weight": patch_weights(module, std, unit)},
         ),
-        *(
-            Part(f"vision.blocks.{k}", f"model.visual.blocks.{k}", lambda block: _parameters(Block(block, dtype)))
-            for k in blocks
-        ),
-        Part("vision.merger", "model.visual.merger", lambda merger: _parameters(Merger(merger, dtype))),
+        *(Part(f"vision.blocks.{k}", f"model.visual.blocks.{k}", lambda block: Block(block, dtype)) for k in blocks),
+        Part("vision.merger", "model.visual.merger", lambda merger: Merger(merger, dtype)),
     ]
 
 
@@ -66,17 +67,17 @@ def decoder_parts(model: Any, dtype: Dtype) -> list[Part]:
     """Parts of both decoders. Where the head is tied, only the full decoder has one of its own."""
     layers = range(len(model.model.language_model.layers))
     return [
-        Part("decoder.embed", "model.language_model.embed_tokens", _parameters),
+        Part("decoder.embed", "model.language_model.embed_tokens", lambda table: table),
         *(
             Part(
                 f"decoder.layers.{k}",
                 f"model.language_model.layers.{k}",
-                lambda layer: _parameters(Layer(layer, dtype)),
+                lambda layer: Layer(layer, dtype),
             )
             for k in layers
         ),
         Part("decoder.norm", "model.language_model.norm", lambda norm: {"": norm.weight}),
-        Part("decoder.head", "lm_head", lambda head: _parameters(Linear.of(head))),
+        Part("decoder.head", "lm_head", Linear.of),
     ]
 
 
@@ -103,10 +104,11 @@ class LazyWeights:
     Args:
         weights: of the checkpoint.
         parts: of the traced modules.
+        scales: by which they are smoothed.
     """
 
-    def __init__(self, weights: Weights, parts: Iterable[Part]) -> None:
-        self._weights, self._parts = weights, list(parts)
+    def __init__(self, weights: Weights, parts: Iterable[Part], scales: Scales) -> None:
+        self._weights, self._parts, self._scales = weights, list(parts), scales
         self._tensors: dict[str, ir.LazyTensor] = {}
         self._made: tuple[str, Tensors] = ("", {})
 
@@ -138,13 +140,9 @@ class LazyWeights:
         """Parameters of a part. Those of the last part are cached, since its tensors are read one after the other."""
         if self._made[0] != part.prefix:
             self._made = ("", {})
-            self._made = (part.prefix, part.of(self._weights.module(part.module)))
+            self._made = (part.prefix, part.of(self._weights.module(part.module), self._scales))
         return self._made[1]
 
 
 def _has_nan(values: Any) -> bool:
     return values.dtype.kind == "f" and bool(np.isnan(values).any())
-
-
-def _parameters(module: nn.Module) -> Tensors:
-    return dict(module.named_parameters())

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from rich.console import Console
 
+from export.calibrated import Calibrated, calibrate
 from export.chat import chat_turn
 from export.checkpoint import Checkpoint, load_checkpoint
 from export.graphs import Traces, export_decoders, export_vision, graph_spec
@@ -24,7 +25,9 @@ from export.parity import check_contract, check_parity
 from export.precision import Precision, check_mix, layers_of, products
 from export.progress import Progress, ShownProgress
 from export.proof import known_answers, tolerance_of
+from export.sample import read_sample, sha256_of
 from qvl_batch.bundle.layout import Layout, Resolution
+from qvl_batch.bundle.loading import Bundle
 from qvl_batch.bundle.manifest import (
     CHAT_TEMPLATE,
     DECODER,
@@ -38,6 +41,7 @@ from qvl_batch.bundle.manifest import (
     TOKENIZER,
     VISION,
     VISION_FULL,
+    Calibration,
     DecoderShape,
     Dtype,
     File,
@@ -47,7 +51,7 @@ from qvl_batch.bundle.manifest import (
     file_sha256,
 )
 from qvl_batch.command_line import exit_status, settings, stop_as_by_ctrl_c
-from qvl_batch.config import Device
+from qvl_batch.config import Device, check_at_least_one
 from qvl_batch.errors import ExportError, JobError
 
 #: Fewest tokens that a contract must leave for prompt and answer.
@@ -85,6 +89,12 @@ class ExportConfig:
     with_vision_full: bool = False
     """Add `vision_full.onnx` to a bundle whose vision tower is in fp32: the same in standard operators, for tools that
     quantize. The decoder has such a graph, `decoder_full.onnx`, in any case."""
+    sample: Path | None = None
+    """Rows as those that the bundle will answer: parquet, or a folder that `python -m export.calibration` wrote. Then
+    weights in integers are rounded so that the products of these rows change least, and with int8 the range of
+    activations is smoothed into weights. Without it, weights are rounded to nearest."""
+    sample_rows: int = 64
+    """Use only the first SAMPLE_ROWS rows of the sample."""
     max_seq_len: int | None = None
     """Longest row in tokens: text, images and answer together. Without it, 1024, or 4096 for images at their own
     size."""
@@ -212,6 +222,9 @@ def _precision(checkpoint: Checkpoint, config: ExportConfig) -> Precision:
     if config.with_vision_full and reduced["vision"]:
         found = ", ".join(reduced["vision"])
         raise ExportError(f"--with-vision-full is for a vision tower in fp32, and this one is in {found}")
+    check_at_least_one(config, "sample_rows")
+    if config.sample is not None and not any(dtype.startswith("int") for each in reduced.values() for dtype in each):
+        raise ExportError("--sample is for weights in integers: give --dtype, --vision-dtype or --layers-dtype too")
     if config.with_fp32 and not any(reduced.values()):
         raise ExportError("--with-fp32 needs a reduced --dtype or --vision-dtype: this bundle is in fp32 already")
     return precision
@@ -239,33 +252,11 @@ def _fill(
     """Write everything into `staging`, the manifest last."""
     processor, penalty = checkpoint.image_processor, checkpoint.generation.repetition_penalty
     normalisation = (processor.image_mean, processor.image_std)
-    export_vision(
-        checkpoint.weights, layout, *normalisation, precision, staging, progress, traces,
-        with_plain=config.with_vision_full,
-    )  # fmt: skip
-    export_decoders(checkpoint.weights, layout, precision, penalty, staging, progress, traces)
-    written = (VISION, VISION_FULL, DECODER, DECODER_GUIDED, DECODER_DRAWN, DECODER_FULL)
-    names = [name for name in written if (staging / name).is_file()]
-    graphs = {name: graph_spec(staging / name) for name in names}
-    check_contract(layout, checkpoint.config.text_config.hidden_size, staging, precision)
-    parity, tolerance = None, None
-    if not config.skip_parity:
-        parity, tolerance = _pass_gate(staging, checkpoint, layout, precision, progress)
-    if config.with_fp32:
-        (staging / FP32).mkdir()
-        plain = replace(config, with_fp32=False, with_vision_full=False)
-        _fill(staging / FP32, checkpoint, layout, Precision(), plain, progress, traces)
     for path in checkpoint.copied_files:
         shutil.copyfile(path, staging / path.name)
     # As transformers loads them, which can differ from the checkpoint's own files.
     (staging / TOKENIZER).write_text(checkpoint.tokenizer.backend_tokenizer.to_str(pretty=True), encoding="utf-8")
     (staging / CHAT_TEMPLATE).write_text(checkpoint.tokenizer.chat_template, encoding="utf-8", newline="")
-    with progress.step("hashes"):
-        files = {
-            path.relative_to(staging).as_posix(): File(path.stat().st_size, file_sha256(path))
-            for path in sorted(staging.rglob("*"))
-            if path.is_file()
-        }
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         source=checkpoint.source,
@@ -273,18 +264,49 @@ def _fill(
         device=precision.device,
         vision_dtype=precision.vision,
         layers_dtype=dict(precision.layers),
+        calibration=None,
         special_tokens=checkpoint.special_tokens,
         layout=layout,
         decoder=_decoder_shape(checkpoint.config.text_config),
         generation=checkpoint.generation,
-        graphs=graphs,
-        parity=parity,
-        tolerance=tolerance,
+        graphs={},
+        parity=None,
+        tolerance=None,
         versions={n: importlib.metadata.version(n) for n in ("torch", "transformers", "onnx", "onnxscript")},
-        files=files,
+        files=_files(staging),
     )
+    calibrated = Calibrated()
+    if config.sample is not None:
+        rows = read_sample(config.sample, config.sample_rows, Bundle(staging, manifest), progress.say)
+        calibrated = calibrate(checkpoint, layout, rows, lambda product: {precision.of(product)}, progress)
+        manifest = replace(manifest, calibration=Calibration(len(rows), sha256_of(rows)))
+    export_vision(
+        checkpoint.weights, layout, *normalisation, precision, staging, progress, traces, calibrated,
+        with_plain=config.with_vision_full,
+    )  # fmt: skip
+    export_decoders(checkpoint.weights, layout, precision, penalty, staging, progress, traces, calibrated)
+    del calibrated
+    written = (VISION, VISION_FULL, DECODER, DECODER_GUIDED, DECODER_DRAWN, DECODER_FULL)
+    names = [name for name in written if (staging / name).is_file()]
+    manifest = replace(manifest, graphs={name: graph_spec(staging / name) for name in names})
+    check_contract(layout, checkpoint.config.text_config.hidden_size, staging, precision)
+    if not config.skip_parity:
+        parity, tolerance = _pass_gate(staging, checkpoint, layout, precision, progress)
+        manifest = replace(manifest, parity=parity, tolerance=tolerance)
+    if config.with_fp32:
+        (staging / FP32).mkdir()
+        plain = replace(config, with_fp32=False, with_vision_full=False, sample=None)
+        _fill(staging / FP32, checkpoint, layout, Precision(), plain, progress, traces)
+    with progress.step("hashes"):
+        manifest = replace(manifest, files=_files(staging))
     manifest.write(staging)
     return manifest
+
+
+def _files(staging: Path) -> dict[str, File]:
+    """All files so far."""
+    paths = sorted(path for path in staging.rglob("*") if path.is_file())
+    return {path.relative_to(staging).as_posix(): File(path.stat().st_size, file_sha256(path)) for path in paths}
 
 
 def _pass_gate(

@@ -27,33 +27,30 @@ the graph; the kernel rounds them to 8 bits in the same blocks (`accuracy_level`
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
 
 from export.names import module_of
 from export.operators import DOMAIN
+from export.rounding import BLOCK, LEVELS, TINY, Array, Rounded, rounded
 from qvl_batch.bundle.manifest import Dtype
 
-Array = NDArray[Any]
-#: Inputs that share one scale in a weight-only product.
-BLOCK = 64
-LEVELS, ZERO_POINT = 127, 128
+#: Zero point of activations.
+ZERO_POINT = 128
 #: Attribute of `MatMulNBits`: 4 rounds activations to 8 bits.
 ACCURACY_LEVEL = 4
-TINY = float(np.finfo(np.float32).tiny)
 
 
-def quantize(model: ir.Model, dtype_of: Callable[[str], Dtype]) -> None:
+def quantize(model: ir.Model, dtype_of: Callable[[str], Dtype], calibrated: Rounded) -> None:
     """Quantize matrix products of `model` with a constant matrix.
 
     Args:
         model: changed in place.
         dtype_of: dtype of the product of a module; one that is not an integer leaves it as it is.
+        calibrated: weights that were rounded already; the others are rounded to nearest.
     """
-    tape = _Tape(model)
+    tape = _Tape(model, calibrated)
     for node in list(model.graph):
         weight = node.inputs[1] if node.op_type in ("MatMul", "Gemm") else None
         if weight is None or weight.const_value is None or dtype_of(module_of(node)) not in PRODUCTS:
@@ -74,8 +71,8 @@ def quantize(model: ir.Model, dtype_of: Callable[[str], Dtype]) -> None:
 class _Tape:
     """Collects the nodes that replace products, and initializers; what several products need is created once."""
 
-    def __init__(self, model: ir.Model) -> None:
-        self._model = model
+    def __init__(self, model: ir.Model, calibrated: Rounded) -> None:
+        self._model, self._calibrated = model, calibrated
         self._nodes: list[ir.Node] = []
         self._of_weights: dict[str, list[ir.Value]] = {}
         #: Quantized activations and each token's largest magnitude, keyed by the activations in fp32.
@@ -86,11 +83,11 @@ class _Tape:
         nodes, self._nodes = self._nodes, []
         return nodes
 
-    def of_weight(self, product: ir.Node, make: Callable[[Array], dict[str, Array]]) -> list[ir.Value]:
-        """Initializers that `make` computes from the weight (in, out) of a product."""
+    def of_weight(self, product: ir.Node, dtype: Dtype) -> list[ir.Value]:
+        """Initializers for the weight of a product in integers."""
         module = module_of(product)
         if module not in self._of_weights:
-            made = make(_matrix(product))
+            made = self._calibrated.get((module, dtype)) or rounded(dtype, _matrix(product))
             self._of_weights[module] = [self.constant(f"{module}.{suffix}", value) for suffix, value in made.items()]
         return self._of_weights[module]
 
@@ -124,7 +121,7 @@ def _matrix(product: ir.Node) -> Array:
 def _w8a8(tape: _Tape, node: ir.Node) -> ir.Value:
     x = node.inputs[0]
     assert x is not None
-    weights, scales, zeros = tape.of_weight(node, _to_int8)
+    weights, scales, zeros = tape.of_weight(node, "int8")
     step = tape.constant("quantize.step", np.array(1 / LEVELS, np.float32))
     zero_point = tape.constant("quantize.zero_point", np.array(ZERO_POINT, np.uint8))
     if x not in tape.quantized:
@@ -132,24 +129,6 @@ def _w8a8(tape: _Tape, node: ir.Node) -> ir.Value:
     quantized, largest = tape.quantized[x]
     product = tape.apply("MatMulIntegerToFloat", quantized, weights, step, scales, zero_point, zeros, domain=DOMAIN)
     return tape.apply("Mul", product, largest)
-
-
-def _to_int8(matrix: Array) -> dict[str, Array]:
-    scale = np.maximum(_largest_in_pairs(matrix), TINY) / LEVELS
-    levels = np.rint(matrix / scale).astype(np.int8)
-    return {"int8": levels, "scale": scale.astype(np.float32), "zero_points": np.zeros(len(scale), np.int8)}
-
-
-def _largest_in_pairs(matrix: Array) -> Array:
-    """For each output (out,), the largest magnitude of a weight, or of the sum of a pair of weights of the same sign.
-
-    A pair is what a kernel adds in 16 bits. With this scale its levels add up to at most 127 before rounding, and so
-    to at most 128 after it.
-    """
-    first, second = matrix[::2], matrix[1::2]
-    sums = [np.clip(sign * first[: len(second)], 0, None) + np.clip(sign * second, 0, None) for sign in (1, -1)]
-    largest: Array = np.maximum.reduce([np.abs(matrix).max(axis=0), *(each.max(axis=0, initial=0) for each in sums)])
-    return largest
 
 
 def _quantize_activations(tape: _Tape, x: ir.Value, step: ir.Value, zero_point: ir.Value) -> tuple[ir.Value, ir.Value]:
@@ -172,33 +151,20 @@ def _quantize_activations(tape: _Tape, x: ir.Value, step: ir.Value, zero_point: 
             return tape.apply("QuantizeLinear", tape.apply("Div", x, largest), step, zero_point), largest
 
 
-def _weight_only(tape: _Tape, node: ir.Node, bits: int) -> ir.Value:
+def _weight_only(tape: _Tape, node: ir.Node, dtype: Dtype, bits: int) -> ir.Value:
     x, weight = node.inputs[:2]
     assert x is not None
     assert weight is not None
     assert weight.shape is not None
-    packed, scales = tape.of_weight(node, partial(_to_blocks, bits=bits))
+    packed, scales = tape.of_weight(node, dtype)
     inputs, outputs = weight.shape[::-1] if node.op_type == "Gemm" else weight.shape
     attributes = {"K": inputs, "N": outputs, "bits": bits, "block_size": BLOCK, "accuracy_level": ACCURACY_LEVEL}
     return tape.apply("MatMulNBits", x, packed, scales, domain=DOMAIN, **attributes)
 
 
-def _to_blocks(matrix: Array, bits: int) -> dict[str, Array]:
-    inputs, outputs = matrix.shape
-    blocks = -(-inputs // BLOCK)
-    padded = np.zeros((outputs, blocks * BLOCK), np.float32)
-    padded[:, :inputs] = matrix.T
-    padded = padded.reshape(outputs, blocks, BLOCK)
-    zero_point = 2 ** (bits - 1)
-    scale = np.maximum(np.abs(padded).max(axis=-1, keepdims=True), TINY) / (zero_point - 1)
-    levels = (np.rint(padded / scale) + zero_point).astype(np.uint8)
-    packed = levels if bits == 8 else levels[..., ::2] | (levels[..., 1::2] << 4)  # noqa: PLR2004
-    return {f"int{bits}": packed, "scale": scale[..., 0].astype(np.float32)}
-
-
 #: What replaces a product: `(tape, node)` to the value that the product has.
 PRODUCTS: dict[Dtype, Callable[[_Tape, ir.Node], ir.Value]] = {
     "int8": _w8a8,
-    "int8wo": partial(_weight_only, bits=8),
-    "int4wo": partial(_weight_only, bits=4),
+    "int8wo": partial(_weight_only, dtype="int8wo", bits=8),
+    "int4wo": partial(_weight_only, dtype="int4wo", bits=4),
 }

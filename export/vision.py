@@ -292,6 +292,7 @@ class Attention(Scope):
         self.v, out = v.with_bias(None), attention.proj
         # Attention weights add up to 1, so the values' bias passes through attention unchanged.
         self.out = Linear(out.weight, out.bias + out.weight @ v.bias).in_unit(stream_unit(dtype))
+        self.head_dim = int(attention.head_dim)
 
 
 class Block(Scope):

@@ -54,3 +54,25 @@ def untied(path: Path) -> Path:
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
     return path
+
+
+def with_outliers(path: Path, factor: int = 64) -> Path:
+    """Write the tiny checkpoint with channels that are `factor` times as large between norms and products, in all
+    layers of both towers. The model computes the same numbers.
+    """
+    shutil.copytree(TINY, path)
+    tensors = load_file(TINY / "model.safetensors")
+    takers = {
+        "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
+        "norm1": ("attn.qkv",),
+        "norm2": ("mlp.gate_proj", "mlp.up_proj"),
+    }
+    for name in [name for name in tensors if name.split(".")[-2] in takers]:
+        module, norm, _ = name.rsplit(".", 2)
+        channels = torch.arange(3, len(tensors[name]), 40)
+        tensors[name][channels] *= factor
+        for taker in takers[norm]:
+            tensors[f"{module}.{taker}.weight"][:, channels] /= factor
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    return path

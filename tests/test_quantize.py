@@ -21,7 +21,7 @@ from comparison.config import CompareConfig
 from comparison.run import compare
 from export.names import module_of
 from export.package import ExportConfig, export_bundle
-from export.quantize import _to_int8
+from export.rounding import to_int8
 from qvl_batch.bundle.loading import Bundle
 from qvl_batch.bundle.manifest import DECODER, DECODER_FULL, FP32, VISION, is_in
 from qvl_batch.decoder.decoder import NO_TOKEN, Decoder
@@ -109,7 +109,7 @@ def test_weights_of_any_kind_are_rounded_so(inputs, kind):
         "outliers": lambda: chance.normal(size=(inputs, 40)) * chance.choice([1, 1e3], (inputs, 40)),
         "zero": lambda: np.zeros((inputs, 40)),
     }[kind]().astype(np.float32)
-    made = _to_int8(matrix)  # private: an export needs a checkpoint with such weights
+    made = to_int8(matrix)
     assert _most_of_a_pair(made["int8"]) <= 2**15 - 1
     assert np.abs(made["int8"] * made["scale"] - matrix).max() <= 0.51 * made["scale"].max()
 

@@ -123,13 +123,22 @@ class Tolerance:
 
 
 @dataclass(frozen=True, slots=True)
+class Calibration:
+    """Rows on which the rounding of weights was calibrated: how many, and a hash of their tokens and pixels."""
+
+    rows: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
 class Manifest:
     """Contents of `bundle.json`.
 
     `dtype` is the precision of the decoder, `vision_dtype` of the vision tower, and `layers_dtype` of modules of either
-    tower that differ from it. `device` is the device that the decoder was exported for; a vision tower in fp32 runs on
-    any. Without the parity gate there is no `parity`, no `tolerance` and no file of known answers. `special_tokens` are
-    the variables of the chat template that name them, such as `eos_token`.
+    tower that differ from it. Without `calibration`, weights in integers are rounded to nearest. `device` is the device
+    that the decoder was exported for; a vision tower in fp32 runs on any. Without the parity gate there is no `parity`,
+    no `tolerance` and no file of known answers. `special_tokens` are the variables of the chat template that name them,
+    such as `eos_token`.
     """
 
     #: Unknown keys are refused, in nested objects too.
@@ -140,6 +149,7 @@ class Manifest:
     device: Device
     vision_dtype: Dtype
     layers_dtype: dict[str, Dtype]
+    calibration: Calibration | None
     special_tokens: dict[str, str]
     layout: Layout
     decoder: DecoderShape

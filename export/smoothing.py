@@ -1,0 +1,144 @@
+"""SmoothQuant: moves the range of activations into weights, channel by channel.
+
+Xiao et al. 2022, arXiv 2211.10438. Where some channels of a product's input are much larger than the others, one scale
+for all of a token leaves the others few levels. Such a channel is divided by s where it is made (a norm, or a product)
+and its row of the weight is multiplied by s:
+
+    norm1 ──► attention.q, .k, .v     attention.v ──► attention.out     norm ──► fc1 (of the merger)
+    norm2 ──► mlp.gate, .up           mlp.up ──► mlp.down
+
+Every s is a power of two, so that a model in fp32 computes the same numbers with it and without. The head is left as it
+is, since a tied one is the table of tokens.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from export.activations import Inputs
+from export.layers import Linear
+from export.rounding import LEVELS, from_int8, to_int8
+
+#: Where channels are made, and the products that take them, within a module.
+PATHS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("norm1", ("attention.q", "attention.k", "attention.v")),
+    ("attention.v", ("attention.out",)),
+    ("norm2", ("mlp.gate", "mlp.up")),
+    ("mlp.up", ("mlp.down",)),
+    ("norm", ("fc1",)),
+)
+#: Exponents of the range of activations that are tried; that of weights has the rest. 0.5 is the paper's.
+STRENGTHS = (0.5, 0.75, 1.0)
+#: Scales of channels (n,), by the name of the module or parameter that makes them.
+Scales = dict[str, NDArray[np.float32]]
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelPath:
+    """Products that take the same channels, and what makes them."""
+
+    source: str
+    products: tuple[str, ...]
+    channels: int
+    #: Values of a head, where heads of queries share those that `attention.v` makes; else None.
+    head_dim: int | None
+
+    def at_inputs(self, scale: Tensor, inputs: int) -> Tensor:
+        """Scales (channels,) at the inputs (in,) of the products."""
+        if self.head_dim is None:  # the merger's inputs are those of several patches
+            return scale.repeat(inputs // self.channels)
+        return scale.reshape(-1, 1, self.head_dim).expand(-1, inputs // self.channels, -1).flatten()
+
+    def at_channels(self, largest: Tensor) -> Tensor:
+        """Largest magnitudes at inputs (in,) to those of channels."""
+        if self.head_dim is None:
+            return largest.reshape(-1, self.channels).amax(0)
+        return largest.reshape(-1, len(largest) // self.channels, self.head_dim).amax(1).flatten()
+
+
+def paths(module: nn.Module) -> list[ChannelPath]:
+    """The paths within a module."""
+    found: list[ChannelPath] = []
+    for source, products in PATHS:
+        if all(_has(module, name) for name in (source, *products)):
+            made = _at(module, source)
+            channels = made.weight.shape[1] if isinstance(made, Linear) else len(made)
+            head_dim = _at(module, "attention.head_dim") if source == "attention.v" else None
+            found.append(ChannelPath(source, products, channels, head_dim))
+    return found
+
+
+def smooth(prefix: str, module: nn.Module, scales: Mapping[str, Any]) -> None:
+    """Divide what is made and multiply the weights of what takes it, in place.
+
+    Args:
+        prefix: the module's name.
+        module: with its weights.
+        scales: of channels; those of other modules are ignored.
+    """
+    for path in paths(module):
+        if f"{prefix}.{path.source}" not in scales:
+            continue
+        scale = torch.as_tensor(scales[f"{prefix}.{path.source}"])
+        made = _at(module, path.source)
+        with torch.no_grad():
+            if isinstance(made, Linear):
+                made.weight.div_(scale)
+                if made.bias is not None:
+                    made.bias.div_(scale)
+            else:
+                made.div_(scale)
+            for product in path.products:
+                weight = _at(module, product).weight
+                weight.mul_(path.at_inputs(scale, len(weight))[:, None])
+
+
+def find_scale(path: ChannelPath, weights: Sequence[Any], inputs: Inputs) -> Tensor | None:
+    """The scales (channels,) with which the products, in int8, come closest to those in fp32; None for none.
+
+    Args:
+        path: of the products.
+        weights: (in, out) of each.
+        inputs: that all of them take.
+    """
+    joined = torch.cat(tuple(weights), dim=1).detach()
+    x = inputs.kept
+    exact = x @ joined
+    tiny = torch.finfo(torch.float32).tiny
+    of_inputs = path.at_channels(inputs.largest).clamp(min=tiny)
+    of_weights = path.at_channels(joined.abs().amax(1)).clamp(min=tiny)
+    best, found = _error(x, joined, exact), None
+    for strength in STRENGTHS:
+        logs = strength * of_inputs.log2() - (1 - strength) * of_weights.log2()
+        scale = torch.exp2((logs - logs.mean()).round())
+        each = path.at_inputs(scale, len(joined))
+        error = _error(x / each, joined * each[:, None], exact)
+        if error < best:
+            best, found = error, scale
+    return found
+
+
+def _error(x: Tensor, weight: Tensor, exact: Tensor) -> float:
+    """Error of a product in int8, whose inputs have a scale for each token."""
+    step = x.abs().amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / LEVELS
+    rounded = torch.from_numpy(from_int8(to_int8(weight.numpy())))
+    return float(((x / step).round() * step @ rounded - exact).norm())
+
+
+def _at(module: nn.Module, name: str) -> Any:
+    for part in name.split("."):
+        module = getattr(module, part)
+    return module
+
+
+def _has(module: nn.Module, name: str) -> bool:
+    for part in name.split("."):
+        if not hasattr(module, part):
+            return False
+        module = getattr(module, part)
+    return True
