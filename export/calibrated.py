@@ -54,7 +54,7 @@ def calibrate(
     with progress.step("calibration") as update:
         side = layout.resolution.image_size
         visitor = _Visitor(found, dtypes_of, update)
-        tower = _tower(checkpoint, side)
+        tower = plain_tower(checkpoint, layout)
         update(f"vision, {len(rows)} rows")
         features = visit_vision(tower, [pixels for row in rows for pixels in row.pixels], visitor.visit)
         del tower
@@ -63,8 +63,12 @@ def calibrate(
     return found
 
 
-def _tower(checkpoint: Checkpoint, side: int | None) -> VisionTower:
-    visual, processor = checkpoint.weights.module("model.visual"), checkpoint.image_processor
+def plain_tower(checkpoint: Checkpoint, layout: Layout) -> VisionTower:
+    """The vision tower in standard operators, with its weights in memory."""
+    visual: Any = checkpoint.weights.module("model.visual")
+    # Its frequencies are in no file.
+    visual.rotary_pos_emb = checkpoint.weights.skeleton.model.visual.rotary_pos_emb
+    processor, side = checkpoint.image_processor, layout.resolution.image_size
     normalisation = (processor.image_mean, processor.image_std)
     if side is None:
         return NativeTower(visual, *normalisation, plain=True)

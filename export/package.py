@@ -7,7 +7,7 @@ the parity gate included, has passed.
 import importlib.metadata
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,13 +19,14 @@ from rich.console import Console
 from export.calibrated import Calibrated, calibrate
 from export.chat import chat_turn
 from export.checkpoint import Checkpoint, load_checkpoint
-from export.graphs import Traces, export_decoders, export_vision, graph_spec
-from export.names import TOWERS
+from export.graphs import Traces, export_decoders, export_vision, graph_spec, plain_decoder, plain_vision
+from export.names import TOWERS, Tower
 from export.parity import check_contract, check_parity
 from export.precision import Precision, check_mix, layers_of, products
 from export.progress import Progress, ShownProgress
 from export.proof import known_answers, tolerance_of
 from export.sample import read_sample, sha256_of
+from export.tool_graphs import ToolGraph, load_tool_graph, read_tool_graph
 from qvl_batch.bundle.layout import Layout, Resolution
 from qvl_batch.bundle.loading import Bundle
 from qvl_batch.bundle.manifest import (
@@ -95,6 +96,9 @@ class ExportConfig:
     activations is smoothed into weights. Without it, weights are rounded to nearest."""
     sample_rows: int = 64
     """Use only the first SAMPLE_ROWS rows of the sample."""
+    from_quantized: tuple[Path, ...] = ()
+    """Graphs that a tool made of the plain graphs of this checkpoint (`decoder_full.onnx`, `vision_full.onnx`): the
+    bundle has their integers, scales and zero points. The other tower is as --dtype or --vision-dtype says."""
     max_seq_len: int | None = None
     """Longest row in tokens: text, images and answer together. Without it, 1024, or 4096 for images at their own
     size."""
@@ -127,10 +131,12 @@ def export_bundle(config: ExportConfig, progress: Progress | None = None, traces
     _check_output(output, overwrite=config.overwrite)
     checkpoint = load_checkpoint(config.checkpoint)
     layout = plan_layout(checkpoint, config)
-    precision = _precision(checkpoint, config)
+    traces, progress = traces or Traces(), progress or Progress()
+    tools = _tool_graphs(checkpoint, layout, config, traces, progress)
+    precision = _precision(checkpoint, config, tools)
     output.parent.mkdir(parents=True, exist_ok=True)
     with _staging(output) as staging:
-        manifest = _fill(staging, checkpoint, layout, precision, config, progress or Progress(), traces or Traces())
+        manifest = _fill(staging, checkpoint, layout, precision, config, progress, traces, tools)
         _check_output(output, overwrite=config.overwrite)  # again, since an export can take hours
         if output.exists():
             shutil.rmtree(output)
@@ -208,7 +214,42 @@ def _unit(checkpoint: Checkpoint) -> int:
     return int(vision.patch_size * vision.spatial_merge_size)
 
 
-def _precision(checkpoint: Checkpoint, config: ExportConfig) -> Precision:
+def _tool_graphs(
+    checkpoint: Checkpoint, layout: Layout, config: ExportConfig, traces: Traces, progress: Progress
+) -> dict[Tower, ToolGraph]:
+    """The graphs of tools, by tower.
+
+    Raises:
+        ExportError: one of them cannot be taken over.
+    """
+    found: dict[Tower, ToolGraph] = {}
+    for path in config.from_quantized:
+        tower, model = load_tool_graph(path)
+        if tower in found:
+            raise ExportError(f"--from-quantized {path}: there are two graphs of the {tower}; give one of each tower")
+        processor = checkpoint.image_processor
+        if tower == "vision":
+            plain = plain_vision(checkpoint.weights, layout, processor.image_mean, processor.image_std, traces)
+        else:
+            plain = plain_decoder(checkpoint.weights, layout, traces)
+        found[tower] = read_tool_graph(path, model, plain)
+        if found[tower].saturates:
+            progress.say(
+                f"note: {path} has int8 weights whose products saturate on x86 without VNNI; a worker there refuses "
+                "the bundle if it matters (--dtype int8 makes weights that do not)"
+            )
+    return found
+
+
+def _precision(checkpoint: Checkpoint, config: ExportConfig, tools: Mapping[Tower, ToolGraph]) -> Precision:
+    if "decoder" in tools and config.dtype != "fp32":
+        raise ExportError(f"--dtype {config.dtype}: the graph of --from-quantized says the precision of the decoder")
+    if "vision" in tools and config.vision_dtype is not None:
+        raise ExportError(
+            f"--vision-dtype {config.vision_dtype}: the graph of --from-quantized says the vision tower's precision"
+        )
+    if tools and (config.layers_dtype or config.fp32_layers or config.sample):
+        raise ExportError("--layers-dtype, --fp32-layers and --sample are not possible with --from-quantized")
     made_for: Device = "cuda" if config.dtype in HALVES else "cpu"
     device = config.device or made_for
     if device != made_for and config.dtype != "fp32":
@@ -216,7 +257,11 @@ def _precision(checkpoint: Checkpoint, config: ExportConfig) -> Precision:
     vision_dtype = config.vision_dtype or config.dtype
     known = products(checkpoint.weights.skeleton, config.dtype, vision_dtype)
     layers = layers_of(config.layers_dtype, config.fp32_layers, known)
-    precision = Precision(config.dtype, vision_dtype, layers, device)
+    dtypes: dict[Tower, Dtype] = {"decoder": config.dtype, "vision": vision_dtype}
+    for tower, tool in tools.items():
+        dtypes[tower] = tool.dtype
+        layers |= {product: dtype for product, dtype in tool.dtypes.items() if dtype != tool.dtype}
+    precision = Precision(dtypes["decoder"], dtypes["vision"], layers, device)
     check_mix(precision)
     reduced = {tower: sorted(precision.dtypes(tower) - {"fp32"}) for tower in TOWERS}
     if config.with_vision_full and reduced["vision"]:
@@ -248,6 +293,7 @@ def _fill(
     config: ExportConfig,
     progress: Progress,
     traces: Traces,
+    tools: Mapping[Tower, ToolGraph],
 ) -> Manifest:
     """Write everything into `staging`, the manifest last."""
     processor, penalty = checkpoint.image_processor, checkpoint.generation.repetition_penalty
@@ -275,7 +321,7 @@ def _fill(
         versions={n: importlib.metadata.version(n) for n in ("torch", "transformers", "onnx", "onnxscript")},
         files=_files(staging),
     )
-    calibrated = Calibrated()
+    calibrated = Calibrated({key: made for tool in tools.values() for key, made in tool.rounded.items()})
     if config.sample is not None:
         rows = read_sample(config.sample, config.sample_rows, Bundle(staging, manifest), progress.say)
         calibrated = calibrate(checkpoint, layout, rows, lambda product: {precision.of(product)}, progress)
@@ -296,7 +342,7 @@ def _fill(
     if config.with_fp32:
         (staging / FP32).mkdir()
         plain = replace(config, with_fp32=False, with_vision_full=False, sample=None)
-        _fill(staging / FP32, checkpoint, layout, Precision(), plain, progress, traces)
+        _fill(staging / FP32, checkpoint, layout, Precision(), plain, progress, traces, {})
     with progress.step("hashes"):
         manifest = replace(manifest, files=_files(staging))
     manifest.write(staging)

@@ -33,7 +33,7 @@ import onnx_ir as ir
 
 from export.names import module_of
 from export.operators import DOMAIN
-from export.rounding import BLOCK, LEVELS, TINY, Array, Rounded, rounded
+from export.rounding import LEVELS, TINY, Array, Rounded, rounded
 from qvl_batch.bundle.manifest import Dtype
 
 #: Zero point of activations.
@@ -156,10 +156,12 @@ def _weight_only(tape: _Tape, node: ir.Node, dtype: Dtype, bits: int) -> ir.Valu
     assert x is not None
     assert weight is not None
     assert weight.shape is not None
-    packed, scales = tape.of_weight(node, dtype)
+    packed, *others = tape.of_weight(node, dtype)
+    assert packed.shape is not None
     inputs, outputs = weight.shape[::-1] if node.op_type == "Gemm" else weight.shape
-    attributes = {"K": inputs, "N": outputs, "bits": bits, "block_size": BLOCK, "accuracy_level": ACCURACY_LEVEL}
-    return tape.apply("MatMulNBits", x, packed, scales, domain=DOMAIN, **attributes)
+    block = packed.shape[2] * 8 // bits
+    attributes = {"K": inputs, "N": outputs, "bits": bits, "block_size": block, "accuracy_level": ACCURACY_LEVEL}
+    return tape.apply("MatMulNBits", x, packed, *others, domain=DOMAIN, **attributes)
 
 
 #: What replaces a product: `(tape, node)` to the value that the product has.

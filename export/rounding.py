@@ -11,6 +11,7 @@ are taken in the order of their power; scales are those of the weights before ro
 are.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -82,10 +83,40 @@ def to_blocks(weight: Array, bits: int, second_moment: Tensor | None = None) -> 
     return {f"int{bits}": packed, "scale": np.ascontiguousarray(scale.T)}
 
 
-def from_int8(made: dict[str, Array]) -> Array:
-    """The weights (in, out) that `to_int8` made."""
-    weight: Array = made["int8"] * made["scale"]
+def from_int8(made: Mapping[str, Array]) -> Array:
+    """What the arrays of `to_int8` stand for, (in, out) in fp32."""
+    weight: Array = (made["int8"] - made["zero_points"].astype(np.float32)) * made["scale"]
     return weight
+
+
+def from_blocks(made: Mapping[str, Array], inputs: int) -> Array:
+    """What the arrays of `to_blocks` stand for, (in, out) in fp32; blocks have any size, and zero points if there are.
+
+    Args:
+        made: the arrays.
+        inputs: how many there are; the last block can have more.
+    """
+    bits = 4 if "int4" in made else 8
+    levels, zeros = made[f"int{bits}"], made.get("zero_points")
+    outputs, blocks, _ = levels.shape
+    if bits == 4:  # noqa: PLR2004
+        levels = _halves(levels)
+        zeros = None if zeros is None else _halves(zeros)[:, :blocks]
+    shift = np.float32(2 ** (bits - 1)) if zeros is None else zeros.astype(np.float32)[..., None]
+    weight: Array = ((levels.astype(np.float32) - shift) * made["scale"][..., None]).reshape(outputs, -1).T[:inputs]
+    return weight
+
+
+def largest_pair(levels: Array) -> int:
+    """Largest magnitude of the sum of two neighbours' levels (in, out) of the same sign."""
+    padded = np.pad(levels.astype(np.int16), ((0, len(levels) % 2), (0, 0)))
+    sums = [(sign * padded).clip(min=0).reshape(-1, 2, padded.shape[1]).sum(1).max() for sign in (1, -1)]
+    return int(max(sums))
+
+
+def _halves(packed: Array) -> Array:
+    """Two values of 4 bits of each byte, the lower first, along the last axis."""
+    return np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)
 
 
 def _largest_in_pairs(weight: Array) -> Array:

@@ -14,16 +14,23 @@ from onnx import numpy_helper
 
 from comparison.config import CompareConfig
 from comparison.run import compare
-from export.activations import Inputs
-from export.calibration import CalibrationConfig
+from export.activations import Inputs, visit_decoder, visit_vision
+from export.calibrated import plain_tower
+from export.calibration import CalibrationConfig, decoder_feeds
 from export.calibration import calibrate as write_calibration
 from export.decoder import FullDecoder, Layer
 from export.package import ExportConfig, export_bundle, load_checkpoint
-from export.rounding import BLOCK, PAIR_LEVELS, from_int8, rounded, to_blocks, to_int8
+from export.rounding import BLOCK, PAIR_LEVELS, from_blocks, from_int8, largest_pair, rounded, to_blocks, to_int8
+from export.sample import read_sample
 from export.smoothing import ChannelPath, find_scale, paths, smooth
+from export.vision import SquareTower
 from qvl_batch.bundle.loading import Bundle
-from qvl_batch.bundle.manifest import DECODER, VISION
+from qvl_batch.bundle.manifest import DECODER, DECODER_FULL, VISION
+from qvl_batch.decoder.decoder import PrefillRow
+from qvl_batch.distances import relative_error
 from qvl_batch.errors import JobError
+from qvl_batch.runtime.session import Session
+from qvl_batch.vision.encoder import VisionEncoder
 
 DTYPES = ("int8", "int8wo", "int4wo")
 
@@ -39,14 +46,7 @@ def product():
 
 def _weight(made, inputs):
     """What rounded weights stand for, (in, out)."""
-    if "zero_points" in made:
-        return from_int8(made)
-    bits = 4 if "int4" in made else 8
-    levels = made[f"int{bits}"]
-    if bits == 4:
-        levels = np.stack([levels & 15, levels >> 4], axis=-1).reshape(*levels.shape[:2], BLOCK)
-    weight = (levels.astype(np.float32) - 2 ** (bits - 1)) * made["scale"][..., None]
-    return weight.reshape(len(levels), -1).T[:inputs]
+    return from_int8(made) if "int8" in made and "zero_points" in made else from_blocks(made, inputs)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -81,8 +81,8 @@ def test_inputs_that_are_always_zero_and_outputs_without_weights_do_no_harm(prod
 
 def test_neighbours_of_the_same_sign_stay_within_what_kernels_add(product):
     _, moment, weight = product
-    levels = to_int8(np.abs(weight), moment)["int8"].astype(int)
-    assert (levels[::2][:64] + levels[1::2]).max() == PAIR_LEVELS
+    levels = to_int8(np.abs(weight), moment)["int8"]
+    assert largest_pair(levels) == largest_pair(-levels) == PAIR_LEVELS
     assert levels.max() > 100
 
 
@@ -125,6 +125,26 @@ def test_outliers_are_moved_into_weights():
     assert scale is not None
     assert scale[7] >= 8 * scale[torch.arange(32) != 7].max()
     assert torch.equal(scale, 2.0 ** scale.log2().round())
+
+
+@pytest.mark.parametrize("bundle", ["tiny_bundle", "native_bundle"])
+def test_products_are_shown_what_they_are_given_in_a_job(bundle, request):
+    """The features and logits of the calibration's own pass are the bundle's."""
+    bundle, checkpoint = request.getfixturevalue(bundle), load_checkpoint(TINY)
+    (row,) = read_sample(QUESTIONS, 1, bundle, print)
+    seen = {}
+    tower = plain_tower(checkpoint, bundle.manifest.layout)
+    features = visit_vision(tower, row.pixels, lambda *_: None)
+    (expected,) = [VisionEncoder(bundle, 2).encode(pixels) for pixels in row.pixels]
+    assert relative_error(features[0].numpy(), expected) < 1e-5
+    side = tower.merged_side if isinstance(tower, SquareTower) else None
+    visit_decoder(checkpoint.weights, side, [row], features, lambda name, *given: seen.update({name: given}))
+    head, inputs = seen["decoder.head"]
+    logits = inputs["decoder.head"].kept @ head.weight
+    feeds = decoder_feeds(PrefillRow(row.input_ids, row.images, [expected]), bundle.manifest)
+    whole = Session(bundle.file(DECODER_FULL), 2).run(["logits"], feeds)[0][0]
+    assert logits.shape == whole.shape
+    assert relative_error(logits.detach().numpy(), whole) < 1e-5
 
 
 def _calibrated(output, checkpoint=TINY, **options):
