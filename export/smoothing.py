@@ -34,6 +34,9 @@ PATHS: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 #: Exponents of the range of activations that are tried; that of weights has the rest. 0.5 is the paper's.
 STRENGTHS = (0.5, 0.75, 1.0)
+#: Least and greatest exponent of a scale, next to the median channel's. A channel that is small in the sample can be
+#: large in other rows, so it is not enlarged much.
+EXPONENTS = (-3, 12)
 #: Scales of channels (n,), by the name of the module or parameter that makes them.
 Scales = dict[str, NDArray[np.float32]]
 
@@ -115,7 +118,7 @@ def find_scale(path: ChannelPath, weights: Sequence[Any], inputs: Inputs) -> Ten
     best, found = _error(x, joined, exact), None
     for strength in STRENGTHS:
         logs = strength * of_inputs.log2() - (1 - strength) * of_weights.log2()
-        scale = torch.exp2((logs - logs.mean()).round())
+        scale = torch.exp2((logs - logs.median()).round().clamp(*EXPONENTS))
         each = path.at_inputs(scale, len(joined))
         error = _error(x / each, joined * each[:, None], exact)
         if error < best:

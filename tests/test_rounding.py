@@ -127,6 +127,19 @@ def test_outliers_are_moved_into_weights():
     assert torch.equal(scale, 2.0 ** scale.log2().round())
 
 
+def test_a_channel_that_no_row_of_the_sample_uses_stays_within_bounds():
+    chance = torch.Generator().manual_seed(0)
+    x, weight = torch.randn((400, 32), generator=chance), torch.randn((32, 64), generator=chance)
+    inputs = Inputs(32, 400)
+    x[:, 7] *= 64
+    x[:, 9], weight[11] = 0, 0
+    inputs.add(x, torch.ones(1))
+    scale = find_scale(ChannelPath("norm1", ("attention.q",), 32, None), [weight], inputs)
+    assert scale is not None
+    assert scale.min() >= 1 / 8 * scale.median()
+    assert scale.isfinite().all()
+
+
 @pytest.mark.parametrize("bundle", ["tiny_bundle", "native_bundle"])
 def test_products_are_shown_what_they_are_given_in_a_job(bundle, request):
     """The features and logits of the calibration's own pass are the bundle's."""
