@@ -95,11 +95,13 @@ class _Visitor:
     def _smooth(self, prefix: str, module: nn.Module, inputs: InputsOf) -> None:
         for path in paths(module):
             products = [f"{prefix}.{product}" for product in path.products]
-            if not any("int8" in self._dtypes_of(product) for product in products):
+            dtypes = [dtype for product in products for dtype in self._dtypes_of(product) if dtype.startswith("int")]
+            if not dtypes:
                 continue
             own = inputs[products[0]]
             weights: list[Any] = [module.get_submodule(product).weight for product in path.products]
-            scale = find_scale(path, weights, own)
+            # Activations in int8 have most to gain.
+            scale = find_scale(path, weights, own, "int8" if "int8" in dtypes else dtypes[0])
             if scale is not None:
                 self._found.scales[f"{prefix}.{path.source}"] = scale.numpy()
                 own.divide(path.at_inputs(scale, len(own.largest)))

@@ -1,7 +1,8 @@
 """SmoothQuant: moves the range of activations into weights, channel by channel.
 
 Xiao et al. 2022, arXiv 2211.10438. Where some channels of a product's input are much larger than the others, one scale
-for all of a token leaves the others few levels. Such a channel is divided by s where it is made (a norm, or a product)
+for all of a token, or of a block, leaves the others few levels; and their weights, as much smaller than others, few
+levels too. Such a channel is divided by s where it is made (a norm, or a product)
 and its row of the weight is multiplied by s:
 
     norm1 ──► attention.q, .k, .v     attention.v ──► attention.out     norm ──► fc1 (of the merger)
@@ -19,10 +20,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from export.activations import Inputs
 from export.layers import Linear
-from export.rounding import LEVELS, from_int8, to_int8
+from export.rounding import BLOCK, LEVELS, TINY, from_blocks, from_int8, rounded
+from qvl_batch.bundle.manifest import Dtype
 
 #: Where channels are made, and the products that take them, within a module.
 PATHS: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -101,36 +104,41 @@ def smooth(prefix: str, module: nn.Module, scales: Mapping[str, Any]) -> None:
                 weight.mul_(path.at_inputs(scale, len(weight))[:, None])
 
 
-def find_scale(path: ChannelPath, weights: Sequence[Any], inputs: Inputs) -> Tensor | None:
-    """The scales (channels,) with which the products, in int8, come closest to those in fp32; None for none.
+def find_scale(path: ChannelPath, weights: Sequence[Any], inputs: Inputs, dtype: Dtype) -> Tensor | None:
+    """The scales (channels,) with which products in integers come closest to those in fp32; None for none.
 
     Args:
         path: of the products.
         weights: (in, out) of each.
         inputs: that all of them take.
+        dtype: of the products.
     """
     joined = torch.cat(tuple(weights), dim=1).detach()
     x = inputs.kept
     exact = x @ joined
-    tiny = torch.finfo(torch.float32).tiny
-    of_inputs = path.at_channels(inputs.largest).clamp(min=tiny)
-    of_weights = path.at_channels(joined.abs().amax(1)).clamp(min=tiny)
-    best, found = _error(x, joined, exact), None
+    of_inputs = path.at_channels(inputs.largest).clamp(min=TINY)
+    of_weights = path.at_channels(joined.abs().amax(1)).clamp(min=TINY)
+    best, found = _error(x, joined, exact, dtype), None
     for strength in STRENGTHS:
         logs = strength * of_inputs.log2() - (1 - strength) * of_weights.log2()
         scale = torch.exp2((logs - logs.median()).round().clamp(*EXPONENTS))
         each = path.at_inputs(scale, len(joined))
-        error = _error(x / each, joined * each[:, None], exact)
+        error = _error(x / each, joined * each[:, None], exact, dtype)
         if error < best:
             best, found = error, scale
     return found
 
 
-def _error(x: Tensor, weight: Tensor, exact: Tensor) -> float:
-    """Error of a product in int8, whose inputs have a scale for each token."""
-    step = x.abs().amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / LEVELS
-    rounded = torch.from_numpy(from_int8(to_int8(weight.numpy())))
-    return float(((x / step).round() * step @ rounded - exact).norm())
+def _error(x: Tensor, weight: Tensor, exact: Tensor, dtype: Dtype) -> float:
+    """Error of a product in integers. Inputs have a scale for each token, or for each token and block."""
+    inputs = len(weight)
+    padded = pad(x, (0, -inputs % BLOCK if dtype != "int8" else 0))
+    blocks = padded.reshape(len(x), -1, padded.shape[1] if dtype == "int8" else BLOCK)
+    step = blocks.abs().amax(-1, keepdim=True).clamp(min=TINY) / LEVELS
+    made = rounded(dtype, weight.numpy())
+    found = from_int8(made) if dtype == "int8" else from_blocks(made, inputs)
+    levels = ((blocks / step).round() * step).reshape(padded.shape)[:, :inputs]
+    return float((levels @ torch.from_numpy(np.ascontiguousarray(found)) - exact).norm())
 
 
 def _at(module: nn.Module, name: str) -> Any:

@@ -457,6 +457,7 @@ def test_the_fuzz_damages_a_few_images(run_here, capsys):
     assert "5 damaged images" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_training_goes_on_where_it_was(run_here, in_a_folder, monkeypatch, capsys):
     # The script puts its own there, and seeds torch.
     monkeypatch.setattr(Qwen2_5_VLVisionAttention, "forward", Qwen2_5_VLVisionAttention.forward)

@@ -377,6 +377,7 @@ SPELLED = re.compile(
 )  # fmt: skip
 
 
+@pytest.mark.long
 def test_the_probability_of_a_value_is_that_of_all_ways_to_spell_it(
     tiny_bundle, tiny_checkpoint, questions, monkeypatch
 ):

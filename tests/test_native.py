@@ -265,6 +265,7 @@ def test_whatever_rows_begin_with_is_prefilled_once(native_bundle):
     assert _answered(counting, [Request(row, 6, key) for row, key in zip(rows, others, strict=True)]) == shared
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("cluster")
 def test_blocks_of_large_images_have_fewer_rows(native_bundle, tmp_path):
     from ray.data import DataContext  # noqa: PLC0415

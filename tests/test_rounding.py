@@ -115,26 +115,28 @@ def test_a_smoothed_layer_computes_the_same_numbers():
     assert torch.equal(before, after)
 
 
-def test_outliers_are_moved_into_weights():
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_outliers_are_moved_into_weights(dtype):
     chance = torch.Generator().manual_seed(0)
     x, weight = torch.randn((400, 32), generator=chance), torch.randn((32, 64), generator=chance)
     inputs = Inputs(32, 400)
     x[:, 7] *= 64
     inputs.add(x, torch.ones(1))
-    scale = find_scale(ChannelPath("norm1", ("attention.q",), 32, None), [weight], inputs)
+    scale = find_scale(ChannelPath("norm1", ("attention.q",), 32, None), [weight], inputs, dtype)
     assert scale is not None
     assert scale[7] >= 8 * scale[torch.arange(32) != 7].max()
     assert torch.equal(scale, 2.0 ** scale.log2().round())
 
 
-def test_a_channel_that_no_row_of_the_sample_uses_stays_within_bounds():
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_channel_that_no_row_of_the_sample_uses_stays_within_bounds(dtype):
     chance = torch.Generator().manual_seed(0)
     x, weight = torch.randn((400, 32), generator=chance), torch.randn((32, 64), generator=chance)
     inputs = Inputs(32, 400)
     x[:, 7] *= 64
     x[:, 9], weight[11] = 0, 0
     inputs.add(x, torch.ones(1))
-    scale = find_scale(ChannelPath("norm1", ("attention.q",), 32, None), [weight], inputs)
+    scale = find_scale(ChannelPath("norm1", ("attention.q",), 32, None), [weight], inputs, dtype)
     assert scale is not None
     assert scale.min() >= 1 / 8 * scale.median()
     assert scale.isfinite().all()
@@ -160,6 +162,13 @@ def test_products_are_shown_what_they_are_given_in_a_job(bundle, request):
     assert relative_error(logits.detach().numpy(), whole) < 1e-5
 
 
+#: Some of what a sample changes, in int8 and in int4wo.
+WITH_SAMPLE = {
+    DECODER: {"decoder.layers.*.mlp.down.int8", "decoder.layers.*.norm1"},
+    VISION: {"vision.blocks.*.mlp.down.int4", "vision.blocks.*.norm2"},
+}
+
+
 def _calibrated(output, checkpoint=TINY, **options):
     settings = {"sample": QUESTIONS, "sample_rows": 4, "image_size": 224, "skip_parity": True} | options
     export_bundle(ExportConfig(checkpoint=checkpoint, output=output, **settings), traces=TRACES)
@@ -180,9 +189,7 @@ def test_a_bundle_says_what_it_was_calibrated_on_and_has_the_operators_of_any_ot
         assert weights.keys() == others.keys()
         changed = {name for name, values in weights.items() if not np.array_equal(values, others[name])}
         kinds = {re.sub(r"\.\d+\.", ".*.", name) for name in changed}
-        assert kinds > ({"decoder.layers.*.mlp.down.int8", "decoder.layers.*.norm1"} if name == DECODER else set())
-        # Blocks of 4 bits are not smoothed.
-        assert not any("norm" in kind for kind in kinds) or name == DECODER
+        assert kinds > (WITH_SAMPLE[name])
 
 
 def test_rows_and_their_calibration_folder_are_one_sample(native_bundle, tmp_path):
@@ -197,6 +204,7 @@ def test_rows_and_their_calibration_folder_are_one_sample(native_bundle, tmp_pat
     assert found[0] == found[1]
 
 
+@pytest.mark.long
 def test_conversations_of_several_images_are_a_sample(native_bundle, tmp_path):
     options = {"input": (str(CONVERSATIONS),), "output": str(tmp_path / "folder"), "messages_column": "messages"}
     write_calibration(CalibrationConfig(bundle=native_bundle.path, limit=6, **options))
@@ -232,14 +240,15 @@ def test_a_sample_that_cannot_be_is_refused(tmp_path, options, message):
 
 
 @pytest.mark.long
-def test_outliers_in_activations_do_no_harm(tmp_path):
-    """Between norms and products, every fortieth channel is 64 times as large: int8 is then no worse than without."""
+@pytest.mark.parametrize("dtype", ["int8", "int4wo"])
+def test_outliers_in_activations_do_no_harm(dtype, tmp_path):
+    """Between norms and products, every fortieth channel is 64 times as large: drift is then no worse than without."""
     checkpoint = with_outliers(tmp_path / "checkpoint")
     drifts = {}
     for name, settings in {
         "plain": {"checkpoint": TINY, "sample": None}, "outliers": {"sample": None}, "smoothed": {"sample_rows": 16}
     }.items():  # fmt: skip
-        bundle = _calibrated(tmp_path / name, **{"checkpoint": checkpoint, "dtype": "int8"} | settings)
+        bundle = _calibrated(tmp_path / name, **{"checkpoint": checkpoint, "dtype": dtype} | settings)
         config = CompareConfig(
             bundle=bundle.path, checkpoint=settings.get("checkpoint", checkpoint), input=(str(QUESTIONS),),
             output=str(tmp_path / f"{name}-compared"), limit=16,
@@ -247,5 +256,5 @@ def test_outliers_in_activations_do_no_harm(tmp_path):
         drifts[name] = compare(config).summary["drift"]
     for stage in ("vision", "decode"):
         plain, outliers, smoothed = (drifts[name][stage]["median"] for name in ("plain", "outliers", "smoothed"))
-        assert outliers > 3 * plain
+        assert outliers > 1.5 * plain
         assert smoothed <= plain
