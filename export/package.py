@@ -92,8 +92,8 @@ class ExportConfig:
     quantize. The decoder has such a graph, `decoder_full.onnx`, in any case."""
     sample: Path | None = None
     """Rows as those that the bundle will answer: parquet, or a folder that `python -m export.calibration` wrote. Then
-    weights in integers are rounded so that the products of these rows change least, and with int8 the range of
-    activations is smoothed into weights. Without it, weights are rounded to nearest."""
+    weights in integers are rounded so that the products of these rows change least, and channels that are much larger
+    than others are smoothed into weights. Without it, weights are rounded to nearest."""
     sample_rows: int = 64
     """Use only the first SAMPLE_ROWS rows of the sample."""
     from_quantized: tuple[Path, ...] = ()
