@@ -128,14 +128,14 @@ def export_decoders(
 def plain_vision(weights: Weights, layout: Layout, mean: list[float], std: list[float], traces: Traces) -> ir.Model:
     """The graph of `vision_full.onnx`, with weights that are computed when they are read."""
     graph = traces.once(trace_vision, weights.skeleton, layout.resolution, mean, std, "fp32", "standard")
-    LazyWeights(weights, vision_parts(weights.skeleton, std, "fp32"), {}).fill(graph)
+    LazyWeights(weights, vision_parts(weights.skeleton, std, "fp32")).fill(graph)
     return graph
 
 
 def plain_decoder(weights: Weights, layout: Layout, traces: Traces) -> ir.Model:
     """The graph of `decoder_full.onnx`, with weights that are computed when they are read."""
     graph = traces.once(trace_full_decoder, weights.skeleton, layout)
-    LazyWeights(weights, decoder_parts(weights.skeleton, "fp32"), {}).fill(graph)
+    LazyWeights(weights, decoder_parts(weights.skeleton, "fp32")).fill(graph)
     return graph
 
 

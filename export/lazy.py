@@ -104,11 +104,11 @@ class LazyWeights:
     Args:
         weights: of the checkpoint.
         parts: of the traced modules.
-        scales: by which they are smoothed.
+        scales: by which they are smoothed, if they are.
     """
 
-    def __init__(self, weights: Weights, parts: Iterable[Part], scales: Scales) -> None:
-        self._weights, self._parts, self._scales = weights, list(parts), scales
+    def __init__(self, weights: Weights, parts: Iterable[Part], scales: Scales | None = None) -> None:
+        self._weights, self._parts, self._scales = weights, list(parts), scales or {}
         self._tensors: dict[str, ir.LazyTensor] = {}
         self._made: tuple[str, Tensors] = ("", {})
 

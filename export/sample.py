@@ -69,7 +69,11 @@ def read_sample(path: Path, rows: int, bundle: Bundle, say: Callable[[str], None
     config = JobConfig(bundle=bundle.path, input=(str(path),), output=str(bundle.path), limit=rows)
     found: list[SampleRow] = []
     left_out: list[tuple[Place, Failure]] = []
-    for place, row in SampleRows(config, RowLayout(bundle), None):
+    try:
+        sample = SampleRows(config, RowLayout(bundle), None)
+    except InputError as error:
+        raise InputError(f"--sample {path}: {str(error).removeprefix(f'--input {path}: ')}") from error
+    for place, row in sample:
         if isinstance(row, Failure):
             left_out.append((place, row))
         else:
