@@ -134,7 +134,8 @@ def _stored(node: ir.Node) -> ir.Value | None:
 def _check_parameters(model: ir.Model, plain: ir.Model, weights: set[str]) -> None:
     """Compare all parameters but the weights of products with the checkpoint's."""
     for name, value in plain.graph.initializers.items():
-        if name in weights or not name.startswith(("decoder.", "vision.")):
+        # Constants of the tracer are not lazy.
+        if name in weights or not isinstance(value.const_value, ir.LazyTensor):
             continue
         found = model.graph.initializers.get(name)
         if found is None or found.const_value is None:
@@ -180,7 +181,10 @@ def _weight_in(node: ir.Node, product: ir.Node) -> tuple[Dtype, dict[str, Array]
     while source is not None and (producer := source.producer()) is not None and producer.op_type in _ROUNDING:
         source = producer.inputs[0]
     if source is None or wanted is None or source.name != wanted.name:
-        raise ValueError(f"its input is {source and source.name}, where the plain graph has {wanted and wanted.name}")
+        raise ValueError(
+            f"its input is {source and source.name}, where the plain graph has {wanted and wanted.name}: the tool has "
+            "put an operator between, or the plain graph is one of another --image-size"
+        )
     exact = _array(product.inputs[1])
     dtype: Dtype
     made: dict[str, Array]

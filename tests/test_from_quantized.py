@@ -153,9 +153,10 @@ def test_both_towers_at_once_pass_the_gate_and_answer(tmp_path):
     exact = exported(tmp_path / "fp32", with_vision_full=True)
     for name in (VISION_FULL, DECODER_FULL):
         _n_bits(exact.file(name), tmp_path / name, 8)
-    bundle = _made(
-        tmp_path / "bundle", tmp_path / VISION_FULL, tmp_path / DECODER_FULL, image_size=224, skip_parity=False
-    )
+    graphs = (tmp_path / VISION_FULL, tmp_path / DECODER_FULL)
+    with pytest.raises(ExportError, match="or the plain graph is one of another --image-size"):
+        _made(tmp_path / "other", *graphs, image_size=224)
+    bundle = _made(tmp_path / "bundle", *graphs, skip_parity=False)
     assert (bundle.manifest.dtype, bundle.manifest.vision_dtype) == ("int8wo", "int8wo")
     assert bundle.manifest.parity is not None
     assert 1e-4 < bundle.manifest.parity.features < 0.05
