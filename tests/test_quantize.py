@@ -300,12 +300,12 @@ def test_answers_are_the_same_without_vnni(tmp_path):
 @pytest.mark.skipif(shutil.which(EMULATOR) is None, reason=f"{EMULATOR} is not installed (Debian: qemu-user)")
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="it is x86 that is emulated")
 def test_weights_that_saturate_without_vnni_are_refused_there(tmp_path, monkeypatch):
-    def plain(matrix):
+    def plain(matrix, _):
         scale = np.abs(matrix).max(axis=0) / 127
         zeros = np.zeros(len(scale), np.int8)
         return {"int8": np.rint(matrix / scale).astype(np.int8), "scale": scale, "zero_points": zeros}
 
-    monkeypatch.setattr("export.quantize._to_int8", plain)  # no option asks for such weights
+    monkeypatch.setattr("export.rounding.to_int8", plain)  # no option asks for such weights
     config = ExportConfig(checkpoint=TINY, output=tmp_path / "bundle", dtype="int8", image_size=224)
     if not has_vnni():
         with pytest.raises(ExportError, match="parity gate"):
