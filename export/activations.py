@@ -21,6 +21,7 @@ from export.sample import SampleRow
 from export.vision import VisionTower
 from export.weights import Weights
 from qvl_batch.bundle.layout import Pixels, mrope_positions
+from qvl_batch.bundle.manifest import is_in
 
 #: Tokens whose inputs are kept for each product, to measure what a change of the product does.
 KEPT_TOKENS = 512
@@ -96,7 +97,7 @@ def visit_vision(tower: VisionTower, images: Sequence[Pixels], visit: Visit) -> 
     parts |= {f"blocks.{k}": block for k, block in enumerate(tower.blocks)} | {"merger": tower.merger}
     for name, part in parts.items():
         prefix = f"vision.{name}"
-        visit(prefix, part, {k: v for k, v in listener.inputs.items() if k == prefix or k.startswith(f"{prefix}.")})
+        visit(prefix, part, {k: v for k, v in listener.inputs.items() if is_in(k, [prefix])})
     return features
 
 

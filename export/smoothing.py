@@ -2,8 +2,8 @@
 
 Xiao et al. 2022, arXiv 2211.10438. Where some channels of a product's input are much larger than the others, one scale
 for all of a token, or of a block, leaves the others few levels; and their weights, as much smaller than others, few
-levels too. Such a channel is divided by s where it is made (a norm, or a product)
-and its row of the weight is multiplied by s:
+levels too. Such a channel is divided by s where it is made (a norm, or a product), and its row of the weight is
+multiplied by s:
 
     norm1 ──► attention.q, .k, .v     attention.v ──► attention.out     norm ──► fc1 (of the merger)
     norm2 ──► mlp.gate, .up           mlp.up ──► mlp.down
@@ -14,6 +14,7 @@ is, since a tied one is the table of tokens.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -71,11 +72,13 @@ def paths(module: nn.Module) -> list[ChannelPath]:
     """The paths within a module."""
     found: list[ChannelPath] = []
     for source, products in PATHS:
-        if all(_has(module, name) for name in (source, *products)):
-            made = _at(module, source)
-            channels = made.weight.shape[1] if isinstance(made, Linear) else len(made)
-            head_dim = _at(module, "attention.head_dim") if source == "attention.v" else None
-            found.append(ChannelPath(source, products, channels, head_dim))
+        try:
+            made, *_ = attrgetter(source, *products)(module)
+        except AttributeError:  # a module of another kind
+            continue
+        channels = made.weight.shape[1] if isinstance(made, Linear) else len(made)
+        head_dim = attrgetter("attention.head_dim")(module) if source == "attention.v" else None
+        found.append(ChannelPath(source, products, channels, head_dim))
     return found
 
 
@@ -91,7 +94,7 @@ def smooth(prefix: str, module: nn.Module, scales: Mapping[str, Any]) -> None:
         if f"{prefix}.{path.source}" not in scales:
             continue
         scale = torch.as_tensor(scales[f"{prefix}.{path.source}"])
-        made = _at(module, path.source)
+        made = attrgetter(path.source)(module)
         with torch.no_grad():
             if isinstance(made, Linear):
                 made.weight.div_(scale)
@@ -100,7 +103,7 @@ def smooth(prefix: str, module: nn.Module, scales: Mapping[str, Any]) -> None:
             else:
                 made.div_(scale)
             for product in path.products:
-                weight = _at(module, product).weight
+                weight = attrgetter(product)(module).weight
                 weight.mul_(path.at_inputs(scale, len(weight))[:, None])
 
 
@@ -139,17 +142,3 @@ def _error(x: Tensor, weight: Tensor, exact: Tensor, dtype: Dtype) -> float:
     found = from_int8(made) if dtype == "int8" else from_blocks(made, inputs)
     levels = ((blocks / step).round() * step).reshape(padded.shape)[:, :inputs]
     return float((levels @ torch.from_numpy(np.ascontiguousarray(found)) - exact).norm())
-
-
-def _at(module: nn.Module, name: str) -> Any:
-    for part in name.split("."):
-        module = getattr(module, part)
-    return module
-
-
-def _has(module: nn.Module, name: str) -> bool:
-    for part in name.split("."):
-        if not hasattr(module, part):
-            return False
-        module = getattr(module, part)
-    return True

@@ -115,28 +115,34 @@ def test_a_smoothed_layer_computes_the_same_numbers():
     assert torch.equal(before, after)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_outliers_are_moved_into_weights(dtype):
+@pytest.fixture
+def outlier():
+    """Inputs (n, in) of which channel 7 is 64 times as large as the others, and a weight (in, out)."""
     chance = torch.Generator().manual_seed(0)
     x, weight = torch.randn((400, 32), generator=chance), torch.randn((32, 64), generator=chance)
-    inputs = Inputs(32, 400)
     x[:, 7] *= 64
+    return x, weight
+
+
+def _scale(x, weight, dtype):
+    inputs = Inputs(32, 400)
     inputs.add(x, torch.ones(1))
-    scale = find_scale(ChannelPath("norm1", ("attention.q",), 32, None), [weight], inputs, dtype)
+    return find_scale(ChannelPath("norm1", ("attention.q",), 32, None), [weight], inputs, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_outliers_are_moved_into_weights(dtype, outlier):
+    scale = _scale(*outlier, dtype)
     assert scale is not None
     assert scale[7] >= 8 * scale[torch.arange(32) != 7].max()
     assert torch.equal(scale, 2.0 ** scale.log2().round())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_channel_that_no_row_of_the_sample_uses_stays_within_bounds(dtype):
-    chance = torch.Generator().manual_seed(0)
-    x, weight = torch.randn((400, 32), generator=chance), torch.randn((32, 64), generator=chance)
-    inputs = Inputs(32, 400)
-    x[:, 7] *= 64
+def test_a_channel_that_no_row_of_the_sample_uses_stays_within_bounds(dtype, outlier):
+    x, weight = outlier
     x[:, 9], weight[11] = 0, 0
-    inputs.add(x, torch.ones(1))
-    scale = find_scale(ChannelPath("norm1", ("attention.q",), 32, None), [weight], inputs, dtype)
+    scale = _scale(x, weight, dtype)
     assert scale is not None
     assert scale.min() >= 1 / 8 * scale.median()
     assert scale.isfinite().all()
