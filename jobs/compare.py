@@ -8,14 +8,14 @@ Writes `comparison.parquet`, `summary.json` and `report.html`. Runs on this mach
 
 import sys
 
-from comparison.config import CompareConfig
+from export.comparison.config import CompareConfig
 from qvl_batch.command_line import FAILED, exit_status, settings, stop_as_by_ctrl_c
 
 
 def work() -> int:
     """Compare and show; returns the exit status."""
     config = settings(CompareConfig)
-    from comparison.run import compare  # noqa: PLC0415  (takes seconds to import; --help need not)
+    from export.comparison.run import compare  # noqa: PLC0415  (takes seconds to import; --help need not)
 
     outcome = compare(config, say=lambda line: print(line, file=sys.stderr, flush=True))
     print(outcome)

@@ -13,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from comparison.run import Outcome
+from export.comparison.run import Outcome
 from qvl_batch.bundle.loading import Bundle
 from qvl_batch.bundle.manifest import FP32, MANIFEST, VISION, file_sha256
 from qvl_batch.decoder import decoder

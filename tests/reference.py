@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from comparison.questions import Question
+from export.comparison.questions import Question
 from qvl_batch.conversation import single_turn
 from qvl_batch.images.pixels import Seen
 from qvl_batch.images.view import ImageSize, View

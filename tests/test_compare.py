@@ -30,18 +30,18 @@ from PIL import Image
 from reference import question
 
 import compare as script
-from comparison import run as comparison_run
-from comparison.bundle_side import BundleSide
-from comparison.config import CompareConfig
-from comparison.layers import depth_names, instrument, state_error
-from comparison.measures import Measures
-from comparison.questions import open_questions
-from comparison.records import record
-from comparison.reference import PyTorch
-from comparison.run import compare
-from comparison.summary import Bounds, difference, summarize
-from comparison.traces import Trace, first_difference
 from export.checkpoint import load_checkpoint
+from export.comparison import run as comparison_run
+from export.comparison.bundle_side import BundleSide
+from export.comparison.config import CompareConfig
+from export.comparison.layers import depth_names, instrument, state_error
+from export.comparison.measures import Measures
+from export.comparison.questions import open_questions
+from export.comparison.records import record
+from export.comparison.reference import PyTorch
+from export.comparison.run import compare
+from export.comparison.summary import Bounds, difference, summarize
+from export.comparison.traces import Trace, first_difference
 from export.package import ExportConfig, export_bundle
 from qvl_batch.bundle.loading import Bundle
 from qvl_batch.bundle.manifest import DECODER, DECODER_FULL, VISION

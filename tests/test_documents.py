@@ -19,8 +19,8 @@ from bench import BenchConfig
 from benchmark.answers import AnswersConfig
 from benchmark.gpu import GpuBenchConfig
 from calibration.config import CalibrateConfig
-from comparison.config import CompareConfig
 from export.calibration import CalibrationConfig
+from export.comparison.config import CompareConfig
 from export.package import ExportConfig
 from qvl_batch.config import CaptionConfig
 from qvl_batch.conversation import images_of

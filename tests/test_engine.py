@@ -16,8 +16,8 @@ from checkpoints import penalised_checkpoint
 from conftest import ROOT, exported
 from reference import question
 
-from comparison.reference import PyTorch
 from export.checkpoint import load_checkpoint
+from export.comparison.reference import PyTorch
 from qvl_batch.bundle.loading import Bundle
 from qvl_batch.decoder.decoder import Decoder
 from qvl_batch.decoder.engine import Engine

@@ -16,8 +16,8 @@ from llguidance import LLMatcher, LLTokenizer
 from reference import question
 from transformers import LogitsProcessor
 
-from comparison.reference import PyTorch
 from export.checkpoint import load_checkpoint
+from export.comparison.reference import PyTorch
 from qvl_batch import Captioner
 from qvl_batch.constraints import Constraint, constraint_of
 from qvl_batch.decoder.answerer import grammars_of

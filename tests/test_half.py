@@ -16,11 +16,11 @@ from reference import letterboxed, question
 from safetensors.torch import load_file, save_file
 
 import export.half
-from comparison.config import CompareConfig
-from comparison.reference import PyTorch
-from comparison.run import compare
 from export import half
 from export.checkpoint import load_checkpoint
+from export.comparison.config import CompareConfig
+from export.comparison.reference import PyTorch
+from export.comparison.run import compare
 from export.half import emulated, emulated_graph, to_half
 from export.names import module_of
 from export.package import ExportConfig, export_bundle

@@ -30,7 +30,7 @@ from soak import soak
 
 import caption
 from benchmark.memory import family
-from comparison.reference import PyTorch
+from export.comparison.reference import PyTorch
 from qvl_batch import Captioner
 from qvl_batch.config import CaptionConfig
 from qvl_batch.errors import InputError

@@ -20,8 +20,8 @@ from output_folders import read_answers
 from PIL import Image
 from test_export import SHAPES
 
-from comparison.config import CompareConfig
-from comparison.run import compare
+from export.comparison.config import CompareConfig
+from export.comparison.run import compare
 from qvl_batch import Captioner
 from qvl_batch.bundle.layout import PlacedImage
 from qvl_batch.config import CaptionConfig

@@ -13,9 +13,9 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select
 
-from comparison.config import CompareConfig
-from comparison.page import LogAxis, marked, render
-from comparison.run import compare
+from export.comparison.config import CompareConfig
+from export.comparison.page import LogAxis, marked, render
+from export.comparison.run import compare
 
 ROWS, BROKEN = 16, 2
 SPACED = "\n two  lines,\tthe second\n  indented "

@@ -17,8 +17,8 @@ from conftest import QUESTIONS, ROOT, TINY, TRACES, exported
 from onnx import numpy_helper
 from reference import letterboxed
 
-from comparison.config import CompareConfig
-from comparison.run import compare
+from export.comparison.config import CompareConfig
+from export.comparison.run import compare
 from export.names import module_of
 from export.package import ExportConfig, export_bundle
 from export.rounding import to_int8

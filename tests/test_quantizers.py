@@ -8,9 +8,9 @@ import subprocess
 import pytest
 from conftest import QUESTIONS, ROOT, TINY
 
-from comparison.config import CompareConfig
-from comparison.run import compare
 from export.calibration import CalibrationConfig, calibrate
+from export.comparison.config import CompareConfig
+from export.comparison.run import compare
 from qvl_batch.bundle.manifest import DECODER, DECODER_FULL
 
 PROGRAMS = ROOT / "build" / "quantizers" / "bin"

@@ -12,12 +12,12 @@ from checkpoints import with_outliers
 from conftest import CONVERSATIONS, QUESTIONS, TINY, TRACES
 from onnx import numpy_helper
 
-from comparison.config import CompareConfig
-from comparison.run import compare
 from export.activations import Inputs, visit_decoder, visit_vision
 from export.calibrated import plain_tower
 from export.calibration import CalibrationConfig, decoder_feeds
 from export.calibration import calibrate as write_calibration
+from export.comparison.config import CompareConfig
+from export.comparison.run import compare
 from export.decoder import FullDecoder, Layer
 from export.package import ExportConfig, export_bundle, load_checkpoint
 from export.rounding import BLOCK, PAIR_LEVELS, from_blocks, from_int8, largest_pair, rounded, to_blocks, to_int8

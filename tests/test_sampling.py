@@ -15,7 +15,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from comparison.reference import PyTorch
+from export.comparison.reference import PyTorch
 from qvl_batch import Captioner
 from qvl_batch.constraints import constraint_of
 from qvl_batch.decoder import draws

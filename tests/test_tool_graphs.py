@@ -13,8 +13,8 @@ from checkpoints import make_checkpoint
 from conftest import CONVERSATIONS, QUESTIONS, ROOT, TINY, exported
 from onnxruntime.quantization import quantize_dynamic
 
-from comparison.config import CompareConfig
-from comparison.run import compare
+from export.comparison.config import CompareConfig
+from export.comparison.run import compare
 from qvl_batch.bundle.manifest import DECODER_FULL, VISION_FULL
 from qvl_batch.errors import BundleError, ConfigError, OutputError
 

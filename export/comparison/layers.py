@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 import onnx
 
-from comparison.traces import Array, States
 from export.calibration import decoder_feeds
+from export.comparison.traces import Array, States
 from export.half import emulated_graph, stream_unit
 from export.names import PLAIN_STATES
 from export.names import Tower as TowerName

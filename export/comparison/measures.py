@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from rapidfuzz.distance import Levenshtein
 
-from comparison.traces import Trace, first_difference, penalised
+from export.comparison.traces import Trace, first_difference, penalised
 from qvl_batch.distances import cosine, divergence, relative_error
 
 

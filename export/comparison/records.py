@@ -17,10 +17,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from comparison.layers import Drift
-from comparison.measures import Measures, measured
-from comparison.questions import Question
-from comparison.traces import INPUT_STAGES, Trace
+from export.comparison.layers import Drift
+from export.comparison.measures import Measures, measured
+from export.comparison.questions import Question
+from export.comparison.traces import INPUT_STAGES, Trace
 from qvl_batch.errors import OutputError
 from qvl_batch.output.local_folder import LocalFolder
 from qvl_batch.output.parts import parquet

@@ -8,16 +8,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from comparison.bundle_side import BundleSide, Graphs
-from comparison.config import CompareConfig
-from comparison.layers import Drift, depth_names
-from comparison.measures import Measures
-from comparison.page import render
-from comparison.plain_graphs import graph_sha256
-from comparison.questions import Question, Questions, open_questions
-from comparison.records import PAGE, Records, record
-from comparison.summary import STAGES, Bounds, difference, summarize
-from comparison.traces import INPUT_STAGES, Side, Trace
+from export.comparison.bundle_side import BundleSide, Graphs
+from export.comparison.config import CompareConfig
+from export.comparison.layers import Drift, depth_names
+from export.comparison.measures import Measures
+from export.comparison.page import render
+from export.comparison.plain_graphs import graph_sha256
+from export.comparison.questions import Question, Questions, open_questions
+from export.comparison.records import PAGE, Records, record
+from export.comparison.summary import STAGES, Bounds, difference, summarize
+from export.comparison.traces import INPUT_STAGES, Side, Trace
 from qvl_batch.bundle.loading import Bundle
 from qvl_batch.bundle.manifest import CheckpointSource
 from qvl_batch.errors import ConfigError, JobError
@@ -179,8 +179,8 @@ class _Sides:
         if self.other:
             return self._side_of(self.other)
         assert config.checkpoint is not None
-        from comparison.reference import PyTorch  # noqa: PLC0415  (two bundles are compared without torch)
         from export.checkpoint import load_checkpoint  # noqa: PLC0415
+        from export.comparison.reference import PyTorch  # noqa: PLC0415  (two bundles are compared without torch)
 
         return PyTorch(
             load_checkpoint(config.checkpoint),

@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from comparison.layers import LayerProbe, Tower, plain_feeds, worker_feeds
-from comparison.plain_graphs import PlainDecoder, PlainVision
-from comparison.questions import Question
-from comparison.traces import Array, Decoded, States, Trace
+from export.comparison.layers import LayerProbe, Tower, plain_feeds, worker_feeds
+from export.comparison.plain_graphs import PlainDecoder, PlainVision
+from export.comparison.questions import Question
+from export.comparison.traces import Array, Decoded, States, Trace
 from export.half import emulated_graph
 from qvl_batch.bundle.layout import Pixels
 from qvl_batch.bundle.loading import Bundle

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from comparison.questions import Question
+from export.comparison.questions import Question
 from qvl_batch.schema import Failure
 
 Array = NDArray[Any]

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from comparison.traces import Array, Decoded, penalised
 from export.calibration import Feeds, decoder_feeds
+from export.comparison.traces import Array, Decoded, penalised
 from qvl_batch.bundle.external_data import external_locations
 from qvl_batch.bundle.layout import Features, Pixels
 from qvl_batch.bundle.loading import Bundle

@@ -20,9 +20,9 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.vision_utils import get_vision_window_index
 
-from comparison.questions import Question
-from comparison.traces import Array, States, Trace
 from export.checkpoint import Checkpoint
+from export.comparison.questions import Question
+from export.comparison.traces import Array, States, Trace
 from export.vision import window_order
 from qvl_batch.config import DeviceOption
 from qvl_batch.conversation import Message, images_of

@@ -14,7 +14,7 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-from comparison.summary import STAGES, Kind
+from export.comparison.summary import STAGES, Kind
 from qvl_batch.report.page import printable, template
 
 Record = dict[str, Any]

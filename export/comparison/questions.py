@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from comparison.config import CompareConfig
+from export.comparison.config import CompareConfig
 from qvl_batch.bundle.layout import Resolution
 from qvl_batch.columns import FILE, IMAGES, MESSAGES, ROW, failures_of
 from qvl_batch.config import ImageRules
