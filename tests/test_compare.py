@@ -203,7 +203,7 @@ def test_both_sides_read_a_prompt_alike(tiny_bundle, tiny_checkpoint, demo):
         "a" * 300,
     ):
         asked = dataclasses.replace(question(demo[0]), conversation=single_turn(prompt, 1))
-        assert pytorch.input_ids(asked) == side.shown(asked)[1].input_ids
+        assert pytorch.input_ids(asked) == side.shown(asked).input_ids
 
 
 def test_the_bundle_answers_all_questions_in_one_thread(tiny_bundle, demo, monkeypatch):

@@ -19,13 +19,13 @@ from export.comparison.plain_graphs import PlainDecoder, PlainVision
 from export.comparison.questions import Question
 from export.comparison.traces import Array, Decoded, States, Trace
 from export.half import emulated_graph
-from qvl_batch.bundle.layout import Pixels
+from export.sample import SampleRow
 from qvl_batch.bundle.loading import Bundle
 from qvl_batch.bundle.manifest import DECODER, HALVES, VISION
 from qvl_batch.config import Device, DeviceOption
 from qvl_batch.decoder.decoder import Decoder, PrefillRow, Tokens
 from qvl_batch.decoder.engine import Engine
-from qvl_batch.decoder.prompts import RowLayout, TokenRow
+from qvl_batch.decoder.prompts import RowLayout
 from qvl_batch.decoder.requests import Completion, Request
 from qvl_batch.errors import NumericError, RowError
 from qvl_batch.runtime.devices import has_cuda, memory_on, usable_cpus
@@ -193,7 +193,11 @@ class BundleSide:
 
     def answer(self, questions: Sequence[Question]) -> list[Trace | Failure]:
         """Answer questions that have no failure, in order."""
-        requests = [self._request(question) for question in questions]
+        return self.answer_rows([self._shown_or_failure(question) for question in questions])
+
+    def answer_rows(self, rows: Sequence[SampleRow | Failure]) -> list[Trace | Failure]:
+        """Answer rows, in order; a failure stays what it is."""
+        requests = [row if isinstance(row, Failure) else self._request(row) for row in rows]
         decoded = iter(self._decoder.complete([request for request in requests if isinstance(request, Request)]))
         return [
             request if isinstance(request, Failure) else self._trace(request, next(decoded)) for request in requests
@@ -201,27 +205,34 @@ class BundleSide:
 
     def states(self, question: Question) -> States:
         """Hidden states of a question that this side can answer."""
-        return self.probe.states(*self.shown(question))
+        return self.probe.states(self.shown(question))
 
-    def _request(self, question: Question) -> Request | Failure:
+    def shown(self, question: Question) -> SampleRow:
+        """A question as a row, with its pixels in the order of the row.
+
+        Raises:
+            RowError: it cannot be laid out.
+        """
+        resolution = self.layout.layout.resolution
+        grids = [resolution.grid(*image.pixels.shape[:2]) for image in question.images]
+        tokens = self.layout.row(question.conversation, grids)
+        return SampleRow(
+            tokens.input_ids, tokens.images, [question.images[image.index].pixels for image in tokens.images]
+        )
+
+    def _shown_or_failure(self, question: Question) -> SampleRow | Failure:
         try:
-            images, tokens = self.shown(question)
-            features = list(map(self._vision.encode, images))
+            return self.shown(question)
         except RowError as error:
             return Failure.of(error)
-        limit = min(self._max_new_tokens, self._max_seq_len - len(tokens.input_ids))
-        return Request(PrefillRow(tokens.input_ids, tokens.images, features), limit)
 
-    def shown(self, question: Question) -> tuple[list[Pixels], TokenRow]:
-        """Pixels of a question's images in the order of the row, and its tokens."""
-        tokens = self._tokens(question)
-        return [question.images[image.index].pixels for image in tokens.images], tokens
-
-    def _tokens(self, question: Question) -> TokenRow:
-        resolution = self.layout.layout.resolution
-        return self.layout.row(
-            question.conversation, [resolution.grid(*image.pixels.shape[:2]) for image in question.images]
-        )
+    def _request(self, row: SampleRow) -> Request | Failure:
+        try:
+            features = list(map(self._vision.encode, row.pixels))
+        except RowError as error:
+            return Failure.of(error)
+        limit = min(self._max_new_tokens, self._max_seq_len - len(row.input_ids))
+        return Request(PrefillRow(row.input_ids, row.images, features), limit)
 
     def _trace(self, request: Request, decoded: Decoded | Failure) -> Trace | Failure:
         if isinstance(decoded, Failure):

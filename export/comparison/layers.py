@@ -11,7 +11,7 @@ gets an input that can replace it:
 So one run gives the states with accumulated errors; another, with the reference's states given to
 every layer, gives each layer's own error.
 
-What enters: pixels and tokens of rows. What leaves: `States`, and drift at each depth.
+What enters: rows. What leaves: `States`, and drift at each depth.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,11 +28,11 @@ from export.comparison.traces import Array, States
 from export.half import emulated_graph, stream_unit
 from export.names import PLAIN_STATES
 from export.names import Tower as TowerName
-from qvl_batch.bundle.layout import Pixels
+from export.sample import SampleRow
+from qvl_batch.bundle.layout import Pixels, PlacedImage
 from qvl_batch.bundle.loading import Bundle
 from qvl_batch.bundle.manifest import DECODER, HALVES, VISION, Dtype, part_names
 from qvl_batch.decoder.decoder import Decoder, PrefillRow
-from qvl_batch.decoder.prompts import TokenRow
 from qvl_batch.errors import BundleError
 from qvl_batch.runtime.session import Session
 
@@ -56,7 +56,7 @@ class Drift:
 
 
 #: Inputs of a decoder graph for a row with features (T, D) of all its images.
-Feeds = Callable[[TokenRow, Array], dict[str, Array]]
+Feeds = Callable[[SampleRow, Array], dict[str, Array]]
 
 
 class LayerProbe:
@@ -70,36 +70,30 @@ class LayerProbe:
     """
 
     def __init__(self, bundle: Bundle, vision: "Tower", language: "Tower", feeds: Feeds) -> None:
-        self._vision, self._language, self._row = vision, language, feeds
+        self._vision, self._language, self._feeds = vision, language, feeds
         # The mean of pixels is repeated for each colour of each pixel of a patch.
         graph = onnx.load(bundle.file(VISION), load_external_data=False).graph
         (rows,) = (weights.dims[0] for weights in graph.initializer if weights.name == "vision.mean")
         self._patches_per_token = 3 * bundle.manifest.layout.resolution.unit**2 // rows
 
-    def states(self, images: Sequence[Pixels], tokens: TokenRow) -> States:
-        """Hidden states of one row.
-
-        Args:
-            images: of the row, in the order of its tokens.
-            tokens: of the row.
-        """
-        *vision, features = _joined([self._encode(image) for image in images])
-        *decoder, logits = self._language.run(self._row(tokens, features))
+    def states(self, row: SampleRow) -> States:
+        """Hidden states of one row."""
+        *vision, features = _joined([self._encode(image) for image in row.pixels])
+        *decoder, logits = self._language.run(self._feeds(row, features))
         return States(vision, features, *_of_last_token(decoder, logits))
 
-    def drift(self, images: Sequence[Pixels], tokens: TokenRow, reference: States) -> Drift:
-        """Drift of one row from the reference's states; the other arguments are those of `states`."""
+    def drift(self, row: SampleRow, reference: States) -> Drift:
+        """Drift of one row from the reference's states."""
         encoded: list[list[Array]] = []
         own_errors: list[list[Array]] = []
-        for image, given in zip(images, _by_image(reference.vision, tokens), strict=True):
+        for image, given in zip(row.pixels, _by_image(reference.vision, row.images), strict=True):
             encoded.append(self._encode(image))
             own_errors.append(self._encode(image, given))
         *states, features = _joined(encoded)
-        *decoder, logits = self._language.run(self._row(tokens, features))
+        *decoder, logits = self._language.run(self._feeds(row, features))
         found, vision = States(states, features, *_of_last_token(decoder, logits)), _joined(own_errors)
         # The decoder's own error is measured with the reference's features.
-        row = self._row(tokens, reference.features)
-        *decoder, logits = self._language.run(row, reference.decoder)
+        *decoder, logits = self._language.run(self._feeds(row, reference.features), reference.decoder)
         expected = [*reference.vision, reference.features, *reference.decoder, reference.logits]
         accumulated = [*found.vision, found.features, *found.decoder, found.logits]
         decoder, logits = _of_last_token(decoder, logits)
@@ -123,8 +117,8 @@ def worker_feeds(bundle: Bundle, decoder: Decoder) -> Feeds:
             kind = np.bool_ if spec.dtype == "bool" else np.float32
             past[name] = np.zeros((1, *map(int, spec.shape[1:])), kind)
 
-    def feeds(tokens: TokenRow, features: Array) -> dict[str, Array]:
-        prefill = decoder.prefill_inputs([_row(tokens, features)])
+    def feeds(row: SampleRow, features: Array) -> dict[str, Array]:
+        prefill = decoder.prefill_inputs([_with(row, features)])
         return {name: buffer.values for name, buffer in prefill.items()} | past
 
     return feeds
@@ -132,12 +126,12 @@ def worker_feeds(bundle: Bundle, decoder: Decoder) -> Feeds:
 
 def plain_feeds(bundle: Bundle) -> Feeds:
     """Inputs of `decoder_full.onnx`, or of what a tool made of it."""
-    return lambda tokens, features: decoder_feeds(_row(tokens, features), bundle.manifest)
+    return lambda row, features: decoder_feeds(_with(row, features), bundle.manifest)
 
 
-def _row(tokens: TokenRow, features: Array) -> PrefillRow:
+def _with(row: SampleRow, features: Array) -> PrefillRow:
     """A row with features (T, D) of all its images."""
-    return PrefillRow(tokens.input_ids, tokens.images, np.split(features, _ends(tokens)))
+    return PrefillRow(row.input_ids, row.images, np.split(features, _ends(row.images)))
 
 
 class Tower:
@@ -199,15 +193,16 @@ class Tower:
         return [*(self._unit * np.concatenate(parts) for parts in parts_of), result[0]]
 
 
-def _ends(tokens: TokenRow) -> Array:
+def _ends(images: Sequence[PlacedImage]) -> Array:
     """Where the features of each image but the last end."""
-    return np.cumsum([image.tokens for image in tokens.images], dtype=np.int64)[:-1]
+    return np.cumsum([image.tokens for image in images], dtype=np.int64)[:-1]
 
 
-def _by_image(states: list[Array], tokens: TokenRow) -> list[list[Array]]:
+def _by_image(states: list[Array], images: Sequence[PlacedImage]) -> list[list[Array]]:
     """States (N, D) of all images, by image."""
-    patches = len(states[0]) // sum(image.tokens for image in tokens.images)
-    return [list(parts) for parts in zip(*(np.split(state, patches * _ends(tokens)) for state in states), strict=True)]
+    patches = len(states[0]) // sum(image.tokens for image in images)
+    ends = patches * _ends(images)
+    return [list(parts) for parts in zip(*(np.split(state, ends) for state in states), strict=True)]
 
 
 def _joined(runs: list[list[Array]]) -> list[Array]:

@@ -146,7 +146,7 @@ def _row(
         texts = (token_text(tokens[0]), token_text(tokens[1]))
         if sides.config.layers and question.images:
             states = sides.reference.states(question)
-            drift = sides.candidate.probe.drift(*sides.candidate.shown(question), states)
+            drift = sides.candidate.probe.drift(sides.candidate.shown(question), states)
     return record(question, reference, candidate, measures, drift, texts)
 
 
