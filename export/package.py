@@ -4,52 +4,36 @@ The bundle is written to a temporary directory beside the output and renamed onc
 the parity gate included, has passed.
 """
 
-import importlib.metadata
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 from rich.console import Console
 
+from export.bundle_writer import BundleWriter
 from export.calibrated import Calibrated, calibrate
 from export.chat import chat_turn
 from export.checkpoint import Checkpoint, load_checkpoint
-from export.graphs import Traces, export_decoders, export_vision, graph_spec, plain_decoder, plain_vision
+from export.graphs import Traces, plain_decoder, plain_vision
 from export.names import TOWERS, Tower
-from export.parity import check_contract, check_parity
 from export.precision import Precision, check_mix, layers_of, products
 from export.progress import Progress, ShownProgress
-from export.proof import known_answers, tolerance_of
 from export.sample import read_sample, sha256_of
 from export.tool_graphs import ToolGraph, load_tool_graph, read_tool_graph
 from qvl_batch.bundle.layout import Layout, Resolution
 from qvl_batch.bundle.loading import Bundle
 from qvl_batch.bundle.manifest import (
-    CHAT_TEMPLATE,
-    DECODER,
-    DECODER_DRAWN,
-    DECODER_FULL,
-    DECODER_GUIDED,
-    FORMAT_VERSION,
     FP32,
     HALVES,
     MANIFEST,
-    TOKENIZER,
-    VISION,
-    VISION_FULL,
     Calibration,
-    DecoderShape,
     Dtype,
-    File,
     Manifest,
-    Parity,
-    Tolerance,
-    file_sha256,
 )
 from qvl_batch.command_line import exit_status, settings, stop_as_by_ctrl_c
 from qvl_batch.config import Device, check_at_least_one
@@ -135,8 +119,18 @@ def export_bundle(config: ExportConfig, progress: Progress | None = None, traces
     tools = _tool_graphs(checkpoint, layout, config, traces, progress)
     precision = _precision(checkpoint, config, tools)
     output.parent.mkdir(parents=True, exist_ok=True)
+    writer = BundleWriter(checkpoint, layout, traces, progress)
     with _staging(output) as staging:
-        manifest = _fill(staging, checkpoint, layout, precision, config, progress, traces, tools)
+        bundle = writer.begin(staging)
+        calibrated = Calibrated({key: made for tool in tools.values() for key, made in tool.rounded.items()})
+        if config.sample is not None:
+            bundle, calibrated = _calibration(bundle, writer, precision, config)
+        gate = not config.skip_parity
+        bundle = writer.fill(bundle, precision, calibrated, with_vision_full=config.with_vision_full, gate=gate)
+        del calibrated
+        if config.with_fp32:
+            writer.write(staging / FP32, Precision(), Calibrated(), gate=gate)
+        manifest = writer.finish(bundle).manifest
         _check_output(output, overwrite=config.overwrite)  # again, since an export can take hours
         if output.exists():
             shutil.rmtree(output)
@@ -285,104 +279,17 @@ def _check_output(output: Path, *, overwrite: bool) -> None:
         raise ExportError(f"{output} exists and is not a bundle, so it is not overwritten: give another --output")
 
 
-def _fill(
-    staging: Path,
-    checkpoint: Checkpoint,
-    layout: Layout,
-    precision: Precision,
-    config: ExportConfig,
-    progress: Progress,
-    traces: Traces,
-    tools: Mapping[Tower, ToolGraph],
-) -> Manifest:
-    """Write everything into `staging`, the manifest last."""
-    processor, penalty = checkpoint.image_processor, checkpoint.generation.repetition_penalty
-    normalisation = (processor.image_mean, processor.image_std)
-    for path in checkpoint.copied_files:
-        shutil.copyfile(path, staging / path.name)
-    # As transformers loads them, which can differ from the checkpoint's own files.
-    (staging / TOKENIZER).write_text(checkpoint.tokenizer.backend_tokenizer.to_str(pretty=True), encoding="utf-8")
-    (staging / CHAT_TEMPLATE).write_text(checkpoint.tokenizer.chat_template, encoding="utf-8", newline="")
-    manifest = Manifest(
-        format_version=FORMAT_VERSION,
-        source=checkpoint.source,
-        dtype=precision.decoder,
-        device=precision.device,
-        vision_dtype=precision.vision,
-        layers_dtype=dict(precision.layers),
-        calibration=None,
-        special_tokens=checkpoint.special_tokens,
-        layout=layout,
-        decoder=_decoder_shape(checkpoint.config.text_config),
-        generation=checkpoint.generation,
-        graphs={},
-        parity=None,
-        tolerance=None,
-        versions={n: importlib.metadata.version(n) for n in ("torch", "transformers", "onnx", "onnxscript")},
-        files=_files(staging),
+def _calibration(
+    bundle: Bundle, writer: BundleWriter, precision: Precision, config: ExportConfig
+) -> tuple[Bundle, Calibrated]:
+    """Calibrate the rounding of weights on the sample; returns the bundle that records it, too."""
+    assert config.sample is not None
+    rows = read_sample(config.sample, config.sample_rows, bundle, writer.progress.say)
+    calibrated = calibrate(
+        writer.checkpoint, writer.layout, rows, lambda product: {precision.of(product)}, writer.progress
     )
-    calibrated = Calibrated({key: made for tool in tools.values() for key, made in tool.rounded.items()})
-    if config.sample is not None:
-        rows = read_sample(config.sample, config.sample_rows, Bundle(staging, manifest), progress.say)
-        calibrated = calibrate(checkpoint, layout, rows, lambda product: {precision.of(product)}, progress)
-        manifest = replace(manifest, calibration=Calibration(len(rows), sha256_of(rows)))
-    export_vision(
-        checkpoint.weights, layout, *normalisation, precision, staging, progress, traces, calibrated,
-        with_plain=config.with_vision_full,
-    )  # fmt: skip
-    export_decoders(checkpoint.weights, layout, precision, penalty, staging, progress, traces, calibrated)
-    del calibrated
-    written = (VISION, VISION_FULL, DECODER, DECODER_GUIDED, DECODER_DRAWN, DECODER_FULL)
-    names = [name for name in written if (staging / name).is_file()]
-    manifest = replace(manifest, graphs={name: graph_spec(staging / name) for name in names})
-    check_contract(layout, checkpoint.config.text_config.hidden_size, staging, precision)
-    if not config.skip_parity:
-        parity, tolerance = _pass_gate(staging, checkpoint, layout, precision, progress)
-        manifest = replace(manifest, parity=parity, tolerance=tolerance)
-    if config.with_fp32:
-        (staging / FP32).mkdir()
-        plain = replace(config, with_fp32=False, with_vision_full=False, sample=None)
-        _fill(staging / FP32, checkpoint, layout, Precision(), plain, progress, traces, {})
-    with progress.step("hashes"):
-        manifest = replace(manifest, files=_files(staging))
-    manifest.write(staging)
-    return manifest
-
-
-def _files(staging: Path) -> dict[str, File]:
-    """All files so far."""
-    paths = sorted(path for path in staging.rglob("*") if path.is_file())
-    return {path.relative_to(staging).as_posix(): File(path.stat().st_size, file_sha256(path)) for path in paths}
-
-
-def _pass_gate(
-    staging: Path, checkpoint: Checkpoint, layout: Layout, precision: Precision, progress: Progress
-) -> tuple[Parity, Tolerance]:
-    """Run the parity gate and write the known answers; returns what the manifest records of both.
-
-    Raises:
-        ExportError: the graphs differ from PyTorch.
-    """
-    gate = check_parity(checkpoint, layout, precision, staging, progress)
-    parity, tolerance = gate.parity, tolerance_of(gate, precision)
-    known_answers(gate, tolerance).write(staging)
-    progress.say(
-        f"parity: features {parity.features:.1e}, logits {parity.logits:.1e}, "
-        f"first token {parity.first_token_kl:.0e} nats, tokens {parity.tokens_equal}/{parity.tokens}"
-    )
-    return parity, tolerance
-
-
-def _decoder_shape(config: Any) -> DecoderShape:
-    return DecoderShape(
-        layers=config.num_hidden_layers,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        heads=config.num_attention_heads,
-        kv_heads=config.num_key_value_heads,
-        head_dim=config.hidden_size // config.num_attention_heads,
-        vocab_size=config.vocab_size,
-    )
+    calibration = Calibration(len(rows), sha256_of(rows))
+    return replace(bundle, manifest=replace(bundle.manifest, calibration=calibration)), calibrated
 
 
 @contextmanager
