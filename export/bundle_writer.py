@@ -72,6 +72,7 @@ class BundleWriter:
             vision_dtype="fp32",
             layers_dtype={},
             calibration=None,
+            recipe=None,
             special_tokens=checkpoint.special_tokens,
             layout=self.layout,
             decoder=_decoder_shape(checkpoint.config.text_config),

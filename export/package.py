@@ -23,6 +23,10 @@ from export.graphs import Traces, plain_decoder, plain_vision
 from export.names import TOWERS, Tower
 from export.precision import Precision, check_mix, layers_of, products
 from export.progress import Progress, ShownProgress
+from export.recipe.page import write_recipe
+from export.recipe.record import in_manifest, read_recipe
+from export.recipe.search import Recipe, find_recipe
+from export.recipe.trial import Goal, Prefer
 from export.sample import read_sample, sha256_of
 from export.tool_graphs import ToolGraph, load_tool_graph, read_tool_graph
 from qvl_batch.bundle.layout import Layout, Resolution
@@ -39,6 +43,8 @@ from qvl_batch.command_line import exit_status, settings, stop_as_by_ctrl_c
 from qvl_batch.config import Device, check_at_least_one
 from qvl_batch.errors import ExportError, JobError
 
+#: `--recipe` of one that is to be found.
+AUTO = "auto"
 #: Fewest tokens that a contract must leave for prompt and answer.
 LEAST_ROOM = 32
 #: Longest row in tokens by default, for images of one size and for images at their own size.
@@ -80,6 +86,17 @@ class ExportConfig:
     than others are smoothed into weights. Without it, weights are rounded to nearest."""
     sample_rows: int = 64
     """Use only the first SAMPLE_ROWS rows of the sample."""
+    recipe: str | None = None
+    """`auto`: measure every layer in every integer precision on the sample, and choose each one's so that --max-drift
+    and --min-agreement hold at the least time or size on this machine. `recipe.html` in the bundle shows what was
+    measured. Or the `recipe.json` of such a bundle, to apply it again."""
+    max_drift: float | None = None
+    """With --recipe auto: largest error of features and logits of any row of the sample, relative to their largest
+    magnitude."""
+    min_agreement: float = 0.0
+    """With --recipe auto: share of the sample's answers that must be equal to those in fp32, token for token."""
+    prefer: Prefer = "speed"
+    """With --recipe auto: what the bundle shall have least of: seconds for a row, or bytes."""
     from_quantized: tuple[Path, ...] = ()
     """Graphs that a tool made of the plain graphs of this checkpoint (`decoder_full.onnx`, `vision_full.onnx`): the
     bundle has their integers, scales and zero points. The other tower is as --dtype or --vision-dtype says."""
@@ -113,6 +130,8 @@ def export_bundle(config: ExportConfig, progress: Progress | None = None, traces
     """
     output = config.output.resolve()
     _check_output(output, overwrite=config.overwrite)
+    _check_recipe(config)
+    check_at_least_one(config, "sample_rows")
     checkpoint = load_checkpoint(config.checkpoint)
     layout = plan_layout(checkpoint, config)
     traces, progress = traces or Traces(), progress or Progress()
@@ -123,13 +142,19 @@ def export_bundle(config: ExportConfig, progress: Progress | None = None, traces
     with _staging(output) as staging:
         bundle = writer.begin(staging)
         calibrated = Calibrated({key: made for tool in tools.values() for key, made in tool.rounded.items()})
-        if config.sample is not None:
+        gate, recipe = not config.skip_parity, None
+        if config.recipe == AUTO:
+            bundle, calibrated, recipe = _recipe(bundle, writer, config, staging / "recipe")
+            precision = recipe.precision
+        elif config.sample is not None:
             bundle, calibrated = _calibration(bundle, writer, precision, config)
-        gate = not config.skip_parity
         bundle = writer.fill(bundle, precision, calibrated, with_vision_full=config.with_vision_full, gate=gate)
         del calibrated
-        if config.with_fp32:
+        if config.with_fp32 and recipe is not None:
+            (staging / "recipe" / FP32).rename(staging / FP32)
+        elif config.with_fp32:
             writer.write(staging / FP32, Precision(), Calibrated(), gate=gate)
+        shutil.rmtree(staging / "recipe", ignore_errors=True)
         manifest = writer.finish(bundle).manifest
         _check_output(output, overwrite=config.overwrite)  # again, since an export can take hours
         if output.exists():
@@ -235,7 +260,47 @@ def _tool_graphs(
     return found
 
 
+def _check_recipe(config: ExportConfig) -> None:
+    """Refuse options that a recipe does not go with, and those of a recipe without one."""
+    of_auto = {
+        "--max-drift": config.max_drift is not None,
+        "--min-agreement": bool(config.min_agreement),
+        "--prefer": config.prefer != "speed",
+    }
+    given = next((option for option, is_given in of_auto.items() if is_given), None)
+    if config.recipe != AUTO and given:
+        raise ExportError(f"{given} is for --recipe auto")
+    if config.recipe is None:
+        return
+    others = {
+        "--dtype": config.dtype != "fp32",
+        "--vision-dtype": config.vision_dtype is not None,
+        "--layers-dtype": bool(config.layers_dtype),
+        "--fp32-layers": bool(config.fp32_layers),
+        "--from-quantized": bool(config.from_quantized),
+        "--device cuda": config.device == "cuda",
+    }
+    other = next((option for option, is_given in others.items() if is_given), None)
+    if other:
+        raise ExportError(
+            f"{other} is not possible with --recipe: a recipe says the precision of all layers, on the CPU"
+        )
+    if config.recipe == AUTO:
+        if config.sample is None or config.max_drift is None:
+            raise ExportError("--recipe auto needs --sample and --max-drift: rows to measure on, and what to keep")
+        if config.with_vision_full:
+            raise ExportError("--with-vision-full is for a vision tower in fp32, and --recipe auto may reduce it")
+        if not config.max_drift > 0 or not 0 <= config.min_agreement <= 1:
+            raise ExportError("--max-drift must be more than 0, and --min-agreement from 0 to 1")
+
+
 def _precision(checkpoint: Checkpoint, config: ExportConfig, tools: Mapping[Tower, ToolGraph]) -> Precision:
+    if config.recipe == AUTO:  # what it will be is measured
+        return Precision()
+    if config.recipe is not None:
+        precision = read_recipe(Path(config.recipe), products(checkpoint.weights.skeleton))
+        _check_options(precision, config)
+        return precision
     if "decoder" in tools and config.dtype != "fp32":
         raise ExportError(f"--dtype {config.dtype}: the graph of --from-quantized says the precision of the decoder")
     if "vision" in tools and config.vision_dtype is not None:
@@ -256,17 +321,21 @@ def _precision(checkpoint: Checkpoint, config: ExportConfig, tools: Mapping[Towe
         dtypes[tower] = tool.dtype
         layers |= {product: dtype for product, dtype in tool.dtypes.items() if dtype != tool.dtype}
     precision = Precision(dtypes["decoder"], dtypes["vision"], layers, device)
+    _check_options(precision, config)
+    return precision
+
+
+def _check_options(precision: Precision, config: ExportConfig) -> None:
+    """Refuse options that do not go with a precision."""
     check_mix(precision)
     reduced = {tower: sorted(precision.dtypes(tower) - {"fp32"}) for tower in TOWERS}
     if config.with_vision_full and reduced["vision"]:
         found = ", ".join(reduced["vision"])
         raise ExportError(f"--with-vision-full is for a vision tower in fp32, and this one is in {found}")
-    check_at_least_one(config, "sample_rows")
     if config.sample is not None and not any(dtype.startswith("int") for each in reduced.values() for dtype in each):
         raise ExportError("--sample is for weights in integers: give --dtype, --vision-dtype or --layers-dtype too")
     if config.with_fp32 and not any(reduced.values()):
         raise ExportError("--with-fp32 needs a reduced --dtype or --vision-dtype: this bundle is in fp32 already")
-    return precision
 
 
 def _check_output(output: Path, *, overwrite: bool) -> None:
@@ -277,6 +346,23 @@ def _check_output(output: Path, *, overwrite: bool) -> None:
         raise ExportError(f"{output} exists: give another --output, or --overwrite to replace it")
     if not (output / MANIFEST).is_file():
         raise ExportError(f"{output} exists and is not a bundle, so it is not overwritten: give another --output")
+
+
+def _recipe(
+    bundle: Bundle, writer: BundleWriter, config: ExportConfig, folder: Path
+) -> tuple[Bundle, Calibrated, Recipe]:
+    """Find a recipe on the sample; returns the bundle that records it, too."""
+    assert config.sample is not None
+    assert config.max_drift is not None
+    goal = Goal(config.max_drift, config.min_agreement, config.prefer)
+    rows = read_sample(config.sample, config.sample_rows, bundle, writer.progress.say)
+    folder.mkdir()
+    recipe, calibrated = find_recipe(writer, rows, goal, folder, gate=not config.skip_parity)
+    writer.progress.say(str(recipe))
+    write_recipe(recipe, bundle.manifest.source.name, bundle.path)
+    calibration = Calibration(len(rows), sha256_of(rows))
+    manifest = replace(bundle.manifest, calibration=calibration, recipe=in_manifest(recipe))
+    return replace(bundle, manifest=manifest), calibrated, recipe
 
 
 def _calibration(

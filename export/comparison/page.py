@@ -36,7 +36,7 @@ def render(rows: Sequence[Record], summary: dict[str, Any], gallery: int) -> str
     """
     shown = _chosen(rows, gallery)
     prompts = Counter(row["prompt"] for row in shown if row["prompt"]).most_common(MOST_PROMPTS)
-    filters = {"percent": _percent, "figure": _figure}
+    filters = {"percent": _percent, "figure": figure}
     return template(Path(__file__).parent / TEMPLATE, filters, finalize=printable).render(
         summary=summary,
         stages=_stages(rows, summary["bounds"]["max_drift"]),
@@ -153,7 +153,8 @@ def _percent(share: float | None) -> str:
     return "none" if share is None else f"{share:.1%}"
 
 
-def _figure(value: float | str | None) -> str:
+def figure(value: float | str | None) -> str:
+    """An error with two digits; text, and None, as what they stand for."""
     if not isinstance(value, float):
         return value or "none"
     digits, power = f"{value:.1e}".split("e")

@@ -61,7 +61,7 @@ def summarize(rows: Sequence[Record], depths: Sequence[str], bounds: Bounds) -> 
         "compared": len(compared),
         "not_compared": _errors(row for row in rows if row["difference"] == "not compared"),
         "agreement": {
-            **_share(kinds["equal"], len(compared)),
+            **share(kinds["equal"], len(compared)),
             "ties": kinds["tie"],
             "real_differences": kinds["real"],
             "failed": kinds["failed"],
@@ -121,8 +121,8 @@ def _expected(rows: list[Record]) -> dict[str, Any] | None:
     only = [sum(reference and not bundle for reference, bundle in right)]
     only.append(sum(bundle and not reference for reference, bundle in right))
     return {
-        "reference": _share(sum(reference for reference, _ in right), len(right)),
-        "bundle": _share(sum(bundle for _, bundle in right), len(right)),
+        "reference": share(sum(reference for reference, _ in right), len(right)),
+        "bundle": share(sum(bundle for _, bundle in right), len(right)),
         "only_reference_right": only[0],
         "only_bundle_right": only[1],
         # McNemar 1947, exact. Null hypothesis: where only one side is right, each is equally likely to be.
@@ -203,7 +203,7 @@ def _errors(rows: Iterable[Record]) -> dict[str, int]:
     return dict(Counter(f"{row['error_side']} {row['error_stage']}: {row['error_type']}" for row in rows).most_common())
 
 
-def _share(count: int, of: int) -> dict[str, Any]:
+def share(count: int, of: int) -> dict[str, Any]:
     """A share with its 95 % interval (Wilson 1927)."""
     if not of:
         return {"count": 0, "of": 0, "share": 0.0, "interval": None}

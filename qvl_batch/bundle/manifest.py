@@ -17,7 +17,7 @@ from qvl_batch.bundle.layout import Layout
 from qvl_batch.config import Device
 from qvl_batch.errors import BundleError
 
-FORMAT_VERSION = 9
+FORMAT_VERSION = 10
 MANIFEST = "bundle.json"
 VISION = "vision.onnx"
 DECODER = "decoder.onnx"
@@ -131,14 +131,31 @@ class Calibration:
 
 
 @dataclass(frozen=True, slots=True)
+class MeasuredRecipe:
+    """How the precision of layers was chosen: by measuring them on the rows of the calibration.
+
+    `max_drift`, `min_agreement` and `prefer` are what was asked for; `features` and `logits` the largest errors that
+    were found, and `answers_equal` of `answers` are those of fp32, token for token.
+    """
+
+    max_drift: float
+    min_agreement: float
+    prefer: Literal["speed", "size"]
+    features: float
+    logits: float
+    answers: int
+    answers_equal: int
+
+
+@dataclass(frozen=True, slots=True)
 class Manifest:
     """Contents of `bundle.json`.
 
     `dtype` is the precision of the decoder, `vision_dtype` of the vision tower, and `layers_dtype` of modules of either
-    tower that differ from it. Without `calibration`, weights in integers are rounded to nearest. `device` is the device
-    that the decoder was exported for; a vision tower in fp32 runs on any. Without the parity gate there is no `parity`,
-    no `tolerance` and no file of known answers. `special_tokens` are the variables of the chat template that name them,
-    such as `eos_token`.
+    tower that differ from it. Without `calibration`, weights in integers are rounded to nearest. `recipe` says how
+    `layers_dtype` was found, if it was measured. `device` is the device that the decoder was exported for; a vision
+    tower in fp32 runs on any. Without the parity gate there is no `parity`, no `tolerance` and no file of known
+    answers. `special_tokens` are the variables of the chat template that name them, such as `eos_token`.
     """
 
     #: Unknown keys are refused, in nested objects too.
@@ -150,6 +167,7 @@ class Manifest:
     vision_dtype: Dtype
     layers_dtype: dict[str, Dtype]
     calibration: Calibration | None
+    recipe: MeasuredRecipe | None
     special_tokens: dict[str, str]
     layout: Layout
     decoder: DecoderShape

@@ -5,6 +5,7 @@ address, so that a run copies only host mirrors. Errors of ONNX Runtime become `
 """
 
 import contextlib
+import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -42,6 +43,7 @@ class Session:
         model: contents to load in place of the file; weights are still read from the folder of `path`.
         memory: memory of the device that the graph runs on; by default of the host.
         captures: allow runs to be captured as CUDA graphs; all nodes must then run on the GPU, but for shapes.
+        profile: record the time of every node of every run in a file in this folder; see `end_profile`.
 
     Raises:
         BundleError: the graph cannot be loaded.
@@ -56,8 +58,12 @@ class Session:
         memory: Memory | None = None,
         *,
         captures: bool = False,
+        profile: Path | None = None,
     ) -> None:
         options = ort.SessionOptions()
+        if profile is not None:
+            options.enable_profiling = True
+            options.profile_file_prefix = str(profile / path.name)
         options.intra_op_num_threads = threads
         options.log_severity_level = _ERRORS_ONLY
         # Several sessions share the cores: an idle thread spins between operators (without that, a decode step takes
@@ -98,6 +104,13 @@ class Session:
         with subnormals_flushed(), _allocating(self.memory):
             results: list[NDArray[Any]] = self._session.run(list(outputs), inputs)
         return results
+
+    def end_profile(self) -> list[dict[str, Any]]:
+        """Stop recording; returns the events as ONNX Runtime names them."""
+        file = Path(self._session.end_profiling())
+        events: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))
+        file.unlink()
+        return events
 
     def bind(self, inputs: dict[str, Buffer], outputs: dict[str, Buffer], graph: int = NO_GRAPH) -> "Binding":
         """Bind arrays for repeated runs. An output can share memory with an input.
