@@ -39,7 +39,12 @@ class Calibrated:
 
 
 def calibrate(
-    checkpoint: Checkpoint, layout: Layout, rows: Sequence[SampleRow], dtypes_of: DtypesOf, progress: Progress
+    checkpoint: Checkpoint,
+    layout: Layout,
+    rows: Sequence[SampleRow],
+    dtypes_of: DtypesOf,
+    progress: Progress,
+    smoothed_for: DtypesOf | None = None,
 ) -> Calibrated:
     """Show rows to the model and round its weights.
 
@@ -49,11 +54,12 @@ def calibrate(
         rows: to calibrate on.
         dtypes_of: by the name of a product; those in fp32 or half precision are left as they are.
         progress: receives each step.
+        smoothed_for: dtypes that products are smoothed for; by default their own.
     """
     found = Calibrated()
     with progress.step("calibration") as update:
         side = layout.resolution.image_size
-        visitor = _Visitor(found, dtypes_of, update)
+        visitor = _Visitor(found, dtypes_of, smoothed_for or dtypes_of, update)
         tower = plain_tower(checkpoint, layout)
         update(f"vision, {len(rows)} rows")
         features = visit_vision(tower, [pixels for row in rows for pixels in row.pixels], visitor.visit)
@@ -76,8 +82,8 @@ def plain_tower(checkpoint: Checkpoint, layout: Layout) -> VisionTower:
 
 
 class _Visitor:
-    def __init__(self, found: Calibrated, dtypes_of: DtypesOf, update: Update) -> None:
-        self._found, self._dtypes_of, self._update = found, dtypes_of, update
+    def __init__(self, found: Calibrated, dtypes_of: DtypesOf, smoothed_for: DtypesOf, update: Update) -> None:
+        self._found, self._dtypes_of, self._smoothed_for, self._update = found, dtypes_of, smoothed_for, update
 
     def visit(self, prefix: str, module: nn.Module, inputs: InputsOf) -> None:
         """Smooth a module's weights and round them."""
@@ -95,7 +101,7 @@ class _Visitor:
     def _smooth(self, prefix: str, module: nn.Module, inputs: InputsOf) -> None:
         for path in paths(module):
             products = [f"{prefix}.{product}" for product in path.products]
-            dtypes = [dtype for product in products for dtype in self._dtypes_of(product) if dtype.startswith("int")]
+            dtypes = [dtype for product in products for dtype in self._smoothed_for(product) if dtype.startswith("int")]
             if not dtypes:
                 continue
             own = inputs[products[0]]

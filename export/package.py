@@ -25,7 +25,7 @@ from export.precision import Precision, check_mix, layers_of, products
 from export.progress import Progress, ShownProgress
 from export.recipe.page import write_recipe
 from export.recipe.record import in_manifest, read_recipe
-from export.recipe.search import Recipe, find_recipe
+from export.recipe.search import REDUCED, Recipe, find_recipe
 from export.recipe.trial import Goal, Prefer
 from export.sample import read_sample, sha256_of
 from export.tool_graphs import ToolGraph, load_tool_graph, read_tool_graph
@@ -372,7 +372,12 @@ def _calibration(
     assert config.sample is not None
     rows = read_sample(config.sample, config.sample_rows, bundle, writer.progress.say)
     calibrated = calibrate(
-        writer.checkpoint, writer.layout, rows, lambda product: {precision.of(product)}, writer.progress
+        writer.checkpoint,
+        writer.layout,
+        rows,
+        lambda product: {precision.of(product)},
+        writer.progress,
+        (lambda _: REDUCED) if config.recipe else None,  # as when the recipe was found
     )
     calibration = Calibration(len(rows), sha256_of(rows))
     return replace(bundle, manifest=replace(bundle.manifest, calibration=calibration)), calibrated

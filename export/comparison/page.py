@@ -157,5 +157,7 @@ def figure(value: float | str | None) -> str:
     """An error with two digits; text, and None, as what they stand for."""
     if not isinstance(value, float):
         return value or "none"
+    if not math.isfinite(value):
+        return str(value)
     digits, power = f"{value:.1e}".split("e")
-    return f"{digits}e{int(power)}" if math.isfinite(value) else str(value)
+    return f"{digits}e{int(power)}"

@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from export.names import TOWERS
 from export.precision import Precision, layers_of
@@ -74,7 +74,7 @@ def read_recipe(path: Path, products: Iterable[str]) -> Precision:
         raise ExportError(f"--recipe {path} has no {missing}: give auto, or the recipe.json of a bundle")
     decoder, vision, layers = (found[name] for name in FIELDS)
     for name, dtype in (("dtype", decoder), ("vision_dtype", vision)):
-        if dtype not in get_args(Dtype):
+        if dtype not in CANDIDATES:
             raise ExportError(f"--recipe {path}: {name} is {dtype!r}, not one of {', '.join(CANDIDATES)}")
     if not isinstance(layers, dict):
         raise ExportError(f"--recipe {path}: layers_dtype is not an object of modules and dtypes")

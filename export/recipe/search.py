@@ -185,6 +185,7 @@ class _Search:
         self._try(choices[meeting])
 
     def _try(self, choice: Choice) -> Trial:
+        choice = {part: choice[part] for part in self._parts}  # in the order of the forward pass
         known = next((trial for trial in self._trials if trial.choice == choice), None)
         if known is not None:
             return known
