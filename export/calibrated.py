@@ -12,6 +12,7 @@ from torch import nn
 
 from export.activations import InputsOf, visit_decoder, visit_vision
 from export.checkpoint import Checkpoint
+from export.disk import Keep, in_memory
 from export.layers import Linear
 from export.progress import Progress, Update
 from export.rounding import Rounded, rounded
@@ -45,6 +46,7 @@ def calibrate(
     dtypes_of: DtypesOf,
     progress: Progress,
     smoothed_for: DtypesOf | None = None,
+    keep: Keep = in_memory,
 ) -> Calibrated:
     """Show rows to the model and round its weights.
 
@@ -55,11 +57,12 @@ def calibrate(
         dtypes_of: by the name of a product; those in fp32 or half precision are left as they are.
         progress: receives each step.
         smoothed_for: dtypes that products are smoothed for; by default their own.
+        keep: where rounded weights go; by default they stay in memory.
     """
     found = Calibrated()
     with progress.step("calibration") as update:
         side = layout.resolution.image_size
-        visitor = _Visitor(found, dtypes_of, smoothed_for or dtypes_of, update)
+        visitor = _Visitor(found, dtypes_of, smoothed_for or dtypes_of, keep, update)
         tower = plain_tower(checkpoint, layout)
         update(f"vision, {len(rows)} rows")
         features = visit_vision(tower, [pixels for row in rows for pixels in row.pixels], visitor.visit)
@@ -82,8 +85,11 @@ def plain_tower(checkpoint: Checkpoint, layout: Layout) -> VisionTower:
 
 
 class _Visitor:
-    def __init__(self, found: Calibrated, dtypes_of: DtypesOf, smoothed_for: DtypesOf, update: Update) -> None:
-        self._found, self._dtypes_of, self._smoothed_for, self._update = found, dtypes_of, smoothed_for, update
+    def __init__(
+        self, found: Calibrated, dtypes_of: DtypesOf, smoothed_for: DtypesOf, keep: Keep, update: Update
+    ) -> None:
+        self._found, self._dtypes_of, self._smoothed_for = found, dtypes_of, smoothed_for
+        self._keep, self._update = keep, update
 
     def visit(self, prefix: str, module: nn.Module, inputs: InputsOf) -> None:
         """Smooth a module's weights and round them."""
@@ -96,7 +102,8 @@ class _Visitor:
             weight, moment = each.weight.detach().numpy(), inputs[product].second_moment
             for dtype in self._dtypes_of(product):
                 if dtype.startswith("int"):
-                    self._found.rounded[product, dtype] = rounded(dtype, weight, moment)
+                    made = rounded(dtype, weight, moment)
+                    self._found.rounded[product, dtype] = {name: self._keep(array) for name, array in made.items()}
 
     def _smooth(self, prefix: str, module: nn.Module, inputs: InputsOf) -> None:
         for path in paths(module):

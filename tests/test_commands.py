@@ -51,7 +51,11 @@ TESTS = {
     "make quantizers": ["test_quantizers.py::test_olive_takes_the_plain_graph"],
     "make emulator": ["test_what_tests_need_is_installed_where_it_is_not"],
     ".ci/run": ["test_the_machine_that_checks_all_runs_lint_and_tests"],
-    "python -m export": ["test_the_demo_exports_its_bundles"],
+    "python -m export": [
+        "test_the_demo_exports_its_bundles",
+        "test_recipe.py::test_the_bundle_is_what_was_chosen",
+        "test_recipe.py::test_a_saved_recipe_makes_the_same_weights_again",
+    ],
     "python -m export.calibration": ["test_tool_graphs.py::test_a_day_with_tools_that_quantize_runs_as_the_page_says"],
     "python compress.py": ["test_quantizers.py::test_neural_compressor_takes_the_plain_graph"],
     "python quantize.py": ["test_tool_graphs.py::test_a_day_with_tools_that_quantize_runs_as_the_page_says"],

@@ -2,17 +2,20 @@
 
 import json
 import math
+import re
+import shlex
 
 import numpy as np
 import pytest
 from browser import complaints, set_screen, show
-from conftest import QUESTIONS, TINY, TRACES
+from conftest import QUESTIONS, ROOT, TINY, TRACES
 from selenium.webdriver.common.by import By
 
 from export.comparison.config import CompareConfig
 from export.comparison.layers import Drift
 from export.comparison.run import compare
-from export.package import ExportConfig, export_bundle
+from export.disk import Disk
+from export.package import ExportConfig, export_bundle, work
 from export.recipe.choice import Option, path
 from export.recipe.cost import REST, bytes_by_part, seconds_by_part
 from export.recipe.page import render
@@ -36,11 +39,26 @@ def _export(output, **options):
     return Bundle.load(output)
 
 
+def _run(number, folder, more):
+    """Run a command of the page in a folder."""
+    section = (ROOT / "export" / "README.md").read_text().partition("### A recipe found by measuring")[2]
+    command = re.findall(r"^    python -m export (.*)", section, re.MULTILINE)[number]
+    for name, target in (("CHECKPOINT", TINY), ("TUNED", TINY), ("sample.parquet", QUESTIONS)):
+        if not (folder / name).exists():
+            (folder / name).symlink_to(target)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr("sys.argv", ["export", *shlex.split(command), *shlex.split(more)])
+        patch.setattr("export.package.Traces", lambda: TRACES)
+        assert work() == 0
+
+
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     """A bundle whose recipe was found."""
-    output = tmp_path_factory.mktemp("recipe") / "bundle"
-    return _export(output, recipe="auto", max_drift=MAX_DRIFT, prefer="size", with_fp32=True)
+    folder = tmp_path_factory.mktemp("recipe")
+    _run(0, folder, f"--image-size 224 --sample-rows {ROWS} --with-fp32")
+    return Bundle.load(folder / "worker")
 
 
 @pytest.fixture(scope="module")
@@ -185,8 +203,9 @@ def test_the_bundle_answers_and_has_the_checkpoint_in_fp32(found, demo):
     assert found.answer
 
 
-def test_a_saved_recipe_makes_the_same_weights_again(found, tmp_path):
-    again = _export(tmp_path / "again", recipe=str(found.path / RECIPE))
+def test_a_saved_recipe_makes_the_same_weights_again(found):
+    _run(1, found.path.parent, f"--image-size 224 --sample-rows {ROWS}")
+    again = Bundle.load(found.path.parent / "tuned")
     for name in (VISION, DECODER):
         assert again.manifest.files[f"{name}.data"] == found.manifest.files[f"{name}.data"]
     assert again.manifest.layers_dtype == found.manifest.layers_dtype
@@ -271,7 +290,7 @@ def test_a_sample_without_images_is_refused(tiny_bundle, tmp_path):
     layout = tiny_bundle.manifest.layout
     row = SampleRow([*layout.head_ids, *layout.tail_ids], [], [])
     with pytest.raises(JobError, match="none of the rows of --sample has an image"):
-        Reference.of(tiny_bundle, [row], tmp_path)
+        Reference.of(tiny_bundle, [row], Disk(tmp_path))
 
 
 def test_the_page_shows_what_was_chosen_and_against_what(found, record, chromium):

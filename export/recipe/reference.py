@@ -5,12 +5,10 @@ Arrays are on disk, so that a sample of any size takes little memory.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-
-import numpy as np
 
 from export.comparison.bundle_side import BundleSide
-from export.comparison.traces import Array, States, Trace
+from export.comparison.traces import States, Trace
+from export.disk import Disk
 from export.sample import SampleRow
 from qvl_batch.bundle.loading import Bundle
 from qvl_batch.errors import ExportError
@@ -41,14 +39,14 @@ class Reference:
     penalty: float
 
     @classmethod
-    def of(cls, bundle: Bundle, rows: Sequence[SampleRow], folder: Path) -> "Reference":
-        """Answer rows with a bundle in fp32; arrays go to `folder`.
+    def of(cls, bundle: Bundle, rows: Sequence[SampleRow], disk: Disk) -> "Reference":
+        """Answer rows with a bundle in fp32.
 
         Raises:
             ExportError: it could answer none of them.
         """
-        side, disk = side_of(bundle, layers=True), _Disk(folder)
-        answers = [disk.trace(each) for each in answered(side, rows)]
+        side = side_of(bundle, layers=True)
+        answers = [_trace_on(disk, each) for each in answered(side, rows)]
         failed = next((each for each in answers if isinstance(each, Failure)), None)
         if failed and all(isinstance(each, Failure) for each in answers):
             raise ExportError(f"--sample: the checkpoint answers none of its rows: {failed.type}: {failed.message}")
@@ -57,7 +55,7 @@ class Reference:
         probed = [row for row in kept if row.pixels][:PROBED_ROWS]
         if not probed:
             raise ExportError("--recipe auto: none of the rows of --sample has an image; give rows with images")
-        states = [(row, disk.states(side.probe.states(row))) for row in probed]
+        states = [(row, _states_on(disk, side.probe.states(row))) for row in probed]
         return cls(kept, [trace for _, trace in pairs], states, bundle.manifest.generation.repetition_penalty)
 
 
@@ -72,32 +70,18 @@ def answered(side: BundleSide, rows: Sequence[SampleRow]) -> Iterator[Trace | Fa
         yield from side.answer_rows(rows[first : first + ROWS_AT_ONCE])
 
 
-class _Disk:
-    """Arrays in files of a folder."""
+def _trace_on(disk: Disk, trace: Trace | Failure) -> Trace | Failure:
+    """The same with its arrays on disk."""
+    if isinstance(trace, Failure):
+        return trace
+    return replace(trace, features=disk.keep(trace.features), logits=disk.keep(trace.logits))
 
-    def __init__(self, folder: Path) -> None:
-        self._folder, self._files = folder, 0
 
-    def trace(self, trace: Trace | Failure) -> Trace | Failure:
-        """The same with its arrays on disk."""
-        if isinstance(trace, Failure):
-            return trace
-        return replace(trace, features=self._on_disk(trace.features), logits=self._on_disk(trace.logits))
-
-    def states(self, states: States) -> States:
-        """The same with its arrays on disk."""
-        return States(
-            vision=list(map(self._on_disk, states.vision)),
-            features=self._on_disk(states.features),
-            decoder=list(map(self._on_disk, states.decoder)),
-            logits=self._on_disk(states.logits),
-        )
-
-    def _on_disk(self, array: Array) -> Array:
-        if not array.size:  # cannot be mapped
-            return array
-        file = self._folder / f"{self._files}.npy"
-        self._files += 1
-        np.save(file, array)
-        mapped: Array = np.load(file, mmap_mode="r")
-        return mapped
+def _states_on(disk: Disk, states: States) -> States:
+    """The same with its arrays on disk."""
+    return States(
+        vision=list(map(disk.keep, states.vision)),
+        features=disk.keep(states.features),
+        decoder=list(map(disk.keep, states.decoder)),
+        logits=disk.keep(states.logits),
+    )

@@ -17,6 +17,7 @@ from typing import get_args
 from export.bundle_writer import BundleWriter
 from export.calibrated import Calibrated, calibrate
 from export.comparison.layers import Drift
+from export.disk import Disk
 from export.names import TOWERS, Tower
 from export.precision import Precision, products, tower_of
 from export.progress import Progress
@@ -135,10 +136,11 @@ class _Search:
         with self._progress.step("recipe: fp32"):
             exact = self._writer.write(folder / "fp32", Precision(), Calibrated(), gate=gate)
             (folder / "arrays").mkdir()
-            self._reference = Reference.of(exact, rows, folder / "arrays")
+            disk = Disk(folder / "arrays")
+            self._reference = Reference.of(exact, rows, disk)
         self._workload = Workload.of(self._reference.rows, [trace.token_ids for trace in self._reference.traces])
         self.calibrated = calibrate(
-            writer.checkpoint, writer.layout, self._reference.rows, lambda _: REDUCED, self._progress
+            writer.checkpoint, writer.layout, self._reference.rows, lambda _: REDUCED, self._progress, keep=disk.keep
         )
         self._bytes: dict[tuple[str, Dtype], float] = {}
         self._seconds: dict[tuple[str, Dtype], float] = {}
