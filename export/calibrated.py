@@ -108,13 +108,13 @@ class _Visitor:
     def _smooth(self, prefix: str, module: nn.Module, inputs: InputsOf) -> None:
         for path in paths(module):
             products = [f"{prefix}.{product}" for product in path.products]
-            dtypes = [dtype for product in products for dtype in self._smoothed_for(product) if dtype.startswith("int")]
+            each = (dtype for product in products for dtype in self._smoothed_for(product))
+            dtypes = sorted({dtype for dtype in each if dtype.startswith("int")})
             if not dtypes:
                 continue
             own = inputs[products[0]]
             weights: list[Any] = [module.get_submodule(product).weight for product in path.products]
-            # Activations in int8 have most to gain.
-            scale = find_scale(path, weights, own, "int8" if "int8" in dtypes else dtypes[0])
+            scale = find_scale(path, weights, own, dtypes)
             if scale is not None:
                 self._found.scales[f"{prefix}.{path.source}"] = scale.numpy()
                 own.divide(path.at_inputs(scale, len(own.largest)))

@@ -12,7 +12,8 @@ Every s is a power of two, so that a model in fp32 computes the same numbers wit
 is, since a tied one is the table of tokens.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -107,29 +108,35 @@ def smooth(prefix: str, module: nn.Module, scales: Mapping[str, Any]) -> None:
                 weight.mul_(path.at_inputs(scale, len(weight))[:, None])
 
 
-def find_scale(path: ChannelPath, weights: Sequence[Any], inputs: Inputs, dtype: Dtype) -> Tensor | None:
+def find_scale(path: ChannelPath, weights: Sequence[Any], inputs: Inputs, dtypes: Collection[Dtype]) -> Tensor | None:
     """The scales (channels,) with which products in integers come closest to those in fp32; None for none.
+
+    For several dtypes, those with the least geometric mean of their errors.
 
     Args:
         path: of the products.
         weights: (in, out) of each.
         inputs: that all of them take.
-        dtype: of the products.
+        dtypes: that the products have, or may have.
     """
     joined = torch.cat(tuple(weights), dim=1).detach()
     x = inputs.kept
     exact = x @ joined
     of_inputs = path.at_channels(inputs.largest).clamp(min=TINY)
     of_weights = path.at_channels(joined.abs().amax(1)).clamp(min=TINY)
-    best, found = _error(x, joined, exact, dtype), None
+    best, found = _log_error(x, joined, exact, dtypes), None
     for strength in STRENGTHS:
         logs = strength * of_inputs.log2() - (1 - strength) * of_weights.log2()
         scale = torch.exp2((logs - logs.median()).round().clamp(*EXPONENTS))
         each = path.at_inputs(scale, len(joined))
-        error = _error(x / each, joined * each[:, None], exact, dtype)
+        error = _log_error(x / each, joined * each[:, None], exact, dtypes)
         if error < best:
             best, found = error, scale
     return found
+
+
+def _log_error(x: Tensor, weight: Tensor, exact: Tensor, dtypes: Collection[Dtype]) -> float:
+    return sum(math.log(max(_error(x, weight, exact, dtype), TINY)) for dtype in dtypes)
 
 
 def _error(x: Tensor, weight: Tensor, exact: Tensor, dtype: Dtype) -> float:

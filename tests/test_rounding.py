@@ -127,7 +127,7 @@ def outlier():
 def _scale(x, weight, dtype):
     inputs = Inputs(32, 400)
     inputs.add(x, torch.ones(1))
-    return find_scale(ChannelPath("norm1", ("attention.q",), 32, None), [weight], inputs, dtype)
+    return find_scale(ChannelPath("norm1", ("attention.q",), 32, None), [weight], inputs, [dtype])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -176,7 +176,9 @@ class _Search:
 
     def _first_that_meets(self, choices: Sequence[Choice]) -> None:
         """Bisect for the cheapest of choices with falling error that meets the goal."""
-        failing, meeting = -1, len(choices) - 1
+        known = [(at, trial.meets(self._goal)) for at, each in enumerate(choices) if (trial := self._known(each))]
+        meeting = next((at for at, meets in known if meets), len(choices) - 1)
+        failing = max((at for at, meets in known if not meets and at < meeting), default=-1)
         while meeting - failing > 1:
             middle = (failing + meeting) // 2
             if self._try(choices[middle]).meets(self._goal):
@@ -186,11 +188,14 @@ class _Search:
         # The last one has not been tried if all others failed; of a tower alone, it can fail too.
         self._try(choices[meeting])
 
+    def _known(self, choice: Choice) -> Trial | None:
+        return next((trial for trial in self._trials if trial.choice == choice), None)
+
     def _try(self, choice: Choice) -> Trial:
-        choice = {part: choice[part] for part in self._parts}  # in the order of the forward pass
-        known = next((trial for trial in self._trials if trial.choice == choice), None)
+        known = self._known(choice)
         if known is not None:
             return known
+        choice = {part: choice[part] for part in self._parts}  # in the order of the forward pass
         name = f"mixed {sum(trial.name not in CANDIDATES for trial in self._trials) + 1}"
         with self._progress.step(f"recipe: {name}"), self._bundle(choice) as bundle:
             trial = measure(name, choice, side_of(bundle, layers=False), self._reference, self._costs.of(choice))
