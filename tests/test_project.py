@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from itertools import chain
 
 import pytest
 from conftest import QUESTIONS, ROOT
@@ -65,17 +66,13 @@ def test_a_library_is_met_in_one_place(library, modules):
     assert found == modules
 
 
-def test_what_the_worker_reads_is_installed_with_it():
+def test_what_worker_and_exporter_read_is_installed_with_them():
     packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
-    installed = {
-        f"{package.replace('.', '/')}/{name}"
-        for package, names in packages.items()
-        for name in names
-        if package != "export"
-    }
-    files = (path for path in WORKER.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    installed = {f"{package.replace('.', '/')}/{name}" for package, names in packages.items() for name in names}
+    paths = chain(WORKER.rglob("*"), (ROOT / "export").rglob("*"))
+    files = (path for path in paths if path.is_file() and "__pycache__" not in path.parts)
     found = {str(path.relative_to(ROOT)) for path in files if path.suffix not in (".py", ".md")}
-    assert installed == found > {"qvl_batch/py.typed"}
+    assert installed == found > {"qvl_batch/py.typed", "export/py.typed"}
 
 
 def test_tasks_that_only_read_and_decode_import_no_heavy_library():

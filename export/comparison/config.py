@@ -41,7 +41,8 @@ class CompareConfig(JobConfig):
     """How an image that is not square becomes square; given several, each row is asked once with each. By default,
     letterbox."""
     layers: bool = False
-    """Also compare the hidden state after every vision block and decoder layer. Loads the bundle twice."""
+    """Also compare the hidden state after every vision block and decoder layer. Loads the bundle twice,
+    unless it is in fp32."""
     min_agreement: float = 1.0
     """Share of answers that must be equal, token for token."""
     max_drift: float = 1e-3

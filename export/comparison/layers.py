@@ -38,6 +38,8 @@ from qvl_batch.runtime.session import Session
 
 NORM = "SkipSimplifiedLayerNormalization"
 USE_GIVEN = "use_given"
+#: Products with integers, in graphs of bundles.
+INTEGER_PRODUCTS = ("MatMulNBits", "MatMulIntegerToFloat")
 #: Outputs of a norm node: the normed sum, and the sum itself.
 NORMED, TOTAL = 0, 3
 
@@ -144,13 +146,22 @@ class Tower:
         states: names of its outputs for hidden states, by depth and part.
         output: name of its result: features, or logits, of which those of the last token are taken.
         unit: divisor of its residual stream.
+        prepack: as of `Session`.
     """
 
     def __init__(
-        self, path: Path, threads: int, model: onnx.ModelProto, states: list[list[str]], output: str, unit: int = 1
+        self,
+        path: Path,
+        threads: int,
+        model: onnx.ModelProto,
+        states: list[list[str]],
+        output: str,
+        unit: int = 1,
+        *,
+        prepack: bool = True,
     ) -> None:
         self._unit, self._states, self._output = unit, states, output
-        self._session = Session(path, threads, model.SerializeToString())
+        self._session = Session(path, threads, model.SerializeToString(), prepack=prepack)
         #: Lengths of the parts that the last run had each state in.
         self._lengths: list[list[int]] = []
 
@@ -162,7 +173,10 @@ class Tower:
             model = onnx.load_from_string(emulated_graph(path))
         else:
             model = onnx.load(path, load_external_data=False)
-        return cls(path, threads, model, instrument(model, path), output, stream_unit(dtype))
+        states = instrument(model, path)
+        # Weights in fp32 take most memory, and they are there for the answers already.
+        exact = dtype == "fp32" and not any(node.op_type in INTEGER_PRODUCTS for node in model.graph.node)
+        return cls(path, threads, model, states, output, stream_unit(dtype), prepack=not exact)
 
     @classmethod
     def plain(cls, path: Path, threads: int, tower: TowerName, layers: int) -> "Tower":

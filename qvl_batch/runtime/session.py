@@ -43,6 +43,8 @@ class Session:
         model: contents to load in place of the file; weights are still read from the folder of `path`.
         memory: memory of the device that the graph runs on; by default of the host.
         captures: allow runs to be captured as CUDA graphs; all nodes must then run on the GPU, but for shapes.
+        prepack: copy weights into the order that kernels want. Without it, weights stay mapped from disk and take no
+            memory, and products in fp32 are slower.
         profile: record the time of every node of every run in a file in this folder; see `end_profile`.
 
     Raises:
@@ -58,9 +60,12 @@ class Session:
         memory: Memory | None = None,
         *,
         captures: bool = False,
+        prepack: bool = True,
         profile: Path | None = None,
     ) -> None:
         options = ort.SessionOptions()
+        if not prepack:
+            options.add_session_config_entry("session.disable_prepacking", "1")
         if profile is not None:
             options.enable_profiling = True
             options.profile_file_prefix = str(profile / path.name)
