@@ -23,10 +23,6 @@ from export.graphs import Traces, plain_decoder, plain_vision
 from export.names import TOWERS, Tower
 from export.precision import Precision, check_mix, layers_of, products
 from export.progress import Progress, ShownProgress
-from export.recipe.page import write_recipe
-from export.recipe.record import in_manifest, read_recipe
-from export.recipe.search import REDUCED, Recipe, find_recipe
-from export.recipe.trial import Goal, Prefer
 from export.sample import read_sample, sha256_of
 from export.tool_graphs import ToolGraph, load_tool_graph, read_tool_graph
 from qvl_batch.bundle.layout import Layout, Resolution
@@ -34,10 +30,12 @@ from qvl_batch.bundle.loading import Bundle
 from qvl_batch.bundle.manifest import (
     FP32,
     HALVES,
+    INTEGERS,
     MANIFEST,
     Calibration,
     Dtype,
     Manifest,
+    Prefer,
 )
 from qvl_batch.command_line import exit_status, settings, stop_as_by_ctrl_c
 from qvl_batch.config import Device, check_at_least_one
@@ -142,15 +140,14 @@ def export_bundle(config: ExportConfig, progress: Progress | None = None, traces
     with _staging(output) as staging:
         bundle = writer.begin(staging)
         calibrated = Calibrated({key: made for tool in tools.values() for key, made in tool.rounded.items()})
-        gate, recipe = not config.skip_parity, None
+        gate = not config.skip_parity
         if config.recipe == AUTO:
-            bundle, calibrated, recipe = _recipe(bundle, writer, config, staging / "recipe")
-            precision = recipe.precision
+            bundle, calibrated, precision = _recipe(bundle, writer, config, staging / "recipe")
         elif config.sample is not None:
             bundle, calibrated = _calibration(bundle, writer, precision, config)
         bundle = writer.fill(bundle, precision, calibrated, with_vision_full=config.with_vision_full, gate=gate)
         del calibrated
-        if config.with_fp32 and recipe is not None:
+        if config.with_fp32 and config.recipe == AUTO:
             (staging / "recipe" / FP32).rename(staging / FP32)
         elif config.with_fp32:
             writer.write(staging / FP32, Precision(), Calibrated(), gate=gate)
@@ -298,6 +295,8 @@ def _precision(checkpoint: Checkpoint, config: ExportConfig, tools: Mapping[Towe
     if config.recipe == AUTO:  # what it will be is measured
         return Precision()
     if config.recipe is not None:
+        from export.recipe.record import read_recipe  # noqa: PLC0415  (takes a second to import)
+
         precision = read_recipe(Path(config.recipe), products(checkpoint.weights.skeleton))
         _check_options(precision, config)
         return precision
@@ -350,8 +349,14 @@ def _check_output(output: Path, *, overwrite: bool) -> None:
 
 def _recipe(
     bundle: Bundle, writer: BundleWriter, config: ExportConfig, folder: Path
-) -> tuple[Bundle, Calibrated, Recipe]:
+) -> tuple[Bundle, Calibrated, Precision]:
     """Find a recipe on the sample; returns the bundle that records it, too."""
+    # It takes a second to import, and few exports need it.
+    from export.recipe.page import write_recipe  # noqa: PLC0415
+    from export.recipe.record import in_manifest  # noqa: PLC0415
+    from export.recipe.search import find_recipe  # noqa: PLC0415
+    from export.recipe.trial import Goal  # noqa: PLC0415
+
     assert config.sample is not None
     assert config.max_drift is not None
     goal = Goal(config.max_drift, config.min_agreement, config.prefer)
@@ -362,7 +367,7 @@ def _recipe(
     write_recipe(recipe, bundle.manifest.source.name, bundle.path)
     calibration = Calibration(len(rows), sha256_of(rows))
     manifest = replace(bundle.manifest, calibration=calibration, recipe=in_manifest(recipe))
-    return replace(bundle, manifest=manifest), calibrated, recipe
+    return replace(bundle, manifest=manifest), calibrated, recipe.precision
 
 
 def _calibration(
@@ -377,7 +382,7 @@ def _calibration(
         rows,
         lambda product: {precision.of(product)},
         writer.progress,
-        (lambda _: REDUCED) if config.recipe else None,  # as when the recipe was found
+        (lambda _: INTEGERS) if config.recipe else None,  # as when the recipe was found
     )
     calibration = Calibration(len(rows), sha256_of(rows))
     return replace(bundle, manifest=replace(bundle.manifest, calibration=calibration)), calibrated

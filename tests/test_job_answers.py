@@ -45,6 +45,7 @@ def test_answers_are_json_of_a_schema_and_a_column_of_its_type(tiny_bundle, demo
     assert "--json-schema" in job(*options, status=1).stderr
 
 
+@pytest.mark.long
 def test_scenes_of_the_demo_are_described_in_json(native_bundle, job, tmp_path):
     job(
         "--bundle", native_bundle.path, "--input", SCENES, "--output", tmp_path / "out", "--json-schema", SCENE,
@@ -76,6 +77,7 @@ def test_answers_say_how_sure_the_model_is(tiny_bundle, demo, job, tmp_path):
     assert [sure[8][name] for name in names] == [None] * 3
 
 
+@pytest.mark.long
 def test_values_of_json_say_how_sure_the_model_is_and_rows_abstain(tiny_bundle, demo, job, tmp_path):
     schema = {
         "type": "object",

@@ -21,12 +21,12 @@ from export.recipe.cost import REST, bytes_by_part, seconds_by_part
 from export.recipe.page import render
 from export.recipe.record import PAGE, RECIPE
 from export.recipe.reference import Reference, side_of
-from export.recipe.search import CANDIDATES, REDUCED, precision_of
+from export.recipe.search import CANDIDATES, precision_of
 from export.recipe.sensitivity import Sensitivity
 from export.recipe.trial import Goal, Trial, cheapest, measure
 from export.sample import SampleRow
 from qvl_batch.bundle.loading import Bundle
-from qvl_batch.bundle.manifest import DECODER, VISION, part_names
+from qvl_batch.bundle.manifest import DECODER, INTEGERS, VISION, part_names
 from qvl_batch.captioner import Captioner
 from qvl_batch.errors import JobError
 
@@ -71,7 +71,7 @@ def record(found):
 def test_the_way_has_the_best_choice_for_every_price_of_error(seed):
     chance = np.random.default_rng(seed)
     options = {
-        f"part {k}": [Option(dtype, *chance.random(2)) for dtype in REDUCED]
+        f"part {k}": [Option(dtype, *chance.random(2)) for dtype in INTEGERS]
         + [Option("fp32", chance.random() + 0.5, 0)]
         for k in range(6)
     }
@@ -178,7 +178,7 @@ def test_every_part_says_why_it_has_its_dtype(record):
         assert all(f"{dtype} would save " in part["why"] for dtype in cheaper)
         assert bool(cheaper) != (part["why"] == "nothing is smaller")
         assert options["fp32"]["own_error"] == 0
-        assert all(options[dtype]["own_error"] > 0 for dtype in REDUCED)
+        assert all(options[dtype]["own_error"] > 0 for dtype in INTEGERS)
     # A tied head in fp32 is the table of tokens, which is there in any case.
     assert record["parts"]["decoder.head"]["options"]["fp32"]["bytes"] == 0
 
@@ -324,12 +324,12 @@ def test_the_page_of_a_recipe_that_found_nothing_better_and_of_trials_that_faile
 @pytest.mark.long
 def test_it_beats_every_precision_that_keeps_the_bound_on_the_demo_questions(tmp_path):
     mixed = _export(
-        tmp_path / "mixed", image_size=672, sample_rows=64, recipe="auto", max_drift=MAX_DRIFT, prefer="size"
+        tmp_path / "mixed", image_size=672, sample_rows=24, recipe="auto", max_drift=MAX_DRIFT, prefer="size"
     )
     chosen = sum(bytes_by_part(mixed, []).values())
     record = json.loads((mixed.path / RECIPE).read_text())
     sizes = [trial["bytes"] for trial in record["trials"] if trial["name"] in CANDIDATES and trial["meets"]]
-    for dtype in REDUCED:  # rounded to nearest, too
+    for dtype in INTEGERS:  # rounded to nearest, too
         bundle = _export(tmp_path / dtype, image_size=672, sample=None, dtype=dtype)
         config = CompareConfig(
             bundle=bundle.path, checkpoint=TINY, input=(str(QUESTIONS),), output=tmp_path / f"c-{dtype}",

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from typing import get_args
 
 from export.bundle_writer import BundleWriter
 from export.calibrated import Calibrated, calibrate
@@ -28,11 +27,10 @@ from export.recipe.sensitivity import Sensitivity, in_tower
 from export.recipe.trial import Goal, Trial, cheapest, measure
 from export.sample import SampleRow
 from qvl_batch.bundle.loading import Bundle
-from qvl_batch.bundle.manifest import Dtype, is_in, part_names
+from qvl_batch.bundle.manifest import INTEGERS, Dtype, is_in, part_names
 
 #: Dtypes that a part can have: those of a CPU.
-CANDIDATES: tuple[Dtype, ...] = tuple(each for each in get_args(Dtype) if each not in ("bf16", "fp16"))
-REDUCED: tuple[Dtype, ...] = tuple(each for each in CANDIDATES if each != "fp32")
+CANDIDATES: tuple[Dtype, ...] = ("fp32", *INTEGERS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +138,7 @@ class _Search:
             self._reference = Reference.of(exact, rows, disk)
         self._workload = Workload.of(self._reference.rows, [trace.token_ids for trace in self._reference.traces])
         self.calibrated = calibrate(
-            writer.checkpoint, writer.layout, self._reference.rows, lambda _: REDUCED, self._progress, keep=disk.keep
+            writer.checkpoint, writer.layout, rows, lambda _: INTEGERS, self._progress, keep=disk.keep
         )
         self._bytes: dict[tuple[str, Dtype], float] = {}
         self._seconds: dict[tuple[str, Dtype], float] = {}
@@ -154,7 +152,7 @@ class _Search:
         cost = self._costs.of(everywhere["fp32"])
         # The graphs in fp32 are the reference itself.
         self._add(Trial("fp32", everywhere["fp32"], 0, 0, 0, answers, answers, *cost))
-        drifts = {dtype: self._uniform(dtype, everywhere[dtype]) for dtype in REDUCED}
+        drifts = {dtype: self._uniform(dtype, everywhere[dtype]) for dtype in INTEGERS}
         sensitivity = Sensitivity.of(self._names, self._parts, drifts)
         shares = self._shares(sensitivity)
         options = {
@@ -225,7 +223,7 @@ class _Search:
 
         The largest error of any row is larger than the mean one, by a factor that the uniform trials show.
         """
-        reduced = [trial for trial in self._trials if trial.name in REDUCED]
+        reduced = [trial for trial in self._trials if trial.name in INTEGERS]
         features = _typical((trial.vision**2, sensitivity.features(trial.choice)) for trial in reduced)
         logits = _typical((trial.logits**2, sensitivity.logits(trial.choice)) for trial in reduced)
         allowed = self._goal.max_drift**2

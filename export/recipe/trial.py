@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from export.comparison.bundle_side import BundleSide
 from export.comparison.measures import Measures
@@ -11,8 +11,7 @@ from export.comparison.summary import share
 from export.comparison.traces import Trace
 from export.recipe.choice import Choice
 from export.recipe.reference import Reference, answered
-
-Prefer = Literal["speed", "size"]
+from qvl_batch.bundle.manifest import Prefer
 
 
 @dataclass(frozen=True, slots=True)

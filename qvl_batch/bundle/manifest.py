@@ -35,6 +35,9 @@ FP32 = "fp32"
 #: only.
 Dtype = Literal["fp32", "bf16", "fp16", "int8", "int8wo", "int4wo"]
 HALVES: tuple[Dtype, ...] = ("bf16", "fp16")
+INTEGERS: tuple[Dtype, ...] = ("int8", "int8wo", "int4wo")
+#: What a recipe shall have least of: seconds, or bytes.
+Prefer = Literal["speed", "size"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +143,7 @@ class MeasuredRecipe:
 
     max_drift: float
     min_agreement: float
-    prefer: Literal["speed", "size"]
+    prefer: Prefer
     features: float
     logits: float
     answers: int
