@@ -5,6 +5,7 @@ image processor and generation settings and, on request, the whole model in fp32
 """
 
 import json
+import math
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -37,6 +38,8 @@ NEUTRAL_IF_UNSET = (
     "forced_bos_token_id", "forced_eos_token_id", "stop_strings", "exponential_decay_length_penalty",
     "watermarking_config", "penalty_alpha", "dola_layers",
 )  # fmt: skip
+#: Settings of the image processor that are in the vision graph.
+PROCESSOR = {"do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True}
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     vision = config.vision_config
     if (processor.patch_size, processor.merge_size) != (vision.patch_size, vision.spatial_merge_size):
         raise ExportError(f"{path}: preprocessor_config.json and config.json differ in patch or merge size")
+    _check_processor(path, processor)
     return Checkpoint(path, Weights(path, config), tokenizer, processor, _generation(path, tokenizer))
 
 
@@ -124,6 +128,8 @@ def _copied_files(path: Path) -> list[Path]:
 def _read_config(path: Path) -> Any:
     if not path.is_dir():
         raise ExportError(f"{path} is not a directory: give the folder of a Qwen2.5-VL checkpoint")
+    if (path / "adapter_config.json").exists():
+        raise ExportError(f"{path} holds an adapter{_base_of(path)}: merge it into the weights first")
     try:
         raw = json.loads((path / "config.json").read_text(encoding="utf-8"))
         model_type = raw.get("model_type")
@@ -139,8 +145,6 @@ def _read_config(path: Path) -> Any:
                     f"{path} is quantized ({method}): export the checkpoint that it was made from, with --dtype for "
                     "a reduced precision"
                 )
-    if (path / "adapter_config.json").exists():
-        raise ExportError(f"{path} holds an adapter (adapter_config.json): merge it into the weights first")
     config = _load(path, "config", Qwen2_5_VLConfig.from_pretrained)
     text, vision = config.text_config, config.vision_config
     unsupported = {
@@ -154,6 +158,30 @@ def _read_config(path: Path) -> Any:
         if found != supported:
             raise ExportError(f"{path}: {name} is {found}; only {supported} is supported")
     return config
+
+
+def _base_of(adapter: Path) -> str:
+    """What an adapter was trained on, in words, if it says so."""
+    try:
+        base = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return " (adapter_config.json)"
+    return f" of {base} (adapter_config.json)"
+
+
+def _check_processor(path: Path, processor: Any) -> None:
+    """Refuse settings of the image processor that the vision graph does not have, or that say no sizes."""
+    for name, supported in PROCESSOR.items():
+        found = getattr(processor, name)
+        if found != supported and not (name == "rescale_factor" and math.isclose(found, supported)):
+            raise ExportError(f"{path}: {name} of the image processor is {found}; only {supported} is supported")
+    size = processor.size
+    if not size["shortest_edge"] or not size["longest_edge"]:
+        given = {name: value for name, value in dict(size).items() if value is not None}
+        raise ExportError(
+            f"{path}: size of the image processor is {given}, with which transformers takes no image: "
+            "preprocessor_config.json must have min_pixels and max_pixels"
+        )
 
 
 def _load(path: Path, what: str, load: Any) -> Any:

@@ -4,6 +4,7 @@ The bundle is written to a temporary directory beside the output and renamed onc
 the parity gate included, has passed.
 """
 
+import math
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -203,9 +204,12 @@ def _square(checkpoint: Checkpoint, config: ExportConfig) -> Resolution:
     if size <= 0 or size % unit:
         raise ExportError(f"--image-size {size} is not a multiple of {unit}")
     if not processor["shortest_edge"] <= size**2 <= processor["longest_edge"]:
+        largest = unit * (math.isqrt(processor["longest_edge"]) // unit)
+        possible = largest and largest**2 >= processor["shortest_edge"]
         raise ExportError(
             f"--image-size {size}: the checkpoint's image processor would resize it, as it takes "
-            f"{processor['shortest_edge']} to {processor['longest_edge']} pixels"
+            f"{processor['shortest_edge']} to {processor['longest_edge']} pixels: give "
+            f"{f'at most --image-size {largest}, or ' if possible else ''}--image-size native"
         )
     return Resolution(unit, size, size**2, size**2)
 

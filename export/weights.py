@@ -29,8 +29,8 @@ EMBEDDING, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 #: Types of weights that can be read as they are; others are quantized, and need a scale.
 _UNQUANTIZED = {"F32", "F16", "BF16", "F64"}
-#: Suffix of tensors in old files that the model computes from its config.
-_COMPUTED = "rotary_emb.inv_freq"
+#: Suffixes of tensors in old files that the model computes from its config.
+_COMPUTED = ("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq")
 
 
 class Weights:
@@ -54,7 +54,9 @@ class Weights:
         names = [name for name, _ in self.skeleton.named_parameters()]
         missing = sorted(name for name in names if self._name_in_files(name) is None)
         if missing:
-            raise ExportError(f"{path} lacks {len(missing)} weights, the first of them {missing[0]}")
+            # Where most are missing, the files' names say why.
+            instead = f"; its files have {min(self._files)}" if len(missing) > len(names) / 2 else ""
+            raise ExportError(f"{path} lacks {len(missing)} weights, the first of them {missing[0]}{instead}")
         self._refuse_unknown({*names, HEAD})
 
     def module(self, name: str) -> nn.Module:

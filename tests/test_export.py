@@ -218,6 +218,21 @@ def _edit(path: Path, **changes) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+def _processor(**changes):
+    """Changes settings of the image processor."""
+    return lambda path: _edit(path / "preprocessor_config.json", **changes)
+
+
+def _sizes(**size):
+    return _processor(min_pixels=None, max_pixels=None, size=size)
+
+
+def _adapter_alone(path: Path) -> None:
+    for file in path.iterdir():
+        file.unlink()
+    (path / "adapter_config.json").write_text('{"base_model_name_or_path": "Qwen/Qwen2.5-VL-3B-Instruct"}')
+
+
 @pytest.mark.parametrize(
     ("damage", "options", "message"),
     [
@@ -240,7 +255,20 @@ def _edit(path: Path, **changes) -> None:
             {},
             r"quantized \(awq\)",
         ),
-        (lambda path: (path / "adapter_config.json").write_text("{}"), {}, "holds an adapter .* merge it"),
+        (
+            lambda path: (path / "adapter_config.json").write_text("{}"),
+            {},
+            r"an adapter \(adapter_config.json\): merge",
+        ),
+        (_adapter_alone, {}, r"holds an adapter of Qwen/Qwen2.5-VL-3B-Instruct \(adapter_config.json\): merge it"),
+        (_processor(do_normalize=False), {}, "do_normalize of the image processor is False; only True is supported"),
+        (_processor(rescale_factor=1.0), {}, "rescale_factor of the image processor is 1.0; only 0.0039"),
+        (_sizes(shortest_edge=None, longest_edge=9), {}, "is {'longest_edge': 9}, with which transformers takes no"),
+        (_sizes(height=9, width=9), {}, "is {'height': 9, 'width': 9}, with .* must have min_pixels and max_pixels"),
+        (_sizes(max_pixels=9, min_pixels=8), {}, "is {'min_pixels': 8, 'max_pixels': 9}, with which transformers"),
+        (_processor(max_pixels=400_000), {}, "takes 3136 to 400000 pixels: give at most --image-size 616, or"),
+        (_processor(max_pixels=3300), {}, "takes 3136 to 3300 pixels: give at most --image-size 56, or --image"),
+        (_processor(min_pixels=3200, max_pixels=3300), {}, "takes 3200 to 3300 pixels: give --image-size native"),
         (
             lambda path: _edit(path / "generation_config.json", eos_token_id=[]),
             {},

@@ -114,8 +114,17 @@ def test_weights_that_are_not_plain_numbers_of_the_model_are_refused(added, mess
         Weights(_copy(tmp_path, [_tensors() | added]), CONFIG)
 
 
-def test_rotary_frequencies_in_old_files_are_left_out(tmp_path):
-    Weights(_copy(tmp_path, [_tensors() | {"visual.rotary_emb.inv_freq": torch.zeros(8)}]), CONFIG)
+@pytest.mark.parametrize("name", ["model.rotary_emb.inv_freq", "visual.rotary_pos_emb.inv_freq"])
+def test_rotary_frequencies_in_old_files_are_left_out(name, tmp_path):
+    Weights(_copy(tmp_path, [_tensors() | {name: torch.zeros(8)}]), CONFIG)
+
+
+def test_where_most_weights_are_missing_a_name_of_the_files_is_shown(tmp_path):
+    renamed = {f"transformer.{name}": tensor for name, tensor in _tensors().items()}
+    with pytest.raises(
+        ExportError, match=r"lacks \d+ weights, the first of them .*; its files have transformer.model."
+    ):
+        Weights(_copy(tmp_path, [renamed]), CONFIG)
 
 
 @pytest.mark.parametrize("is_another", [True, False])
