@@ -47,8 +47,9 @@ class JobConfig:
     """Folder for the results."""
     prompt: str | None = None
     """Ask this of every row; the prompt column is then not read."""
-    id_column: str = "id"
-    """Column that identifies a row, of strings or integers; it becomes `id`."""
+    id_column: str | None = None
+    """Column that identifies a row, of strings or integers; it becomes `id`. By default `id`.
+    Where files have no such column, ids are file and row: /data/photos.parquet:12."""
     image_column: str = "image"
     """Column of images: a struct of bytes and path, bytes, or paths and addresses; or lists of them."""
     prompt_column: str = "prompt"

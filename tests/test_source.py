@@ -2,8 +2,6 @@
 
 import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from reading import caption_config, images_of, prompts_of, read_rows
 
-from qvl_batch.columns import FAILURE, FILE, ROW
+from qvl_batch.columns import FAILURE, FILE, ROW, failures_of
 from qvl_batch.config import CaptionConfig
 from qvl_batch.errors import ConfigError, InputError
 from qvl_batch.input.discovery import passed_over
@@ -359,29 +357,40 @@ def test_columns_that_cannot_be_used_are_named_with_what_is_there(table, options
         open_source(caption_config(tmp_path, **options))
 
 
-def _converted(tmp_path, config):
-    """What the line of Python in an error makes of the file."""
-    with pytest.raises(InputError) as error:
-        open_source(config)
-    assert len(str(error.value).splitlines()) == 1
-    line = re.search(r": (import pyarrow.*)$", str(error.value))[1]
-    old, new = tmp_path / "a.parquet", tmp_path / "new" / "a.parquet"
-    new.parent.mkdir()
-    subprocess.run([sys.executable, "-c", line.replace("OLD", str(old)).replace("NEW", str(new))], check=True)
-    return replace(config, input=(str(new),))
-
-
-def test_a_file_without_an_id_column_is_given_one_by_the_line_that_the_error_has(tmp_path):
-    pq.write_table(TABLE.drop_columns("id"), tmp_path / "a.parquet")
-    rows = _rows_of(_converted(tmp_path, caption_config(tmp_path)))
-    assert rows["id"].to_pylist() == [0, 1, 2]
+def test_rows_without_an_id_are_identified_by_file_and_row(tmp_path):
+    path = tmp_path / "a.parquet"
+    pq.write_table(TABLE.drop_columns("id"), path, row_group_size=2)
+    config = caption_config(tmp_path)
+    source = open_source(config)
+    assert source.columns.id is None
+    assert source.columns.output_schema().field("id").type == pa.string()
+    rows = _rows_of(config)
+    assert rows["id"].to_pylist() == [f"{path}:{row}" for row in range(3)]
     assert images_of(rows) == [b"a", b"b", None]  # the last has no prompt
-    pq.write_table(TABLE, tmp_path / "b.parquet")
-    two = pa.Table.from_arrays([pa.array([1])] * 2, ["id", "id"])
-    pq.write_table(two, tmp_path / "c.parquet")
-    for name, option in (("b", {"prompt_column": "more"}), ("c", {})):
-        with pytest.raises(InputError, match=r"no single column [^:]*$"):
-            open_source(caption_config(tmp_path, tmp_path / f"{name}.parquet", **option))
+    done = RowSet([3])
+    done.add(0, 1, 2)
+    assert read_rows(source.without(done))["id"].to_pylist() == [f"{path}:0", f"{path}:2"]
+
+
+def test_rows_of_a_damaged_file_are_identified_by_their_place_too(tmp_path):
+    path = tmp_path / "a.parquet"
+    table = pa.table({"image": [b"x" * 1000] * 4, "prompt": ["?"] * 4})
+    pq.write_table(table, path, compression="none", use_dictionary=False)
+    damaged = bytearray(path.read_bytes())
+    damaged[4:40] = b"\xff" * 36
+    path.write_bytes(damaged)
+    rows = read_rows(open_source(caption_config(tmp_path)))
+    assert rows["id"].to_pylist() == [f"{path}:{row}" for row in range(4)]
+    assert any(failure is not None for failure in failures_of(rows))
+
+
+def test_files_with_ids_and_without_are_refused_together(tmp_path):
+    pq.write_table(TABLE, tmp_path / "a.parquet")
+    pq.write_table(TABLE.drop_columns("id"), tmp_path / "b.parquet")
+    with pytest.raises(
+        InputError, match=r"b.parquet and .*a.parquet differ in the type of the id .*: no id and id: int64"
+    ):
+        open_source(caption_config(tmp_path))
 
 
 @pytest.mark.parametrize("numbers", [pa.list_(pa.int64()), pa.list_(pa.uint8(), 1)])

@@ -15,8 +15,6 @@ class CompareConfig(JobConfig):
     """Folder of the bundle to compare."""
     output: str
     """Folder for `comparison.parquet`, `summary.json` and `report.html`."""
-    id_column: str = "id"
-    """Column that identifies a row, of strings or integers."""
     max_new_tokens: int = 64
     """Longest answer in tokens."""
     limit: int | None = None

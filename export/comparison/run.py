@@ -21,6 +21,7 @@ from export.comparison.traces import INPUT_STAGES, Side, Trace
 from qvl_batch.bundle.loading import Bundle
 from qvl_batch.bundle.manifest import CheckpointSource
 from qvl_batch.errors import ConfigError, JobError
+from qvl_batch.input.input_columns import BY_PLACE
 from qvl_batch.report.progress import ProgressLine, progress_line
 from qvl_batch.report.summary import installed_versions
 from qvl_batch.schema import Failure
@@ -88,7 +89,7 @@ def compare(config: CompareConfig, say: Callable[[str], None] = lambda _: None) 
     sides = _Sides(config, Bundle.load(config.bundle))
     questions = open_questions(config, sides.bundle.manifest.layout.resolution, say)
     settings = _settings(config, sides, questions)
-    id_type = questions.source.columns.id.type
+    id_type = questions.source.columns.id_type
     if config.graphs:
         sides.load_candidate()  # a graph that cannot be used leaves no trace in the output
     records = Records.open(config.folder, id_type, settings, overwrite=config.overwrite)
@@ -309,6 +310,8 @@ def _say_what(say: Callable[[str], None], config: CompareConfig, sides: _Sides, 
     if not sides.other and other.sha256 != manifest.source.sha256:
         say("note      the bundle's manifest says it was exported from another checkpoint")
     say(f"questions {len(questions):,} from {len(questions.source.files):,} files")
+    if questions.source.columns.id is None:
+        say(f"note      {BY_PLACE}")
 
 
 def _say_resuming(say: Callable[[str], None], done: int, failed: int, *, again: bool) -> None:

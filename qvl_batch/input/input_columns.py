@@ -16,11 +16,8 @@ from qvl_batch.errors import ConfigError, InputError
 from qvl_batch.sampling import Sampling
 from qvl_batch.schema import EXPECTED_FIELD, ID, answer_fields, is_text, plain_type
 
-#: A Python one-liner for error messages, which rewrites a file with an id column added.
-NUMBERED = (
-    "import pyarrow as pa, pyarrow.parquet as pq; t = pq.read_table('OLD'); "
-    "pq.write_table(t.append_column({0!r}, pa.array(range(len(t)))), 'NEW')"
-)
+#: What a user is told where files have no ids.
+BY_PLACE = "files have no column 'id', so rows are identified by file and row (--id-column names another column)"
 #: List types: their test, and the constructor of such a type without views.
 LISTS = (
     (pa.types.is_list, pa.list_),
@@ -35,8 +32,8 @@ class InputColumns:
     """Columns that the job reads.
 
     Args:
-        id: name in the input, and type in the output.
-        kept: the same, of the columns of `--keep-columns`.
+        id: name in the input, and type in the output; None if rows are identified by file and row.
+        kept: names and types of the columns of `--keep-columns`.
         image: name; beside messages, files can lack this column, and their rows have no images of their own.
         prompt: name, None if no prompt column is read.
         messages: name, None if rows are an image and a prompt.
@@ -47,7 +44,7 @@ class InputColumns:
             there is none.
     """
 
-    id: pa.Field
+    id: pa.Field | None
     kept: tuple[pa.Field, ...]
     image: str
     prompt: str | None
@@ -62,16 +59,26 @@ class InputColumns:
         """Every column to read, each once."""
         asked = [name for name in (self.prompt, self.messages) if name is not None]
         asked += [each[0] for each in (self.constraint, self.sampling) if each is not None]
-        return list(dict.fromkeys([self.id.name, self.image, *asked, *(field.name for field in self.kept)]))
+        return list(dict.fromkeys([*(field.name for field in self.copied), self.image, *asked]))
+
+    @property
+    def copied(self) -> tuple[pa.Field, ...]:
+        """Columns whose values are those of the input: the id, if there is one, and the kept ones."""
+        return self.kept if self.id is None else (self.id, *self.kept)
+
+    @property
+    def id_type(self) -> pa.DataType:
+        """Type of the id in the output."""
+        return pa.string() if self.id is None else self.id.type
 
     def joined(self, other: "InputColumns") -> "InputColumns | None":
         """Columns whose types hold the values of both files; None if there are no such types.
 
-        Ids must have the same type. Types of a kept column can differ in width only, or one of them is null. One file
-        can have single images, and another lists of them.
+        Ids must have the same type, or all files lack them. Types of a kept column can differ in width only, or one of
+        them is null. One file can have single images, and another lists of them.
         """
         kept = [_common_type(a.type, b.type) for a, b in zip(self.kept, other.kept, strict=True)]
-        if self.id.type != other.id.type or None in kept:
+        if (self.id is None) != (other.id is None) or self.id_type != other.id_type or None in kept:
             return None
         fields = (a if kind == a.type else a.with_type(kind) for a, kind in zip(self.kept, kept, strict=True))
         return replace(self, kept=tuple(fields), has_lists=self.has_lists or other.has_lists)
@@ -80,7 +87,7 @@ class InputColumns:
         """Schema of the answers; the options are those of `answer_fields`."""
         expected = [EXPECTED_FIELD] if self.answer_last_turn_again else []
         answers = answer_fields(lists=self.has_lists, **options)
-        return pa.schema([pa.field(ID, self.id.type), *self.kept, *expected, *answers])
+        return pa.schema([pa.field(ID, self.id_type), *self.kept, *expected, *answers])
 
 
 def input_columns(schema: pa.Schema, file: str, config: JobConfig) -> InputColumns:
@@ -101,7 +108,9 @@ def input_columns(schema: pa.Schema, file: str, config: JobConfig) -> InputColum
         raise ConfigError(f"--keep-columns {clash[0]}: the output already has a column of this name")
     messages = config.messages_column
     prompt = None if config.prompt is not None or messages is not None else config.prompt_column
-    id_type = _id_type(_field(schema, config.id_column, file, "--id-column", NUMBERED), file)
+    name = config.id_column or ID
+    has_ids = config.id_column is not None or name in schema.names
+    id_field = _id_field(_field(schema, name, file, "--id-column"), file) if has_ids else None
     if prompt is not None:
         _check_prompt(_field(schema, prompt, file, "--prompt-column"), file)
     if messages is not None:
@@ -124,7 +133,7 @@ def input_columns(schema: pa.Schema, file: str, config: JobConfig) -> InputColum
     kept = tuple(_field(schema, name, file, "--keep-columns") for name in config.copied_columns)
     copied = tuple(pa.field(field.name, _without_views(field.type)) for field in kept)
     return InputColumns(
-        pa.field(config.id_column, id_type),
+        id_field,
         copied,
         config.image_column,
         prompt,
@@ -136,33 +145,25 @@ def input_columns(schema: pa.Schema, file: str, config: JobConfig) -> InputColum
     )
 
 
-def _field(schema: pa.Schema, name: str, file: str, option: str, how_to_add: str | None = None) -> pa.Field:
-    """The column of that name.
-
-    Args:
-        schema: of the file.
-        name: of the column.
-        file: for the message.
-        option: that names the column, for the message.
-        how_to_add: Python that adds the column to a file, for the message.
+def _field(schema: pa.Schema, name: str, file: str, option: str) -> pa.Field:
+    """The column of that name; `option` names it.
 
     Raises:
         InputError: there is no such column, or several.
     """
-    if (count := schema.names.count(name)) != 1:
+    if schema.names.count(name) != 1:
         present = ", ".join(schema.names) or "none"
-        advice = "" if how_to_add is None or count else f"; name another, or add one: {how_to_add.format(name)}"
-        raise InputError(f"{file} has no single column {name!r} ({option}); it has {present}{advice}")
+        raise InputError(f"{file} has no single column {name!r} ({option}); it has {present}")
     return schema.field(name)
 
 
-def _id_type(field: pa.Field, file: str) -> pa.DataType:
-    """Type of the id in the output: string, int64, or uint64 for uint64. Files can so differ in the width of ids."""
+def _id_field(field: pa.Field, file: str) -> pa.Field:
+    """With the type in the output: string, int64, or uint64 for uint64. Files can so differ in the width of ids."""
     kind = plain_type(field.type)
     if is_text(kind):
-        return pa.string()
+        return pa.field(field.name, pa.string())
     if pa.types.is_integer(kind):
-        return pa.uint64() if kind == pa.uint64() else pa.int64()
+        return pa.field(field.name, pa.uint64() if kind == pa.uint64() else pa.int64())
     raise InputError(f"{file}: column {field.name!r} (--id-column) is {field.type}; it must be strings or integers")
 
 

@@ -129,7 +129,7 @@ def _readable_columns(file: pq.ParquetFile, row_group: int, columns: InputColumn
     """Id and kept columns of a row group if `known`. Columns that are damaged or not read are nulls."""
     rows = file.metadata.row_group(row_group).num_rows
     values = {name: pa.nulls(rows) for name in columns.names}
-    for field in (*columns.kept, columns.id):
+    for field in columns.copied:
         values[field.name] = pa.nulls(rows, field.type)
         with suppress(OSError, pa.ArrowException):
             if known:
@@ -168,7 +168,7 @@ def _records(
         images, failures = [None] * len(rows), [Failure.of(each) for each in asked if isinstance(each, RowError)]
     record = {
         **place_columns([(unit.file_number, row) for row in rows]),
-        ID: table[columns.id.name].cast(columns.id.type),
+        ID: _ids(table, columns, unit, rows),
         **{field.name: table[field.name].cast(field.type) for field in columns.kept},
         MESSAGES: array(MESSAGES, [to_json(each.conversation) if isinstance(each, Asked) else None for each in asked]),
         CONSTRAINT: array(CONSTRAINT, [_json(each) for each in constraints]),
@@ -180,6 +180,13 @@ def _records(
         expected = [each.expected if isinstance(each, Asked) else None for each in asked]
         record[EXPECTED_FIELD.name] = pa.array(expected, EXPECTED_FIELD.type)
     return pa.table(record)
+
+
+def _ids(table: pa.Table, columns: InputColumns, unit: Unit, rows: range) -> pa.ChunkedArray | pa.Array:
+    """Ids of rows: values of their column, or file and row."""
+    if columns.id is None:
+        return pa.array([f"{unit.file}:{row}" for row in rows], columns.id_type)
+    return table[columns.id.name].cast(columns.id.type)
 
 
 def _asked(table: pa.Table, columns: InputColumns, prompt: str | None) -> list[Asked | RowError]:

@@ -229,4 +229,5 @@ def _extent(file: InputFile) -> str:
 
 
 def _types(columns: InputColumns) -> str:
-    return ", ".join(f"{field.name}: {field.type}" for field in (columns.id, *columns.kept))
+    own = [] if columns.id else ["no id"]
+    return ", ".join([*own, *(f"{field.name}: {field.type}" for field in columns.copied)])

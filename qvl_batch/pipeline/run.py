@@ -23,6 +23,7 @@ from qvl_batch.errors import ConstraintError, DeviceError, JobError
 from qvl_batch.images.view import View
 from qvl_batch.input.discovery import passed_over
 from qvl_batch.input.fetch import Fetcher
+from qvl_batch.input.input_columns import BY_PLACE
 from qvl_batch.input.source import Source, open_source
 from qvl_batch.output.parts import Tally
 from qvl_batch.output.resume import Job, OutputFolder
@@ -142,6 +143,8 @@ def _announce(
     """Say what is there to do, and with what."""
     manifest = bundle.manifest
     say(f"input     {source.rows:,} rows in {len(source.files):,} files")
+    if source.columns.id is None:
+        say(f"note      {BY_PLACE}")
     others = passed_over(config)
     if (first := next(others, None)) is not None:
         count = 1 + sum(1 for _ in others)
