@@ -17,7 +17,8 @@ from transformers import Qwen2_5_VLForConditionalGeneration as Model
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils import logging as transformers_logging
 
-from export.weights import Weights, weight_files
+from export.tensor_files import weight_files
+from export.weights import Weights
 from qvl_batch.bundle.manifest import CheckpointSource, Generation, combined_sha256, file_sha256
 from qvl_batch.errors import ExportError
 

@@ -1,6 +1,6 @@
 """Reads the weights of a checkpoint from its files, one module at a time.
 
-What enters: safetensors files and the model's config. What leaves: a skeleton, which is the model
+What enters: a checkpoint's files and the model's config. What leaves: a skeleton, which is the model
 without weights, and single modules with their weights, in fp32. So the export of a checkpoint of any
 size takes only the memory of its largest module.
 
@@ -11,24 +11,20 @@ This module knows nothing of graphs.
 """
 
 import copy
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import Qwen2_5_VLForConditionalGeneration as Model
 
+from export.tensor_files import TYPES, read_tensor, types_in, weight_files
 from qvl_batch.errors import ExportError
 
 #: Prefixes of parameter names: the model's own, and those in published files. Other files have the model's own.
 _PUBLISHED = {"model.language_model.": "model.", "model.visual.": "visual."}
 EMBEDDING, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-#: Types of weights that can be read as they are; others are quantized, and need a scale.
-_UNQUANTIZED = {"F32", "F16", "BF16", "F64"}
 #: Suffixes of tensors in old files that the model computes from its config.
 _COMPUTED = ("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq")
 
@@ -116,10 +112,7 @@ class Weights:
     def _read(self, name: str) -> Tensor:
         found = self._name_in_files(name)
         assert found is not None, name
-        # Opened for each tensor: pages that were read stay mapped, and count as memory, while a file is open.
-        with safe_open(self._files[found], "pt") as file:
-            tensor: Tensor = file.get_tensor(found)
-        return tensor
+        return read_tensor(self._files[found], found)
 
 
 def published_name(name: str) -> str:
@@ -137,38 +130,12 @@ def _units(model: Any) -> list[str]:
     return [f"{visual}.patch_embed", *blocks, f"{visual}.merger", f"{text}.embed_tokens", *layers, *ends]
 
 
-def weight_files(path: Path) -> list[Path]:
-    """Files of the weights: `model.safetensors`, or else those that the index names, as in transformers.
-
-    Raises:
-        ExportError: there are none, or some are missing.
-    """
-    if (path / SINGLE).is_file():
-        return [path / SINGLE]
-    try:
-        names = set(json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
-    except FileNotFoundError:
-        raise ExportError(
-            f"{path} has no {SINGLE} and no {INDEX}: it is not a checkpoint, or was not downloaded completely"
-        ) from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ExportError(f"{path / INDEX} cannot be read: {error}; download it again") from error
-    missing = sorted(name for name in names if not (path / name).is_file())
-    if missing:
-        raise ExportError(f"{path} lacks {missing[0]}, which its index names: download it")
-    return sorted(path / name for name in names)
-
-
 def _tensor_files(path: Path) -> dict[str, Path]:
     """The file that each tensor is in."""
     names: dict[str, Path] = {}
     for file in weight_files(path):
-        try:
-            with safe_open(file, "pt") as opened:
-                kinds = {name: opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise ExportError(f"{file} cannot be read: {error}; download it again") from error
-        quantized = next((f"{name} is {kind}" for name, kind in kinds.items() if kind not in _UNQUANTIZED), None)
+        kinds = types_in(file)
+        quantized = next((f"{name} is {kind}" for name, kind in kinds.items() if kind not in TYPES.values()), None)
         if quantized:
             raise ExportError(f"{file}: {quantized}: use weights that are not quantized")
         names |= dict.fromkeys(kinds, file)

@@ -14,9 +14,11 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from export.checkpoint import load_checkpoint
 from export.lazy import LazyWeights, without_weights
-from export.weights import INDEX, Weights
+from export.tensor_files import NAMES
+from export.weights import Weights
 from qvl_batch.errors import ExportError
 
+(_, INDEX), _ = NAMES
 CONFIG = Qwen2_5_VLConfig.from_pretrained(TINY)
 MODULES = ("model.visual.blocks.1", "model.visual.merger", "model.language_model.layers.2", "lm_head")
 
@@ -81,10 +83,56 @@ def test_files_that_transformers_would_not_read_are_not_read(tiny_checkpoint, tm
             assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
+@pytest.mark.parametrize("shards", [1, 3])
+def test_weights_may_be_in_files_that_torch_wrote(shards, tiny_checkpoint, tmp_path):
+    folder = _copy(tmp_path, [])
+    (folder / INDEX).unlink()
+    keys = sorted(_tensors())
+    names = [f"pytorch_model-{at}.bin" for at in range(shards)] if shards > 1 else ["pytorch_model.bin"]
+    for at, name in enumerate(names):
+        torch.save({key: _tensors()[key] for key in keys[at::shards]}, folder / name)
+    if shards > 1:
+        places = {key: names[at] for at in range(shards) for key in keys[at::shards]}
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": places}))
+    weights = load_checkpoint(folder).weights
+    for name in MODULES:
+        expected = tiny_checkpoint.model.get_submodule(name).state_dict()
+        found = weights.module(name).state_dict()
+        assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+class _Harm:
+    def __reduce__(self):
+        return print, ("harm",)
+
+
 @pytest.mark.parametrize(
     ("write", "message"),
     [
-        (lambda index: index.unlink(), "has no model.safetensors and no model.safetensors.index.json"),
+        (lambda file: file.write_bytes(bytes(100)), "cannot be read as tensors alone .*: download it again, or save"),
+        (lambda file: torch.save({"a": _Harm()}, file), "cannot be read as tensors alone .UnpicklingError."),
+        (lambda file: torch.save({"epoch": 3}, file), "has more than tensors: save the model as safetensors"),
+        (lambda file: torch.save([torch.zeros(1)], file), "has more than tensors"),
+        (lambda file: torch.save({"a": torch.zeros(1, dtype=torch.int8)}, file), "a is torch.int8: use weights that"),
+    ],
+    ids=["damaged", "code", "more", "a list", "int8"],
+)
+def test_a_file_of_torch_that_has_more_than_weights_is_refused(write, message, tmp_path, capsys):
+    folder = _copy(tmp_path, [])
+    (folder / INDEX).unlink()
+    write(folder / "pytorch_model.bin")
+    with pytest.raises(ExportError, match=f"pytorch_model.bin:? {message}"):
+        Weights(folder, CONFIG)
+    assert "harm" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (
+            lambda index: index.unlink(),
+            "has no model.safetensors and no model.safetensors.index.json and no py",
+        ),
         (lambda index: index.write_text("[]"), "index.json cannot be read: .*; download it again"),
         (lambda index: index.write_text('{"weight_map": {"a": "b"}}'), "lacks b, which its index names: download it"),
     ],
