@@ -17,6 +17,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration as Model
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils import logging as transformers_logging
 
+from export.hub import checkpoint_folder, name_of
 from export.tensor_files import weight_files
 from export.weights import Weights
 from qvl_batch.bundle.manifest import CheckpointSource, Generation, combined_sha256, file_sha256
@@ -82,14 +83,18 @@ class Checkpoint:
         return _copied_files(self.path)
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
+def load_checkpoint(path: Path, revision: str | None = None) -> Checkpoint:
     """Load a checkpoint for export.
+
+    Args:
+        path: its folder, or its id on the Hugging Face hub.
+        revision: of an id.
 
     Raises:
         ExportError: not a checkpoint of Qwen2.5-VL, incomplete, or of a variant that the graphs
             do not cover.
     """
-    path = path.resolve()
+    path = checkpoint_folder(path, revision, COPIED)
     transformers_logging.disable_progress_bar()
     config = _read_config(path)
     weight_files(path)
@@ -111,15 +116,15 @@ def load_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(path, Weights(path, config), tokenizer, processor, _generation(path, tokenizer))
 
 
-def checkpoint_source(path: Path) -> CheckpointSource:
-    """The directory's name, and a hash over weights and settings.
+def checkpoint_source(path: Path, revision: str | None = None) -> CheckpointSource:
+    """Its name, and a hash over weights and settings; arguments are those of `load_checkpoint`.
 
     Raises:
         ExportError: there is no checkpoint.
     """
-    path = path.resolve()
+    path = checkpoint_folder(path, revision, COPIED)
     files = [*weight_files(path), *_copied_files(path)]
-    return CheckpointSource(path.name, combined_sha256((f.name, file_sha256(f)) for f in files))
+    return CheckpointSource(name_of(path), combined_sha256((f.name, file_sha256(f)) for f in files))
 
 
 def _copied_files(path: Path) -> list[Path]:
@@ -128,7 +133,7 @@ def _copied_files(path: Path) -> list[Path]:
 
 def _read_config(path: Path) -> Any:
     if not path.is_dir():
-        raise ExportError(f"{path} is not a directory: give the folder of a Qwen2.5-VL checkpoint")
+        raise ExportError(f"{path} is not a directory: give the folder or the hub id of a Qwen2.5-VL checkpoint")
     if (path / "adapter_config.json").exists():
         raise ExportError(f"{path} holds an adapter{_base_of(path)}: merge it into the weights first")
     try:

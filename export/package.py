@@ -57,9 +57,11 @@ class ExportConfig:
     """Export a Qwen2.5-VL checkpoint to a bundle of ONNX graphs that qvl-batch runs."""
 
     checkpoint: Annotated[Path, tyro.conf.Positional]
-    """Folder of the checkpoint, as downloaded."""
+    """Folder of the checkpoint, or its id on the Hugging Face hub: Qwen/Qwen2.5-VL-3B-Instruct."""
     output: Path
     """Folder of the bundle to write. It must not exist yet."""
+    revision: str | None = None
+    """Of an id: branch, tag or commit. Without it, the main branch."""
     dtype: Dtype = "fp32"
     """Precision of the decoder. For a GPU: bf16 or fp16, with the residual stream in fp32. For a CPU: fp32; int8
     weights and activations (int8); int8 or int4 weights only (int8wo, int4wo)."""
@@ -131,7 +133,7 @@ def export_bundle(config: ExportConfig, progress: Progress | None = None, traces
     _check_output(output, overwrite=config.overwrite)
     _check_recipe(config)
     check_at_least_one(config, "sample_rows")
-    checkpoint = load_checkpoint(config.checkpoint)
+    checkpoint = load_checkpoint(config.checkpoint, config.revision)
     layout = plan_layout(checkpoint, config)
     traces, progress = traces or Traces(), progress or Progress()
     tools = _tool_graphs(checkpoint, layout, config, traces, progress)

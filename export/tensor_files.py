@@ -38,6 +38,11 @@ def weight_files(path: Path) -> list[Path]:
     raise ExportError(f"{path} has no {tried}: it is not a checkpoint, or was not downloaded completely")
 
 
+def has_weights(path: Path) -> bool:
+    """Whether a folder has one of `NAMES`."""
+    return any((path / name).is_file() for pair in NAMES for name in pair)
+
+
 def types_in(file: Path) -> dict[str, str]:
     """The type of each tensor in a file, as safetensors names it.
 

@@ -81,7 +81,6 @@ TESTS = {
     "python by_hand.py": ["test_native.py::test_the_plain_graphs_run_by_hand_as_the_page_says"],
     "python -m pytest": ["test_tests_are_chosen_by_marks_that_exist"],
     "pip install": ["test_what_pip_is_to_install_exists"],
-    "hf download": ["test_the_hub_has_the_options_that_are_named"],
     "ray job submit": [
         "test_job.py::test_a_job_submitted_to_a_cluster_answers_all_rows_but_those_that_end_its_workers"
     ],
@@ -97,7 +96,7 @@ PAGES = (
 )
 SCRIPTS = sorted(path for folder in ("jobs", "datasets", "tests") for path in ROOT.glob(f"{folder}/*.py"))
 #: What a line of a command begins with, and what a block of anything else does.
-LAUNCHERS = ("make", "python", "pip", "hf", "ray", ".ci/run")
+LAUNCHERS = ("make", "python", "pip", "ray", ".ci/run")
 OTHERS = (
     *("rows", "machine", "equal", "usage:", "head_ids"),
     *("checkpoint", "row", "DIR/part-*.parquet"),
@@ -186,7 +185,7 @@ def _programs(line):
             return [f"make {word}" for word in rest if "=" not in word and not word.startswith("-")]
         case ["python", "-m", module, *_]:
             return [f"python -m {module}"]
-        case ["python" | "pip" | "hf", what, *_]:
+        case ["python" | "pip", what, *_]:
             return [f"{words[0]} {what}"]
         case ["ray", *_]:
             return ["ray job submit"]
@@ -597,11 +596,3 @@ def test_what_pip_is_to_install_exists(line):
         name, asked = re.fullmatch(r"([\w.-]+)(?:\[([\w,]+)\])?", what).groups()
         known = extras if name == "." else metadata(name).get_all("Provides-Extra")
         assert set(asked.split(",") if asked else ()) <= set(known), what
-
-
-def test_the_hub_has_the_options_that_are_named():
-    help_text = subprocess.run(
-        [Path(sys.executable).parent / "hf", "download", "--help"], capture_output=True, text=True, check=True
-    ).stdout
-    lines = [line for _, line in DOCUMENTED if line.startswith("hf ")]
-    assert all(option in help_text for line in lines for option in re.findall(r"--[\w-]+", line))

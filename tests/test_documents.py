@@ -227,7 +227,7 @@ def test_files_and_targets_that_a_page_names_exist(page):
 OTHERS = {
     *("--working-dir", "--address", "--entrypoint-num-gpus"),  # Ray
     *("--id", "--query-gpu", "--format"),  # nvidia-smi
-    *("--local-dir", "--help"),
+    "--help",
     *("--algorithm", "--precision"),  # Olive
 }
 

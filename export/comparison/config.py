@@ -29,7 +29,10 @@ class CompareConfig(JobConfig):
     vision_graph: Path | None = None
     """A plain vision graph that a tool has quantized (made from `vision_full.onnx`), in place of the bundle's."""
     checkpoint: Path | None = None
-    """Folder of the checkpoint that the bundle was exported from; it answers in PyTorch, in fp32."""
+    """Folder of the checkpoint that the bundle was exported from, or its id on the Hugging Face hub; it answers in
+    PyTorch, in fp32."""
+    revision: str | None = None
+    """Of an id: branch, tag or commit. Without it, the main branch."""
     against_bundle: Path | None = None
     """Another bundle to compare with, in place of a checkpoint."""
     expected_column: str | None = None

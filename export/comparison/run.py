@@ -184,7 +184,7 @@ class _Sides:
         from export.comparison.reference import PyTorch  # noqa: PLC0415  (two bundles are compared without torch)
 
         return PyTorch(
-            load_checkpoint(config.checkpoint),
+            load_checkpoint(config.checkpoint, config.revision),
             system_prompt=config.system_prompt,
             max_new_tokens=config.max_new_tokens,
             max_seq_len=self.max_seq_len,
@@ -212,7 +212,7 @@ class _Sides:
         assert self.config.checkpoint is not None
         from export.checkpoint import checkpoint_source  # noqa: PLC0415
 
-        return checkpoint_source(self.config.checkpoint)
+        return checkpoint_source(self.config.checkpoint, self.config.revision)
 
     @property
     def max_seq_len(self) -> int:
