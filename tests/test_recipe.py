@@ -122,6 +122,17 @@ def test_what_becomes_of_an_error_follows_from_own_and_accumulated_drift():
     assert found.logits(dict.fromkeys(everywhere, "fp32")) == 0
 
 
+def test_an_error_that_is_not_finite_is_the_largest_and_leaves_the_others_as_they_are():
+    names = part_names(1, 1)
+    fine, broken = [0.1] * len(names), [0.1, math.nan, *[math.inf] * (len(names) - 2)]
+    parts = [name for name in names if name != "decoder.embed"]
+    found = Sensitivity.of(names, parts, {"int8": [Drift(fine, fine)], "int4wo": [Drift(broken, broken)]})
+    assert found.own["vision.blocks.0", "int8"] == pytest.approx(0.1)
+    assert found.own["vision.blocks.0", "int4wo"] > 1e5
+    everywhere = [dict.fromkeys(parts, dtype) for dtype in ("int8", "int4wo")]
+    assert all(math.isfinite(each) for choice in everywhere for each in (found.features(choice), found.logits(choice)))
+
+
 def _trial(name, cost, drift, equal=64):
     return Trial(name, {}, drift, 0, drift / 2, equal, 64, bytes=cost, seconds=1 / cost)
 

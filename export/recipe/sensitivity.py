@@ -20,6 +20,9 @@ from export.names import Tower
 from export.recipe.choice import Choice
 from qvl_batch.bundle.manifest import Dtype, is_in
 
+#: Square of an error that is not finite: no part with it is chosen, and sums stay finite.
+LARGEST = 1e12
+
 
 @dataclass(frozen=True, slots=True)
 class Sensitivity:
@@ -81,6 +84,6 @@ def in_tower(parts: Sequence[str], tower: Tower) -> list[str]:
 
 
 def _mean_square(rows: Sequence[Sequence[float]]) -> Array:
-    """Mean square over rows, at each depth."""
-    squares: Array = np.square(np.array(rows, np.float64)).mean(0)
+    """Mean square over rows, at each depth; one that is not finite counts as `LARGEST`."""
+    squares: Array = np.nan_to_num(np.square(np.array(rows, np.float64)).mean(0), nan=LARGEST, posinf=LARGEST)
     return squares
