@@ -173,7 +173,7 @@ def test_control_characters_are_text(tmp_path):
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"id": [1.5]}, r"'id' \(--id-column\) is double"),
+        ({"id": [True]}, r"'id' \(--id-column\) is bool; it must be strings, numbers, dates, times, UUIDs or bytes"),
         ({"id": pa.nulls(1)}, r"'id' \(--id-column\) is null"),
         ({"id": [["a"]]}, r"'id' \(--id-column\) is list"),
         ({"image": [[[b"a"]]]}, r"'image' \(--image-column\) is list"),

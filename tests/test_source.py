@@ -3,8 +3,11 @@
 import os
 import re
 from dataclasses import replace
+from datetime import datetime
+from decimal import Decimal
 from functools import partial
 from pathlib import Path
+from uuid import UUID
 
 import numpy as np
 import pyarrow as pa
@@ -339,6 +342,34 @@ def test_ids_may_be_strings_or_integers(ids, kind, tmp_path):
     assert rows["id"].to_pylist() == ids.to_pylist()
 
 
+MOMENT = datetime(2026, 11, 28, 12, 0, 0, 7)  # noqa: DTZ001  (a timestamp without a zone)
+
+
+@pytest.mark.parametrize(
+    ("ids", "expected"),
+    [
+        (pa.array([1.0, None, 2.0**60]), ["1", None, "1.152921504606847e+18"]),  # pandas, where one is missing
+        (pa.array([123456789012345.0, 0.1, -2.5]), ["123456789012345", "0.1", "-2.5"]),
+        (pa.array([1.5, None, 0.1], pa.float32()), ["1.5", None, "0.10000000149011612"]),
+        (pa.array([Decimal("1.50"), None, Decimal("-7.00")]), ["1.50", None, "-7.00"]),
+        (pa.array([b"\x00\xff", None, b"a"]), ["00ff", None, "61"]),
+        (pa.array([b"ab", None, b"cd"], pa.binary(2)), ["6162", None, "6364"]),
+        (pa.array([UUID(int=7).bytes] * 3, pa.binary(16)).cast(pa.uuid()), [str(UUID(int=7))] * 3),
+        (pa.array([MOMENT.date()] * 3), ["2026-11-28"] * 3),
+        (pa.array([MOMENT] * 3, pa.timestamp("ns")), ["2026-11-28 12:00:00.000007000"] * 3),
+        (pa.array([MOMENT] * 3, pa.timestamp("us", "UTC")), ["2026-11-28 12:00:00.000007Z"] * 3),
+        (pa.array([MOMENT.time()] * 3), ["12:00:00.000007"] * 3),
+        (pa.array([b"x", b"y", b"x"]).dictionary_encode(), ["78", "79", "78"]),
+    ],
+    ids=lambda value: str(value.type) if isinstance(value, pa.Array) else "",
+)
+def test_ids_of_other_types_are_text_from_which_they_can_be_read_again(ids, expected, tmp_path):
+    pq.write_table(TABLE.set_column(0, "id", ids), tmp_path / "a.parquet")
+    rows = _rows_of(caption_config(tmp_path))
+    assert rows["id"].type == pa.string()
+    assert rows["id"].to_pylist() == expected
+
+
 @pytest.mark.parametrize(
     ("table", "options", "message"),
     [
@@ -346,7 +377,7 @@ def test_ids_may_be_strings_or_integers(ids, kind, tmp_path):
         (TABLE, {"id_column": "key"}, r"no single column 'key' \(--id-column\); it has id, image, prompt"),
         (TABLE.drop_columns(["prompt"]), {}, r"no single column 'prompt' \(--prompt-column\)"),
         (TABLE, {"keep_columns": ("more",)}, r"no single column 'more' \(--keep-columns\)"),
-        (TABLE, {"id_column": "image"}, r"'image' \(--id-column\) is binary; it must be strings or integers"),
+        (TABLE, {"id_column": "image"}, r"'image' is both --id-column and --image-column"),
         (TABLE, {"image_column": "id"}, r"'id' \(--image-column\) is int64; it must be a struct of bytes and path"),
         (TABLE, {"prompt_column": "id"}, r"'id' \(--prompt-column\) is int64; it must be strings"),
     ],

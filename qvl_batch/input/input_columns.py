@@ -16,6 +16,8 @@ from qvl_batch.errors import ConfigError, InputError
 from qvl_batch.sampling import Sampling
 from qvl_batch.schema import EXPECTED_FIELD, ID, answer_fields, is_text, plain_type
 
+#: Floats below this are exact integers if they are whole.
+EXACT = 2.0**53
 #: What a user is told where files have no ids.
 BY_PLACE = "files have no column 'id', so rows are identified by file and row (--id-column names another column)"
 #: List types: their test, and the constructor of such a type without views.
@@ -130,6 +132,8 @@ def input_columns(schema: pa.Schema, file: str, config: JobConfig) -> InputColum
                 f"{file}: column {image.name!r} has paths or addresses of images; allow folders or addresses for them "
                 "with --allow-images-from"
             )
+        if id_field is not None and id_field.name == image.name and _is_bytes(plain_type(image.type)):
+            raise InputError(f"{file}: column {image.name!r} is both --id-column and --image-column, and holds images")
     kept = tuple(_field(schema, name, file, "--keep-columns") for name in config.copied_columns)
     copied = tuple(pa.field(field.name, _without_views(field.type)) for field in kept)
     return InputColumns(
@@ -158,13 +162,43 @@ def _field(schema: pa.Schema, name: str, file: str, option: str) -> pa.Field:
 
 
 def _id_field(field: pa.Field, file: str) -> pa.Field:
-    """With the type in the output: string, int64, or uint64 for uint64. Files can so differ in the width of ids."""
+    """With the type in the output: int64, uint64 for uint64, or string. Files can so differ in the width of ids."""
     kind = plain_type(field.type)
-    if is_text(kind):
-        return pa.field(field.name, pa.string())
     if pa.types.is_integer(kind):
         return pa.field(field.name, pa.uint64() if kind == pa.uint64() else pa.int64())
-    raise InputError(f"{file}: column {field.name!r} (--id-column) is {field.type}; it must be strings or integers")
+    if not (is_text(kind) or _is_spelled(kind)):
+        raise InputError(
+            f"{file}: column {field.name!r} (--id-column) is {field.type}; it must be strings, numbers, dates, times, "
+            "UUIDs or bytes"
+        )
+    return pa.field(field.name, pa.string())
+
+
+def _is_spelled(kind: pa.DataType) -> bool:
+    kinds = (pa.types.is_floating, pa.types.is_decimal, pa.types.is_date, pa.types.is_time, pa.types.is_timestamp)
+    is_bytes = _is_bytes(kind) or pa.types.is_fixed_size_binary(kind)
+    return is_bytes or isinstance(kind, pa.UuidType) or any(is_kind(kind) for is_kind in kinds)
+
+
+def ids_of(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray | pa.Array:
+    """Ids in their type in the output. Those that are no text become text from which they can be read again: bytes in
+    hexadecimal; floats in the fewest digits, whole ones without a point, since pandas makes floats of integers where
+    one is missing; all others as Arrow writes them.
+    """
+    own = plain_type(column.type)
+    if not _is_spelled(own):
+        return column.cast(kind)
+    if pa.types.is_floating(own):
+        return pa.array([None if value is None else _digits(value) for value in column.to_pylist()], kind)
+    if isinstance(own, pa.UuidType):
+        return pa.array([None if value is None else str(value) for value in column.to_pylist()], kind)
+    if _is_bytes(own) or pa.types.is_fixed_size_binary(own):
+        return pa.array([None if value is None else value.hex() for value in column.to_pylist()], kind)
+    return column.cast(own).cast(kind)
+
+
+def _digits(value: float) -> str:
+    return str(int(value)) if value.is_integer() and abs(value) < EXACT else repr(value)
 
 
 def _check_prompt(field: pa.Field, file: str) -> None:

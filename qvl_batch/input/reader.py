@@ -33,7 +33,7 @@ from qvl_batch.errors import (
     stable_message,
 )
 from qvl_batch.input.fetch import Fetcher
-from qvl_batch.input.input_columns import InputColumns, item_type
+from qvl_batch.input.input_columns import InputColumns, ids_of, item_type
 from qvl_batch.input.messages import MARK, MOST_IMAGES, MOST_VALUES, Asked, plain_image, read_messages
 from qvl_batch.input.source import Unit, footer_sha256
 from qvl_batch.sampling import Sampling
@@ -186,7 +186,7 @@ def _ids(table: pa.Table, columns: InputColumns, unit: Unit, rows: range) -> pa.
     """Ids of rows: values of their column, or file and row."""
     if columns.id is None:
         return pa.array([f"{unit.file}:{row}" for row in rows], columns.id_type)
-    return table[columns.id.name].cast(columns.id.type)
+    return ids_of(table[columns.id.name], columns.id.type)
 
 
 def _asked(table: pa.Table, columns: InputColumns, prompt: str | None) -> list[Asked | RowError]:
