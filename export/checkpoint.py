@@ -72,9 +72,9 @@ class Checkpoint:
         )
         return model.eval()
 
-    @property
+    @cached_property
     def source(self) -> CheckpointSource:
-        """Name and hash that identify the checkpoint."""
+        """Name and hash that identify the checkpoint; all its files are read once."""
         return checkpoint_source(self.path)
 
     @property
