@@ -20,7 +20,7 @@ from export.sample import SampleRow
 from export.smoothing import Scales, find_scale, paths, smooth
 from export.vision import NativeTower, SquareTower, VisionTower
 from qvl_batch.bundle.layout import Layout
-from qvl_batch.bundle.manifest import Dtype
+from qvl_batch.bundle.manifest import INTEGERS, Dtype
 
 #: Dtypes that a product will have, or may have.
 DtypesOf = Callable[[str], Iterable[Dtype]]
@@ -101,15 +101,14 @@ class _Visitor:
             product = f"{prefix}.{name}" if name else prefix
             weight, moment = each.weight.detach().numpy(), inputs[product].second_moment
             for dtype in self._dtypes_of(product):
-                if dtype.startswith("int"):
+                if dtype in INTEGERS:
                     made = rounded(dtype, weight, moment)
                     self._found.rounded[product, dtype] = {name: self._keep(array) for name, array in made.items()}
 
     def _smooth(self, prefix: str, module: nn.Module, inputs: InputsOf) -> None:
         for path in paths(module):
             products = [f"{prefix}.{product}" for product in path.products]
-            each = (dtype for product in products for dtype in self._smoothed_for(product))
-            dtypes = sorted({dtype for dtype in each if dtype.startswith("int")})
+            dtypes = sorted({dtype for product in products for dtype in self._smoothed_for(product)} & set(INTEGERS))
             if not dtypes:
                 continue
             own = inputs[products[0]]

@@ -333,11 +333,11 @@ def _precision(checkpoint: Checkpoint, config: ExportConfig, tools: Mapping[Towe
 def _check_options(precision: Precision, config: ExportConfig) -> None:
     """Refuse options that do not go with a precision."""
     check_mix(precision)
-    reduced = {tower: sorted(precision.dtypes(tower) - {"fp32"}) for tower in TOWERS}
+    reduced = {tower: precision.dtypes(tower) - {"fp32"} for tower in TOWERS}
     if config.with_vision_full and reduced["vision"]:
-        found = ", ".join(reduced["vision"])
+        found = ", ".join(sorted(reduced["vision"]))
         raise ExportError(f"--with-vision-full is for a vision tower in fp32, and this one is in {found}")
-    if config.sample is not None and not any(dtype.startswith("int") for each in reduced.values() for dtype in each):
+    if config.sample is not None and all(each.isdisjoint(INTEGERS) for each in reduced.values()):
         raise ExportError("--sample is for weights in integers: give --dtype, --vision-dtype or --layers-dtype too")
     if config.with_fp32 and not any(reduced.values()):
         raise ExportError("--with-fp32 needs a reduced --dtype or --vision-dtype: this bundle is in fp32 already")

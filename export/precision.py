@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 from export.lazy import decoder_parts, vision_parts
 from export.names import EMBEDDING, TOWERS, Tower
-from qvl_batch.bundle.manifest import HALVES, Dtype, dtypes_of, is_in
+from qvl_batch.bundle.manifest import HALVES, INTEGERS, Dtype, dtypes_of, is_in
 from qvl_batch.config import Device
 from qvl_batch.errors import ExportError
 
@@ -106,7 +106,7 @@ def check_mix(precision: Precision) -> None:
                     f"--layers-dtype {name}={dtype}: its tower is in {own}, and beside half precision only fp32 is "
                     "possible"
                 )
-        integers = sorted(dtype for dtype in dtypes if dtype.startswith("int"))
+        integers = sorted(dtypes & set(INTEGERS))
         if tower == "decoder" and precision.device == "cuda" and integers:
             raise ExportError(f"--device cuda: {integers[0]} is for a decoder on the CPU")
 

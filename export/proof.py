@@ -10,7 +10,7 @@ from export.names import TOWERS, Tower
 from export.parity import BOUNDS, Gate, bounds_of
 from export.precision import Precision
 from qvl_batch.bundle.known_answers import STEPS, KnownAnswers, sample
-from qvl_batch.bundle.manifest import Tolerance
+from qvl_batch.bundle.manifest import INTEGERS, Tolerance
 from qvl_batch.distances import cosine, relative_error
 from qvl_batch.errors import ExportError
 
@@ -64,4 +64,4 @@ def tolerance_of(gate: Gate, precision: Precision) -> Tolerance:
 
 
 def _has_integers(precision: Precision, tower: Tower) -> bool:
-    return any(dtype.startswith("int") for dtype in precision.dtypes(tower))
+    return not precision.dtypes(tower).isdisjoint(INTEGERS)

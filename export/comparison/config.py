@@ -6,6 +6,9 @@ from pathlib import Path
 from qvl_batch.config import DeviceOption, Fit, JobConfig
 from qvl_batch.errors import ConfigError
 
+#: Longest answer in tokens, by default.
+MAX_NEW_TOKENS = 64
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompareConfig(JobConfig):
@@ -15,7 +18,7 @@ class CompareConfig(JobConfig):
     """Folder of the bundle to compare."""
     output: str
     """Folder for `comparison.parquet`, `summary.json` and `report.html`."""
-    max_new_tokens: int = 64
+    max_new_tokens: int = MAX_NEW_TOKENS
     """Longest answer in tokens."""
     limit: int | None = None
     """Compare only this many rows, from the first on."""

@@ -37,9 +37,7 @@ def path(options: Mapping[str, Sequence[Option]], others: Mapping[str, Dtype] | 
     """
     hulls = {part: _hull(each) for part, each in options.items()}
     steps = [
-        ((before.error - after.error) / (after.cost - before.cost), part, after.dtype)
-        for part, hull in hulls.items()
-        for before, after in pairwise(hull)
+        (_slope(before, after), part, after.dtype) for part, hull in hulls.items() for before, after in pairwise(hull)
     ]
     found = [dict(others or {}) | {part: hull[0].dtype for part, hull in hulls.items()}]
     for _, part, dtype in sorted(steps, key=lambda step: -step[0]):

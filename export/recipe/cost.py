@@ -18,12 +18,11 @@ from export.sample import SampleRow
 from qvl_batch.bundle.loading import Bundle
 from qvl_batch.bundle.manifest import DECODER, VISION, is_in
 from qvl_batch.decoder.kv_cache import KvCache
+from qvl_batch.pipeline.plan import DEFAULT_SLOTS
 from qvl_batch.runtime.devices import usable_cpus
 from qvl_batch.runtime.memory import Buffer, HostMemory
 from qvl_batch.runtime.session import Session
 
-#: Rows that a decode step is measured with; a job has as many by default.
-STEP_ROWS = 32
 #: Runs of which the fastest counts, after one that warms up.
 RUNS = 5
 #: Name of what is in no part with products: the table of tokens, norms between towers, the choice of the token.
@@ -104,8 +103,8 @@ def _profiled(bundle: Bundle, workload: Workload, folder: Path) -> Iterable[tupl
         yield workload.images, _fastest(session, 1)[0]
     session = Session(bundle.file(DECODER), threads, profile=folder)
     memory = HostMemory()
-    cache = KvCache(bundle.manifest, STEP_ROWS, memory=memory)
-    for rows, tokens in ((1, workload.row_tokens), (STEP_ROWS, 1)):
+    cache = KvCache(bundle.manifest, DEFAULT_SLOTS, memory=memory)
+    for rows, tokens in ((1, workload.row_tokens), (DEFAULT_SLOTS, 1)):
         inputs = {name: memory.zeros(shape, kind) for name, kind, shape in _inputs(bundle, rows, tokens)}
         past = 0 if tokens > 1 else workload.row_tokens
         inputs["cache_position"].values[...] = past + np.arange(tokens)
@@ -119,7 +118,7 @@ def _profiled(bundle: Bundle, workload: Workload, folder: Path) -> Iterable[tupl
             binding.run()
     prefill, step = _fastest(session, 2)
     yield 1, prefill
-    yield workload.answer_tokens / STEP_ROWS, step
+    yield workload.answer_tokens / DEFAULT_SLOTS, step
 
 
 def _inputs(bundle: Bundle, rows: int, tokens: int) -> Iterable[tuple[str, str, tuple[int, ...]]]:

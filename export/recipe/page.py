@@ -13,6 +13,7 @@ from typing import Any
 from export.comparison.page import LogAxis, figure
 from export.recipe.record import PAGE, RECIPE, record
 from export.recipe.search import CANDIDATES, Recipe
+from export.recipe.trial import Goal
 from qvl_batch.report.page import decimal_step, percent, printable, template
 
 TEMPLATE = "page.html.jinja"
@@ -36,7 +37,6 @@ def render(found: dict[str, Any], model: str) -> str:
     trials = {trial["name"]: trial for trial in found["trials"]}
     chosen, exact = trials[found["chosen"]], trials["fp32"]
     meeting = [trial for trial in trials.values() if trial["name"] in CANDIDATES and trial["meets"]]
-    measure = "seconds" if found["goal"]["prefer"] == "speed" else "bytes"
     return template(
         Path(__file__).parent / TEMPLATE, {"percent": percent, "figure": figure}, finalize=printable
     ).render(
@@ -44,7 +44,7 @@ def render(found: dict[str, Any], model: str) -> str:
         model=model,
         chosen=chosen,
         exact=exact,
-        uniform=min(meeting, key=lambda trial: float(trial[measure])),
+        uniform=min(meeting, key=lambda trial: float(trial[Goal(**found["goal"]).least])),
         counts=Counter(part["dtype"] for part in found["parts"].values()).most_common(),
         dtypes=CANDIDATES,
         plots=[

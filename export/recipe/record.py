@@ -103,7 +103,8 @@ def _part(recipe: Recipe, part: str) -> dict[str, Any]:
 
 def _why(recipe: Recipe, part: str, options: Mapping[Dtype, Mapping[str, Any]]) -> str:
     """Why a part has no cheaper dtype."""
-    measure, unit, scale = ("seconds", "ms a row", 1e3) if recipe.goal.prefer == "speed" else ("bytes", "MB", 1e-6)
+    measure = recipe.goal.least
+    unit, scale = ("ms a row", 1e3) if measure == "seconds" else ("MB", 1e-6)
     chosen = recipe.chosen.choice[part]
     saved = {dtype: options[chosen][measure] - each[measure] for dtype, each in options.items()}
     cheaper = sorted((dtype for dtype in saved if saved[dtype] > 0), key=saved.__getitem__)

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from export.comparison.bundle_side import BundleSide
+from export.comparison.config import MAX_NEW_TOKENS
 from export.comparison.traces import States, Trace
 from export.disk import Disk
 from export.sample import SampleRow
@@ -14,8 +15,6 @@ from qvl_batch.bundle.loading import Bundle
 from qvl_batch.errors import ExportError
 from qvl_batch.schema import Failure
 
-#: Longest answer in tokens, as by default in a job and in a comparison.
-ANSWER_TOKENS = 64
 #: Rows that are answered at a time.
 ROWS_AT_ONCE = 16
 #: Rows whose hidden states are compared. Errors are means over a row's tokens, so a few rows tell layers apart.
@@ -61,7 +60,7 @@ class Reference:
 
 def side_of(bundle: Bundle, *, layers: bool) -> BundleSide:
     """A bundle that answers rows, on the CPU; with `layers`, also its hidden states."""
-    return BundleSide(bundle, ANSWER_TOKENS, bundle.manifest.layout.max_seq_len, layers=layers, device="cpu")
+    return BundleSide(bundle, MAX_NEW_TOKENS, bundle.manifest.layout.max_seq_len, layers=layers, device="cpu")
 
 
 def answered(side: BundleSide, rows: Sequence[SampleRow]) -> Iterator[Trace | Failure]:

@@ -23,11 +23,11 @@ from export.progress import Progress
 from export.recipe.choice import Choice, Option, path
 from export.recipe.cost import REST, Workload, bytes_by_part, seconds_by_part
 from export.recipe.reference import Reference, side_of
-from export.recipe.sensitivity import Sensitivity, in_tower
+from export.recipe.sensitivity import Sensitivity
 from export.recipe.trial import Goal, Trial, cheapest, measure
 from export.sample import SampleRow
 from qvl_batch.bundle.loading import Bundle
-from qvl_batch.bundle.manifest import INTEGERS, Dtype, is_in, part_names
+from qvl_batch.bundle.manifest import FP32, INTEGERS, Dtype, is_in, part_names
 
 #: Dtypes that a part can have: those of a CPU.
 CANDIDATES: tuple[Dtype, ...] = ("fp32", *INTEGERS)
@@ -90,11 +90,15 @@ class Recipe:
         return precision_of(self.chosen.choice)
 
 
+def _in_tower(parts: Iterable[str], tower: Tower) -> list[str]:
+    return [part for part in parts if tower_of(part) == tower]
+
+
 def precision_of(choice: Choice) -> Precision:
     """The precision of all products: of each tower that of most of its parts, and of the others their own."""
     dtypes: dict[Tower, Dtype] = {}
     for tower in TOWERS:
-        own = [choice[part] for part in in_tower(list(choice), tower)]
+        own = [choice[part] for part in _in_tower(choice, tower)]
         dtypes[tower] = max(CANDIDATES, key=own.count)
     others = {part: dtype for part, dtype in choice.items() if dtype != dtypes[tower_of(part)]}
     return Precision(dtypes["decoder"], dtypes["vision"], others)
@@ -132,7 +136,7 @@ class _Search:
         self._names = part_names(len(model.model.visual.blocks), decoder)
         self._parts = [name for name in self._names if any(is_in(product, [name]) for product in self._products)]
         with self._progress.step("recipe: fp32"):
-            exact = self._writer.write(folder / "fp32", Precision(), Calibrated(), gate=gate)
+            exact = self._writer.write(folder / FP32, Precision(), Calibrated(), gate=gate)
             (folder / "arrays").mkdir()
             disk = Disk(folder / "arrays")
             self._reference = Reference.of(exact, rows, disk)
@@ -155,18 +159,16 @@ class _Search:
         drifts = {dtype: self._uniform(dtype, everywhere[dtype]) for dtype in INTEGERS}
         sensitivity = Sensitivity.of(self._names, self._parts, drifts)
         shares = self._shares(sensitivity)
+        costs = getattr(self._costs, self._goal.least)
         options = {
-            part: [
-                Option(dtype, self._costs.of({part: dtype})[self._goal.prefer == "speed"], sum(shares[part, dtype]))
-                for dtype in CANDIDATES
-            ]
+            part: [Option(dtype, costs[part, dtype], sum(shares[part, dtype])) for dtype in CANDIDATES]
             for part in self._parts
         }
         self._first_that_meets(path(options))
         # Both bounds, of features and of logits, are seldom reached together: so each tower goes on alone.
         for tower in reversed(TOWERS):
             best = cheapest(self._trials, self._goal).choice
-            own = {part: options[part] for part in in_tower(self._parts, tower)}
+            own = {part: options[part] for part in _in_tower(self._parts, tower)}
             others = {part: dtype for part, dtype in best.items() if part not in own}
             self._first_that_meets(path(own, others))
         chosen = cheapest(self._trials, self._goal)

@@ -16,9 +16,8 @@ import numpy as np
 
 from export.comparison.layers import Drift
 from export.comparison.traces import Array
-from export.names import Tower
 from export.recipe.choice import Choice
-from qvl_batch.bundle.manifest import Dtype, is_in
+from qvl_batch.bundle.manifest import Dtype
 
 #: Square of an error that is not finite: no part with it is chosen, and sums stay finite.
 LARGEST = 1e12
@@ -76,11 +75,6 @@ class Sensitivity:
 
     def _own(self, part: str, dtype: Dtype) -> float:
         return 0.0 if dtype == "fp32" else self.own[part, dtype] ** 2
-
-
-def in_tower(parts: Sequence[str], tower: Tower) -> list[str]:
-    """The parts of one tower."""
-    return [part for part in parts if is_in(part, [tower])]
 
 
 def _mean_square(rows: Sequence[Sequence[float]]) -> Array:

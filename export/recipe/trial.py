@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from export.comparison.bundle_side import BundleSide
 from export.comparison.measures import Measures
@@ -27,6 +27,11 @@ class Goal:
     max_drift: float
     min_agreement: float
     prefer: Prefer
+
+    @property
+    def least(self) -> Literal["seconds", "bytes"]:
+        """The figure that shall be least, by its name in `Trial` and `Costs`."""
+        return "seconds" if self.prefer == "speed" else "bytes"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +76,7 @@ class Trial:
 
     def cost(self, goal: Goal) -> float:
         """What the goal wants least of."""
-        return self.seconds if goal.prefer == "speed" else self.bytes
+        return float(getattr(self, goal.least))
 
     @property
     def lost(self) -> dict[str, Any]:

@@ -5,6 +5,7 @@ schema of the answers follows; or an error that names file and column.
 """
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -188,13 +189,16 @@ def ids_of(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray | pa.A
     own = plain_type(column.type)
     if not _is_spelled(own):
         return column.cast(kind)
+    spell: Callable[[Any], str]
     if pa.types.is_floating(own):
-        return pa.array([None if value is None else _digits(value) for value in column.to_pylist()], kind)
-    if isinstance(own, pa.UuidType):
-        return pa.array([None if value is None else str(value) for value in column.to_pylist()], kind)
-    if _is_bytes(own) or pa.types.is_fixed_size_binary(own):
-        return pa.array([None if value is None else value.hex() for value in column.to_pylist()], kind)
-    return column.cast(own).cast(kind)
+        spell = _digits
+    elif isinstance(own, pa.UuidType):
+        spell = str
+    elif _is_bytes(own) or pa.types.is_fixed_size_binary(own):
+        spell = bytes.hex
+    else:
+        return column.cast(own).cast(kind)
+    return pa.array([None if value is None else spell(value) for value in column.to_pylist()], kind)
 
 
 def _digits(value: float) -> str:
