@@ -34,7 +34,6 @@ def checkpoint_folder(checkpoint: Path, revision: str | None, files: Sequence[st
         if revision is not None:
             raise ExportError(f"--revision is for an id of the Hugging Face hub, and {checkpoint} is a folder")
         return checkpoint.resolve()
-    folder = checkpoint
     for single, index in NAMES:
         stem, suffix = single.split(".")
         weights = [single, index, f"{stem}-*.{suffix}"]
