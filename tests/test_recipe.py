@@ -183,12 +183,15 @@ def test_it_costs_less_than_one_precision_everywhere(record):
 
 def test_every_part_says_why_it_has_its_dtype(record):
     assert list(record["parts"]) == [name for name in part_names(4, 4) if name != "decoder.embed"]
-    for part in record["parts"].values():
+    for name, part in record["parts"].items():
         chosen, options = part["dtype"], part["options"]
         cheaper = [dtype for dtype in options if options[dtype]["bytes"] < options[chosen]["bytes"]]
         assert all(f"{dtype} would save " in part["why"] for dtype in cheaper)
         assert bool(cheaper) != (part["why"] == "nothing is smaller")
         assert options["fp32"]["own_error"] == 0
+        assert options["fp32"]["takes"] == {"features": 0, "logits": 0}
+        # What the decoder computes does not change the features.
+        assert all((each["takes"]["features"] > 0) <= name.startswith("vision") for each in options.values())
         assert all(options[dtype]["own_error"] > 0 for dtype in INTEGERS)
     # A tied head in fp32 is the table of tokens, which is there in any case.
     assert record["parts"]["decoder.head"]["options"]["fp32"]["bytes"] == 0

@@ -10,7 +10,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from export.names import TOWERS
 from export.precision import Precision, layers_of
 from export.recipe.search import CANDIDATES, Recipe
 from export.recipe.trial import Trial
@@ -92,7 +91,7 @@ def _part(recipe: Recipe, part: str) -> dict[str, Any]:
     options: dict[Dtype, dict[str, Any]] = {
         dtype: {
             "own_error": recipe.sensitivity.own.get((part, dtype), 0.0),
-            "takes": dict(zip(TOWERS, recipe.shares[part, dtype], strict=True)),
+            "takes": dict(zip(("features", "logits"), recipe.shares[part, dtype], strict=True)),
             "bytes": costs.bytes[part, dtype],
             "seconds": costs.seconds[part, dtype],
         }
