@@ -22,7 +22,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import Qwen2_5_VLConfig
 
-from export.weights import published_name, skeleton
+from export.spelling import published_name
+from export.weights import skeleton
 
 TINY = Path(__file__).parent / "tiny-qwen2.5-vl"
 SEED = 5

@@ -1,7 +1,7 @@
-"""`python -m export`: see `export.package`."""
+"""`python -m export`: see `export.command`."""
 
 import sys
 
-from export.package import main
+from export.command import main
 
 sys.exit(main())

@@ -4,7 +4,6 @@ What enters: a directory in Hugging Face's layout of Qwen2.5-VL. What leaves: it
 image processor and generation settings and, on request, the whole model in fp32.
 """
 
-import json
 import math
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -17,13 +16,13 @@ from transformers import Qwen2_5_VLForConditionalGeneration as Model
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils import logging as transformers_logging
 
+from export.adapter_files import adapter_file
+from export.checkpoint_files import ADAPTER_CONFIG, check_folder, read_json, weight_files
 from export.hub import checkpoint_folder, name_of
-from export.tensor_files import weight_files
 from export.weights import Weights
 from qvl_batch.bundle.manifest import CheckpointSource, Generation, combined_sha256, file_sha256
 from qvl_batch.errors import ExportError
 
-MODEL_TYPE = "qwen2_5_vl"
 #: Files copied into the bundle, as far as the checkpoint has them.
 COPIED = (
     "config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json", "tokenizer.json",
@@ -40,6 +39,8 @@ NEUTRAL_IF_UNSET = (
     "forced_bos_token_id", "forced_eos_token_id", "stop_strings", "exponential_decay_length_penalty",
     "watermarking_config", "penalty_alpha", "dola_layers",
 )  # fmt: skip
+#: Rotary embeddings whose frequencies do not depend on the length of a row.
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 #: Settings of the image processor that are in the vision graph.
 PROCESSOR = {"do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True}
 
@@ -53,6 +54,7 @@ class Checkpoint:
     tokenizer: Any
     image_processor: Any
     generation: Generation
+    adapter: Path | None = None
 
     @property
     def config(self) -> Any:
@@ -66,7 +68,11 @@ class Checkpoint:
 
     @cached_property
     def model(self) -> Any:
-        """The whole model in memory, in fp32 and in evaluation mode."""
+        """The whole model in memory, in fp32 and in evaluation mode: as transformers loads it, if it reads these
+        weights itself, which is not so with an adapter, with other names, or where weights are quantized.
+        """
+        if not self.weights.are_usual:
+            return self.weights.whole()
         model = Model.from_pretrained(
             self.path, config=self.config, dtype=torch.float32, attn_implementation="sdpa", local_files_only=True
         )
@@ -75,7 +81,7 @@ class Checkpoint:
     @cached_property
     def source(self) -> CheckpointSource:
         """Name and hash that identify the checkpoint; all its files are read once."""
-        return checkpoint_source(self.path)
+        return _source(self.path, self.adapter)
 
     @property
     def copied_files(self) -> list[Path]:
@@ -83,12 +89,16 @@ class Checkpoint:
         return _copied_files(self.path)
 
 
-def load_checkpoint(path: Path, revision: str | None = None) -> Checkpoint:
+def load_checkpoint(
+    path: Path, revision: str | None = None, adapter: Path | None = None, *, ignore_extra: bool = False
+) -> Checkpoint:
     """Load a checkpoint for export.
 
     Args:
         path: its folder, or its id on the Hugging Face hub.
         revision: of an id.
+        adapter: folder of an adapter that is merged into its weights.
+        ignore_extra: leave out tensors that are not weights of the model.
 
     Raises:
         ExportError: not a checkpoint of Qwen2.5-VL, incomplete, or of a variant that the graphs
@@ -96,8 +106,8 @@ def load_checkpoint(path: Path, revision: str | None = None) -> Checkpoint:
     """
     path = checkpoint_folder(path, revision, COPIED)
     transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()  # its warnings are of checkpoints that are checked here
     config = _read_config(path)
-    weight_files(path)
     tokenizer = _load(path, "tokenizer", partial(AutoTokenizer.from_pretrained, trust_remote_code=False))
     tokenizer.chat_template = _processors_template(path) or tokenizer.chat_template
     if not tokenizer.chat_template:
@@ -113,18 +123,25 @@ def load_checkpoint(path: Path, revision: str | None = None) -> Checkpoint:
     if (processor.patch_size, processor.merge_size) != (vision.patch_size, vision.spatial_merge_size):
         raise ExportError(f"{path}: preprocessor_config.json and config.json differ in patch or merge size")
     _check_processor(path, processor)
-    return Checkpoint(path, Weights(path, config), tokenizer, processor, _generation(path, tokenizer))
+    weights = Weights(path, config, adapter, ignore_extra=ignore_extra)
+    return Checkpoint(path, weights, tokenizer, processor, _generation(path, tokenizer), adapter)
 
 
-def checkpoint_source(path: Path, revision: str | None = None) -> CheckpointSource:
+def checkpoint_source(path: Path, revision: str | None = None, adapter: Path | None = None) -> CheckpointSource:
     """Its name, and a hash over weights and settings; arguments are those of `load_checkpoint`.
 
     Raises:
         ExportError: there is no checkpoint.
     """
-    path = checkpoint_folder(path, revision, COPIED)
-    files = [*weight_files(path), *_copied_files(path)]
-    return CheckpointSource(name_of(path), combined_sha256((f.name, file_sha256(f)) for f in files))
+    return _source(checkpoint_folder(path, revision, COPIED), adapter)
+
+
+def _source(path: Path, adapter: Path | None) -> CheckpointSource:
+    files, name = [*weight_files(path), *_copied_files(path)], name_of(path)
+    if adapter is not None:
+        files += [adapter_file(adapter), adapter / ADAPTER_CONFIG]
+        name += f" + {adapter.resolve().name}"
+    return CheckpointSource(name, combined_sha256((f.name, file_sha256(f)) for f in files))
 
 
 def _copied_files(path: Path) -> list[Path]:
@@ -132,47 +149,22 @@ def _copied_files(path: Path) -> list[Path]:
 
 
 def _read_config(path: Path) -> Any:
-    if not path.is_dir():
-        raise ExportError(f"{path} is not a directory: give the folder or the hub id of a Qwen2.5-VL checkpoint")
-    if (path / "adapter_config.json").exists():
-        raise ExportError(f"{path} holds an adapter{_base_of(path)}: merge it into the weights first")
-    try:
-        raw = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        model_type = raw.get("model_type")
-    except (OSError, ValueError, AttributeError) as error:
-        raise ExportError(f"{path} is not a checkpoint: config.json: {error}") from error
-    if model_type != MODEL_TYPE:
-        raise ExportError(f"{path} is a {model_type} checkpoint; only {MODEL_TYPE} is supported")
-    for part in (raw, raw.get("text_config") or {}):
-        for key in ("quantization_config", "compression_config"):
-            if part.get(key):
-                method = part[key].get("quant_method", "unknown method") if isinstance(part[key], dict) else part[key]
-                raise ExportError(
-                    f"{path} is quantized ({method}): export the checkpoint that it was made from, with --dtype for "
-                    "a reduced precision"
-                )
+    check_folder(path)
     config = _load(path, "config", Qwen2_5_VLConfig.from_pretrained)
     text, vision = config.text_config, config.vision_config
     unsupported = {
         "text hidden_act": (text.hidden_act, "silu"),
         "vision hidden_act": (vision.hidden_act, "silu"),
         "temporal_patch_size": (vision.temporal_patch_size, 2),
-        "rope_type": (text.rope_parameters["rope_type"], "default"),
         "sliding window layers": (sum(kind != "full_attention" for kind in text.layer_types), 0),
     }
     for name, (found, supported) in unsupported.items():
         if found != supported:
             raise ExportError(f"{path}: {name} is {found}; only {supported} is supported")
+    rope = text.rope_parameters["rope_type"]
+    if rope not in ROPE_TYPES:
+        raise ExportError(f"{path}: rope_type is {rope}; only {', '.join(ROPE_TYPES)} are supported")
     return config
-
-
-def _base_of(adapter: Path) -> str:
-    """What an adapter was trained on, in words, if it says so."""
-    try:
-        base = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return " (adapter_config.json)"
-    return f" of {base} (adapter_config.json)"
 
 
 def _check_processor(path: Path, processor: Any) -> None:
@@ -194,7 +186,8 @@ def _load(path: Path, what: str, load: Any) -> Any:
     try:
         return load(path, local_files_only=True)
     except Exception as error:  # transformers raises errors of many types
-        first_line = str(error).strip().split("\n")[0]
+        # Then it says what to do with an id of the hub.
+        first_line = str(error).strip().split("\n")[0].split(" If you were trying")[0]
         raise ExportError(f"{path}: the {what} cannot be loaded: {first_line}") from error
 
 
@@ -203,10 +196,10 @@ def _processors_template(path: Path) -> str | None:
     file = path / "chat_template.json"
     if not file.is_file() or (path / "chat_template.jinja").is_file():
         return None
-    try:
-        return str(json.loads(file.read_text(encoding="utf-8"))["chat_template"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ExportError(f"{file} has no chat template: {error}") from error
+    found = read_json(file, f"{file} cannot be read").get("chat_template")
+    if found is None:
+        raise ExportError(f"{file} has no chat template")
+    return str(found)
 
 
 def _generation(path: Path, tokenizer: Any) -> Generation:

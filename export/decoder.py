@@ -111,6 +111,7 @@ class _Decoder(nn.Module):
         self.head_dim = config.hidden_size // self.heads
         self.eps = config.rms_norm_eps / self.unit**2
         self.image_token_id = model.config.image_token_id
+        self.rotary_scale = float(rotary.attention_scaling)
         self.register_buffer("inv_freq", rotary.inv_freq)
         self.register_buffer("axis", _axis_of_frequency(rotary.mrope_section))
 
@@ -125,7 +126,9 @@ class _Decoder(nn.Module):
         i is in: Qwen2-VL, arXiv 2409.12191, section 2.1.
         """
         angles = positions.float().index_select(0, self.axis).movedim(0, -1) * self.inv_freq
-        return angles.cos(), angles.sin()
+        cos, sin = angles.cos(), angles.sin()
+        # YaRN (Peng et al. 2023, arXiv 2309.00071) scales logits of attention so; it is 1 without.
+        return (cos, sin) if self.rotary_scale == 1 else (cos * self.rotary_scale, sin * self.rotary_scale)
 
 
 class CachedDecoder(_Decoder):

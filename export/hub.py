@@ -9,14 +9,17 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-
-from export.tensor_files import NAMES, has_weights
+from export.checkpoint_files import NAMES, has_weights
 from qvl_batch.errors import ExportError
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 #: The hub's own folder of a checkpoint is `models--Qwen--Qwen2.5-VL-3B-Instruct/snapshots/<commit>`.
 _SNAPSHOTS, _PREFIX = "snapshots", "models--"
+
+
+def is_id(checkpoint: Path) -> bool:
+    """Whether this is an id of the hub, and no folder here."""
+    return not checkpoint.is_dir() and _ID.fullmatch(str(checkpoint)) is not None
 
 
 def checkpoint_folder(checkpoint: Path, revision: str | None, files: Sequence[str]) -> Path:
@@ -30,10 +33,12 @@ def checkpoint_folder(checkpoint: Path, revision: str | None, files: Sequence[st
     Raises:
         ExportError: it is an id, and cannot be had from the hub or its cache; or a folder, and there is a revision.
     """
-    if checkpoint.is_dir() or not _ID.fullmatch(str(checkpoint)):
+    if not is_id(checkpoint):
         if revision is not None:
             raise ExportError(f"--revision is for an id of the Hugging Face hub, and {checkpoint} is a folder")
         return checkpoint.resolve()
+    from huggingface_hub import snapshot_download  # noqa: PLC0415  (not needed for a folder)
+
     for single, index in NAMES:
         stem, suffix = single.split(".")
         weights = [single, index, f"{stem}-*.{suffix}"]

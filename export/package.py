@@ -9,22 +9,20 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
-
-import tyro
-from rich.console import Console
 
 from export.bundle_writer import BundleWriter
 from export.calibrated import Calibrated, calibrate
 from export.chat import chat_turn
 from export.checkpoint import Checkpoint, load_checkpoint
+from export.config import AUTO, ExportConfig, check_output, check_settings
 from export.graphs import Traces, plain_decoder, plain_vision
 from export.names import TOWERS, Tower
 from export.precision import Precision, check_mix, layers_of, products
-from export.progress import Progress, ShownProgress
+from export.progress import Progress
 from export.sample import read_sample, sha256_of
+from export.stored_integers import stored_integers
 from export.tool_graphs import ToolGraph, load_tool_graph, read_tool_graph
 from qvl_batch.bundle.layout import Layout, Resolution
 from qvl_batch.bundle.loading import Bundle
@@ -32,90 +30,19 @@ from qvl_batch.bundle.manifest import (
     FP32,
     HALVES,
     INTEGERS,
-    MANIFEST,
     Calibration,
     Dtype,
     Manifest,
-    Prefer,
 )
-from qvl_batch.command_line import exit_status, settings, stop_as_by_ctrl_c
-from qvl_batch.config import Device, check_at_least_one
-from qvl_batch.errors import ExportError, JobError
+from qvl_batch.config import Device
+from qvl_batch.errors import ExportError
 
-#: `--recipe` of one that is to be found.
-AUTO = "auto"
 #: Fewest tokens that a contract must leave for prompt and answer.
 LEAST_ROOM = 32
 #: Longest row in tokens by default, for images of one size and for images at their own size.
 FIXED_SEQ_LEN, NATIVE_SEQ_LEN = 1024, 4096
 #: Share of a row that images at their own size leave to text by default.
 TEXT_SHARE = 0.25
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExportConfig:
-    """Export a Qwen2.5-VL checkpoint to a bundle of ONNX graphs that qvl-batch runs."""
-
-    checkpoint: Annotated[Path, tyro.conf.Positional]
-    """Folder of the checkpoint, or its id on the Hugging Face hub: Qwen/Qwen2.5-VL-3B-Instruct."""
-    output: Path
-    """Folder of the bundle to write. It must not exist yet."""
-    revision: str | None = None
-    """Of an id: branch, tag or commit. Without it, the main branch."""
-    dtype: Dtype = "fp32"
-    """Precision of the decoder. For a GPU: bf16 or fp16, with the residual stream in fp32. For a CPU: fp32; int8
-    weights and activations (int8); int8 or int4 weights only (int8wo, int4wo)."""
-    vision_dtype: Dtype | None = None
-    """Precision of the vision tower. Without it, that of --dtype. In fp32 it runs on CPU and GPU."""
-    device: Device | None = None
-    """Device that the decoder is made for. Without it, cuda for bf16 and fp16, else cpu; cuda also works with fp32."""
-    fp32_layers: tuple[str, ...] = ()
-    """Layers or single products to leave in fp32, by their names in graphs and in a comparison's layer plot:
-    decoder.layers.3, or decoder.layers.3.mlp.down."""
-    layers_dtype: tuple[str, ...] = ()
-    """Precision of layers or single products, as MODULE=DTYPE; a star stands for any number of a layer:
-    'decoder.layers.*.mlp.down=int8wo' decoder.head=fp32. Of two for the same module, the later one counts."""
-    with_fp32: bool = False
-    """Add the checkpoint in fp32 to a bundle of reduced precision: rows that give values that are not finite, or a
-    repetitive answer, are then run again in fp32."""
-    with_vision_full: bool = False
-    """Add `vision_full.onnx` to a bundle whose vision tower is in fp32: the same in standard operators, for tools that
-    quantize. The decoder has such a graph, `decoder_full.onnx`, in any case."""
-    sample: Path | None = None
-    """Rows as those that the bundle will answer: parquet, or a folder that `python -m export.calibration` wrote. Then
-    weights in integers are rounded so that the products of these rows change least, and channels that are much larger
-    than others are smoothed into weights. Without it, weights are rounded to nearest."""
-    sample_rows: int = 64
-    """Use only the first SAMPLE_ROWS rows of the sample."""
-    recipe: str | None = None
-    """`auto`: measure every layer in every integer precision on the sample, and choose each one's so that --max-drift
-    and --min-agreement hold at the least time or size on this machine. `recipe.html` in the bundle shows what was
-    measured. Or the `recipe.json` of such a bundle, to apply it again."""
-    max_drift: float | None = None
-    """With --recipe auto: largest error of features and logits of any row of the sample, relative to their largest
-    magnitude."""
-    min_agreement: float = 0.0
-    """With --recipe auto: share of the sample's answers that must be equal to those in fp32, token for token."""
-    prefer: Prefer = "speed"
-    """With --recipe auto: what the bundle shall have least of: seconds for a row, or bytes."""
-    from_quantized: tuple[Path, ...] = ()
-    """Graphs that a tool made of the plain graphs of this checkpoint (`decoder_full.onnx`, `vision_full.onnx`): the
-    bundle has their integers, scales and zero points. The other tower is as --dtype or --vision-dtype says."""
-    max_seq_len: int | None = None
-    """Longest row in tokens: text, images and answer together. Without it, 1024, or 4096 for images at their own
-    size."""
-    image_size: int | Literal["native"] = 672
-    """Side in pixels of the square that every image is fitted to, a multiple of 28; or `native`: images keep their own
-    size and proportions, as in transformers."""
-    min_pixels: int | None = None
-    """With --image-size native: smaller images are enlarged. Without it, as the checkpoint's image processor does."""
-    max_pixels: int | None = None
-    """With --image-size native: larger images are reduced. Without it, as many as leave a quarter of --max-seq-len to
-    text, and at most those of the checkpoint's image processor."""
-    overwrite: bool = False
-    """Replace a bundle that is already at the output."""
-    skip_parity: bool = False
-    """Skip the comparison with PyTorch, the parity gate; the manifest records that it was skipped."""
 
 
 def export_bundle(config: ExportConfig, progress: Progress | None = None, traces: Traces | None = None) -> Manifest:
@@ -129,13 +56,17 @@ def export_bundle(config: ExportConfig, progress: Progress | None = None, traces
     Raises:
         ExportError: the checkpoint or an option cannot be exported, or the parity gate failed.
     """
+    check_settings(config)
     output = config.output.resolve()
-    _check_output(output, overwrite=config.overwrite)
-    _check_recipe(config)
-    check_at_least_one(config, "sample_rows")
-    checkpoint = load_checkpoint(config.checkpoint, config.revision)
+    checkpoint = load_checkpoint(
+        config.checkpoint, config.revision, config.adapter, ignore_extra=config.ignore_extra_weights
+    )
     layout = plan_layout(checkpoint, config)
     traces, progress = traces or Traces(), progress or Progress()
+    if checkpoint.weights.ignored:
+        progress.say(
+            f"note: left out, since they are not weights of the model: {', '.join(checkpoint.weights.ignored)}"
+        )
     tools = _tool_graphs(checkpoint, layout, config, traces, progress)
     precision = _precision(checkpoint, config, tools)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -156,7 +87,7 @@ def export_bundle(config: ExportConfig, progress: Progress | None = None, traces
             writer.write(staging / FP32, Precision(), Calibrated(), gate=gate)
         shutil.rmtree(staging / "recipe", ignore_errors=True)
         manifest = writer.finish(bundle).manifest
-        _check_output(output, overwrite=config.overwrite)  # again, since an export can take hours
+        check_output(output, overwrite=config.overwrite)  # again, since an export can take hours
         if output.exists():
             shutil.rmtree(output)
         staging.rename(output)
@@ -239,16 +170,19 @@ def _unit(checkpoint: Checkpoint) -> int:
 def _tool_graphs(
     checkpoint: Checkpoint, layout: Layout, config: ExportConfig, traces: Traces, progress: Progress
 ) -> dict[Tower, ToolGraph]:
-    """The graphs of tools, by tower.
+    """The towers whose integers are a tool's, which are in a graph or in the checkpoint.
 
     Raises:
         ExportError: one of them cannot be taken over.
     """
     found: dict[Tower, ToolGraph] = {}
+    if config.dtype == "checkpoint":
+        found["decoder"] = stored_integers(checkpoint.weights)
     for path in config.from_quantized:
         tower, model = load_tool_graph(path)
         if tower in found:
-            raise ExportError(f"--from-quantized {path}: there are two graphs of the {tower}; give one of each tower")
+            other = "--dtype checkpoint" if config.dtype == "checkpoint" and tower == "decoder" else "another graph"
+            raise ExportError(f"--from-quantized {path}: the {tower} is also that of {other}; give one of them")
         processor = checkpoint.image_processor
         if tower == "vision":
             plain = plain_vision(checkpoint.weights, layout, processor.image_mean, processor.image_std, traces)
@@ -263,40 +197,6 @@ def _tool_graphs(
     return found
 
 
-def _check_recipe(config: ExportConfig) -> None:
-    """Refuse options that a recipe does not go with, and those of a recipe without one."""
-    of_auto = {
-        "--max-drift": config.max_drift is not None,
-        "--min-agreement": bool(config.min_agreement),
-        "--prefer": config.prefer != "speed",
-    }
-    given = next((option for option, is_given in of_auto.items() if is_given), None)
-    if config.recipe != AUTO and given:
-        raise ExportError(f"{given} is for --recipe auto")
-    if config.recipe is None:
-        return
-    others = {
-        "--dtype": config.dtype != "fp32",
-        "--vision-dtype": config.vision_dtype is not None,
-        "--layers-dtype": bool(config.layers_dtype),
-        "--fp32-layers": bool(config.fp32_layers),
-        "--from-quantized": bool(config.from_quantized),
-        "--device cuda": config.device == "cuda",
-    }
-    other = next((option for option, is_given in others.items() if is_given), None)
-    if other:
-        raise ExportError(
-            f"{other} is not possible with --recipe: a recipe says the precision of all layers, on the CPU"
-        )
-    if config.recipe == AUTO:
-        if config.sample is None or config.max_drift is None:
-            raise ExportError("--recipe auto needs --sample and --max-drift: rows to measure on, and what to keep")
-        if config.with_vision_full:
-            raise ExportError("--with-vision-full is for a vision tower in fp32, and --recipe auto may reduce it")
-        if not config.max_drift > 0 or not 0 <= config.min_agreement <= 1:
-            raise ExportError("--max-drift must be more than 0, and --min-agreement from 0 to 1")
-
-
 def _precision(checkpoint: Checkpoint, config: ExportConfig, tools: Mapping[Tower, ToolGraph]) -> Precision:
     if config.recipe == AUTO:  # what it will be is measured
         return Precision()
@@ -306,25 +206,27 @@ def _precision(checkpoint: Checkpoint, config: ExportConfig, tools: Mapping[Towe
         precision = read_recipe(Path(config.recipe), products(checkpoint.weights.skeleton))
         _check_options(precision, config)
         return precision
-    if "decoder" in tools and config.dtype != "fp32":
+    dtype: Dtype = "fp32" if config.dtype == "checkpoint" else config.dtype
+    if "decoder" in tools and dtype != "fp32":
         raise ExportError(f"--dtype {config.dtype}: the graph of --from-quantized says the precision of the decoder")
     if "vision" in tools and config.vision_dtype is not None:
         raise ExportError(
             f"--vision-dtype {config.vision_dtype}: the graph of --from-quantized says the vision tower's precision"
         )
-    if tools and (config.layers_dtype or config.fp32_layers or config.sample):
+    if config.from_quantized and (config.layers_dtype or config.fp32_layers or config.sample):
         raise ExportError("--layers-dtype, --fp32-layers and --sample are not possible with --from-quantized")
     made_for: Device = "cuda" if config.dtype in HALVES else "cpu"
     device = config.device or made_for
     if device != made_for and config.dtype != "fp32":
         raise ExportError(f"--dtype {config.dtype} is for --device {made_for}, not for {device}")
-    vision_dtype = config.vision_dtype or config.dtype
-    known = products(checkpoint.weights.skeleton, config.dtype, vision_dtype)
-    layers = layers_of(config.layers_dtype, config.fp32_layers, known)
-    dtypes: dict[Tower, Dtype] = {"decoder": config.dtype, "vision": vision_dtype}
+    vision_dtype = config.vision_dtype or dtype
+    known = products(checkpoint.weights.skeleton, dtype, vision_dtype)
+    dtypes: dict[Tower, Dtype] = {"decoder": dtype, "vision": vision_dtype}
+    layers: dict[str, Dtype] = {}
     for tower, tool in tools.items():
         dtypes[tower] = tool.dtype
-        layers |= {product: dtype for product, dtype in tool.dtypes.items() if dtype != tool.dtype}
+        layers |= {product: own for product, own in tool.dtypes.items() if own != tool.dtype}
+    layers |= layers_of(config.layers_dtype, config.fp32_layers, known)
     precision = Precision(dtypes["decoder"], dtypes["vision"], layers, device)
     _check_options(precision, config)
     return precision
@@ -341,16 +243,6 @@ def _check_options(precision: Precision, config: ExportConfig) -> None:
         raise ExportError("--sample is for weights in integers: give --dtype, --vision-dtype or --layers-dtype too")
     if config.with_fp32 and not any(reduced.values()):
         raise ExportError("--with-fp32 needs a reduced --dtype or --vision-dtype: this bundle is in fp32 already")
-
-
-def _check_output(output: Path, *, overwrite: bool) -> None:
-    """Refuse an output that exists, unless it is a bundle and may be overwritten."""
-    if not output.exists():
-        return
-    if not overwrite:
-        raise ExportError(f"{output} exists: give another --output, or --overwrite to replace it")
-    if not (output / MANIFEST).is_file():
-        raise ExportError(f"{output} exists and is not a bundle, so it is not overwritten: give another --output")
 
 
 def _recipe(
@@ -403,24 +295,3 @@ def _staging(output: Path) -> Iterator[Path]:
         yield staging
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-
-
-def work() -> int:
-    """Export and print a summary; returns the exit status."""
-    config = settings(ExportConfig, prog="python -m export")
-    manifest = export_bundle(config, ShownProgress(Console()))
-    size = sum(file.size for file in manifest.files.values())
-    layout, resolution = manifest.layout, manifest.layout.resolution
-    images = (
-        f"images of {resolution.min_pixels:,} to {resolution.max_pixels:,} pixels, at most {resolution.max_tokens}"
-        if resolution.is_native
-        else f"{resolution.max_tokens} of them for an image"
-    )
-    print(f"{config.output}: {size / 1e6:,.1f} MB, rows of up to {layout.max_seq_len} tokens, {images}")
-    return 0
-
-
-def main() -> int:
-    """Run `python -m export`; 0 if there is a bundle, 1 if not, 130 if it was stopped."""
-    stop_as_by_ctrl_c()  # so that a stopped export removes its temporary directory
-    return exit_status("export", work, stopped=lambda: "no bundle was written", expected=(JobError, OSError))

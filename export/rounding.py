@@ -79,8 +79,12 @@ def to_blocks(weight: Array, bits: int, second_moment: Tensor | None = None) -> 
         levels = np.zeros_like(padded)
         levels[:inputs] = _gptq(weight, scale, zero_point, zero_point - 1, second_moment)
     unsigned = (levels + zero_point).astype(np.uint8).T.reshape(outputs, blocks, BLOCK)
-    packed = unsigned if bits == 8 else unsigned[..., ::2] | (unsigned[..., 1::2] << 4)  # noqa: PLR2004
-    return {f"int{bits}": packed, "scale": np.ascontiguousarray(scale.T)}
+    return {f"int{bits}": packed(unsigned, bits), "scale": np.ascontiguousarray(scale.T)}
+
+
+def packed(levels: Array, bits: int) -> Array:
+    """Levels in uint8, along the last axis two of 4 bits in one, the first in the lower bits."""
+    return levels if bits == 8 else levels[..., ::2] | (levels[..., 1::2] << 4)  # noqa: PLR2004
 
 
 def from_int8(made: Mapping[str, Array]) -> Array:

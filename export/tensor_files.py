@@ -1,11 +1,10 @@
-"""The files of a checkpoint's weights: safetensors, or `pytorch_model.bin`, which torch.save wrote.
+"""Tensors in files: safetensors, or what torch.save wrote.
 
-What enters: a checkpoint's folder. What leaves: its files, as transformers chooses them; the names and types of the
-tensors in a file, and single tensors. Of a file that torch.save wrote, only tensors are unpickled, and they stay on
-disk until they are read.
+What enters: files. What leaves: the names and types of their tensors, and single tensors. Of a file that torch.save
+wrote, only tensors are unpickled, and they stay on disk until they are read.
 """
 
-import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -14,41 +13,54 @@ from torch import Tensor
 
 from qvl_batch.errors import ExportError
 
-#: A file of all weights, and the index of several, as transformers looks for them, one pair after the other.
-NAMES = (
-    ("model.safetensors", "model.safetensors.index.json"),
-    ("pytorch_model.bin", "pytorch_model.bin.index.json"),
-)
 #: Types as safetensors names them.
 TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
 
 
-def weight_files(path: Path) -> list[Path]:
-    """Files of the weights: the first of `NAMES` that are there.
+class TensorFiles:
+    """Tensors of several files.
+
+    Args:
+        files: safetensors, or `.bin` of torch.save.
+
+    Attributes:
+        kinds: the type of each tensor, as safetensors names it.
 
     Raises:
-        ExportError: there are none, or some are missing.
+        ExportError: a file cannot be read.
     """
-    for single, index in NAMES:
-        if (path / single).is_file():
-            return [path / single]
-        if (path / index).is_file():
-            return _of_index(path / index)
-    tried = " and no ".join(name for pair in NAMES for name in pair)
-    raise ExportError(f"{path} has no {tried}: it is not a checkpoint, or was not downloaded completely")
+
+    def __init__(self, files: Iterable[Path]) -> None:
+        self.kinds: dict[str, str] = {}
+        self._places: dict[str, Path] = {}
+        for file in files:
+            found = _types_in(file)
+            self.kinds |= found
+            self._places |= dict.fromkeys(found, file)
+
+    def read(self, name: str) -> Tensor:
+        """A tensor as it is stored."""
+        file = self._places[name]
+        if file.suffix == ".bin":
+            return _unpickled(file)[name]
+        # Opened for each tensor: pages that were read stay mapped, and count as memory, while a file is open.
+        with safe_open(file, "pt") as opened:
+            tensor: Tensor = opened.get_tensor(name)
+        return tensor
 
 
-def has_weights(path: Path) -> bool:
-    """Whether a folder has one of `NAMES`."""
-    return any((path / name).is_file() for pair in NAMES for name in pair)
-
-
-def types_in(file: Path) -> dict[str, str]:
-    """The type of each tensor in a file, as safetensors names it.
+def check_floats(kinds: Mapping[str, str], names: Iterable[str], where: str) -> None:
+    """Refuse tensors that are not floats; `where` begins the message.
 
     Raises:
-        ExportError: it cannot be read.
+        ExportError: names the first one.
     """
+    for name in names:
+        if kinds[name] not in TYPES.values():
+            raise ExportError(f"{where}: {name} is {kinds[name]}: use weights that are not quantized")
+
+
+def _types_in(file: Path) -> dict[str, str]:
     if file.suffix == ".bin":
         return {name: TYPES.get(tensor.dtype, str(tensor.dtype)) for name, tensor in _unpickled(file).items()}
     try:
@@ -56,28 +68,6 @@ def types_in(file: Path) -> dict[str, str]:
             return {name: opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise ExportError(f"{file} cannot be read: {error}; download it again") from error
-
-
-def read_tensor(file: Path, name: str) -> Tensor:
-    """A tensor of a file that `types_in` could read."""
-    if file.suffix == ".bin":
-        return _unpickled(file)[name]
-    # Opened for each tensor: pages that were read stay mapped, and count as memory, while a file is open.
-    with safe_open(file, "pt") as opened:
-        tensor: Tensor = opened.get_tensor(name)
-    return tensor
-
-
-def _of_index(index: Path) -> list[Path]:
-    path = index.parent
-    try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ExportError(f"{index} cannot be read: {error}; download it again") from error
-    missing = sorted(name for name in names if not (path / name).is_file())
-    if missing:
-        raise ExportError(f"{path} lacks {missing[0]}, which its index names: download it")
-    return sorted(path / name for name in names)
 
 
 def _unpickled(file: Path) -> dict[str, Tensor]:

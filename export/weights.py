@@ -1,17 +1,16 @@
 """Reads the weights of a checkpoint from its files, one module at a time.
 
-What enters: a checkpoint's files and the model's config. What leaves: a skeleton, which is the model
-without weights, and single modules with their weights, in fp32. So the export of a checkpoint of any
-size takes only the memory of its largest module.
+What enters: a checkpoint's files, the model's config, and perhaps an adapter. What leaves: a skeleton, which is the
+model without weights, and single modules with their weights, in fp32. So the export of a checkpoint of any size takes
+only the memory of its largest module.
 
-The parity gate reads weights here too, so it cannot detect one that is read wrongly. Hence only the
-files that transformers would read are read, and a tensor that is not a parameter of the model is refused.
+The parity gate reads weights here too, so it cannot detect one that is read wrongly. Hence only the files that
+transformers would read are read, and a tensor that is not a parameter of the model is refused.
 
 This module knows nothing of graphs.
 """
 
 import copy
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,15 @@ import torch
 from torch import Tensor, nn
 from transformers import Qwen2_5_VLForConditionalGeneration as Model
 
-from export.tensor_files import TYPES, read_tensor, types_in, weight_files
+from export.adapter import Adapter
+from export.checkpoint_files import QUANTIZATION, weight_files
+from export.quantized_files import QuantizedFiles
+from export.rounding import Array
+from export.spelling import is_usual, name_in
+from export.tensor_files import TensorFiles, check_floats
+from qvl_batch.bundle.manifest import Dtype
 from qvl_batch.errors import ExportError
 
-#: Prefixes of parameter names: the model's own, and those in published files. Other files have the model's own.
-_PUBLISHED = {"model.language_model.": "model.", "model.visual.": "visual."}
 EMBEDDING, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
 #: Suffixes of tensors in old files that the model computes from its config.
 _COMPUTED = ("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq")
@@ -35,25 +38,45 @@ class Weights:
     Args:
         path: its folder.
         config: of its model.
+        adapter: folder of an adapter to merge into them.
+        ignore_extra: leave out tensors that are not weights of the model.
+
+    Attributes:
+        skeleton: the model without weights.
+        ignored: names of tensors that were left out.
 
     Raises:
-        ExportError: files are missing or damaged, lack weights of the model, or contain other tensors.
+        ExportError: files are missing or damaged, lack weights of the model, or contain other tensors; the
+            quantization or the adapter is not supported or does not fit.
     """
 
-    def __init__(self, path: Path, config: Any) -> None:
-        self._path = path
-        self._files = _tensor_files(path)
+    def __init__(self, path: Path, config: Any, adapter: Path | None = None, *, ignore_extra: bool = False) -> None:
+        self._path, self._adapter = path, None
+        stored = TensorFiles(weight_files(path))
+        quantization = getattr(config, QUANTIZATION, None) or getattr(config.text_config, QUANTIZATION, None)
+        self._files = QuantizedFiles(stored, quantization) if quantization else stored
+        self.skeleton = skeleton(config)
+        shapes = {name: tuple(each.shape) for name, each in self._parameters()}
+        self._names = {name: found for name in shapes if (found := name_in(self._files.kinds, name)) is not None}
+        check_floats(self._files.kinds, self._names.values(), str(path))
+        if adapter is not None:
+            self._adapter = Adapter(adapter, shapes)
         if config.tie_word_embeddings and self._head_differs():
             config = copy.deepcopy(config)
             config.tie_word_embeddings = config.text_config.tie_word_embeddings = False
-        self.skeleton = skeleton(config)
-        names = [name for name, _ in self.skeleton.named_parameters()]
-        missing = sorted(name for name in names if self._name_in_files(name) is None)
+            self.skeleton = skeleton(config)
+        missing = sorted(name for name, _ in self.skeleton.named_parameters() if not self._has(name))
         if missing:
             # Where most are missing, the files' names say why.
-            instead = f"; its files have {min(self._files)}" if len(missing) > len(names) / 2 else ""
+            instead = f"; its files have {min(self._files.kinds)}" if len(missing) > len(shapes) / 2 else ""
             raise ExportError(f"{path} lacks {len(missing)} weights, the first of them {missing[0]}{instead}")
-        self._refuse_unknown({*names, HEAD})
+        self.ignored = self._extra(ignore_extra=ignore_extra)
+
+    @property
+    def are_usual(self) -> bool:
+        """Whether transformers itself reads the same weights from the files."""
+        names = self._names.items()
+        return self._adapter is None and isinstance(self._files, TensorFiles) and all(is_usual(*each) for each in names)
 
     def module(self, name: str) -> nn.Module:
         """A copy of one of the skeleton's modules, with its weights.
@@ -86,39 +109,91 @@ class Weights:
     def _unload(self, module: nn.Module) -> None:
         module.to("meta")
 
+    def integers(self, name: str) -> tuple[Dtype, dict[str, Array]] | None:
+        """Dtype and integers of a parameter as the checkpoint has them, None if it has it in floats.
+
+        Raises:
+            ExportError: a bundle cannot have them.
+        """
+        found = self._names.get(name)
+        if found is None or isinstance(self._files, TensorFiles):
+            return None
+        return self._files.integers(found)
+
+    def whole(self) -> Any:
+        """The model as transformers runs it, with all weights in memory."""
+        model = copy.deepcopy(self.skeleton)
+        for name in _units(model):
+            self._load(model.get_submodule(name), name)
+        model.tie_weights()
+        return model
+
+    def _parameters(self) -> Any:
+        """Names and values of the skeleton's parameters, the head too where it is tied."""
+        return self.skeleton.named_parameters(remove_duplicate=False)
+
     def _head_differs(self) -> bool:
-        """Whether the files have a head that differs from the embedding: transformers ties no such head."""
-        head, embedding = self._in_files(HEAD), self._in_files(EMBEDDING)
-        return head is not None and embedding is not None and not torch.equal(self._read(HEAD), self._read(EMBEDDING))
+        """Whether files or adapter have a head that differs from the embedding: transformers ties no such head.
 
-    def _refuse_unknown(self, names: Iterable[str]) -> None:
-        known = {each for name in names for each in (name, published_name(name))}
-        unknown = sorted(name for name in self._files if name not in known and not name.endswith(_COMPUTED))
-        if unknown:
+        Raises:
+            ExportError: the adapter adds to one of them, which peft would then do to both.
+        """
+        adds = [name for name in (EMBEDDING, HEAD) if self._adapter and self._adapter.adds_to(name)]
+        if adds and HEAD not in self._names:
             raise ExportError(
-                f"{self._path} has {len(unknown)} tensors that are not weights of the model, the first of them "
-                f"{unknown[0]}: merge an adapter into the weights, and use weights that are not quantized"
+                f"--adapter {self._adapter and self._adapter.path} adds to {adds[0]}, and embedding and head of the "
+                "checkpoint are one tensor: merge it with peft"
             )
+        has_both = self._has(EMBEDDING) and (HEAD in self._names or self._changes(HEAD) or self._changes(EMBEDDING))
+        return has_both and not torch.equal(self._read(HEAD), self._read(EMBEDDING))
 
-    def _in_files(self, name: str) -> str | None:
-        return next((each for each in (name, published_name(name)) if each in self._files), None)
+    def _extra(self, *, ignore_extra: bool) -> list[str]:
+        """Tensors that are not weights of the model.
+
+        Raises:
+            ExportError: there are some, and they are not to be ignored; or they are parts of the model's weights.
+        """
+        known = set(self._names.values())
+        modules = {name.rpartition(".")[0] for name in known}
+        extra = sorted(name for name in self._files.kinds if name not in known and not name.endswith(_COMPUTED))
+        parts = [name for name in extra if not modules.isdisjoint(_around(name))]
+        if parts or (extra and not ignore_extra):
+            what = (
+                "merge an adapter into the weights, and use weights that are not quantized"
+                if parts
+                else "leave them out with --ignore-extra-weights"
+            )
+            raise ExportError(
+                f"{self._path} has {len(extra)} tensors that are not weights of the model, the first of them "
+                f"{(parts or extra)[0]}: {what}"
+            )
+        return extra
+
+    def _changes(self, name: str) -> bool:
+        return self._adapter is not None and self._adapter.changes(name)
+
+    def _has(self, name: str) -> bool:
+        replaced = self._adapter is not None and self._adapter.replaces(name)
+        return replaced or self._name_in_files(name) is not None
 
     def _name_in_files(self, name: str) -> str | None:
-        found = self._in_files(name)
-        if found is None and name == HEAD and self.skeleton.config.tie_word_embeddings:
-            return self._name_in_files(EMBEDDING)
-        return found
+        # A tied head is in no file.
+        return self._names.get(name) or (self._names.get(EMBEDDING) if name == HEAD else None)
 
     def _read(self, name: str) -> Tensor:
         found = self._name_in_files(name)
-        assert found is not None, name
-        return read_tensor(self._files[found], found)
+        replaced = self._adapter is not None and self._adapter.replaces(name)
+        stored = None if found is None or replaced else self._files.read(found)
+        if self._adapter is not None:
+            return self._adapter.merged(name, stored)
+        assert stored is not None, name
+        return stored
 
 
-def published_name(name: str) -> str:
-    """Name of a parameter of the model in published files."""
-    own = next((own for own in _PUBLISHED if name.startswith(own)), "")
-    return _PUBLISHED.get(own, "") + name.removeprefix(own)
+def _around(name: str) -> list[str]:
+    """Names of the modules around a tensor."""
+    parts = name.split(".")
+    return [".".join(parts[:count]) for count in range(1, len(parts))]
 
 
 def _units(model: Any) -> list[str]:
@@ -128,18 +203,6 @@ def _units(model: Any) -> list[str]:
     layers = [f"{text}.layers.{k}" for k in range(len(model.model.language_model.layers))]
     ends = [f"{text}.norm", "lm_head"]
     return [f"{visual}.patch_embed", *blocks, f"{visual}.merger", f"{text}.embed_tokens", *layers, *ends]
-
-
-def _tensor_files(path: Path) -> dict[str, Path]:
-    """The file that each tensor is in."""
-    names: dict[str, Path] = {}
-    for file in weight_files(path):
-        kinds = types_in(file)
-        quantized = next((f"{name} is {kind}" for name, kind in kinds.items() if kind not in TYPES.values()), None)
-        if quantized:
-            raise ExportError(f"{file}: {quantized}: use weights that are not quantized")
-        names |= dict.fromkeys(kinds, file)
-    return names
 
 
 def skeleton(config: Any) -> Any:

@@ -21,8 +21,9 @@ import pytest
 import torch
 
 from export.checkpoint import Checkpoint, load_checkpoint
+from export.config import ExportConfig
 from export.graphs import Traces
-from export.package import ExportConfig, export_bundle
+from export.package import export_bundle
 from qvl_batch.bundle.loading import Bundle
 
 if TYPE_CHECKING:

@@ -22,10 +22,11 @@ from conftest import ROOT, TINY
 from make_model import SHAPES, make_model, write_config
 
 from export.checkpoint import load_checkpoint
+from export.config import ExportConfig
 from export.graphs import trace_decoder, trace_vision
 from export.lazy import Part, decoder_parts, vision_parts
 from export.names import HEAD
-from export.package import ExportConfig, plan_layout
+from export.package import plan_layout
 from qvl_batch.bundle.loading import Bundle
 
 GIGABYTE = 1e9

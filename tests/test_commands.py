@@ -55,6 +55,8 @@ TESTS = {
         "test_the_demo_exports_its_bundles",
         "test_recipe.py::test_the_bundle_is_what_was_chosen",
         "test_recipe.py::test_a_saved_recipe_makes_the_same_weights_again",
+        "test_adapter.py::test_a_bundle_names_its_adapter_and_passes_the_gate",
+        "test_quantized_files.py::test_a_bundle_of_the_checkpoints_integers_answers_as_its_weights_do",
     ],
     "python -m export.calibration": ["test_tool_graphs.py::test_a_day_with_tools_that_quantize_runs_as_the_page_says"],
     "python compress.py": ["test_quantizers.py::test_neural_compressor_takes_the_plain_graph"],

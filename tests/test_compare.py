@@ -42,7 +42,8 @@ from export.comparison.reference import PyTorch
 from export.comparison.run import compare
 from export.comparison.summary import Bounds, difference, summarize
 from export.comparison.traces import Trace, first_difference
-from export.package import ExportConfig, export_bundle
+from export.config import ExportConfig
+from export.package import export_bundle
 from qvl_batch.bundle.loading import Bundle
 from qvl_batch.bundle.manifest import DECODER, DECODER_FULL, VISION
 from qvl_batch.config import ImageRules

@@ -18,8 +18,9 @@ from conftest import ROOT, exported
 from shallow import make_shallow
 from stand_in.build import PROVIDER, build, build_nvml
 
+from export.config import ExportConfig
 from export.half import emulated_graph
-from export.package import ExportConfig, export_bundle
+from export.package import export_bundle
 from qvl_batch.bundle.manifest import DECODER, VISION
 from qvl_batch.config import CaptionConfig
 from qvl_batch.decoder.decoder import PREFIX_ENTRIES, Decoder, PrefillRow

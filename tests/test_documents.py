@@ -21,7 +21,7 @@ from benchmark.gpu import GpuBenchConfig
 from calibration.config import CalibrateConfig
 from export.calibration import CalibrationConfig
 from export.comparison.config import CompareConfig
-from export.package import ExportConfig
+from export.config import ExportConfig
 from qvl_batch.config import CaptionConfig
 from qvl_batch.conversation import images_of
 from qvl_batch.input.messages import read_messages

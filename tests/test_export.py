@@ -17,9 +17,10 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 import export.decoder
 import export.vision
 from export.checkpoint import load_checkpoint
+from export.config import ExportConfig
 from export.decoder import FullDecoder
 from export.graphs import Traces
-from export.package import ExportConfig, export_bundle
+from export.package import export_bundle
 from export.progress import Progress
 from export.vision import split_windows
 from qvl_batch.bundle.layout import PlacedImage, mrope_positions
@@ -44,6 +45,15 @@ SHAPES = {
          "rope_scaling": {"type": "mrope", "mrope_section": [6, 7, 7]}},
         {"depth": 2, "hidden_size": 32, "num_heads": 1, "intermediate_size": 48, "fullatt_block_indexes": []},
         252,
+    ),
+    # rows longer than those of the training
+    "yarn": (
+        {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2,
+         "intermediate_size": 96,
+         "rope_scaling": {"type": "yarn", "mrope_section": [2, 3, 3], "factor": 4.0,
+                          "original_max_position_embeddings": 64}},
+        {"depth": 1, "hidden_size": 32, "num_heads": 1, "intermediate_size": 48, "fullatt_block_indexes": [0]},
+        140,
     ),
     # every block full, windows of another size, twelve heads over four
     "all full": (
@@ -227,6 +237,10 @@ def _sizes(**size):
     return _processor(min_pixels=None, max_pixels=None, size=size)
 
 
+def _without(*names):
+    return lambda path: [(path / name).unlink() for name in names]
+
+
 def _adapter_alone(path: Path) -> None:
     for file in path.iterdir():
         file.unlink()
@@ -242,7 +256,18 @@ def _adapter_alone(path: Path) -> None:
         (lambda path: _edit(path / "config.json", model_type="qwen2_vl"), {}, "is a qwen2_vl checkpoint"),
         (lambda path: _edit(path / "config.json", hidden_act="gelu"), {}, "hidden_act is gelu"),
         (lambda path: (path / "model.safetensors").unlink(), {}, "has no .*safetensors"),
-        (lambda path: (path / "preprocessor_config.json").unlink(), {}, "image processor cannot be loaded"),
+        (lambda path: (path / "preprocessor_config.json").unlink(), {}, "lacks preprocessor_config.json: copy it from"),
+        (lambda path: (path / "preprocessor_config.json").write_text("{"), {}, "image processor cannot be loaded: "),
+        (
+            _without("tokenizer.json", "vocab.json"),
+            {},
+            "lacks tokenizer.json: copy it from the checkpoint that this",
+        ),
+        (
+            lambda path: _edit(path / "config.json", rope_scaling={"type": "dynamic", "factor": 2.0}),
+            {},
+            "rope_type is dynamic; only default, linear, llama3, yarn are supported",
+        ),
         (lambda path: _edit(path / "tokenizer_config.json", chat_template=None), {}, "has no chat template"),
         (lambda path: _edit(path / "tokenizer_config.json", chat_template="{{ messages }}"), {}, "chat template must"),
         (
@@ -251,16 +276,16 @@ def _adapter_alone(path: Path) -> None:
             "clean_up_tokenization_spaces",
         ),
         (
-            lambda path: _edit(path / "config.json", quantization_config={"quant_method": "awq"}),
+            lambda path: _edit(path / "config.json", quantization_config={"quant_method": "hqq"}),
             {},
-            r"quantized \(awq\)",
+            r"quantized \(hqq\); awq of 4 bits, .* can be read: export the checkpoint that it was made from",
         ),
         (
             lambda path: (path / "adapter_config.json").write_text("{}"),
             {},
-            r"an adapter \(adapter_config.json\): merge",
+            r"holds weights and an adapter \(adapter_config.json\), which may be merged or not",
         ),
-        (_adapter_alone, {}, r"holds an adapter of Qwen/Qwen2.5-VL-3B-Instruct \(adapter_config.json\): merge it"),
+        (_adapter_alone, {}, r"holds an adapter of Qwen/Qwen2.5-VL-3B-Instruct \(adapter_config.json\): give that"),
         (_processor(do_normalize=False), {}, "do_normalize of the image processor is False; only True is supported"),
         (_processor(rescale_factor=1.0), {}, "rescale_factor of the image processor is 1.0; only 0.0039"),
         (_sizes(shortest_edge=None, longest_edge=9), {}, "is {'longest_edge': 9}, with which transformers takes no"),

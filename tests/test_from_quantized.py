@@ -13,7 +13,8 @@ from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 from reference import letterboxed
 
 from export.calibration import CalibrationConfig, CalibrationReader, calibrate, decoder_feeds
-from export.package import ExportConfig, export_bundle
+from export.config import ExportConfig
+from export.package import export_bundle
 from export.rounding import from_blocks, from_int8
 from export.tool_graphs import load_tool_graph
 from qvl_batch.bundle.loading import Bundle

@@ -10,8 +10,9 @@ from conftest import QUESTIONS, ROOT, TINY, exported
 from reference import letterboxed
 from shallow import make_shallow
 
+from export.config import ExportConfig
 from export.half import emulated_graph
-from export.package import ExportConfig, export_bundle
+from export.package import export_bundle
 from qvl_batch.bundle.loading import Bundle
 from qvl_batch.bundle.manifest import DECODER, VISION
 from qvl_batch.captioner import Captioner

@@ -21,9 +21,10 @@ from export.checkpoint import load_checkpoint
 from export.comparison.config import CompareConfig
 from export.comparison.reference import PyTorch
 from export.comparison.run import compare
+from export.config import ExportConfig
 from export.half import emulated, emulated_graph, to_half
 from export.names import module_of
-from export.package import ExportConfig, export_bundle
+from export.package import export_bundle
 from export.parity import refuse_beyond_bounds
 from export.precision import Precision
 from qvl_batch.bundle.loading import Bundle

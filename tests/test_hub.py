@@ -14,7 +14,8 @@ from huggingface_hub import constants
 from safetensors.torch import load_file
 
 from export.checkpoint import checkpoint_source, load_checkpoint
-from export.package import ExportConfig, export_bundle
+from export.config import ExportConfig
+from export.package import export_bundle
 from qvl_batch.errors import ExportError
 
 ID, COMMIT = "someone/Tiny-VL.1", "0123456789abcdef0123456789abcdef01234567"

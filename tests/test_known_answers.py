@@ -15,7 +15,8 @@ from PIL import Image
 from saturating.sitecustomize import plant
 
 import check
-from export.package import ExportConfig, export_bundle
+from export.config import ExportConfig
+from export.package import export_bundle
 from qvl_batch import Captioner
 from qvl_batch.bundle.known_answers import SPACING, STEPS, Figure, KnownAnswers, digits, repeated
 from qvl_batch.bundle.loading import Bundle

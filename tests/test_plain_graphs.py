@@ -11,7 +11,8 @@ from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from export.calibration import CalibrationConfig, CalibrationReader, calibrate
-from export.package import ExportConfig, export_bundle
+from export.config import ExportConfig
+from export.package import export_bundle
 from qvl_batch.bundle.manifest import DECODER_FULL, VISION_FULL, part_names
 from qvl_batch.distances import relative_error
 from qvl_batch.errors import ExportError

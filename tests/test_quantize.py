@@ -19,8 +19,9 @@ from reference import letterboxed
 
 from export.comparison.config import CompareConfig
 from export.comparison.run import compare
+from export.config import ExportConfig
 from export.names import module_of
-from export.package import ExportConfig, export_bundle
+from export.package import export_bundle
 from export.rounding import to_int8
 from qvl_batch.bundle.loading import Bundle
 from qvl_batch.bundle.manifest import DECODER, DECODER_FULL, FP32, VISION, is_in

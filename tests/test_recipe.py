@@ -11,11 +11,13 @@ from browser import complaints, set_screen, show
 from conftest import QUESTIONS, ROOT, TINY, TRACES
 from selenium.webdriver.common.by import By
 
+from export.command import work
 from export.comparison.config import CompareConfig
 from export.comparison.layers import Drift
 from export.comparison.run import compare
+from export.config import ExportConfig
 from export.disk import Disk
-from export.package import ExportConfig, export_bundle, work
+from export.package import export_bundle
 from export.recipe.choice import Option, path
 from export.recipe.cost import REST, bytes_by_part, seconds_by_part
 from export.recipe.page import render

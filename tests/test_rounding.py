@@ -16,10 +16,12 @@ from export.activations import Inputs, visit_decoder, visit_vision
 from export.calibrated import plain_tower
 from export.calibration import CalibrationConfig, decoder_feeds
 from export.calibration import calibrate as write_calibration
+from export.checkpoint import load_checkpoint
 from export.comparison.config import CompareConfig
 from export.comparison.run import compare
+from export.config import ExportConfig
 from export.decoder import FullDecoder, Layer
-from export.package import ExportConfig, export_bundle, load_checkpoint
+from export.package import export_bundle
 from export.rounding import BLOCK, PAIR_LEVELS, from_blocks, from_int8, largest_pair, rounded, to_blocks, to_int8
 from export.sample import read_sample
 from export.smoothing import ChannelPath, find_scale, paths, smooth

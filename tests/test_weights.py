@@ -13,12 +13,13 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from export.checkpoint import load_checkpoint
+from export.checkpoint_files import NAMES
 from export.lazy import LazyWeights, without_weights
-from export.tensor_files import NAMES
 from export.weights import Weights
 from qvl_batch.errors import ExportError
 
 (_, INDEX), _ = NAMES
+UP = "model.layers.1.mlp.up_proj.weight"
 CONFIG = Qwen2_5_VLConfig.from_pretrained(TINY)
 MODULES = ("model.visual.blocks.1", "model.visual.merger", "model.language_model.layers.2", "lm_head")
 
@@ -113,7 +114,10 @@ class _Harm:
         (lambda file: torch.save({"a": _Harm()}, file), "cannot be read as tensors alone .UnpicklingError."),
         (lambda file: torch.save({"epoch": 3}, file), "has more than tensors: save the model as safetensors"),
         (lambda file: torch.save([torch.zeros(1)], file), "has more than tensors"),
-        (lambda file: torch.save({"a": torch.zeros(1, dtype=torch.int8)}, file), "a is torch.int8: use weights that"),
+        (
+            lambda file: torch.save({UP: torch.zeros(1, dtype=torch.int8)}, file),
+            f"{UP} is torch.int8: use weights that",
+        ),
     ],
     ids=["damaged", "code", "more", "a list", "int8"],
 )
@@ -121,7 +125,7 @@ def test_a_file_of_torch_that_has_more_than_weights_is_refused(write, message, t
     folder = _copy(tmp_path, [])
     (folder / INDEX).unlink()
     write(folder / "pytorch_model.bin")
-    with pytest.raises(ExportError, match=f"pytorch_model.bin:? {message}"):
+    with pytest.raises(ExportError, match=f"(pytorch_model.bin|checkpoint):? {message}"):
         Weights(folder, CONFIG)
     assert "harm" not in capsys.readouterr().out
 
@@ -142,9 +146,6 @@ def test_an_index_that_is_of_no_use_is_refused(write, message, tmp_path):
     write(folder / INDEX)
     with pytest.raises(ExportError, match=message):
         Weights(folder, CONFIG)
-
-
-UP = "model.layers.1.mlp.up_proj.weight"
 
 
 @pytest.mark.parametrize(
@@ -234,3 +235,42 @@ def test_a_made_up_checkpoint_is_one_and_is_always_the_same(tmp_path, monkeypatc
     assert not loading["unexpected_keys"]
     assert counts == {sum(parameter.numel() for parameter in model.parameters())}
     assert index["metadata"]["total_size"] == 2 * counts.pop()
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        {"model.": "base_model.model.model.language_model.", "visual.": "base_model.model.model.visual."},
+        {"model.": "base_model.model.model.", "visual.": "base_model.model.visual."},
+        {"model.": "model.model.", "visual.": "model.visual."},
+        {"model.": "module.model.", "visual.": "module.visual."},
+        {"model.": "language_model.model."},
+        {"model.": "model.language_model.model.", "visual.": "model.visual."},
+    ],
+    ids=lambda names: next(iter(names.values())),
+)
+def test_names_may_follow_what_a_trainer_wrapped_around_the_model(names, tiny_checkpoint, tmp_path):
+    named = {
+        next((new + name[len(old) :] for old, new in names.items() if name.startswith(old)), name): tensor
+        for name, tensor in _tensors().items()
+    }
+    checkpoint = load_checkpoint(_copy(tmp_path, [named]))
+    assert not checkpoint.weights.are_usual
+    expected, found = tiny_checkpoint.model.state_dict(), checkpoint.model.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_further_head_is_left_out_if_that_is_wanted(tmp_path):
+    folder = _copy(tmp_path, [_tensors() | {"value_head.weight": torch.zeros(1, 128)}])
+    with pytest.raises(ExportError, match=r"value_head.weight: leave them out with --ignore-extra-weights"):
+        load_checkpoint(folder)
+    weights = load_checkpoint(folder, ignore_extra=True).weights
+    assert weights.ignored == ["value_head.weight"]
+    assert weights.are_usual
+
+
+@pytest.mark.parametrize("name", [f"{UP}_scale", "model.layers.1.mlp.up_proj.lora_A.default.weight"])
+def test_parts_of_the_models_own_weights_are_never_left_out(name, tmp_path):
+    with pytest.raises(ExportError, match=f"the first of them {name}: merge an adapter"):
+        load_checkpoint(_copy(tmp_path, [_tensors() | {name: torch.zeros(384)}]), ignore_extra=True)

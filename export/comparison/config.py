@@ -36,6 +36,10 @@ class CompareConfig(JobConfig):
     PyTorch, in fp32."""
     revision: str | None = None
     """Of an id: branch, tag or commit. Without it, the main branch."""
+    adapter: Path | None = None
+    """Folder of the LoRA adapter that was merged into the checkpoint's weights when the bundle was exported."""
+    ignore_extra_weights: bool = False
+    """Leave out tensors of the checkpoint that are not weights of the model, as in the export."""
     against_bundle: Path | None = None
     """Another bundle to compare with, in place of a checkpoint."""
     expected_column: str | None = None
@@ -68,6 +72,8 @@ class CompareConfig(JobConfig):
         JobConfig.__post_init__(self)  # `super()` without arguments finds no class with slots
         if (self.checkpoint is None) == (self.against_bundle is None):
             raise ConfigError("give one of --checkpoint and --against-bundle: what --bundle is compared with")
+        if self.checkpoint is None and (self.adapter is not None or self.ignore_extra_weights):
+            raise ConfigError("--adapter and --ignore-extra-weights are for --checkpoint")
         if not 0 <= self.min_agreement <= 1:
             raise ConfigError(f"--min-agreement must be from 0 to 1, not {self.min_agreement}")
         for option, value in (("--max-drift", self.max_drift), ("--tie-margin", self.tie_margin)):

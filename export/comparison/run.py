@@ -184,7 +184,9 @@ class _Sides:
         from export.comparison.reference import PyTorch  # noqa: PLC0415  (two bundles are compared without torch)
 
         return PyTorch(
-            load_checkpoint(config.checkpoint, config.revision),
+            load_checkpoint(
+                config.checkpoint, config.revision, config.adapter, ignore_extra=config.ignore_extra_weights
+            ),
             system_prompt=config.system_prompt,
             max_new_tokens=config.max_new_tokens,
             max_seq_len=self.max_seq_len,
@@ -209,10 +211,11 @@ class _Sides:
         """Name and hash of the other side."""
         if self.other:
             return CheckpointSource(self.other.path.name, self.other.sha256)
-        assert self.config.checkpoint is not None
+        config = self.config
+        assert config.checkpoint is not None
         from export.checkpoint import checkpoint_source  # noqa: PLC0415
 
-        return checkpoint_source(self.config.checkpoint, self.config.revision)
+        return checkpoint_source(config.checkpoint, config.revision, config.adapter)
 
     @property
     def max_seq_len(self) -> int:
