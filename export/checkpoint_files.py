@@ -81,7 +81,9 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise ExportError(f"{what}: {path.name}: {error.strerror}") from error
+    except ValueError as error:
         raise ExportError(f"{what}: {path.name}: {error}") from error
     if not isinstance(found, dict):
         raise ExportError(f"{what}: {path.name} holds no object")

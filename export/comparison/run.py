@@ -309,7 +309,9 @@ def _say_what(say: Callable[[str], None], config: CompareConfig, sides: _Sides, 
     say(f"bundle    {config.bundle}, {manifest.source.name}, {manifest.towers}")
     for name, path in config.graphs.items():
         say(f"{name:<10}{path}, in place of the bundle's")
-    say(f"against   {config.against_bundle or config.checkpoint}, {'a bundle' if sides.other else 'PyTorch, fp32'}")
+    adapter = f" + {config.adapter}" if config.adapter else ""
+    kind = "a bundle" if sides.other else "PyTorch, fp32"
+    say(f"against   {config.against_bundle or config.checkpoint}{adapter}, {kind}")
     if not sides.other and other.sha256 != manifest.source.sha256:
         say("note      the bundle's manifest says it was exported from another checkpoint")
     say(f"questions {len(questions):,} from {len(questions.source.files):,} files")
