@@ -47,8 +47,8 @@ ROWS_AT_ONCE = 8
 class CalibrationConfig(JobConfig):
     """Write what tools that quantize feed to a bundle's plain graphs: one .npz for each row, and one for each image."""
 
-    bundle: Annotated[Path, tyro.conf.Positional]
-    """Folder of the bundle in fp32."""
+    bundle: Annotated[str, tyro.conf.Positional]
+    """Folder of the bundle in fp32, or its address."""
     output: str
     """Folder for the files."""
     fit: Fit | None = None

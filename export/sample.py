@@ -66,7 +66,7 @@ def read_sample(path: Path, rows: int, bundle: Bundle, say: Callable[[str], None
     """
     if (path / INDEX).is_file():
         return [_of_calibration(path, row, bundle.manifest.layout) for row in _index(path)[:rows]]
-    config = JobConfig(bundle=bundle.path, input=(str(path),), output=str(bundle.path), limit=rows)
+    config = JobConfig(bundle=str(bundle.path), input=(str(path),), output=str(bundle.path), limit=rows)
     found: list[SampleRow] = []
     left_out: list[tuple[Place, Failure]] = []
     try:

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -36,8 +35,8 @@ DECODERS = {"decoder": {}, "guided decoder": {"guided": True}, "drawn decoder": 
 class CheckConfig:
     """Check that this machine computes a bundle as PyTorch does, by the known answers in the bundle."""
 
-    bundle: Annotated[Path, tyro.conf.Positional]
-    """Folder of the bundle that `python -m export` made."""
+    bundle: Annotated[str, tyro.conf.Positional]
+    """Folder of the bundle that `python -m export` made, or its address."""
     device: DeviceOption = "auto"
     """Where the decoder runs. `auto` is the device that the bundle was exported for; another is refused."""
     vision_device: DeviceOption = "auto"

@@ -17,6 +17,8 @@ Fit = Literal["letterbox", "stretch", "crop"]
 Device = Literal["cpu", "cuda"]
 DeviceOption = Literal["auto", "cpu", "cuda"]
 #: Kinds of object stores that images may be in and answers may go to.
+#: Largest size of the folder of fetched bundles in gigabytes, by default.
+BUNDLE_CACHE_GB = 100.0
 OBJECT_STORES = frozenset({"s3", "gs"})
 
 DEFAULT_MAX_NEW_TOKENS = 128
@@ -39,8 +41,8 @@ class ImageRules:
 class JobConfig:
     """What captioning and comparing have in common: a bundle, rows of the input, and a folder for the results."""
 
-    bundle: Path
-    """Folder of the bundle that `python -m export` made."""
+    bundle: str
+    """Folder of the bundle that `python -m export` made, or its address."""
     input: tuple[str, ...]
     """Parquet files, folders of them, or globs."""
     output: str
@@ -124,8 +126,9 @@ class JobConfig:
 class CaptionConfig(JobConfig):
     """Answer prompts about images, or conversations, of parquet files with a bundle, through Ray Data."""
 
-    bundle: Path
-    """Folder of the bundle that `python -m export` made. Every node must see it at this path."""
+    bundle: str
+    """Folder of the bundle that `python -m export` made, which every node must see at this path; or its address, from
+    which each node fetches it once: s3://... or gs://..."""
     output: str
     """Folder for the answers, on the machine that runs this script, or an address: s3://... or gs://..."""
     overwrite: bool = False
@@ -192,6 +195,10 @@ class CaptionConfig(JobConfig):
     """Folder that caches image features, for other prompts over the same images. Every node must see it."""
     vision_cache_gb: float = 20.0
     """Largest size of that folder in gigabytes; the least recently used features are evicted first."""
+    bundle_cache: Path | None = None
+    """Folder of each node for bundles that are fetched. By default qvl-batch/bundles in the user's cache folder."""
+    bundle_cache_gb: float = BUNDLE_CACHE_GB
+    """Largest size of that folder in gigabytes; bundles that nobody uses are evicted, the least recently used first."""
     price_per_hour: float | None = None
     """Price of the machine or cluster per hour, in any currency; the report then says what a million images cost."""
 
@@ -203,8 +210,9 @@ class CaptionConfig(JobConfig):
         """
         JobConfig.__post_init__(self)  # `super()` without arguments finds no class with slots
         check_at_least_one(self, "vision_workers", "decoder_workers", "slots", "min_new_tokens")
-        if not 0 < self.vision_cache_gb < math.inf:
-            raise ConfigError(f"--vision-cache-gb must be a number above 0, not {self.vision_cache_gb}")
+        for option, value in (("--vision-cache-gb", self.vision_cache_gb), ("--bundle-cache-gb", self.bundle_cache_gb)):
+            if not 0 < value < math.inf:
+                raise ConfigError(f"{option} must be a number above 0, not {value}")
         if self.price_per_hour is not None and not 0 <= self.price_per_hour < math.inf:
             raise ConfigError(f"--price-per-hour must be a number from 0 on, not {self.price_per_hour}")
         if self.abstain_below is not None:

@@ -7,6 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import QUESTIONS
 
+from qvl_batch.bundle.loading import BundleReference
 from qvl_batch.columns import COLUMNS, FAILURE, OWN, STARTED, failure_columns, failures_of, places_of, with_columns
 from qvl_batch.config import CaptionConfig
 from qvl_batch.images.view import View
@@ -24,10 +25,10 @@ STEPS = ("read", "prepare", "vision", "decoder")
 @pytest.fixture(scope="module")
 def stages(tiny_bundle):
     """What each step after reading does with a table, as its worker runs it."""
-    attempts, path = AttemptsInMemory(), tiny_bundle.path
+    attempts, bundle = AttemptsInMemory(), BundleReference.of(tiny_bundle)
     view, sample = View.of(tiny_bundle.manifest.layout.resolution), frozenset({(0, 1)})
-    vision = VisionStage(path, 2, lambda: "v")
-    decoder = DecoderStage(path, 8, 2, AnswerForm(16), lambda: "d")
+    vision = VisionStage(bundle, 2, lambda: "v")
+    decoder = DecoderStage(bundle, 8, 2, AnswerForm(16), lambda: "d")
     return {
         "prepare": lambda table: prepare_guarded(table, attempts, view=view, sample=sample),
         "vision": Guarded(vision, "vision", attempts),

@@ -12,6 +12,7 @@ import pytest
 from answers import ask
 from conftest import QUESTIONS
 
+from qvl_batch.bundle.loading import BundleReference
 from qvl_batch.clock import Clock
 from qvl_batch.columns import ASKED, FILE, ROW, SECONDS, THUMBNAIL, seconds_column, seconds_of, with_columns
 from qvl_batch.config import CaptionConfig
@@ -150,8 +151,8 @@ def test_tables_carry_work_and_sample_through_all_stages(tiny_bundle, tmp_path):
     sample = frozenset({(0, 1), (0, 4)})
     read = timed(read_unit(next(source.units()), source.columns, None, 8, Fetcher(())))
     (table,) = [prepare(each, View.of(tiny_bundle.manifest.layout.resolution), sample) for each in read]
-    vision = VisionStage(tiny_bundle.path, 2, lambda: "v")
-    decoder = DecoderStage(tiny_bundle.path, 8, 2, AnswerForm(16), lambda: "d")
+    vision = VisionStage(BundleReference.of(tiny_bundle), 2, lambda: "v")
+    decoder = DecoderStage(BundleReference.of(tiny_bundle), 8, 2, AnswerForm(16), lambda: "d")
     table = decoder(vision(table))
     for work in WORK:
         first, *others = table[SECONDS[work]].to_pylist()

@@ -14,8 +14,8 @@ MAX_NEW_TOKENS = 64
 class CompareConfig(JobConfig):
     """Answer the same questions with a bundle and with PyTorch (or another bundle), and report the differences."""
 
-    bundle: Path
-    """Folder of the bundle to compare."""
+    bundle: str
+    """Folder of the bundle to compare, or its address."""
     output: str
     """Folder for `comparison.parquet`, `summary.json` and `report.html`."""
     max_new_tokens: int = MAX_NEW_TOKENS

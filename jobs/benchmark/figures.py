@@ -51,7 +51,7 @@ def read_rows(bundle: Path, path: Path, count: int, output: Path) -> Rows:
     Raises:
         JobError: no row has both.
     """
-    source = open_source(CaptionConfig(bundle=bundle, input=(str(path),), output=str(output)))
+    source = open_source(CaptionConfig(bundle=str(bundle), input=(str(path),), output=str(output)))
     tables = (table for unit in source.units() for table in read_unit(unit, source.columns, None, count, Fetcher(())))
     pairs = [
         (images[0], _prompt(messages))

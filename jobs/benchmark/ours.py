@@ -206,7 +206,7 @@ class RayJob:
             path = Path(folder) / "rows.parquet"
             pq.write_table(_repeated(rows, count), path, row_group_size=16)
             config = CaptionConfig(
-                bundle=self.bundle,
+                bundle=str(self.bundle),
                 input=(str(path),),
                 output=str(Path(folder) / "answers"),
                 max_new_tokens=self.new_tokens,

@@ -1,16 +1,18 @@
-"""Loads a bundle from disk and checks it.
+"""Loads a bundle and checks it.
 
-What enters: a directory written by `python -m export`. What leaves: a `Bundle` with a validated manifest, whose files
-are complete.
+What enters: a directory written by `python -m export`, or the address of one. What leaves: a `Bundle` with a validated
+manifest, whose files are complete.
 
 This module runs no graph and imports neither torch, transformers nor onnxruntime.
 """
 
+import socket
 from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Self
 
+from qvl_batch.bundle.cache import BundleCache, is_address
 from qvl_batch.bundle.external_data import external_locations
 from qvl_batch.bundle.manifest import FP32, MANIFEST, File, Manifest, combined_sha256, file_sha256, read_manifest
 from qvl_batch.errors import BundleError
@@ -18,30 +20,39 @@ from qvl_batch.errors import BundleError
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """A bundle on disk, with its validated manifest."""
+    """A bundle on disk, with its validated manifest.
+
+    Args:
+        path: its directory.
+        manifest: what is in it.
+        address: where it was fetched from, None if it was not.
+    """
 
     path: Path
     manifest: Manifest
+    address: str | None = None
 
     @classmethod
-    def load(cls, path: str | Path, *, verify: bool = True) -> Self:
+    def load(cls, place: str | Path, *, verify: bool = True, cache: BundleCache | None = None) -> Self:
         """Read and check a bundle.
 
         Args:
-            path: the bundle's directory.
+            place: the bundle's directory, or its address, from which it is fetched into the cache.
+            cache: by default that in the user's own cache folder.
             verify: also hash every file, and check that the graphs load weights from no other file. A job does
                 this once; its workers skip it.
 
         Raises:
             BundleError: there is no bundle, or it is of another format, incomplete, or damaged.
         """
-        path = Path(path).resolve()
+        address = str(place) if is_address(place) else None
+        path = Path(place).resolve() if address is None else (cache or BundleCache()).fetch(address)
         manifest = read_manifest(path)
         for name, file in manifest.files.items():
             _check_file(path, name, file, verify=verify)
             if verify and name.endswith(".onnx"):
                 _check_weights(path, name, manifest.files)
-        return cls(path, manifest)
+        return cls(path, manifest, address)
 
     @property
     def sha256(self) -> str:
@@ -63,6 +74,42 @@ class Bundle:
         if name not in self.manifest.files:
             raise BundleError(f"{self.path} has no {name}: export the checkpoint again")
         return self.path / name
+
+
+@dataclass(frozen=True, slots=True)
+class BundleReference:
+    """A bundle that several processes and machines load.
+
+    Args:
+        place: its directory, which every machine sees, or its address.
+        sha256: of its manifest.
+        cache: where it is fetched to from an address.
+    """
+
+    place: str
+    sha256: str
+    cache: BundleCache
+
+    @classmethod
+    def of(cls, bundle: Bundle, cache: BundleCache | None = None) -> Self:
+        """A reference to a bundle that is loaded here."""
+        return cls(bundle.address or str(bundle.path), file_sha256(bundle.path / MANIFEST), cache or BundleCache())
+
+    def load(self) -> Bundle:
+        """The bundle on this machine; its files are not hashed again.
+
+        Raises:
+            BundleError: it is not there, or is another one.
+        """
+        if is_address(self.place):
+            return Bundle.load(self.cache.fetch(self.place, self.sha256), verify=False)
+        bundle = Bundle.load(self.place, verify=False)
+        if file_sha256(bundle.path / MANIFEST) != self.sha256:
+            raise BundleError(
+                f"{self.place} is another bundle on {socket.gethostname()} than on the machine that runs the job: copy "
+                "it there again, or give its address"
+            )
+        return bundle
 
 
 def _check_file(bundle: Path, name: str, file: File, *, verify: bool) -> None:

@@ -263,12 +263,21 @@ def read_manifest(path: Path) -> Manifest:
         raise BundleError(
             f"{path} is no bundle ({MANIFEST}: {error.strerror}): make one with `python -m export`"
         ) from error
+    return parse_manifest(text, str(path))
+
+
+def parse_manifest(text: bytes, place: str) -> Manifest:
+    """Parse the manifest of the bundle at a path or an address.
+
+    Raises:
+        BundleError: it is of another format, or invalid.
+    """
     try:
         version = json.loads(text).get("format_version")
         if version != FORMAT_VERSION:
             newer = isinstance(version, int) and version > FORMAT_VERSION
             raise BundleError(
-                f"{path} has bundle format {version}, this qvl-batch reads {FORMAT_VERSION}: "
+                f"{place} has bundle format {version}, this qvl-batch reads {FORMAT_VERSION}: "
                 f"{'update qvl-batch' if newer else 'export the checkpoint again'}"
             )
         return TypeAdapter(Manifest).validate_json(text)
@@ -277,8 +286,8 @@ def read_manifest(path: Path) -> Manifest:
         where = ".".join(str(part) for part in first["loc"])
         if first["type"] == "unexpected_keyword_argument":
             raise BundleError(
-                f"{path / MANIFEST} has an unknown key {where}: export the checkpoint again, or update qvl-batch"
+                f"{place}/{MANIFEST} has an unknown key {where}: export the checkpoint again, or update qvl-batch"
             ) from error
-        raise BundleError(f"{path / MANIFEST}: {where}: {first['msg']}") from error
+        raise BundleError(f"{place}/{MANIFEST}: {where}: {first['msg']}") from error
     except (ValueError, AttributeError, RecursionError) as error:
-        raise BundleError(f"{path / MANIFEST} is not valid JSON: {error}") from error
+        raise BundleError(f"{place}/{MANIFEST} is not valid JSON: {error}") from error

@@ -14,6 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from qvl_batch.bundle.cache import BundleCache, is_address
 from qvl_batch.bundle.loading import Bundle
 from qvl_batch.config import CaptionConfig, Device, option_of
 from qvl_batch.constraints import Constraint
@@ -61,7 +62,10 @@ def run(config: CaptionConfig, say: Say = lambda _: None, is_stopped: IsStopped 
     storage = folder_at(config.output)
     earlier = None if config.overwrite else Job.of(storage)
     source = open_source(config, earlier.files if earlier else ())
-    bundle = Bundle.load(config.bundle)
+    cache = BundleCache(config.bundle_cache, config.bundle_cache_gb)
+    if is_address(config.bundle):
+        say(f"bundle    from {config.bundle}, kept in {cache.folder}")
+    bundle = Bundle.load(config.bundle, cache=cache)
     devices = _devices(config, bundle)
     view = View.of(bundle.manifest.layout.resolution, config.fit, config.max_pixels)
     if config.system_prompt is not None:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from qvl_batch.bundle.loading import Bundle
+from qvl_batch.bundle.loading import BundleReference
 from qvl_batch.columns import (
     CONSTRAINT,
     FAILURE,
@@ -66,7 +66,7 @@ class VisionStage:
     first no longer needs.
 
     Args:
-        bundle: folder of the bundle.
+        bundle: what runs.
         threads: images that are encoded at a time, each by one thread.
         name: called once, returns the name of this worker.
         cache: folder of the vision cache, and its largest size in gigabytes; None for no cache.
@@ -81,7 +81,7 @@ class VisionStage:
 
     def __init__(
         self,
-        bundle: Path,
+        bundle: BundleReference,
         threads: int,
         name: Callable[[], str],
         cache: tuple[Path, float] | None = None,
@@ -90,7 +90,7 @@ class VisionStage:
     ) -> None:
         os.nice(niceness)
         self._name = name()
-        loaded = Bundle.load(bundle, verify=False)
+        loaded = bundle.load()
         kept = None
         if cache is not None:
             kept = open_vision_cache(*cache, loaded.manifest)
@@ -178,7 +178,7 @@ class DecoderStage:
     It can be called by several threads at once; the rows of all are in one engine.
 
     Args:
-        bundle: folder of the bundle.
+        bundle: what runs.
         slots: rows that are answered at a time.
         threads: threads of one operator.
         form: how rows are asked and answers are written.
@@ -190,9 +190,11 @@ class DecoderStage:
         DeviceError: the device cannot be used, or computes the graph wrongly.
     """
 
-    def __init__(self, bundle: Path, slots: int, threads: int, form: AnswerForm, name: Callable[[], str]) -> None:
+    def __init__(
+        self, bundle: BundleReference, slots: int, threads: int, form: AnswerForm, name: Callable[[], str]
+    ) -> None:
         self._name, self._form = name(), form
-        loaded = Bundle.load(bundle, verify=False)
+        loaded = bundle.load()
         self._grid, self._hidden_size = loaded.manifest.layout.resolution.grid, loaded.manifest.decoder.hidden_size
         self._answerer = Answerer(
             loaded,

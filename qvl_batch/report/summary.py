@@ -171,7 +171,7 @@ def recorded_settings(
     packages = ("qvl-batch", "ray", "onnxruntime-gpu", "onnxruntime", "tokenizers", "pyarrow", "pillow", "pillow-heif")
     return {
         "bundle": {
-            "path": str(bundle.path),
+            "path": bundle.address or str(bundle.path),
             "sha256": bundle.sha256,
             "source": asdict(bundle.manifest.source),
             "dtype": bundle.manifest.dtype,
