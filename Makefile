@@ -6,7 +6,7 @@
 # fuzz       decode 10,000 damaged images, each to pixels or to an error
 # real-size  export a checkpoint of 3.75 G parameters, and trace larger ones (20 minutes, 25 GB of disk)
 # compare    compare both tiny bundles with their checkpoint in PyTorch, layer by layer
-# lint     ruff, mypy, and the order of imports
+# lint     ruff, hadolint, mypy, and the order of imports
 # bench      measure engine and Ray job against transformers' generate on a made-up model (an hour)
 # bench-answers  measure what constraints and confidence cost, on a made-up model with Qwen's number of tokens
 # quantizers install Neural Compressor and Olive in an environment of their own, for tests
@@ -74,6 +74,7 @@ compare: $(BUNDLE)/bundle.json $(NATIVE)/bundle.json
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/hadolint jobs/Dockerfile
 	PYTHONPATH=jobs $(BIN)/lint-imports --no-cache
 	$(BIN)/mypy
 

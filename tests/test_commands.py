@@ -84,7 +84,8 @@ TESTS = {
     "python -m pytest": ["test_tests_are_chosen_by_marks_that_exist"],
     "pip install": ["test_what_pip_is_to_install_exists"],
     "ray job submit": [
-        "test_job.py::test_a_job_submitted_to_a_cluster_answers_all_rows_but_those_that_end_its_workers"
+        "test_job.py::test_a_job_submitted_to_a_cluster_answers_all_rows_but_those_that_end_its_workers",
+        "test_job.py::test_a_cluster_with_nothing_but_ray_answers_with_a_bundle_at_an_address",
     ],
 }
 PAGES = (
@@ -105,7 +106,7 @@ OTHERS = (
     *("qvl_batch/", "export/", "jobs/", "tests/"),
 )
 #: Lines of the Makefile that are no programs of ours.
-TOOLS = ("rm", "test", "touch", "command", "ruff", "mypy", "lint-imports", "optimum-cli", "python3")
+TOOLS = ("rm", "test", "touch", "command", "ruff", "hadolint", "mypy", "lint-imports", "optimum-cli", "python3")
 
 
 def _words(line):

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,6 +25,7 @@ from conftest import QUESTIONS, ROOT, TINY
 from image_files import image_file
 from output_folders import ANSWER_COLUMNS, read_answers, rows_by_id, shown_page
 from PIL import Image
+from range_server import serving
 from reference import question
 from soak import soak
 
@@ -387,13 +388,13 @@ def test_a_job_that_is_killed_again_and_again_answers_every_row_once(kind, ray_e
     assert outcome.passed, str(outcome)
 
 
-@pytest.fixture
-def submit(ray_env, tmp_path):
-    """Submits a script, with variables of its environment, to a cluster as `ray start` makes it; what it says."""
-    # The cluster finds `python` and its packages where the tests do.
-    path = f"{Path(sys.executable).parent}:{ray_env['PATH']}"
-    env = ray_env | {"RAY_AUTH_MODE": "token", "HOME": str(tmp_path), "PATH": path}
-    ray = str(Path(sys.executable).parent / "ray")
+@contextmanager
+def _submitting(env, programs):
+    """Submits commands to a cluster as `ray start` makes it, which finds Python and its packages in a folder of
+    programs; gives a function of options of the submission and of the command, which returns what is said.
+    """
+    env = env | {"RAY_AUTH_MODE": "token", "PATH": f"{programs}:{env['PATH']}"}
+    ray = str(programs / "ray")
     subprocess.run([ray, "get-auth-token", "--generate"], env=env, check=True, capture_output=True)
     port, dashboard = _free_port(), _free_port()
     head = subprocess.Popen(
@@ -402,13 +403,11 @@ def submit(ray_env, tmp_path):
         env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
 
-    def submit(*script, **variables):
-        command = [ray, "job", "submit", "--address", f"http://127.0.0.1:{dashboard}", "--working-dir", "."]
-        command += ["--runtime-env-json", json.dumps({"env_vars": variables}), "--", "python", *map(str, script)]
+    def submit(options, *command):
+        whole = [ray, "job", "submit", "--address", f"http://127.0.0.1:{dashboard}", "--working-dir", "."]
+        whole += [*options, "--", *map(str, command)]
         for _ in range(60):
-            result = subprocess.run(
-                command, cwd=ROOT, env=env, check=False, capture_output=True, text=True, timeout=240
-            )
+            result = subprocess.run(whole, cwd=ROOT, env=env, check=False, capture_output=True, text=True, timeout=400)
             said = result.stdout + result.stderr
             # Until the cluster has started.
             if not ("Failed to connect to Ray" in said or "No available agent" in said):
@@ -422,6 +421,36 @@ def submit(ray_env, tmp_path):
         with suppress(ProcessLookupError):
             os.kill(process, signal.SIGKILL)
     head.wait(timeout=60)
+
+
+@pytest.fixture
+def submit(ray_env, tmp_path):
+    """Submits a script, with variables of its environment, to a cluster whose Python is that of the tests."""
+    with _submitting(ray_env | {"HOME": str(tmp_path)}, Path(sys.executable).parent) as submit:
+        yield lambda *script, **variables: submit(
+            ["--runtime-env-json", json.dumps({"env_vars": variables})], "python", *script
+        )
+
+
+@pytest.mark.long
+def test_a_cluster_with_nothing_but_ray_answers_with_a_bundle_at_an_address(tiny_bundle, demo, ray_env, tmp_path):
+    alone = tmp_path / "ray-alone"
+    subprocess.run([sys.executable, "-m", "venv", alone], check=True)
+    install = [alone / "bin" / "pip", "install", "--quiet", "--disable-pip-version-check", "--constraint"]
+    subprocess.run([*install, "requirements.lock", "ray[default]", "virtualenv"], cwd=ROOT, check=True)
+    for package in ("qvl_batch", "onnxruntime"):
+        command = [alone / "bin" / "python", "-c", f"import {package}"]
+        found = subprocess.run(command, cwd=tmp_path, capture_output=True, check=False)
+        assert b"ModuleNotFoundError" in found.stderr
+    env = {name: value for name, value in ray_env.items() if name != "PYTHONPATH"} | {"HOME": str(tmp_path)}
+    with serving(tiny_bundle.path) as server, _submitting(env, alone / "bin") as submit:
+        said = submit(
+            ["--runtime-env", "jobs/runtime-env.yaml"], "python", "jobs/caption.py", "--bundle", server.address,
+            "--input", QUESTIONS, "--limit", 8, "--output", tmp_path / "out",
+        )  # fmt: skip
+    assert "rows      8 (8 stop)" in said
+    assert [row["answer"] for row in rows_by_id(tmp_path / "out")] == [row["expected"] for row in demo[:8]]
+    assert (tmp_path / ".cache" / "qvl-batch" / "bundles").is_dir()
 
 
 @pytest.mark.long
