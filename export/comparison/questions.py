@@ -16,6 +16,7 @@ from qvl_batch.errors import ConfigError, InputError
 from qvl_batch.images.pixels import Seen, seen_or_failure
 from qvl_batch.images.view import View
 from qvl_batch.input.fetch import Fetcher
+from qvl_batch.input.input_columns import Kept
 from qvl_batch.input.reader import read_unit
 from qvl_batch.input.source import Source, open_source
 from qvl_batch.report.sample import side_by_side
@@ -132,7 +133,7 @@ def open_questions(config: CompareConfig, resolution: Resolution, say: Callable[
             say(f"note      expected answers are not used: {error}")
             expected = ""
         else:
-            source = replace(source, columns=replace(source.columns, kept=(kept,)))
+            source = replace(source, columns=replace(source.columns, kept=(Kept(expected, kept),)))
     fetcher = Fetcher(config.allow_images_from)
     return Questions(source, fetcher, views, config.image_rules, config.prompt, expected or None)
 

@@ -145,6 +145,10 @@ def _announce(
     say(f"input     {source.rows:,} rows in {len(source.files):,} files")
     if source.columns.id is None:
         say(f"note      {BY_PLACE}")
+    for kept in source.columns.kept:
+        if kept.missing:
+            files = f"{kept.missing:,} of {len(source.files):,} files"
+            say(f"note      column {kept.name!r} (--keep-columns) is missing in {files}: it is null there")
     others = passed_over(config)
     if (first := next(others, None)) is not None:
         count = 1 + sum(1 for _ in others)
