@@ -762,7 +762,9 @@ def test_images_of_messages_are_read_only_from_where_that_is_allowed(tmp_path):
         ("data:image/png,abc", "a data: address of an image must be in base64"),
         ("data:image/png;base64", "a data: address of an image must be in base64"),
         ("data:image/svg+xml;utf8,<svg/>", "a data: address of an image must be in base64"),
-        ("data:image/png;base64,abc", "a data: address has invalid base64: "),
+        ("data:image/png;base64,abcde", "a data: address has invalid base64: "),
+        (DATA.rstrip("="), A),
+        (DATA.replace("+", "%2B").replace("=", "%3D"), A),
         ("data:image/png;base64,a*bc", "a data: address has invalid base64: "),
         ("data:image/png;base64,ü", "a data: address has invalid base64: "),
     ],
@@ -954,8 +956,8 @@ def test_a_file_whose_messages_are_all_empty_fails_row_by_row(column, tmp_path):
 
 def test_paths_in_lists_need_a_place(tmp_path):
     pq.write_table(_table(image=[["a"]], prompt=["x"]), tmp_path / "a.parquet")
-    with pytest.raises(InputError, match=r"column 'image' has paths or addresses of images; .* --allow-images-from"):
-        open_source(caption_config(tmp_path))
+    with pytest.raises(InputError, match=r"column 'image' has paths or addresses .* --allow-images-from: a is not"):
+        reader.refuse_paths(open_source(caption_config(tmp_path)), ())
 
 
 def test_what_an_answer_was_is_a_column_of_the_output_if_it_is_cut_off(tmp_path):

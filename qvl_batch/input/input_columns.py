@@ -4,7 +4,6 @@ What enters: the schema of a file, and the column names of the settings. What le
 schema of the answers follows; or an error that names file and column.
 """
 
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -15,6 +14,7 @@ from qvl_batch.config import JobConfig, option_of
 from qvl_batch.constraints import Kind
 from qvl_batch.errors import ConfigError, InputError
 from qvl_batch.input.common_types import common_type, without_views
+from qvl_batch.input.image_cells import WANTED, is_image, is_list_of_images
 from qvl_batch.input.lookup import find_column, find_field, partitions
 from qvl_batch.sampling import Sampling
 from qvl_batch.schema import EXPECTED_FIELD, ID, answer_fields, is_bytes, is_text, item_type, plain_type
@@ -57,6 +57,7 @@ class InputColumns:
         prompt: name, None if no prompt column is read.
         messages: name, None if rows are an image and a prompt.
         has_lists: rows can have several images or none: the image column is of lists, or there are messages.
+        has_text: the image column is text in some file: paths, addresses, or images in base64.
         answer_last_turn_again: an assistant's turn at the end of messages becomes the column `expected`.
         constraint: name of a column that says what each answer must be, and of which kind it is; None if there is none.
         sampling: name of a column that says how each answer is drawn, and what is so where it says nothing; None if
@@ -69,6 +70,7 @@ class InputColumns:
     prompt: str | None
     messages: str | None = None
     has_lists: bool = False
+    has_text: bool = field(default=False, compare=False)
     answer_last_turn_again: bool = False
     constraint: tuple[str, Kind] | None = None
     sampling: tuple[str, Sampling] | None = None
@@ -116,7 +118,8 @@ class InputColumns:
         kept = tuple(each for each in joined if each is not None)
         if (self.id is None) != (other.id is None) or self.id_type != other.id_type or len(kept) < len(joined):
             return None
-        return replace(self, kept=kept, has_lists=self.has_lists or other.has_lists)
+        lists, text = self.has_lists or other.has_lists, self.has_text or other.has_text
+        return replace(self, kept=kept, has_lists=lists, has_text=text)
 
     def output_schema(self, **options: Any) -> pa.Schema:
         """Schema of the answers; the options are those of `answer_fields`."""
@@ -129,8 +132,8 @@ def input_columns(schema: pa.Schema, file: str, config: JobConfig) -> InputColum
     """Choose and check the columns of one input file.
 
     Raises:
-        InputError: a column is missing, occurs twice or has a type that cannot be used, or images are paths and no
-            place is allowed for them; the message names file and column and says what is there.
+        InputError: a column is missing, occurs twice or has a type that cannot be used; the message names file and
+            column and says what is there.
         ConfigError: a kept column has the name of an output column.
     """
     again = config.answer_last_turn_again
@@ -158,16 +161,12 @@ def input_columns(schema: pa.Schema, file: str, config: JobConfig) -> InputColum
         _check_constraint(_field(schema, name, file, option_of(f"{kind}_column")), kind, file)
     if config.row_sampling is not None:
         _check_sampling(_field(schema, config.row_sampling[0], file, "--sampling-column"), file)
-    lists = messages is not None
+    lists, text = messages is not None, False
     if messages is None or _has(schema, config.image_column):
         image = _field(schema, config.image_column, file, "--image-column")
         _check_image(image, file)
-        lists |= item_type(image.type) is not None
-        if is_text(plain_type(item_type(image.type) or image.type)) and not config.allow_images_from:
-            raise InputError(
-                f"{file}: column {image.name!r} has paths or addresses of images; allow folders or addresses for them "
-                "with --allow-images-from"
-            )
+        lists |= is_list_of_images(image)
+        text = is_text(plain_type(item_type(image.type) or image.type))
         if id_field is not None and id_field.name == image.name and is_bytes(plain_type(image.type)):
             raise InputError(f"{file}: column {image.name!r} is both --id-column and --image-column, and holds images")
     return InputColumns(
@@ -177,6 +176,7 @@ def input_columns(schema: pa.Schema, file: str, config: JobConfig) -> InputColum
         prompt,
         messages,
         has_lists=lists,
+        has_text=text,
         answer_last_turn_again=again,
         constraint=config.constraint_column,
         sampling=config.row_sampling,
@@ -260,9 +260,8 @@ def _check_prompt(field: pa.Field, file: str) -> None:
 
 
 def _check_image(field: pa.Field, file: str) -> None:
-    if not _is_image(item_type(field.type) or field.type):
-        wanted = "a struct of bytes and path, bytes, or paths, or lists of them"
-        raise InputError(f"{file}: column {field.name!r} (--image-column) is {field.type}; it must be {wanted}")
+    if not (is_image(field) or is_list_of_images(field)):
+        raise InputError(f"{file}: column {field.name!r} (--image-column) is {field.type}; it must be {WANTED}")
 
 
 def _check_messages(field: pa.Field, file: str) -> None:
@@ -303,11 +302,3 @@ def _check_sampling(field: pa.Field, file: str) -> None:
 def _without_json(kind: pa.DataType) -> pa.DataType:
     """The type itself, or for parquet's own type for JSON the text that it is."""
     return kind.storage_type if isinstance(kind, pa.JsonType) else kind
-
-
-def _is_image(kind: pa.DataType) -> bool:
-    if pa.types.is_struct(kind):
-        counts = Counter(part.name for part in kind)
-        both = {counts["bytes"], counts["path"]}
-        return 1 in both and max(both) == 1
-    return is_bytes(kind) or is_text(plain_type(kind)) or bool(pa.types.is_null(plain_type(kind)))

@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from qvl_batch.columns import CONSTRAINT, IMAGES, MESSAGES, SAMPLING, array, failure_columns, place_columns
+from qvl_batch.columns import CONSTRAINT, IMAGES, MESSAGES, SAMPLING, array, failure_columns, failures_of, place_columns
 from qvl_batch.constraints import Constraint, constraint_of
 from qvl_batch.conversation import single_turn, to_json
 from qvl_batch.errors import (
@@ -36,16 +35,19 @@ from qvl_batch.input.cells import one_by_one, values_of
 from qvl_batch.input.common_types import exact
 from qvl_batch.input.fetch import Fetcher
 from qvl_batch.input.footers import parquet_file
+from qvl_batch.input.image_cells import image_values, plain_image
 from qvl_batch.input.input_columns import InputColumns, ids_of
-from qvl_batch.input.messages import MARK, MOST_IMAGES, MOST_VALUES, Asked, plain_image, read_messages
-from qvl_batch.input.source import Unit, footer_sha256
+from qvl_batch.input.messages import MARK, MOST_IMAGES, MOST_VALUES, Asked, read_messages
+from qvl_batch.input.source import Source, Unit, footer_sha256
 from qvl_batch.sampling import Sampling
-from qvl_batch.schema import EXPECTED_FIELD, ID, Failure, first_failure, item_type
+from qvl_batch.schema import EXPECTED_FIELD, ID, Failure, first_failure
 
 logger = logging.getLogger(__name__)
 Read = TypeVar("Read")
 #: Most bytes of all images of a row that has several: tables hold them, however often the row shows the same one.
 MOST_BYTES = 1 << 29
+#: Rows of the input that say whether a column of text has paths; and the option that allows them.
+FIRST_ROWS, PLACES = 16, "--allow-images-from"
 #: Whether this process has logged a note on marks in text.
 _noted_marks = False
 
@@ -109,6 +111,30 @@ def read_unit(
     raise InputError(f"{unit.file}: row group {unit.row_group} has {rows} rows, not {expected}: the file is damaged")
 
 
+def refuse_paths(source: Source, allowed: Sequence[str]) -> None:
+    """Refuse a column of paths or addresses if no place is allowed for them, before all rows fail.
+
+    It looks at the first rows: text can also be the image itself.
+
+    Args:
+        source: the input.
+        allowed: places that images may be fetched from.
+
+    Raises:
+        InputError: the first rows have paths or addresses, and no image in their place.
+    """
+    unit = next(source.units(), None)
+    if allowed or unit is None or not source.columns.has_text:
+        return
+    for rows in islice(read_unit(unit, source.columns, "?", FIRST_ROWS, Fetcher(())), 1):
+        refused = [each.message for each in failures_of(rows) if each is not None and PLACES in each.message]
+        if refused and rows[IMAGES].null_count == len(rows):
+            raise InputError(
+                f"{unit.file}: column {source.columns.image!r} has paths or addresses of images; allow folders or "
+                f"addresses for them with {PLACES}: {refused[0]}"
+            )
+
+
 def _tables(
     file: pq.ParquetFile, unit: Unit, columns: InputColumns, rows_per_table: int, lost: Lost | None
 ) -> Iterator[tuple[pa.Table, Exception | None]]:
@@ -117,7 +143,7 @@ def _tables(
     if lost is None:
         try:
             for batch in file.iter_batches(rows_per_table, row_groups=[unit.row_group], columns=columns.names):
-                yield columns.of(pa.Table.from_batches([batch]), unit.file), None
+                yield pa.Table.from_batches([batch]), None
                 done += len(batch)
         except (OSError, pa.ArrowException) as damage:
             lost = Lost(damage)
@@ -150,6 +176,7 @@ def _records(
 ) -> pa.Table:
     """The next stage's table: places, id, kept columns, conversations, images, failures. `error` fails all rows."""
     rows = range(first_row, first_row + table.num_rows)
+    table = columns.of(table, unit.file)
     nothing: list[None] = [None] * len(rows)
     asked: Sequence[Asked | RowError]
     constraints: Sequence[Constraint | RowError | None] = nothing
@@ -195,8 +222,9 @@ def _ids(table: pa.Table, columns: InputColumns, unit: Unit, rows: range) -> pa.
 
 def _asked(table: pa.Table, columns: InputColumns, prompt: str | None) -> list[Asked | RowError]:
     """What each row asks, with the values of its images; or why it cannot be asked."""
-    has_images = columns.image in table.column_names  # without, there are messages
-    images: list[object] = _image_values(table[columns.image]) if has_images else [()] * len(table)
+    images: list[object] = [()] * len(table)
+    if columns.image in table.column_names:  # without, there are messages
+        images = image_values(table[columns.image], table.schema.field(columns.image))
     if columns.messages is not None:
         again = columns.answer_last_turn_again
         messages = zip(one_by_one(table[columns.messages], MOST_VALUES), images, strict=True)
@@ -274,22 +302,6 @@ def _row_error(row: str, error: Exception) -> RowError:
     if isinstance(error, WorkerLostError):
         return WorkerLostError(f"{row} {error}", stage=error.stage)
     return RecordError(f"{row} cannot be read: {stable_message(error)}")
-
-
-def _image_values(column: pa.ChunkedArray) -> list[object]:
-    """Values of the image column; of a struct its `bytes`, or if that is null its `path`. It ignores other fields."""
-    if item_type(column.type) is not None:
-        items = iter(_image_values(pc.list_flatten(column)))
-        counts = pc.list_value_length(column).to_pylist()
-        return [None if count is None else list(islice(items, count)) for count in counts]
-    if not pa.types.is_struct(column.type):
-        return values_of(column)
-    values: list[object] = [None] * len(column)
-    for name in ("path", "bytes"):
-        if (index := column.type.get_field_index(name)) >= 0:
-            parts = values_of(pc.struct_field(column, index))
-            values = [value if part is None else part for part, value in zip(parts, values, strict=True)]
-    return values
 
 
 def _images(

@@ -24,6 +24,7 @@ from qvl_batch.images.view import View
 from qvl_batch.input.discovery import passed_over
 from qvl_batch.input.fetch import Fetcher
 from qvl_batch.input.input_columns import BY_PLACE
+from qvl_batch.input.reader import refuse_paths
 from qvl_batch.input.source import Source, open_source
 from qvl_batch.output.parts import Tally
 from qvl_batch.output.resume import Job, OutputFolder
@@ -61,6 +62,7 @@ def run(config: CaptionConfig, say: Say = lambda _: None, is_stopped: IsStopped 
     storage = folder_at(config.output)
     earlier = None if config.overwrite else Job.of(storage)
     source = open_source(config, earlier.files if earlier else ())
+    refuse_paths(source, config.allow_images_from)
     bundle = Bundle.load(config.bundle)
     devices = _devices(config, bundle)
     view = View.of(bundle.manifest.layout.resolution, config.fit, config.max_pixels)
