@@ -143,6 +143,35 @@ def test_a_kept_column_has_a_type_that_holds_all_files(one, other, kind, turned,
             open_source(config, first)
 
 
+def test_rows_in_pieces_are_the_same_rows_whatever_is_null_in_them(tmp_path):
+    nothing = pa.struct([("k", pa.null()), ("n", pa.list_(pa.null()))])
+    lists = pa.array([[{"k": None, "n": [None] * at}] * at for at in range(7)], pa.list_(nothing))
+    maps = pa.array([[("k", [None] * at)] for at in range(7)], pa.map_(pa.string(), pa.list_(pa.null())))
+    twice = pa.StructArray.from_arrays(
+        [pa.array(range(7)), pa.array(range(7, 14))], fields=[pa.field("t", pa.int64(), nullable=False)] * 2
+    )
+    views = pa.array([["x"] * at for at in range(7)], pa.list_view(pa.string_view()))
+    columns = {"lists": lists, "maps": maps, "twice": twice, "views": views}
+    rows = {"id": range(7), "image": [b"x"] * 7, "prompt": ["?"] * 7}
+    pq.write_table(pa.table({**rows, **columns}), tmp_path / "a.parquet")
+    other = {
+        "lists": pa.array([[{"k": 1, "n": ["x"], "more": 0.5}]] * 7),
+        "maps": pa.array([[("k", ["x"])]] * 7, pa.map_(pa.string(), pa.list_(pa.string()))),
+        "twice": twice,
+        "views": pa.array([["y"]] * 7),
+    }
+    pq.write_table(pa.table({**rows, **other}), tmp_path / "b.parquet")
+    for size in (1, 2, 3, 8):
+        found = read_rows(open_source(_kept(tmp_path, *columns)), None, size)
+        found.validate(full=True)
+        for name, one in columns.items():
+            if name != "twice":
+                values = [*one.to_pylist(), *other[name].to_pylist()]
+                assert found[name].to_pylist() == [_filled(value, found[name].type) for value in values]
+        parts = [found["twice"].combine_chunks().field(at).to_pylist() for at in range(2)]
+        assert parts == [[*range(7)] * 2, [*range(7, 14)] * 2]
+
+
 def _in_order(kind):
     """A type with the fields of structs in the order of their names."""
     if pa.types.is_list(kind):
