@@ -52,7 +52,7 @@ class JobConfig:
     """Column that identifies a row, of strings or integers; it becomes `id`. By default `id`.
     Where files have no such column, ids are file and row: /data/photos.parquet:12."""
     image_column: str = "image"
-    """Column of images: a struct of bytes and path, bytes, or paths and addresses; or lists of them."""
+    """Column of images: structs of bytes and path, bytes, base64, paths and addresses, or pixels; or lists of them."""
     prompt_column: str = "prompt"
     """Column of prompts."""
     messages_column: str | None = None
