@@ -23,7 +23,7 @@ from qvl_batch.errors import InputError, PromptError, RowError
 from qvl_batch.images.pixels import Seen, seen_or_failure
 from qvl_batch.images.view import View
 from qvl_batch.input.fetch import Fetcher
-from qvl_batch.input.reader import read_unit
+from qvl_batch.input.reader import read_unit, refuse_paths
 from qvl_batch.input.source import open_source
 from qvl_batch.schema import ID, Failure, first_failure, readable
 
@@ -135,6 +135,7 @@ class SampleRows:
         self._config, self._layout, self._max_tokens = config, layout, max_tokens
         self._view = View.of(layout.layout.resolution, fit, config.max_pixels)
         self._source = open_source(config)
+        refuse_paths(self._source, config.allow_images_from)
 
     def __iter__(self) -> Iterator[tuple[Place, SampleRow | Failure]]:
         """Each row's place, and the row or why there is none."""

@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import IO, Any, Protocol, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,22 +17,33 @@ from qvl_batch.constraints import Constraint, Kind, constraint_of
 from qvl_batch.conversation import single_turn
 from qvl_batch.decoder.answerer import Answerer, EncodedImage, EncodedRow
 from qvl_batch.decoder.engine import Stoppable
-from qvl_batch.errors import ConfigError, ConstraintError, ImageError, RowError, SamplingError
+from qvl_batch.errors import ConfigError, ConstraintError, ImageError, RowError, SamplingError, stable_message
 from qvl_batch.grounding import Box, boxes, complete
-from qvl_batch.images.pixels import DEFAULT_RULES, Seen, decode_image, image_key, see, upright_rgb
+from qvl_batch.images.pixels import DEFAULT_RULES, Seen, array_rgb, decode_image, image_key, see, upright_rgb
 from qvl_batch.images.view import ImageSize, View
-from qvl_batch.input.messages import Asked, plain_image, read_messages
+from qvl_batch.input.image_cells import plain_image
+from qvl_batch.input.messages import Asked, read_messages
 from qvl_batch.runtime.devices import resolve_device, resolve_vision_device, usable_cpus
 from qvl_batch.sampling import GREEDY, Sampling
 from qvl_batch.schema import Answer, Failure, first_failure
 from qvl_batch.vision.encoder import VisionEncoder
 from qvl_batch.vision.features import ImageFeatures
 
-#: An image: path of a file, bytes of a file, pixels uint8 (H, W, 3), or a Pillow image, whose EXIF orientation is
-#: applied as for a file.
-ImageLike = str | Path | bytes | bytearray | NDArray[Any] | Image.Image
-#: Integer types that Pillow would take for 16-bit or 32-bit grey levels.
-_WIDE_INTEGERS = ("int16", "int32", "int64", "uint32", "uint64")
+
+class SupportsArray(Protocol):
+    """What NumPy can make an array of, such as a tensor of PyTorch."""
+
+    def __array__(self) -> NDArray[Any]:
+        """The array."""
+
+
+#: An image: path, bytes or open file of an image file; text that is a `data:` address or base64; a mapping of `bytes`
+#: and `path`; an array or tensor, read as `images.arrays` says; or a Pillow image, whose EXIF orientation is applied as
+#: for a file.
+ImageLike = (
+    str | os.PathLike[str] | bytes | bytearray | memoryview | IO[bytes] | Mapping[str, Any] | NDArray[Any]
+    | SupportsArray | Image.Image
+)  # fmt: skip
 #: Messages of a conversation: mappings of `role` and `content`, as for `--messages-column` of the job.
 Messages = Sequence[Mapping[str, Any]]
 #: Rows whose images are held in memory as pixels at a time.
@@ -271,7 +282,7 @@ def _asked(
     """
     if (prompts is None) == (messages is None):
         raise ConfigError("give prompts or messages, and not both")
-    if isinstance(images, str | Path | bytes | bytearray | Image.Image) or _is_pixels(images):
+    if isinstance(images, str | os.PathLike | bytes | bytearray | Mapping | Image.Image) or _is_one(images):
         raise ConfigError(f"images is a single {type(images).__name__}, not one for each row: give a list, [image]")
     if messages is not None:
         conversations = list(messages)
@@ -323,36 +334,51 @@ def _as_list(images: ImageLike | Sequence[ImageLike]) -> Sequence[object]:
     return images if isinstance(images, list | tuple) else [images]
 
 
-def _is_pixels(images: object) -> bool:
-    """Whether `images` is the pixels of one image; an array can also hold several images, or paths."""
-    return isinstance(images, np.ndarray) and images.ndim in {2, 3}
+def _is_one(images: object) -> bool:
+    """Whether `images` is an open file, or the pixels of one image; an array can also hold several images, or paths."""
+    return hasattr(images, "read") or (hasattr(images, "__array__") and getattr(images, "ndim", None) in {2, 3})
 
 
 def _picture(image: object, rules: ImageRules = DEFAULT_RULES) -> Image.Image:
     image = plain_image(image)
-    if isinstance(image, bytes | bytearray):
-        return decode_image(bytes(image), rules)
-    if isinstance(image, str | Path):
-        try:
-            data = Path(image).read_bytes()
-        except OSError as error:
-            raise ImageError(f"{image}: {error.strerror}") from error
-        except ValueError as error:
-            raise ImageError(f"{str(image)!r} is not a valid path: {error}") from error
-        return decode_image(data, rules)
     if isinstance(image, Image.Image):
         return upright_rgb(image, rules)
-    if not isinstance(image, np.ndarray):
+    if isinstance(image, str | os.PathLike) or hasattr(image, "read"):
+        image = _read(image)
+    if isinstance(image, bytes | bytearray | memoryview):
+        return decode_image(bytes(image), rules)
+    array = _array(image)
+    if array is None:
         raise ImageError(
-            f"{type(image).__name__} is not an image: give a path, the bytes of a file, an array or a Pillow image"
+            f"{type(image).__name__} is not an image: give a path, the bytes of a file, an open file, an array, a "
+            "tensor or a Pillow image"
         )
-    if image.dtype.name in _WIDE_INTEGERS and image.size and 0 <= image.min() <= image.max() <= np.iinfo(np.uint8).max:
-        image = image.astype(np.uint8)
+    return array_rgb(array, rules)
+
+
+def _read(image: Any) -> object:
+    """Contents of a file: of its path, or open."""
     try:
-        picture = Image.fromarray(image)
-    except (TypeError, ValueError, AttributeError, IndexError) as error:
-        raise ImageError(
-            f"a {image.dtype} array of shape {image.shape} is not an image: give uint8 (height, width, 3) or "
-            "(height, width)"
-        ) from error
-    return upright_rgb(picture, rules)
+        if not hasattr(image, "read"):
+            return Path(os.fsdecode(image)).read_bytes()
+        if image.seekable():
+            image.seek(0)  # it can be there twice
+        data: object = image.read()
+    except OSError as error:
+        raise ImageError(f"{image}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise ImageError(f"{str(image)!r} is not a valid path: {error}") from error
+    if isinstance(data, str):
+        raise ImageError("the file of the image is open as text: open it with mode 'rb'")
+    return data
+
+
+def _array(image: Any) -> NDArray[Any] | None:
+    """The array of pixels that an array or a tensor is, None if it is neither."""
+    try:
+        if hasattr(image, "detach"):  # a tensor of PyTorch: with gradients, on a GPU, or in a type that NumPy lacks
+            image = image.detach().cpu()
+            image = image.float() if str(image.dtype) == "torch.bfloat16" else image
+        return np.asarray(image) if hasattr(image, "__array__") else None
+    except Exception as error:  # libraries of tensors raise errors of any type
+        raise ImageError(f"{type(image).__name__} cannot be made an array: {stable_message(error)}") from error

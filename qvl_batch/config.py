@@ -5,6 +5,7 @@ are made; what can only be checked against the machine, the bundle or the input 
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -53,7 +54,7 @@ class JobConfig:
     """Column that identifies a row, of strings or integers; it becomes `id`. By default `id`.
     Where files have no such column, ids are file and row: /data/photos.parquet:12."""
     image_column: str = "image"
-    """Column of images: a struct of bytes and path, bytes, or paths and addresses; or lists of them."""
+    """Column of images: structs of bytes and path, bytes, base64, paths and addresses, or pixels; or lists of them."""
     prompt_column: str = "prompt"
     """Column of prompts."""
     messages_column: str | None = None
@@ -102,9 +103,9 @@ class JobConfig:
             raise ConfigError("--retry-errors has nothing to answer again after --overwrite: give one of them")
 
     @property
-    def copied_columns(self) -> tuple[str, ...]:
-        """Columns of the input that are copied to the output as they are."""
-        return ()
+    def copied_columns(self) -> Mapping[str, str]:
+        """Columns of the output whose values are those of the input: their names, and the columns that have them."""
+        return {}
 
     @property
     def constraint_column(self) -> tuple[str, Kind] | None:
@@ -134,7 +135,8 @@ class CaptionConfig(JobConfig):
     overwrite: bool = False
     """Delete the answers in the output folder first. Without it, the job resumes where it stopped."""
     keep_columns: tuple[str, ...] = ()
-    """Columns of the input to copy to the output."""
+    """Columns of the input to copy to the output: `NAME`, or `NAME=NEW` under another name. `meta.id` is the field `id`
+    of the structs in `meta`."""
     fit: Fit | None = None
     """How an image that is not square becomes square. By default, letterbox.
     Not for a bundle that shows images at their own size."""
@@ -223,9 +225,16 @@ class CaptionConfig(JobConfig):
             raise ConfigError(f"{' and '.join(map(option_of, given))}: an answer can only be one of them; give one")
         self._check_sampling()
         self._check_endings()
-        repeated = sorted({name for name in self.keep_columns if self.keep_columns.count(name) > 1})
-        if repeated:
-            raise ConfigError(f"--keep-columns names {repeated[0]} more than once")
+        self._check_kept()
+
+    def _check_kept(self) -> None:
+        kept = [_renamed(each) for each in self.keep_columns]
+        empty = next((each for each, pair in zip(self.keep_columns, kept, strict=True) if not all(pair)), None)
+        if empty is not None:
+            raise ConfigError(f"--keep-columns {empty!r}: give NAME, or NAME=NEW to keep it under another name")
+        names = [new for _, new in kept]
+        if repeated := next((new for new in names if names.count(new) > 1), None):
+            raise ConfigError(f"--keep-columns names {repeated} more than once; NAME=NEW keeps a column as NEW")
 
     def _check_sampling(self) -> None:
         try:
@@ -272,9 +281,9 @@ class CaptionConfig(JobConfig):
         return self.sampling_column is not None or self.sampling.samples > 1
 
     @property
-    def copied_columns(self) -> tuple[str, ...]:
-        """Columns of the input that are copied to the output as they are."""
-        return self.keep_columns
+    def copied_columns(self) -> Mapping[str, str]:
+        """Columns of the output whose values are those of the input: their names, and the columns that have them."""
+        return {new: name for name, new in map(_renamed, self.keep_columns)}
 
     @property
     def constraint_column(self) -> tuple[str, Kind] | None:
@@ -344,6 +353,12 @@ class CaptionConfig(JobConfig):
 _CONSTRAINTS = ("choices", "regex", "json_schema", "choices_column", "regex_column", "json_schema_column")
 #: Options that say how answers are drawn.
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed", "samples")
+
+
+def _renamed(kept: str) -> tuple[str, str]:
+    """Name in the input and in the output of a value of `--keep-columns`. The last `=` counts: names can have some."""
+    name, is_renamed, new = kept.rpartition("=")
+    return (name, new) if is_renamed else (kept, kept)
 
 
 def option_of(name: str) -> str:

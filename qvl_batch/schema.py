@@ -42,6 +42,12 @@ def first_failure(results: Sequence[object]) -> Failure | None:
     return None
 
 
+#: Tests for Arrow's types of bytes, and of lists.
+_BYTES = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_fixed_size_binary)
+_LISTS = (
+    pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list, pa.types.is_list_view,
+    pa.types.is_large_list_view,
+)  # fmt: skip
 #: Columns of the output that hold the error of a failed row.
 ERROR_FIELDS = tuple(pa.field(f"error_{part.name}", pa.string()) for part in fields(Failure))
 ID = "id"
@@ -259,3 +265,13 @@ def plain_type(kind: pa.DataType) -> pa.DataType:
 def is_text(kind: pa.DataType) -> bool:
     """Whether a type is one of Arrow's string types: `string`, `large_string` or `string_view`."""
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
+def is_bytes(kind: pa.DataType) -> bool:
+    """Whether a type is one of Arrow's types of bytes, of fixed size or not."""
+    return any(is_kind(kind) for is_kind in _BYTES)
+
+
+def item_type(kind: pa.DataType) -> pa.DataType | None:
+    """Type of the items of a list type, None for any other type."""
+    return kind.value_type if any(is_kind(kind) for is_kind in _LISTS) else None

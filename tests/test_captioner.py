@@ -1,5 +1,6 @@
 """Without Ray: answers in order, a failure only in its own row, and no torch or transformers anywhere."""
 
+import base64
 import io
 import os
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pytest
+import torch
 from answers import demo_rows
 from conftest import ROOT
 from image_files import image_file
@@ -52,13 +54,26 @@ def test_rows_that_fail_leave_the_others_alone(captioner):
     assert broken[3].answer is None
 
 
-def test_images_may_come_as_files_bytes_pixels_or_pillow(captioner, tmp_path):
+def test_images_may_come_as_people_have_them(captioner, tmp_path):
     data = ROWS[0]["image"]["bytes"]
     (tmp_path / "image").write_bytes(data)
     picture = decode_image(data)
-    images = [data, tmp_path / "image", str(tmp_path / "image"), np.asarray(picture), picture]
-    answers = captioner.caption(images, ROWS[0]["prompt"])
-    assert len({answer.answer for answer in answers}) == 1
+    pixels, file = np.asarray(picture), io.BytesIO(data)
+    tensor = torch.tensor(pixels).permute(2, 0, 1)
+    text = base64.b64encode(data).decode()
+    with (tmp_path / "image").open("rb") as opened:
+        images = [
+            data, bytearray(data), memoryview(data), tmp_path / "image", str(tmp_path / "image"), file, file, opened,
+            text, f"data:image/png;base64,{text}",
+            {"bytes": data, "path": "ignored"}, {"bytes": None, "path": tmp_path / "image"}, {"bytes": text},
+            picture, pixels, pixels.astype(np.float64) / 255, pixels.astype(np.float32), pixels.astype(np.int64),
+            pixels.astype(np.uint16) * 257, tensor, tensor.numpy(), (tensor / 255).requires_grad_(),
+            tensor.to(torch.bfloat16), np.asfortranarray(pixels),
+        ]  # fmt: skip
+        answers = captioner.caption(images, ROWS[0]["prompt"])
+        parts = [[{"type": "image", "image": image}, ROWS[0]["prompt"]] for image in images]
+        answers += captioner.caption(messages=[[{"role": "user", "content": each}] for each in parts])
+    assert {(answer.answer, answer.failure) for answer in answers} == {(answers[0].answer, None)}
     assert answers[0].finish_reason == "stop"
 
 
@@ -113,7 +128,26 @@ def _truncated():
     ("image", "prompt", "kind", "message"),
     [
         (np.zeros((2, 2, 7), np.uint8), "What?", "ImageError", "a uint8 array of shape (2, 2, 7) is not an image"),
-        (np.zeros((2, 2, 3), np.float32), "What?", "ImageError", "a float32 array of shape (2, 2, 3) is not an image"),
+        (
+            np.zeros((3, 9, 3)),
+            "What?",
+            "ImageError",
+            "a float64 array of shape (3, 9, 3) can be read as (height, ",
+        ),
+        (
+            np.full((5, 5, 3), -0.5),
+            "What?",
+            "ImageError",
+            "the image has samples from -0.5 to -0.5; they must be",
+        ),
+        (np.full((5, 5), 1j), "What?", "ImageError", "a complex128 array of shape (5, 5) is not an image"),
+        (io.StringIO("text"), "What?", "ImageError", "the file of the image is open as text: open it with mode 'rb'"),
+        (io.BytesIO(b"no image"), "What?", "ImageError", "the bytes are no image of AVIF, "),
+        ({"bytes": None, "path": None}, "What?", "ImageError", "NoneType is not an image: give a path"),
+        ({"path": "/nowhere.png"}, "What?", "ImageError", "/nowhere.png: No such file or directory"),
+        ({"bytes": "no base64!"}, "What?", "ImageError", "an image in base64 of 10 characters has invalid base64"),
+        (torch.empty((3, 9, 9), device="meta"), "What?", "ImageError", "Tensor cannot be made an array: "),
+        (torch.zeros((1, 3, 9, 9)), "What?", "ImageError", "a float32 array of shape (1, 3, 9, 9) is not an image"),
         (np.zeros((), np.uint8), "What?", "ImageError", "a uint8 array of shape () is not an image"),
         (None, "What?", "ImageError", "NoneType is not an image: give a path"),
         ("a\0b", "What?", "ImageError", r"'a\x00b' is not a valid path: embedded null byte"),
@@ -130,7 +164,16 @@ def test_what_is_no_image_or_no_prompt_fails_its_row_alone(image, prompt, kind, 
 
 @pytest.mark.parametrize(
     "image",
-    ["a.jpg", Path("a.jpg"), b"any", np.zeros((2, 2, 3), np.uint8), Image.new("L", (2, 2))],
+    [
+        "a.jpg",
+        Path("a.jpg"),
+        b"any",
+        np.zeros((2, 2, 3), np.uint8),
+        Image.new("L", (2, 2)),
+        io.BytesIO(b"any"),
+        {"bytes": b"any", "path": None},
+        torch.zeros((3, 9, 9)),
+    ],
     ids=type,
 )
 def test_one_image_in_place_of_a_list_is_refused(image, captioner):
@@ -183,7 +226,7 @@ def test_a_failure_is_printed_as_one(captioner):
 
 
 def test_an_array_may_hold_several_images(captioner):
-    answers = captioner.caption(np.zeros((2, 4, 4, 3), np.uint8), "What?", max_new_tokens=1)
+    answers = captioner.caption(np.zeros((2, 5, 5, 3), np.uint8), "What?", max_new_tokens=1)
     assert [answer.failure for answer in answers] == [None, None]
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from qvl_batch.columns import FILE, ROW, failure_columns, failures_of
 from qvl_batch.input.fetch import Fetcher
-from qvl_batch.input.input_columns import InputColumns
+from qvl_batch.input.input_columns import InputColumns, Kept
 from qvl_batch.input.reader import read_unit
 from qvl_batch.input.source import Unit, footer_sha256
 from qvl_batch.pipeline.crash_guard import (
@@ -155,7 +155,7 @@ def test_a_call_that_fails_lets_the_others_go_on():
     assert seen == [[1], [2]] * (TOGETHER + ALONE) + [[1]]
 
 
-COLUMNS = InputColumns(pa.field("id", pa.int64()), (pa.field("note", pa.string()),), "image", None)
+COLUMNS = InputColumns(pa.field("id", pa.int64()), (Kept("note", pa.field("note", pa.string())),), "image", None)
 
 
 def _read_through(path, groups, ends, spans=None, *, ids_end=False):

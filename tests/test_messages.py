@@ -18,8 +18,8 @@ from qvl_batch.columns import FAILURE, IMAGES, MESSAGES
 from qvl_batch.conversation import Message, from_json, single_turn, to_json
 from qvl_batch.conversation import images_of as indices_of
 from qvl_batch.errors import ConfigError, InputError, RecordError
+from qvl_batch.input import cells, reader
 from qvl_batch.input import messages as messages_module
-from qvl_batch.input import reader
 from qvl_batch.input.messages import MOST_CHARACTERS, MOST_IMAGES, MOST_PARTS, MOST_VALUES, read_messages
 from qvl_batch.input.source import open_source
 
@@ -762,7 +762,9 @@ def test_images_of_messages_are_read_only_from_where_that_is_allowed(tmp_path):
         ("data:image/png,abc", "a data: address of an image must be in base64"),
         ("data:image/png;base64", "a data: address of an image must be in base64"),
         ("data:image/svg+xml;utf8,<svg/>", "a data: address of an image must be in base64"),
-        ("data:image/png;base64,abc", "a data: address has invalid base64: "),
+        ("data:image/png;base64,abcde", "a data: address has invalid base64: "),
+        (DATA.rstrip("="), A),
+        (DATA.replace("+", "%2B").replace("=", "%3D"), A),
         ("data:image/png;base64,a*bc", "a data: address has invalid base64: "),
         ("data:image/png;base64,ü", "a data: address has invalid base64: "),
     ],
@@ -954,8 +956,8 @@ def test_a_file_whose_messages_are_all_empty_fails_row_by_row(column, tmp_path):
 
 def test_paths_in_lists_need_a_place(tmp_path):
     pq.write_table(_table(image=[["a"]], prompt=["x"]), tmp_path / "a.parquet")
-    with pytest.raises(InputError, match=r"column 'image' has paths or addresses of images; .* --allow-images-from"):
-        open_source(caption_config(tmp_path))
+    with pytest.raises(InputError, match=r"column 'image' has paths or addresses .* --allow-images-from: a is not"):
+        reader.refuse_paths(open_source(caption_config(tmp_path)), ())
 
 
 def test_what_an_answer_was_is_a_column_of_the_output_if_it_is_cut_off(tmp_path):
@@ -971,7 +973,7 @@ def test_what_an_answer_was_is_a_column_of_the_output_if_it_is_cut_off(tmp_path)
     assert schema.names[:3] == ["id", "expected", "answer"]
     table = _table(messages=messages, image=[None] * 4, expected=["e"] * 4)
     pq.write_table(table, tmp_path / "a.parquet")
-    with pytest.raises(ConfigError, match="--keep-columns expected: the output already has a column of this name"):
+    with pytest.raises(ConfigError, match="--keep-columns expected: the output has a column of this name"):
         open_source(caption_config(tmp_path, keep_columns=("expected",), **options))
     options.pop("answer_last_turn_again")
     columns = open_source(caption_config(tmp_path, keep_columns=("expected",), **options)).columns
@@ -1261,8 +1263,8 @@ def test_a_row_of_a_file_with_millions_of_values_fails_alone(name, tmp_path, mon
     pq.write_table(table, tmp_path / "a.parquet")
     source = open_source(caption_config(tmp_path, messages_column="messages"))
     made = []
-    value = reader._value  # noqa: SLF001
-    monkeypatch.setattr(reader, "_value", lambda scalar: made.append(scalar) or value(scalar))
+    value = cells.value_of
+    monkeypatch.setattr(cells, "value_of", lambda scalar: made.append(scalar) or value(scalar))
     rows = read_rows(source, rows_per_table=16)
     assert rows[MESSAGE].to_pylist() == [None, f"the messages have more than {many - 1:,} values", None] * 3
     assert len(made) == 6
@@ -1270,8 +1272,8 @@ def test_a_row_of_a_file_with_millions_of_values_fails_alone(name, tmp_path, mon
 
 def test_rows_of_many_messages_are_made_one_after_the_other(tmp_path, monkeypatch):
     order = []
-    value, read = reader._value, messages_module.read_messages  # noqa: SLF001
-    monkeypatch.setattr(reader, "_value", lambda scalar: order.append("made") or value(scalar))
+    value, read = cells.value_of, messages_module.read_messages
+    monkeypatch.setattr(cells, "value_of", lambda scalar: order.append("made") or value(scalar))
     monkeypatch.setattr(reader, "read_messages", lambda *args, **more: order.append("read") or read(*args, **more))
     _rows(tmp_path, _table(messages=[WITHOUT] * 3), messages_column="messages")
     assert order == ["made", "read"] * 3

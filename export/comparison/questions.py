@@ -16,7 +16,8 @@ from qvl_batch.errors import ConfigError, InputError
 from qvl_batch.images.pixels import Seen, seen_or_failure
 from qvl_batch.images.view import View
 from qvl_batch.input.fetch import Fetcher
-from qvl_batch.input.reader import read_unit
+from qvl_batch.input.input_columns import Kept
+from qvl_batch.input.reader import read_unit, refuse_paths
 from qvl_batch.input.source import Source, open_source
 from qvl_batch.report.sample import side_by_side
 from qvl_batch.rows import Row, RowSet
@@ -121,6 +122,7 @@ def open_questions(config: CompareConfig, resolution: Resolution, say: Callable[
     """
     views = tuple(View.of(resolution, fit, config.max_pixels) for fit in config.fit or (None,))
     source, expected = open_source(config), config.expected_column
+    refuse_paths(source, config.allow_images_from)
     if expected is None:
         expected = EXPECTED if EXPECTED in pq.read_schema(source.files[0].path).names else ""
     if expected:
@@ -132,7 +134,7 @@ def open_questions(config: CompareConfig, resolution: Resolution, say: Callable[
             say(f"note      expected answers are not used: {error}")
             expected = ""
         else:
-            source = replace(source, columns=replace(source.columns, kept=(kept,)))
+            source = replace(source, columns=replace(source.columns, kept=(Kept(expected, kept),)))
     fetcher = Fetcher(config.allow_images_from)
     return Questions(source, fetcher, views, config.image_rules, config.prompt, expected or None)
 

@@ -25,6 +25,7 @@ from PIL import (
 
 from qvl_batch.config import ImageRules
 from qvl_batch.errors import ImageError, stable_message
+from qvl_batch.images.arrays import is_npy, of_npy, picture_of
 from qvl_batch.images.limits import check_pixels, check_size, check_work
 from qvl_batch.images.png import cleaned
 from qvl_batch.images.tiff import deep_picture
@@ -44,11 +45,13 @@ def opened(data: bytes, rules: ImageRules) -> Image.Image:
     """Open an image file; its pixels are not decoded yet, except those of a TIFF that Pillow cannot read.
 
     Raises:
-        ImageError: the file is none of `FORMATS`, damaged, or would take too much memory or time.
+        ImageError: the file is none of `FORMATS` and no array, damaged, or would take too much memory or time.
     """
+    if is_npy(data):
+        return picture_of(of_npy(data), rules.max_pixels)
     kinds = [kind for kind in FORMATS if _begins_like(kind, data[:16])]
     if not kinds:
-        raise ImageError(f"the bytes are no image of {', '.join(FORMATS)} (first 8: {data[:8]!r})")
+        raise ImageError(f"the bytes are no image of {', '.join(FORMATS)} or NPY (first 8: {data[:8]!r})")
     for number, kind in enumerate(kinds, 1):
         try:
             image = _opened_as(kind, data, rules)

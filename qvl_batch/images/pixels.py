@@ -21,6 +21,7 @@ from PIL import ExifTags, Image
 from qvl_batch.bundle.layout import Pixels
 from qvl_batch.config import Fit, ImageRules
 from qvl_batch.errors import ImageError, stable_message
+from qvl_batch.images.arrays import picture_of
 from qvl_batch.images.bit_depth import to_8_bits
 from qvl_batch.images.colour import to_srgb
 from qvl_batch.images.damage import MISSING, decoded
@@ -116,6 +117,16 @@ def upright_rgb(image: Image.Image, rules: ImageRules = DEFAULT_RULES) -> Image.
         check_size(image.size, rules.max_pixels)
         image.load()
         return _upright_rgb(image)
+
+
+def array_rgb(array: NDArray[Any], rules: ImageRules = DEFAULT_RULES) -> Image.Image:
+    """Convert an array of pixels to RGB, as `images.arrays` reads it, and opaque.
+
+    Raises:
+        ImageError: it is no image, or too large.
+    """
+    with _as_image_errors():
+        return _upright_rgb(picture_of(array, rules.max_pixels))
 
 
 def fit_image(image: Image.Image, size: int, fit: Fit = "letterbox") -> NDArray[np.uint8]:

@@ -4,9 +4,8 @@ What enters: the schema of a file, and the column names of the settings. What le
 schema of the answers follows; or an error that names file and column.
 """
 
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import pyarrow as pa
@@ -14,20 +13,37 @@ import pyarrow as pa
 from qvl_batch.config import JobConfig, option_of
 from qvl_batch.constraints import Kind
 from qvl_batch.errors import ConfigError, InputError
+from qvl_batch.input.common_types import common_type, without_views
+from qvl_batch.input.image_cells import WANTED, is_image, is_list_of_images
+from qvl_batch.input.lookup import find_column, find_field, partitions
 from qvl_batch.sampling import Sampling
-from qvl_batch.schema import EXPECTED_FIELD, ID, answer_fields, is_text, plain_type
+from qvl_batch.schema import EXPECTED_FIELD, ID, answer_fields, is_bytes, is_text, item_type, plain_type
 
 #: Floats below this are exact integers if they are whole.
 EXACT = 2.0**53
 #: What a user is told where files have no ids.
 BY_PLACE = "files have no column 'id', so rows are identified by file and row (--id-column names another column)"
-#: List types: their test, and the constructor of such a type without views.
-LISTS = (
-    (pa.types.is_list, pa.list_),
-    (pa.types.is_large_list, pa.large_list),
-    (pa.types.is_list_view, pa.large_list),
-    (pa.types.is_large_list_view, pa.large_list),
-)
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A column of `--keep-columns`.
+
+    Args:
+        name: in the input.
+        field: name and type in the output; the type is null as long as all files lack the column.
+        missing: number of files that lack it, whose rows have nulls.
+    """
+
+    name: str
+    field: pa.Field
+    missing: int = field(default=0, compare=False)
+
+    def joined(self, other: "Kept") -> "Kept | None":
+        """The column with a type that holds the values of both files; None if there is no such type."""
+        kind = common_type(self.field.type, other.field.type)
+        missing = self.missing + other.missing
+        return None if kind is None else Kept(self.name, self.field.with_type(kind), missing)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +52,12 @@ class InputColumns:
 
     Args:
         id: name in the input, and type in the output; None if rows are identified by file and row.
-        kept: names and types of the columns of `--keep-columns`.
+        kept: the columns of `--keep-columns`.
         image: name; beside messages, files can lack this column, and their rows have no images of their own.
         prompt: name, None if no prompt column is read.
         messages: name, None if rows are an image and a prompt.
         has_lists: rows can have several images or none: the image column is of lists, or there are messages.
+        has_text: the image column is text in some file: paths, addresses, or images in base64.
         answer_last_turn_again: an assistant's turn at the end of messages becomes the column `expected`.
         constraint: name of a column that says what each answer must be, and of which kind it is; None if there is none.
         sampling: name of a column that says how each answer is drawn, and what is so where it says nothing; None if
@@ -48,26 +65,43 @@ class InputColumns:
     """
 
     id: pa.Field | None
-    kept: tuple[pa.Field, ...]
+    kept: tuple[Kept, ...]
     image: str
     prompt: str | None
     messages: str | None = None
     has_lists: bool = False
+    has_text: bool = field(default=False, compare=False)
     answer_last_turn_again: bool = False
     constraint: tuple[str, Kind] | None = None
     sampling: tuple[str, Sampling] | None = None
 
     @property
     def names(self) -> list[str]:
-        """Every column to read, each once."""
+        """Every column to read, each once. A file can lack kept ones, and beside messages the image column."""
         asked = [name for name in (self.prompt, self.messages) if name is not None]
         asked += [each[0] for each in (self.constraint, self.sampling) if each is not None]
-        return list(dict.fromkeys([*(field.name for field in self.copied), self.image, *asked]))
+        return list(dict.fromkeys([*self.copied, self.image, *asked]))
 
     @property
-    def copied(self) -> tuple[pa.Field, ...]:
+    def copied(self) -> list[str]:
         """Columns whose values are those of the input: the id, if there is one, and the kept ones."""
-        return self.kept if self.id is None else (self.id, *self.kept)
+        return [*([] if self.id is None else [self.id.name]), *(each.name for each in self.kept)]
+
+    def of(self, table: pa.Table, file: str) -> pa.Table:
+        """The columns of `names` that a table of a file has, under these names. Those to keep that it lacks have the
+        value of the file's partition, or null.
+        """
+        given, kept = partitions(file), {each.name for each in self.kept}
+        schema: list[pa.Field] = []
+        values: list[Any] = []
+        for name in self.names:
+            if (found := find_field(table.schema, name)) is not None:
+                values.append(find_column(table, name))
+                schema.append(found)
+            elif name in kept:
+                values.append(pa.repeat(given.get(name), len(table)))
+                schema.append(pa.field(name, values[-1].type))
+        return pa.table(values, pa.schema(schema))
 
     @property
     def id_type(self) -> pa.DataType:
@@ -77,28 +111,29 @@ class InputColumns:
     def joined(self, other: "InputColumns") -> "InputColumns | None":
         """Columns whose types hold the values of both files; None if there are no such types.
 
-        Ids must have the same type, or all files lack them. Types of a kept column can differ in width only, or one of
-        them is null. One file can have single images, and another lists of them.
+        Ids must have the same type, or all files lack them. Types of a kept column can differ as `common_type` says.
+        One file can have single images, and another lists of them.
         """
-        kept = [_common_type(a.type, b.type) for a, b in zip(self.kept, other.kept, strict=True)]
-        if (self.id is None) != (other.id is None) or self.id_type != other.id_type or None in kept:
+        joined = [a.joined(b) for a, b in zip(self.kept, other.kept, strict=True)]
+        kept = tuple(each for each in joined if each is not None)
+        if (self.id is None) != (other.id is None) or self.id_type != other.id_type or len(kept) < len(joined):
             return None
-        fields = (a if kind == a.type else a.with_type(kind) for a, kind in zip(self.kept, kept, strict=True))
-        return replace(self, kept=tuple(fields), has_lists=self.has_lists or other.has_lists)
+        lists, text = self.has_lists or other.has_lists, self.has_text or other.has_text
+        return replace(self, kept=kept, has_lists=lists, has_text=text)
 
     def output_schema(self, **options: Any) -> pa.Schema:
         """Schema of the answers; the options are those of `answer_fields`."""
         expected = [EXPECTED_FIELD] if self.answer_last_turn_again else []
         answers = answer_fields(lists=self.has_lists, **options)
-        return pa.schema([pa.field(ID, self.id_type), *self.kept, *expected, *answers])
+        return pa.schema([pa.field(ID, self.id_type), *(each.field for each in self.kept), *expected, *answers])
 
 
 def input_columns(schema: pa.Schema, file: str, config: JobConfig) -> InputColumns:
     """Choose and check the columns of one input file.
 
     Raises:
-        InputError: a column is missing, occurs twice or has a type that cannot be used, or images are paths and no
-            place is allowed for them; the message names file and column and says what is there.
+        InputError: a column is missing, occurs twice or has a type that cannot be used; the message names file and
+            column and says what is there.
         ConfigError: a kept column has the name of an output column.
     """
     again = config.answer_last_turn_again
@@ -108,7 +143,10 @@ def input_columns(schema: pa.Schema, file: str, config: JobConfig) -> InputColum
     reserved = {ID, *(field.name for field in [*answers, *([EXPECTED_FIELD] if again else [])])}
     clash = [name for name in config.copied_columns if name in reserved]
     if clash:
-        raise ConfigError(f"--keep-columns {clash[0]}: the output already has a column of this name")
+        raise ConfigError(
+            f"--keep-columns {clash[0]}: the output has a column of this name; keep yours under another one, such as "
+            f"--keep-columns {config.copied_columns[clash[0]]}=my_{clash[0]}"
+        )
     messages = config.messages_column
     prompt = None if config.prompt is not None or messages is not None else config.prompt_column
     name = config.id_column or ID
@@ -123,27 +161,22 @@ def input_columns(schema: pa.Schema, file: str, config: JobConfig) -> InputColum
         _check_constraint(_field(schema, name, file, option_of(f"{kind}_column")), kind, file)
     if config.row_sampling is not None:
         _check_sampling(_field(schema, config.row_sampling[0], file, "--sampling-column"), file)
-    lists = messages is not None
-    if messages is None or config.image_column in schema.names:
+    lists, text = messages is not None, False
+    if messages is None or _has(schema, config.image_column):
         image = _field(schema, config.image_column, file, "--image-column")
         _check_image(image, file)
-        lists |= item_type(image.type) is not None
-        if is_text(plain_type(item_type(image.type) or image.type)) and not config.allow_images_from:
-            raise InputError(
-                f"{file}: column {image.name!r} has paths or addresses of images; allow folders or addresses for them "
-                "with --allow-images-from"
-            )
-        if id_field is not None and id_field.name == image.name and _is_bytes(plain_type(image.type)):
+        lists |= is_list_of_images(image)
+        text = is_text(plain_type(item_type(image.type) or image.type))
+        if id_field is not None and id_field.name == image.name and is_bytes(plain_type(image.type)):
             raise InputError(f"{file}: column {image.name!r} is both --id-column and --image-column, and holds images")
-    kept = tuple(_field(schema, name, file, "--keep-columns") for name in config.copied_columns)
-    copied = tuple(pa.field(field.name, _without_views(field.type)) for field in kept)
     return InputColumns(
         id_field,
-        copied,
+        tuple(_kept(schema, *each, file) for each in config.copied_columns.items()),
         config.image_column,
         prompt,
         messages,
         has_lists=lists,
+        has_text=text,
         answer_last_turn_again=again,
         constraint=config.constraint_column,
         sampling=config.row_sampling,
@@ -156,10 +189,26 @@ def _field(schema: pa.Schema, name: str, file: str, option: str) -> pa.Field:
     Raises:
         InputError: there is no such column, or several.
     """
-    if schema.names.count(name) != 1:
+    field = find_field(schema, name)
+    if field is None:
         present = ", ".join(schema.names) or "none"
         raise InputError(f"{file} has no single column {name!r} ({option}); it has {present}")
-    return schema.field(name)
+    return field
+
+
+def _has(schema: pa.Schema, name: str) -> bool:
+    """Whether there is such a column or field, or even several."""
+    return name in schema.names or find_field(schema, name) is not None
+
+
+def _kept(schema: pa.Schema, new: str, name: str, file: str) -> Kept:
+    """A column to keep as `new`: of the file, of its partition, or missing."""
+    if _has(schema, name):
+        kind = without_views(_field(schema, name, file, "--keep-columns").type)
+        return Kept(name, pa.field(new, kind))
+    if name in partitions(file):
+        return Kept(name, pa.field(new, pa.string()))
+    return Kept(name, pa.field(new, pa.null()), missing=1)
 
 
 def _id_field(field: pa.Field, file: str) -> pa.Field:
@@ -177,8 +226,7 @@ def _id_field(field: pa.Field, file: str) -> pa.Field:
 
 def _is_spelled(kind: pa.DataType) -> bool:
     kinds = (pa.types.is_floating, pa.types.is_decimal, pa.types.is_date, pa.types.is_time, pa.types.is_timestamp)
-    is_bytes = _is_bytes(kind) or pa.types.is_fixed_size_binary(kind)
-    return is_bytes or isinstance(kind, pa.UuidType) or any(is_kind(kind) for is_kind in kinds)
+    return is_bytes(kind) or isinstance(kind, pa.UuidType) or any(is_kind(kind) for is_kind in kinds)
 
 
 def ids_of(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray | pa.Array:
@@ -194,7 +242,7 @@ def ids_of(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray | pa.A
         spell = _digits
     elif isinstance(own, pa.UuidType):
         spell = str
-    elif _is_bytes(own) or pa.types.is_fixed_size_binary(own):
+    elif is_bytes(own):
         spell = bytes.hex
     else:
         return column.cast(own).cast(kind)
@@ -212,9 +260,8 @@ def _check_prompt(field: pa.Field, file: str) -> None:
 
 
 def _check_image(field: pa.Field, file: str) -> None:
-    if not _is_image(item_type(field.type) or field.type):
-        wanted = "a struct of bytes and path, bytes, or paths, or lists of them"
-        raise InputError(f"{file}: column {field.name!r} (--image-column) is {field.type}; it must be {wanted}")
+    if not (is_image(field) or is_list_of_images(field)):
+        raise InputError(f"{file}: column {field.name!r} (--image-column) is {field.type}; it must be {WANTED}")
 
 
 def _check_messages(field: pa.Field, file: str) -> None:
@@ -255,55 +302,3 @@ def _check_sampling(field: pa.Field, file: str) -> None:
 def _without_json(kind: pa.DataType) -> pa.DataType:
     """The type itself, or for parquet's own type for JSON the text that it is."""
     return kind.storage_type if isinstance(kind, pa.JsonType) else kind
-
-
-def item_type(kind: pa.DataType) -> pa.DataType | None:
-    """Type of the items of a list type, None for any other type."""
-    is_list = pa.types.is_fixed_size_list(kind) or any(is_kind(kind) for is_kind, _ in LISTS)
-    return kind.value_type if is_list else None
-
-
-def _is_image(kind: pa.DataType) -> bool:
-    if pa.types.is_struct(kind):
-        counts = Counter(part.name for part in kind)
-        both = {counts["bytes"], counts["path"]}
-        return 1 in both and max(both) == 1
-    return _is_bytes(kind) or is_text(plain_type(kind)) or bool(pa.types.is_null(plain_type(kind)))
-
-
-def _common_type(a: pa.DataType, b: pa.DataType) -> pa.DataType | None:
-    """A type that holds the values of both unchanged, None if there is none."""
-    if a == b or pa.types.is_null(b):
-        return a
-    if pa.types.is_null(a):
-        return b
-    if is_text(a) and is_text(b):
-        return pa.large_string()
-    kinds = (pa.types.is_signed_integer, pa.types.is_unsigned_integer, pa.types.is_floating)
-    alike = any(is_kind(a) and is_kind(b) for is_kind in kinds)
-    return max(a, b, key=lambda kind: kind.bit_width) if alike else None
-
-
-def _without_views(kind: pa.DataType) -> pa.DataType:
-    """The type with contiguous values in place of views: Arrow's `take` does not support views."""
-
-    def of(field: pa.Field) -> pa.Field:
-        return field.with_type(_without_views(field.type))
-
-    if pa.types.is_string_view(kind):
-        kind = pa.large_string()
-    elif pa.types.is_binary_view(kind):
-        kind = pa.large_binary()
-    elif pa.types.is_struct(kind):
-        kind = pa.struct([of(field) for field in kind])
-    elif pa.types.is_map(kind):
-        kind = pa.map_(of(kind.key_field), of(kind.item_field), kind.keys_sorted)
-    elif pa.types.is_fixed_size_list(kind):
-        kind = pa.list_(of(kind.value_field), kind.list_size)
-    elif make := next((make for is_kind, make in LISTS if is_kind(kind)), None):
-        kind = make(of(kind.value_field))
-    return kind
-
-
-def _is_bytes(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))

@@ -22,7 +22,6 @@ messages and in parts are text.
 This module knows nothing of files or tables.
 """
 
-import base64
 import json
 import re
 from collections import Counter
@@ -31,7 +30,7 @@ from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 from qvl_batch.conversation import Conversation, Message, Part, Role
-from qvl_batch.errors import ImageError, RecordError
+from qvl_batch.errors import RecordError
 
 #: Mark of an image in text.
 MARK = "<image>"
@@ -203,32 +202,6 @@ class _Reading:
             raise RecordError(f"the messages show more than {MOST_IMAGES:,} images")
         self._values.append(image)
         return len(self._values) - 1
-
-
-def plain_image(image: object) -> object:
-    """An image that is given as `datasets` has it, or as a data: address, by its bytes or its path.
-
-    Raises:
-        ImageError: a data: address is not in base64, or damaged.
-    """
-    if isinstance(image, dict):
-        image = next((image[name] for name in ("bytes", "path") if image.get(name) is not None), None)
-    return of_data_address(image) if isinstance(image, str) and image[:5].lower() == "data:" else image
-
-
-def of_data_address(text: str) -> bytes:
-    """The image in a data: address (RFC 2397), in base64.
-
-    Raises:
-        ImageError: it is not in base64, or damaged.
-    """
-    head, comma, data = text.partition(",")
-    if not comma or not head.lower().endswith(";base64"):
-        raise ImageError("a data: address of an image must be in base64: data:image/...;base64,...")
-    try:
-        return base64.b64decode("".join(data.split()), validate=True)
-    except ValueError as error:
-        raise ImageError(f"a data: address has invalid base64: {error}") from error
 
 
 def _list(value: object) -> list[Any]:

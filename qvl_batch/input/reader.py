@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from qvl_batch.columns import CONSTRAINT, IMAGES, MESSAGES, SAMPLING, array, failure_columns, place_columns
+from qvl_batch.columns import CONSTRAINT, IMAGES, MESSAGES, SAMPLING, array, failure_columns, failures_of, place_columns
 from qvl_batch.constraints import Constraint, constraint_of
 from qvl_batch.conversation import single_turn, to_json
 from qvl_batch.errors import (
@@ -32,10 +31,14 @@ from qvl_batch.errors import (
     WorkerLostError,
     stable_message,
 )
+from qvl_batch.input.cells import one_by_one, values_of
+from qvl_batch.input.common_types import exact
 from qvl_batch.input.fetch import Fetcher
-from qvl_batch.input.input_columns import InputColumns, ids_of, item_type
-from qvl_batch.input.messages import MARK, MOST_IMAGES, MOST_VALUES, Asked, plain_image, read_messages
-from qvl_batch.input.source import Unit, footer_sha256
+from qvl_batch.input.footers import parquet_file
+from qvl_batch.input.image_cells import image_values, plain_image
+from qvl_batch.input.input_columns import InputColumns, ids_of
+from qvl_batch.input.messages import MARK, MOST_IMAGES, MOST_VALUES, Asked, read_messages
+from qvl_batch.input.source import Source, Unit, footer_sha256
 from qvl_batch.sampling import Sampling
 from qvl_batch.schema import EXPECTED_FIELD, ID, Failure, first_failure
 
@@ -43,6 +46,8 @@ logger = logging.getLogger(__name__)
 Read = TypeVar("Read")
 #: Most bytes of all images of a row that has several: tables hold them, however often the row shows the same one.
 MOST_BYTES = 1 << 29
+#: Rows of the input that say whether a column of text has paths; and the option that allows them.
+FIRST_ROWS, PLACES = 16, "--allow-images-from"
 #: Whether this process has logged a note on marks in text.
 _noted_marks = False
 
@@ -86,7 +91,7 @@ def read_unit(
     """
     at, left = unit.first_row, deque(unit.spans)
     try:
-        with pa.OSFile(unit.file) as opened, pq.ParquetFile(opened) as file:
+        with pa.OSFile(unit.file) as opened, parquet_file(opened) as file:
             if footer_sha256(opened) != unit.footer:
                 raise InputError(f"{unit.file} has changed while this job ran: put it back, or give another --output")
             for table, error in _tables(file, unit, columns, rows_per_table, lost):
@@ -106,6 +111,30 @@ def read_unit(
     raise InputError(f"{unit.file}: row group {unit.row_group} has {rows} rows, not {expected}: the file is damaged")
 
 
+def refuse_paths(source: Source, allowed: Sequence[str]) -> None:
+    """Refuse a column of paths or addresses if no place is allowed for them, before all rows fail.
+
+    It looks at the first rows: text can also be the image itself.
+
+    Args:
+        source: the input.
+        allowed: places that images may be fetched from.
+
+    Raises:
+        InputError: the first rows have paths or addresses, and no image in their place.
+    """
+    unit = next(source.units(), None)
+    if allowed or unit is None or not source.columns.has_text:
+        return
+    for rows in islice(read_unit(unit, source.columns, "?", FIRST_ROWS, Fetcher(())), 1):
+        refused = [each.message for each in failures_of(rows) if each is not None and PLACES in each.message]
+        if refused and rows[IMAGES].null_count == len(rows):
+            raise InputError(
+                f"{unit.file}: column {source.columns.image!r} has paths or addresses of images; allow folders or "
+                f"addresses for them with {PLACES}: {refused[0]}"
+            )
+
+
 def _tables(
     file: pq.ParquetFile, unit: Unit, columns: InputColumns, rows_per_table: int, lost: Lost | None
 ) -> Iterator[tuple[pa.Table, Exception | None]]:
@@ -114,26 +143,25 @@ def _tables(
     if lost is None:
         try:
             for batch in file.iter_batches(rows_per_table, row_groups=[unit.row_group], columns=columns.names):
-                yield pa.table(batch), None
+                yield pa.Table.from_batches([batch]), None
                 done += len(batch)
         except (OSError, pa.ArrowException) as damage:
             lost = Lost(damage)
         else:
             return
-    rest = _readable_columns(file, unit.row_group, columns, known=lost.known).slice(done)
+    rest = _readable_columns(file, unit, columns, known=lost.known).slice(done)
     for start in range(0, rest.num_rows, rows_per_table):
         yield rest.slice(start, rows_per_table), lost.error
 
 
-def _readable_columns(file: pq.ParquetFile, row_group: int, columns: InputColumns, *, known: bool) -> pa.Table:
+def _readable_columns(file: pq.ParquetFile, unit: Unit, columns: InputColumns, *, known: bool) -> pa.Table:
     """Id and kept columns of a row group if `known`. Columns that are damaged or not read are nulls."""
-    rows = file.metadata.row_group(row_group).num_rows
+    rows = file.metadata.row_group(unit.row_group).num_rows
     values = {name: pa.nulls(rows) for name in columns.names}
-    for field in columns.copied:
-        values[field.name] = pa.nulls(rows, field.type)
+    for name in columns.copied:
         with suppress(OSError, pa.ArrowException):
             if known:
-                values[field.name] = file.read_row_group(row_group, columns=[field.name])[field.name]
+                values[name] = columns.of(file.read_row_group(unit.row_group, columns=[name]), unit.file)[name]
     return pa.table(values)
 
 
@@ -148,10 +176,12 @@ def _records(
 ) -> pa.Table:
     """The next stage's table: places, id, kept columns, conversations, images, failures. `error` fails all rows."""
     rows = range(first_row, first_row + table.num_rows)
+    table = columns.of(table, unit.file)
     nothing: list[None] = [None] * len(rows)
     asked: Sequence[Asked | RowError]
     constraints: Sequence[Constraint | RowError | None] = nothing
     samplings: Sequence[Sampling | RowError | None] = nothing
+    kept = {each.field.name: exact(table[each.name], each.name, each.field.type) for each in columns.kept}
     if error is None:
         if columns.constraint is not None:
             name, kind = columns.constraint
@@ -159,7 +189,8 @@ def _records(
         if columns.sampling is not None:
             name, usual = columns.sampling
             samplings = _by_row(table[name], usual.with_values)
-        own = zip(constraints, samplings, _asked(table, columns, prompt), strict=True)
+        wrong = (errors for _, errors in kept.values())
+        own = zip(*wrong, constraints, samplings, _asked(table, columns, prompt), strict=True)
         asked = [next((value for value in each if isinstance(value, RowError)), each[-1]) for each in own]
         _note_marks(asked)
         images, failures = _images(asked, Path(unit.file).parent, fetcher)
@@ -169,7 +200,7 @@ def _records(
     record = {
         **place_columns([(unit.file_number, row) for row in rows]),
         ID: _ids(table, columns, unit, rows),
-        **{field.name: table[field.name].cast(field.type) for field in columns.kept},
+        **{name: values for name, (values, _) in kept.items()},
         MESSAGES: array(MESSAGES, [to_json(each.conversation) if isinstance(each, Asked) else None for each in asked]),
         CONSTRAINT: array(CONSTRAINT, [_json(each) for each in constraints]),
         SAMPLING: array(SAMPLING, [_json(each) for each in samplings]),
@@ -191,13 +222,14 @@ def _ids(table: pa.Table, columns: InputColumns, unit: Unit, rows: range) -> pa.
 
 def _asked(table: pa.Table, columns: InputColumns, prompt: str | None) -> list[Asked | RowError]:
     """What each row asks, with the values of its images; or why it cannot be asked."""
-    has_images = columns.image in table.column_names  # without, there are messages
-    images: list[object] = _image_values(table[columns.image]) if has_images else [()] * len(table)
+    images: list[object] = [()] * len(table)
+    if columns.image in table.column_names:  # without, there are messages
+        images = image_values(table[columns.image], table.schema.field(columns.image))
     if columns.messages is not None:
         again = columns.answer_last_turn_again
-        messages = zip(_one_by_one(table[columns.messages]), images, strict=True)
+        messages = zip(one_by_one(table[columns.messages], MOST_VALUES), images, strict=True)
         return [_result(partial(_conversation, value, shown, again=again)) for value, shown in messages]
-    prompts: list[object] = [prompt] * len(table) if columns.prompt is None else _values(table[columns.prompt])
+    prompts: list[object] = [prompt] * len(table) if columns.prompt is None else values_of(table[columns.prompt])
     return [_result(partial(_turn, each, shown)) for each, shown in zip(prompts, images, strict=True)]
 
 
@@ -209,7 +241,7 @@ def _by_row(column: pa.ChunkedArray, read: Callable[[Any], Read]) -> "list[Read 
             raise value
         return None if value is None else read(value)
 
-    return [_result(partial(of, value)) for value in _values(column)]
+    return [_result(partial(of, value)) for value in values_of(column)]
 
 
 def _json(value: Constraint | Sampling | RowError | None) -> str | None:
@@ -270,62 +302,6 @@ def _row_error(row: str, error: Exception) -> RowError:
     if isinstance(error, WorkerLostError):
         return WorkerLostError(f"{row} {error}", stage=error.stage)
     return RecordError(f"{row} cannot be read: {stable_message(error)}")
-
-
-def _image_values(column: pa.ChunkedArray) -> list[object]:
-    """Values of the image column; of a struct its `bytes`, or if that is null its `path`. It ignores other fields."""
-    if item_type(column.type) is not None:
-        items = iter(_image_values(pc.list_flatten(column)))
-        counts = pc.list_value_length(column).to_pylist()
-        return [None if count is None else list(islice(items, count)) for count in counts]
-    if not pa.types.is_struct(column.type):
-        return _values(column)
-    values: list[object] = [None] * len(column)
-    for name in ("path", "bytes"):
-        if (index := column.type.get_field_index(name)) >= 0:
-            parts = _values(pc.struct_field(column, index))
-            values = [value if part is None else part for part, value in zip(parts, values, strict=True)]
-    return values
-
-
-def _values(column: pa.ChunkedArray) -> list[object]:
-    """Values as Python objects, with a `RecordError` in place of one that has none."""
-    try:
-        values: list[object] = column.to_pylist()
-    except (ValueError, OverflowError):  # a string that is not UTF-8, or a date outside Python's range
-        return [_value(scalar) for scalar in column]
-    return values
-
-
-def _one_by_one(column: pa.ChunkedArray) -> Iterator[object]:
-    """Values as `_values` has them, each made when it is asked for: messages can take much more memory as objects."""
-    for chunk in column.chunks:
-        for index in range(len(chunk)):
-            if _items(chunk.slice(index, 1)) > MOST_VALUES:
-                yield RecordError(f"the messages have more than {MOST_VALUES:,} values")
-            else:
-                yield _value(chunk[index])
-
-
-def _items(column: pa.Array) -> int:
-    """Number of items in all lists and maps of a column."""
-    if pa.types.is_map(column.type):
-        # Not as lists of structs: Arrow's cast of a slice ends the process where there are fields of type null.
-        start, stop = (int(column.offsets[end].as_py()) for end in (0, -1))
-        return stop - start + sum(_items(part.slice(start, stop - start)) for part in (column.keys, column.items))
-    if item_type(column.type) is not None:
-        items = column.flatten()
-        return len(items) + _items(items)
-    return sum(map(_items, column.flatten())) if pa.types.is_struct(column.type) else 0
-
-
-def _value(scalar: pa.Scalar) -> object:
-    try:
-        return scalar.as_py()
-    except UnicodeDecodeError as error:
-        return RecordError(f"a string is not valid Unicode text: {error}")
-    except (ValueError, OverflowError) as error:
-        return RecordError(f"a {scalar.type} cannot be read: {error}")
 
 
 def _images(

@@ -15,13 +15,13 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from qvl_batch.columns import OWN
 from qvl_batch.config import JobConfig
 from qvl_batch.errors import ConfigError, InputError
 from qvl_batch.input.discovery import find_files
+from qvl_batch.input.footers import footer, parquet_file
 from qvl_batch.input.input_columns import InputColumns, input_columns
 from qvl_batch.rows import PIECE, InputFile, RowSet, Span
 
@@ -139,6 +139,9 @@ def open_source(config: JobConfig, known: Sequence[InputFile] = ()) -> Source:
         can_widen = not known or number < len(known)
         columns = of_file if columns is None else _joined(columns, of_file, files, can_widen=can_widen)
     assert columns is not None
+    if lost := next((kept.name for kept in columns.kept if kept.missing == len(files)), None):
+        present = ", ".join(schema.names) or "none"
+        raise InputError(f"no file has a column {lost!r} (--keep-columns); {files[-1].path} has {present}")
     wanted = _first_rows(files, config.limit)
     return Source(tuple(files), columns, tuple(groups), wanted, RowSet(file.rows for file in files))
 
@@ -185,9 +188,7 @@ def _joined(
 
 def footer_sha256(file: pa.NativeFile) -> str:
     """SHA-256 of the footer of an open parquet file."""
-    end = file.size() - 8  # the last 8 bytes are the footer's length and `PAR1`
-    start = max(0, end - int.from_bytes(file.read_at(4, end), "little"))
-    return hashlib.sha256(file.read_at(end - start, start)).hexdigest()
+    return hashlib.sha256(footer(file)).hexdigest()
 
 
 def _first_rows(files: Sequence[InputFile], limit: int | None) -> tuple[int, ...]:
@@ -206,7 +207,7 @@ def _metadata(path: str) -> tuple[InputFile, pa.Schema, NDArray[np.int64]]:
     """
     try:
         # `to_arrow_schema` of metadata without a file leaks half a megabyte for each thousand row groups.
-        with _open(path) as opened, pq.ParquetFile(opened) as file:
+        with _open(path) as opened, parquet_file(opened) as file:
             rows = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
             starts = np.cumsum([0, *rows], dtype=np.int64)
             described = InputFile(path, opened.size(), int(starts[-1]), footer_sha256(opened))
@@ -229,5 +230,5 @@ def _extent(file: InputFile) -> str:
 
 
 def _types(columns: InputColumns) -> str:
-    own = [] if columns.id else ["no id"]
-    return ", ".join([*own, *(f"{field.name}: {field.type}" for field in columns.copied)])
+    own = ["no id"] if columns.id is None else [f"{columns.id.name}: {columns.id.type}"]
+    return ", ".join([*own, *(f"{kept.name}: {kept.field.type}" for kept in columns.kept)])

@@ -25,6 +25,7 @@ from qvl_batch.images.view import View
 from qvl_batch.input.discovery import passed_over
 from qvl_batch.input.fetch import Fetcher
 from qvl_batch.input.input_columns import BY_PLACE
+from qvl_batch.input.reader import refuse_paths
 from qvl_batch.input.source import Source, open_source
 from qvl_batch.output.parts import Tally
 from qvl_batch.output.resume import Job, OutputFolder
@@ -62,6 +63,7 @@ def run(config: CaptionConfig, say: Say = lambda _: None, is_stopped: IsStopped 
     storage = folder_at(config.output)
     earlier = None if config.overwrite else Job.of(storage)
     source = open_source(config, earlier.files if earlier else ())
+    refuse_paths(source, config.allow_images_from)
     cache = BundleCache(config.bundle_cache, config.bundle_cache_gb)
     if is_address(config.bundle):
         say(f"bundle    from {config.bundle}, kept in {cache.folder}")
@@ -149,6 +151,10 @@ def _announce(
     say(f"input     {source.rows:,} rows in {len(source.files):,} files")
     if source.columns.id is None:
         say(f"note      {BY_PLACE}")
+    for kept in source.columns.kept:
+        if kept.missing:
+            files = f"{kept.missing:,} of {len(source.files):,} files"
+            say(f"note      column {kept.name!r} (--keep-columns) is missing in {files}: it is null there")
     others = passed_over(config)
     if (first := next(others, None)) is not None:
         count = 1 + sum(1 for _ in others)
