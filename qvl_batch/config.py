@@ -197,6 +197,8 @@ class CaptionConfig(JobConfig):
     """Folder that caches image features, for other prompts over the same images. Every node must see it."""
     vision_cache_gb: float = 20.0
     """Largest size of that folder in gigabytes; the least recently used features are evicted first."""
+    max_error_rate: float | None = None
+    """Stop when more than this share of the run's rows fail, from 200 rows on. Answers are kept."""
     bundle_cache: Path | None = None
     """Folder of each node for bundles that are fetched. By default qvl-batch/bundles in the user's cache folder."""
     bundle_cache_gb: float = BUNDLE_CACHE_GB
@@ -215,6 +217,8 @@ class CaptionConfig(JobConfig):
         for option, value in (("--vision-cache-gb", self.vision_cache_gb), ("--bundle-cache-gb", self.bundle_cache_gb)):
             if not 0 < value < math.inf:
                 raise ConfigError(f"{option} must be a number above 0, not {value}")
+        if self.max_error_rate is not None and not 0 <= self.max_error_rate < 1:
+            raise ConfigError(f"--max-error-rate must be from 0 on and below 1, not {self.max_error_rate}")
         if self.price_per_hour is not None and not 0 <= self.price_per_hour < math.inf:
             raise ConfigError(f"--price-per-hour must be a number from 0 on, not {self.price_per_hour}")
         if self.abstain_below is not None:

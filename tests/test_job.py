@@ -7,6 +7,7 @@ on one cluster: of the seconds that a job of few rows takes, most are Ray's to s
 import html
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -170,6 +171,9 @@ def test_an_empty_input_gives_an_empty_answer(tiny_bundle, demo, call, tmp_path)
         ({"--sampling-column": "image"}, "(--sampling-column) is struct<bytes: binary, path: string>; it must be"),
         ({"--stop": ""}, "--stop must not be empty"),
         ({"--stop": "x", "--choices": "a,b"}, "--choices and --stop: --choices says where an answer ends"),
+        ({"--max-error-rate": "1"}, "--max-error-rate must be from 0 on and below 1, not 1.0"),
+        ({"--bundle": "s3://bucket/bundle"}, "s3://bucket/bundle: Install s3fs"),
+        ({"--bundle-cache-gb": "0"}, "--bundle-cache-gb must be a number above 0, not 0.0"),
         ({"--min-new-tokens": "0"}, "--min-new-tokens must be at least 1, not 0"),
         ({"--min-new-tokens": "200"}, "--min-new-tokens 200 is more than the --max-new-tokens 128"),
         ({"--min-new-tokens": "2", "--regex": "a"}, "--regex and --min-new-tokens: --regex says where an answer ends"),
@@ -421,6 +425,24 @@ def _submitting(env, programs):
         with suppress(ProcessLookupError):
             os.kill(process, signal.SIGKILL)
     head.wait(timeout=60)
+
+
+def test_a_job_that_goes_wrong_stops_and_keeps_its_answers(tiny_bundle, demo, job, tmp_path):
+    images = [row["image"]["bytes"] for row in demo[:4]] + [b"<html>not found</html>"] * 600
+    prompts = [row["prompt"] for row in demo[:4]] + ["What?"] * 600
+    pq.write_table(pa.table({"id": range(604), "image": images, "prompt": prompts}), tmp_path / "rows.parquet")
+    options = ["--bundle", tiny_bundle.path, "--input", tmp_path / "rows.parquet", "--output", tmp_path / "out"]
+    result = job(*options, "--max-error-rate", 0.25, status=1)
+    found = re.search(r"([\d,]+) of ([\d,]+) rows failed, more than --max-error-rate 0.25: (.*)", result.stderr)
+    failed, rows = int(found[1]), int(found[2])
+    assert rows >= 200
+    assert failed > 0.25 * rows
+    assert re.match(r"\d+ image: ImageError \(\d+: the bytes are no image of .*\. Answers are kept; mend", found[3])
+    kept = read_answers(tmp_path / "out")
+    assert len(kept) == rows
+    assert kept["error_type"].to_pylist().count("ImageError") == failed
+    result = job(*options)
+    assert "rows      604 (600 error, 4 stop)" in result.stdout
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from qvl_batch.bundle.cache import BundleCache, is_address
+from qvl_batch.bundle.cache import BundleCache
 from qvl_batch.bundle.loading import Bundle
 from qvl_batch.config import CaptionConfig, Device, option_of
 from qvl_batch.constraints import Constraint
@@ -42,6 +42,8 @@ from qvl_batch.report.summary import Report, recorded_settings
 from qvl_batch.runtime.devices import require_cuda, resolve_device, resolve_vision_device
 from qvl_batch.vision.cache import open_vision_cache
 
+#: Rows from which on a run can be stopped for its errors.
+ROWS_BEFORE_STOP = 200
 Say = Callable[[str], None]
 IsStopped = Callable[[], bool]
 
@@ -65,8 +67,6 @@ def run(config: CaptionConfig, say: Say = lambda _: None, is_stopped: IsStopped 
     source = open_source(config, earlier.files if earlier else ())
     refuse_paths(source, config.allow_images_from)
     cache = BundleCache(config.bundle_cache, config.bundle_cache_gb)
-    if is_address(config.bundle):
-        say(f"bundle    from {config.bundle}, kept in {cache.folder}")
     bundle = Bundle.load(config.bundle, cache=cache)
     devices = _devices(config, bundle)
     view = View.of(bundle.manifest.layout.resolution, config.fit, config.max_pixels)
@@ -162,7 +162,8 @@ def _announce(
     if folder.tally.rows:
         say(f"resuming  {folder.tally.rows:,} rows are answered already, {left.rows:,} are left")
     where = ", ".join(f"{stage} on {device}" for stage, device in devices.items())
-    say(f"bundle    {manifest.source.name}, {manifest.dtype}, {where}")
+    place = f", from {bundle.address}" if bundle.address else ""
+    say(f"bundle    {manifest.source.name}, {manifest.dtype}, {where}{place}")
     if manifest.tolerance is None:
         say("note      it was exported with --skip-parity, so no worker sees whether its machine computes it right")
 
@@ -193,7 +194,7 @@ def _answer(
         pipeline = Pipeline(config, bundle, plan, left.columns, view, fetcher, shown, constraint)
         # Closed before Ray is: threads of a dataset that is still running would start another Ray.
         with closing(pipeline.answers(left)) as answers:
-            tally = _write(answers, folder, stats, left.rows, is_stopped)
+            tally = _write(answers, folder, stats, left.rows, is_stopped, config.max_error_rate)
         seconds = stats.seconds
     if tally.rows != left.rows:
         raise JobError(f"{tally.rows:,} of {left.rows:,} rows came back; {config.going_on} answers the others")
@@ -217,12 +218,18 @@ def _answer(
 
 
 def _write(
-    answers: Iterable[pa.Table], folder: OutputFolder, stats: RunStats, rows: int, is_stopped: IsStopped
+    answers: Iterable[pa.Table],
+    folder: OutputFolder,
+    stats: RunStats,
+    rows: int,
+    is_stopped: IsStopped,
+    max_error_rate: float | None,
 ) -> Tally:
     """Write answers as they come, and count them.
 
     Raises:
         KeyboardInterrupt: stopped; all answers that have come are written.
+        JobError: too many rows fail; the same.
     """
     before = folder.tally.rows
     writer = AnswerWriter(folder.folder, folder.schema, folder.failed)
@@ -231,9 +238,30 @@ def _write(
             for table in _until(is_stopped, answers):
                 stats.add(table, writer.add(table))
                 progress.show(writer.tally.rows, writer.tally.finish_reasons["error"], stats.seconds)
+                if max_error_rate is not None:
+                    _check_errors(writer.tally, stats, max_error_rate)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"{before + writer.tally.rows:,} of {before + rows:,} rows are answered") from None
     return writer.tally
+
+
+def _check_errors(tally: Tally, stats: RunStats, max_error_rate: float) -> None:
+    """Stop a run that goes wrong.
+
+    Raises:
+        JobError: names the commonest errors, with an example of each.
+    """
+    failed = tally.finish_reasons["error"]
+    if tally.rows < ROWS_BEFORE_STOP or failed <= max_error_rate * tally.rows:
+        return
+    commonest = [
+        f"{count:,} {kind} ({stats.examples[kind][0]['id']}: {stats.examples[kind][0]['message']})"
+        for kind, count in tally.errors.most_common(3)
+    ]
+    raise JobError(
+        f"{failed:,} of {tally.rows:,} rows failed, more than --max-error-rate {max_error_rate:g}: "
+        f"{'; '.join(commonest)}. Answers are kept; mend the cause, and --retry-errors answers these rows again"
+    )
 
 
 def _until(is_stopped: IsStopped, tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
