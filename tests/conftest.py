@@ -176,7 +176,7 @@ def cluster() -> Iterator[None]:
     with ray_folder() as folder:
         ray.init(
             address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING,
-            _temp_dir=folder,
+            _temp_dir=folder, _system_config={"metrics_report_interval_ms": 500},
         )  # fmt: skip
         signal.signal(signal.SIGTERM, on_sigterm)  # Ray puts its own in its place
         yield

@@ -14,14 +14,18 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
+from collections import Counter
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+import ray
 from conftest import QUESTIONS, ROOT, TINY
 from image_files import image_file
 from output_folders import ANSWER_COLUMNS, read_answers, rows_by_id, shown_page
@@ -443,6 +447,54 @@ def test_a_job_that_goes_wrong_stops_and_keeps_its_answers(tiny_bundle, demo, jo
     assert kept["error_type"].to_pylist().count("ImageError") == failed
     result = job(*options)
     assert "rows      604 (600 error, 4 stop)" in result.stdout
+
+
+def _metrics():
+    """Of this project's jobs on the cluster of this process: sums by name and by one label."""
+    port = ray.nodes()[0]["MetricsExportPort"]
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+        text = answer.read().decode()
+    found = Counter()
+    for name, inside, value in re.findall(r"^ray_(qvl_\w+)\{(.*)\} (\S+)$", text, re.MULTILINE):
+        labels = dict(re.findall(r'(\w+)="([^"]*)"', inside))
+        label = next((labels[each] for each in ("finish_reason", "kind", "stage") if each in labels), "")
+        found[name, label] += float(value)
+    return found
+
+
+def test_ray_shows_metrics_of_a_job(tiny_bundle, demo, job, tmp_path):
+    rows = [dict(row) for row in demo[:6]]
+    rows[4]["image"] = {"bytes": b"<html>", "path": None}
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    before, loads, ended = _metrics(), Counter(), threading.Event()
+
+    def watch():  # what a decoder says is there as long as it is
+        while not ended.wait(0.2):
+            loads.update({name: value for (name, _), value in _metrics().items() if "slots" in name})
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    output = tmp_path / "out"
+    job("--bundle", tiny_bundle.path, "--input", tmp_path / "rows.parquet", "--output", output, "--slots", 4)
+    ended.set()
+    watcher.join()
+    answers = read_answers(output)
+    expected = {
+        ("qvl_rows_total", "stop"): 5,
+        ("qvl_rows_total", "error"): 1,
+        ("qvl_errors_total", "image: ImageError"): 1,
+        ("qvl_answer_tokens_total", ""): pc.sum(answers["answer_tokens"]).as_py(),
+        ("qvl_prompt_tokens_total", ""): pc.sum(answers["prompt_tokens"]).as_py(),
+        ("qvl_worker_rows_total", "decoder"): 6,
+    }
+    for _ in range(30):
+        found = _metrics()
+        if {key: found[key] - before[key] for key in expected} == expected:
+            break
+        time.sleep(0.5)
+    assert {key: found[key] - before[key] for key in expected} == expected
+    assert {"qvl_slots", "qvl_slots_busy"} <= set(loads)
+    assert loads["qvl_slots"] % 4 == 0
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from qvl_batch.conversation import Conversation
 from qvl_batch.decoder.decoder import Decoder, PrefillRow
 from qvl_batch.decoder.draws import Draws
 from qvl_batch.decoder.endings import RUNAWAY, Endings
-from qvl_batch.decoder.engine import Engine, decoder_clocks
+from qvl_batch.decoder.engine import Engine, Load, decoder_clocks
 from qvl_batch.decoder.grammar import MOST_GRAMMARS, ChoiceTree, Grammar, Grammars
 from qvl_batch.decoder.prompts import RowLayout
 from qvl_batch.decoder.requests import Completion, Request
@@ -146,6 +146,11 @@ class Answerer:
             else self._answer(each, [next(outcomes) for _ in each.requests])
             for each in asked
         ]
+
+    @property
+    def load(self) -> Load:
+        """How busy the bundle's own engine is."""
+        return self._engine.load
 
     def close(self) -> None:
         """Finish pending rows, then stop."""

@@ -144,6 +144,11 @@ class Engine(Stoppable):
         """
         return self._loop.submit(request)
 
+    @property
+    def load(self) -> "Load":
+        """How busy it is."""
+        return self._loop.load
+
     def close(self) -> None:
         """Finish submitted requests, then stop."""
         self._loop.drain()
@@ -153,6 +158,21 @@ class Engine(Stoppable):
         """Stop after the current step; pending requests fail."""
         self._loop.stop()
         self._loop.join()
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """How busy an engine is.
+
+    Args:
+        busy: slots with a row.
+        slots: that there are.
+        waiting: answers that wait for a slot.
+    """
+
+    busy: int
+    slots: int
+    waiting: int
 
 
 class _Loop(threading.Thread):
@@ -184,6 +204,12 @@ class _Loop(threading.Thread):
                 raise RuntimeError("the engine no longer runs") from self._failure
             self.submitted.put((request, future))
         return future
+
+    @property
+    def load(self) -> "Load":
+        """As `Engine.load`. Read without a lock: a moment's numbers, which need not belong together."""
+        busy = len(self._live) + (self._partial is not None)
+        return Load(busy, self._decoder.slots, len(self._waiting) + self.submitted.qsize())
 
     def drain(self) -> None:
         """Accept no more requests, and end when those submitted are done."""

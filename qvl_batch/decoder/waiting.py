@@ -43,9 +43,9 @@ class Waiting:
         #: Contents of the prefix-cache entries, by entry, the least recently used first.
         self._prefixes: dict[int, NDArray[np.int64]] = {}
 
-    def __bool__(self) -> bool:
-        """Whether any wait."""
-        return bool(self._groups)
+    def __len__(self) -> int:
+        """How many answers wait."""
+        return sum(map(len, tuple(self._groups)))
 
     def add(self, item: Pending) -> None:
         """Add a request behind all others, or beside those that have its row."""

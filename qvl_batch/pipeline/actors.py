@@ -9,6 +9,7 @@ import pyarrow as pa
 import ray
 
 from qvl_batch.pipeline.crash_guard import AttemptsInMemory, Guarded
+from qvl_batch.pipeline.metrics import watch
 from qvl_batch.pipeline.stages import DecoderStage, VisionStage
 from qvl_batch.rows import Row
 
@@ -49,7 +50,8 @@ class _Worker:
     error_stage: str
 
     def __init__(self, attempts: RemoteAttempts, *arguments: Any) -> None:
-        self._guarded = Guarded(type(self).stage(*arguments), self.error_stage, attempts)
+        self._stage = type(self).stage(*arguments)
+        self._guarded = Guarded(self._stage, self.error_stage, attempts)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         return self._guarded(table)
@@ -65,6 +67,10 @@ class DecoderWorker(_Worker):
     """An actor of the decoder stage; its arguments are those of `DecoderStage`."""
 
     stage, error_stage = DecoderStage, "decode"
+
+    def __init__(self, attempts: RemoteAttempts, *arguments: Any) -> None:
+        super().__init__(attempts, *arguments)
+        watch(worker_name(), lambda: self._stage.load)
 
 
 class JoinedWorker:

@@ -33,6 +33,7 @@ from qvl_batch.output.storage import folder_at
 from qvl_batch.output.writer import AnswerWriter
 from qvl_batch.pipeline.cluster import cards, cluster
 from qvl_batch.pipeline.dataset import Pipeline
+from qvl_batch.pipeline.metrics import RunMetrics
 from qvl_batch.pipeline.plan import make_plan
 from qvl_batch.report.page import render
 from qvl_batch.report.progress import progress_line
@@ -231,12 +232,14 @@ def _write(
         KeyboardInterrupt: stopped; all answers that have come are written.
         JobError: too many rows fail; the same.
     """
-    before = folder.tally.rows
+    before, metrics = folder.tally.rows, RunMetrics()
     writer = AnswerWriter(folder.folder, folder.schema, folder.failed)
     try:
         with writer, progress_line(rows) as progress:
             for table in _until(is_stopped, answers):
-                stats.add(table, writer.add(table))
+                tally = writer.add(table)
+                stats.add(table, tally)
+                metrics.add(table, tally)
                 progress.show(writer.tally.rows, writer.tally.finish_reasons["error"], stats.seconds)
                 if max_error_rate is not None:
                     _check_errors(writer.tally, stats, max_error_rate)

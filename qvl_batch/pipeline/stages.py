@@ -38,6 +38,7 @@ from qvl_batch.config import Device, Fit
 from qvl_batch.constraints import Constraint
 from qvl_batch.conversation import from_json
 from qvl_batch.decoder.answerer import Answerer, EncodedImage, EncodedRow
+from qvl_batch.decoder.engine import Load
 from qvl_batch.grounding import boxes, complete
 from qvl_batch.images.view import ImageSize, sizes_of
 from qvl_batch.json_schema import value_of
@@ -257,6 +258,11 @@ class DecoderStage:
             columns |= seconds_column(work, clock.take(), table.num_rows)
         done = [FEATURES, MESSAGES, CONSTRAINT, SAMPLING, SIZES, IMAGE_KEYS, *FAILURE]
         return with_columns(table.drop_columns(done), columns)
+
+    @property
+    def load(self) -> Load:
+        """How busy the decoder is."""
+        return self._answerer.load
 
     def _constraint(self, text: str | None) -> Constraint | None:
         """What the answer of a row must be."""
