@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from http import HTTPStatus
-from urllib.parse import urljoin
+from urllib.parse import urljoin, urlsplit
 
 import fsspec
 
@@ -188,11 +188,13 @@ class Download:
         with suppress(UnicodeError):
             location = location.encode("latin-1").decode()  # headers are read as Latin-1, and addresses are often UTF-8
         try:
-            to = Address.of(urljoin(self._at.url, location.strip()))
+            joined = urljoin(self._at.url, location.strip())
+            scheme = urlsplit(joined).scheme
+            to = Address.of(joined)
         except (ImageError, ValueError) as error:
-            raise self._error(f"redirects to an address that cannot be followed: {error}") from error
-        if to.scheme not in HTTP:
-            raise self._error(f"redirects to an address of {short(to.scheme)!r}, not of http or https")
+            raise self._error(f"redirects to an address that cannot be followed: {short(str(error))}") from error
+        if scheme not in HTTP:
+            raise self._error(f"redirects to an address of {short(scheme)}, not of http or https")
         return to
 
     def _error(self, reason: str) -> ImageError:

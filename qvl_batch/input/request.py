@@ -21,7 +21,14 @@ from http import HTTPStatus
 from http.client import HTTPConnection, HTTPResponse, HTTPSConnection
 from typing import Any, TypeVar
 from urllib.error import HTTPError, URLError
-from urllib.request import HTTPHandler, HTTPRedirectHandler, HTTPSHandler, build_opener
+from urllib.request import (
+    HTTPDefaultErrorHandler,
+    HTTPErrorProcessor,
+    HTTPHandler,
+    HTTPSHandler,
+    OpenerDirector,
+    ProxyHandler,
+)
 from urllib.request import Request as UrllibRequest
 
 from qvl_batch.errors import ImageError
@@ -102,9 +109,7 @@ def send(address: Address, request: Request) -> Reply:
     # A proxy's own address can be private.
     request.is_public = request.is_public and not address.is_proxied
     try:
-        with build_opener(_NoRedirects, _Handler, _TlsHandler(context=_tls())).open(
-            request, timeout=min(CONNECT_SECONDS, request.left)
-        ) as stream:
+        with _opener().open(request, timeout=min(CONNECT_SECONDS, request.left)) as stream:
             return Reply(stream.status, _read_until(request.deadline, stream))
     except HTTPError as error:
         with error:
@@ -115,6 +120,21 @@ def send(address: Address, request: Request) -> Reply:
             return Reply(error.code, moved=moved, pause=pause)
     except URLError as error:
         raise (error.reason if isinstance(error.reason, Exception) else error) from error
+
+
+def _opener() -> OpenerDirector:
+    """Sends requests, by a proxy if the environment names one; it knows no other schemes, and follows no redirects."""
+    opener = OpenerDirector()
+    handlers = (
+        ProxyHandler(),
+        _Handler(),
+        _TlsHandler(context=_tls()),
+        HTTPDefaultErrorHandler(),
+        HTTPErrorProcessor(),
+    )
+    for handler in handlers:
+        opener.add_handler(handler)
+    return opener
 
 
 @cache
@@ -172,13 +192,6 @@ def whole(data: bytes, size: int | None) -> bytes:
     if size is not None and len(data) < size:
         raise CutOffError(f"the download was cut off after {len(data):,} of {size:,} bytes")
     return data
-
-
-class _NoRedirects(HTTPRedirectHandler):
-    """Returns a redirect as the response, without following it."""
-
-    def redirect_request(self, *_: Any) -> None:
-        return None
 
 
 class _Connection(HTTPConnection):

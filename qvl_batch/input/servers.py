@@ -91,6 +91,9 @@ class Servers:
         self._lock = threading.RLock()
         self._known: OrderedDict[str, _Server] = OrderedDict()
 
+    def __len__(self) -> int:
+        return len(self._known)
+
     def ask(self, name: str, granted: Granted) -> None:
         """Ask for a connection; `granted` is called as soon as there is one, and must not block."""
         with self._lock:
