@@ -31,10 +31,11 @@ class Web:
     answers: dict = field(default_factory=dict)
     asked: list = field(default_factory=list)
     most_at_once: int = 0
+    scheme: str = "http"
 
     @property
     def url(self):
-        return f"http://{self.host}:{self.port}"
+        return f"{self.scheme}://{self.host}:{self.port}"
 
     @property
     def paths(self):
@@ -51,8 +52,8 @@ class Web:
 
 
 @contextmanager
-def serving(host="127.0.0.1"):
-    """A server on a port of its own."""
+def serving(host="127.0.0.1", tls=None):
+    """A server on a port of its own; `tls` is its side of TLS."""
     web, lock, now = Web(host), threading.Lock(), Counter()
 
     class Handler(BaseHTTPRequestHandler):
@@ -87,6 +88,10 @@ def serving(host="127.0.0.1"):
 
     with Server((host, 0), Handler) as served:
         web.port = served.server_port
+        if tls is not None:
+            web.scheme = "https"
+            # Shakes hands in the thread of the request.
+            served.socket = tls.wrap_socket(served.socket, server_side=True, do_handshake_on_connect=False)
         thread = threading.Thread(target=served.serve_forever, args=(0.02,))
         thread.start()
         try:

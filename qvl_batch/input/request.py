@@ -22,6 +22,7 @@ from http.client import HTTPConnection, HTTPResponse, HTTPSConnection
 from typing import Any, TypeVar
 from urllib.error import HTTPError, URLError
 from urllib.request import (
+    BaseHandler,
     HTTPDefaultErrorHandler,
     HTTPErrorProcessor,
     HTTPHandler,
@@ -123,16 +124,10 @@ def send(address: Address, request: Request) -> Reply:
 
 
 def _opener() -> OpenerDirector:
-    """Sends requests, by a proxy if the environment names one; it knows no other schemes, and follows no redirects."""
+    """Sends requests, by a proxy if there is one. It knows no schemes but HTTP's, and follows no redirects."""
     opener = OpenerDirector()
-    handlers = (
-        ProxyHandler(),
-        _Handler(),
-        _TlsHandler(context=_tls()),
-        HTTPDefaultErrorHandler(),
-        HTTPErrorProcessor(),
-    )
-    for handler in handlers:
+    web: tuple[BaseHandler, ...] = (ProxyHandler(), _Handler(), _TlsHandler(context=_tls()))
+    for handler in (*web, HTTPDefaultErrorHandler(), HTTPErrorProcessor()):
         opener.add_handler(handler)
     return opener
 
