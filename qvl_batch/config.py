@@ -65,13 +65,12 @@ class JobConfig:
     system_prompt: str | None = None
     """Text of a system turn for rows that have none. By default, the chat template's own."""
     allow_images_from: tuple[str, ...] = ()
-    """Folders and addresses (s3://, gs://, http://, https://) that images may be read from; https://* is any public
-    host, https://*.example.org a domain and all below it. By default, none."""
+    """Folders and addresses (s3://, gs://, http://, https://) that images may be read from. By default, none.
+    `https://*` is any public host, `https://*.example.org` a domain and all below it."""
     user_agent: str | None = None
     """How requests for images name who sends them. By default, qvl-batch and its version."""
     image_headers: Path | None = None
-    """File of headers for requests for images: lines [https://host], for whom, and below it Name: value. It is read
-    where the script runs."""
+    """File of headers for requests for images: a line `[https://host]`, for whom, and lines `Name: value` below it."""
     images_at_once: int = IMAGES_AT_ONCE
     """Images that each reading task fetches from hosts and buckets at a time."""
     connections_per_host: int = CONNECTIONS_PER_HOST

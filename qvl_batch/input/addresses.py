@@ -208,10 +208,12 @@ def _host(name: str, *, is_ipv6: bool) -> str:
     Raises:
         ValueError: it is none.
     """
+    if len(name) > LONGEST_HOST:
+        raise ValueError(f"the name of a host has up to {LONGEST_HOST} characters, not {len(name):,}")
     if is_ipv6 and "%" not in name:  # what follows a % is a network of this machine
         return str(ipaddress.IPv6Address(name))
     host = name.encode("idna").decode().lower().removesuffix(".")
-    if not (_HOST.fullmatch(host) and len(host) <= LONGEST_HOST):
+    if not _HOST.fullmatch(host) or len(host) > LONGEST_HOST:
         raise ValueError(f"{short(name)!r} is no host" if name else "it names no host")
     return host
 

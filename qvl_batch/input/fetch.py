@@ -78,7 +78,7 @@ class Fetcher:
                 raise ConfigError(f"--allow-images-from {name}: {error}") from error
         self._rules = Rules(
             tuple(places),
-            user_agent or f"qvl-batch/{importlib.metadata.version('qvl-batch')}",
+            user_agent or _own_name(),
             Headers() if headers is None else read_headers(headers, places),
         )
         self._at_once, self._per_host = at_once, per_host
@@ -198,6 +198,14 @@ class _Shared:
 def _of_process(at_once: int, per_host: int) -> _Shared:
     local = ThreadPoolExecutor(LOCAL_AT_ONCE, "qvl-read")
     return _Shared(local, Gate(at_once), Servers(per_host), Servers(BUCKET_AT_ONCE))
+
+
+def _own_name() -> str:
+    """This program and its version, if it is installed and not only on the path."""
+    try:
+        return f"qvl-batch/{importlib.metadata.version('qvl-batch')}"
+    except importlib.metadata.PackageNotFoundError:
+        return "qvl-batch"
 
 
 def _folder(name: str) -> Path:
