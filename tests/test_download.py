@@ -1,17 +1,20 @@
 """Images of web servers come by redirects and after refusals, from where that is allowed, and each within its time."""
 
 import ipaddress
+import random
 import socket
 import ssl
 import threading
 import time
+from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 
 import pytest
+from reading import caption_config
 from web import Answer, serving
 
-from qvl_batch.errors import ImageError
+from qvl_batch.errors import ConfigError, ImageError
 from qvl_batch.input import servers
 from qvl_batch.input.fetch import Fetcher
 
@@ -289,6 +292,28 @@ def test_a_bound_of_hosts_holds_after_redirects_too(web, other, tmp_path):
     assert (web.most_at_once, other.most_at_once) == (2, 2)
 
 
+def test_the_time_of_an_image_is_not_spent_in_queues(monkeypatch, tmp_path):
+    monkeypatch.setattr("qvl_batch.input.download.SECONDS", 1.0)
+    draw = random.Random(7)  # noqa: S311
+    with ExitStack() as stack:
+        webs = [stack.enter_context(serving(f"127.0.0.{at + 1}")) for at in range(6)]
+        locations = []
+        for at in range(300):
+            web, answer = draw.choice(webs), draw.choice(["moved", "moved", "slow", "busy", "fine"])
+            locations.append(f"{web.url}/{at}")
+            if answer == "moved":
+                for step in range(3):
+                    to = draw.choice(webs)
+                    web.moved(f"/{at}{'-' * step}", f"{to.url}/{at}{'-' * (step + 1)}")
+                    web = to
+            else:
+                fine = Answer(seconds=0.2 if answer == "slow" else 0)
+                web.answers[f"/{at}"] = [Answer(503), fine] if answer == "busy" else fine
+        fetcher = Fetcher([web.url for web in webs], at_once=10, per_host=2)
+        assert fetcher.fetch_all(locations, tmp_path).results() == [b"from afar"] * 300
+        assert {web.most_at_once for web in webs} == {2}
+
+
 def test_images_at_a_time_are_bounded_over_all_hosts(tmp_path):
     with serving() as a, serving() as b, serving() as c:
         locations = [f"{each.url}/{at}" for at in range(12) for each in (a, b, c)]
@@ -497,3 +522,36 @@ def test_large_images_are_downloaded_a_few_at_a_time(web, tmp_path, monkeypatch)
     web.answers = {f"/{at}": Answer(body=b"x" * 300_000) for at in range(12)}
     images = Fetcher([web.url]).fetch_all([f"{web.url}/{at}" for at in range(12)], tmp_path).results()
     assert [len(image) for image in images] == [300_000] * 12
+
+
+def test_settings_reach_the_servers(web, tmp_path):
+    (tmp_path / "headers").write_text(f"[{web.url}]\nX-Key: 1")
+    config = caption_config(
+        tmp_path,
+        allow_images_from=(web.url,),
+        user_agent="me/1",
+        image_headers=tmp_path / "headers",
+        connections_per_host=3,
+        images_at_once=5,
+    )
+    web.answers = {f"/{at}": Answer(seconds=0.05) for at in range(12)}
+    fetcher = Fetcher.of(config)
+    fetcher.fetch_all([f"{web.url}/{at}" for at in range(12)], tmp_path).results()
+    assert web.most_at_once == 3
+    assert {(sent["X-Key"], sent["User-Agent"]) for _, sent in web.asked} == {("1", "me/1")}
+    assert fetcher.ahead == 20
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"user_agent": ""}, "--user-agent must be printable ASCII, and not empty"),
+        ({"user_agent": "a\r\nX-Key: 1"}, "--user-agent must be printable ASCII"),
+        ({"user_agent": "\u00fc"}, "--user-agent must be printable ASCII"),
+        ({"images_at_once": 0}, "--images-at-once must be at least 1, not 0"),
+        ({"connections_per_host": 0}, "--connections-per-host must be at least 1, not 0"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(options, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        caption_config(tmp_path, **options)

@@ -197,7 +197,15 @@ def test_places_that_cannot_be_read_are_refused(place):
         Fetcher([place])
 
 
-@pytest.mark.parametrize(("place", "message"), [("", "must not be empty"), ("/nowhere", "there is no such folder")])
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("", "must not be empty"),
+        ("/nowhere", "there is no such folder"),
+        ("file:///nowhere", "there is no such folder"),
+        ("https://", r"it names no host: write https://\* for any public host"),
+    ],
+)
 def test_folders_that_are_not_there_are_refused(place, message):
     with pytest.raises(ConfigError, match=f"--allow-images-from {place}.*{message}"):
         Fetcher([place])

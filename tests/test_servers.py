@@ -33,6 +33,30 @@ def test_those_who_ask_for_one_server_wait_for_each_other_and_for_no_other_serve
     assert len(servers) == 0
 
 
+def test_images_on_their_way_come_before_those_that_are_not_begun():
+    gate, order = Gate(1), []
+    gate.ask(lambda: order.append("first"))
+    for name in "ab":
+        gate.ask(lambda name=name: order.append(name))
+    for name in "xy":
+        gate.ask(lambda name=name: order.append(name), in_hurry=True)
+    for _ in range(5):
+        gate.leave()
+    assert order == ["first", "x", "y", "a", "b"]
+    assert gate.is_idle
+
+
+def test_who_no_longer_waits_holds_nothing():
+    all_, servers = Gate(2), Servers(1)
+    slots = [Slot(all_, servers, name, lambda _: None) for name in "ab"]
+    with pytest.raises(TimeoutError):
+        slots[0].move("b", 0.01)
+    slots[1].leave()
+    slots[0].leave()
+    assert all_.is_idle
+    assert len(servers) == 0
+
+
 def test_images_that_want_each_others_servers_do_not_wait_for_ever():
     all_, servers, done = Gate(2), Servers(1), []
 

@@ -113,18 +113,13 @@ class Download:
         for _ in range(REDIRECTS + 1):
             try:
                 is_public = self._rules.allow(self._at)
-                self._slot.move(self._at.server, deadline - time.monotonic())
-                pause = self._slot.servers.wait_before(self._at.server, is_first=number == 0)
+                # The time of an attempt is the servers', not what is spent to wait for a turn.
+                deadline += self._wait(until, is_first=number == 0)
             except ImageError as error:
                 raise self._error(str(error)) from error
-            if time.monotonic() + pause > until:
-                raise self._error(f"did not arrive within {ALL_SECONDS:g} s")
-            # Not all who wait come at the same moment.
-            time.sleep(pause * random.uniform(1.0, 1.05))  # noqa: S311
-            deadline = min(deadline + pause, until)
             # What is for one server is not for another, wherever that leads.
             headers = {} if has_left else self._rules.headers.of(self._at)
-            reply = self._ask(headers, deadline, is_public=is_public)
+            reply = self._ask(headers, min(deadline, until), is_public=is_public)
             if reply.moved is None:
                 return self._data(reply)
             before, self._at = self._at, self._moved(reply.moved)
@@ -133,6 +128,25 @@ class Download:
                 raise self._error("was there before: the redirects lead in a circle")
             seen.add(self._at.url)
         raise self._error(f"is one redirect more than the {REDIRECTS} that are followed")
+
+    def _wait(self, until: float, *, is_first: bool) -> float:
+        """Wait until the server may be asked, for a connection and for the end of a pause; the seconds that it took.
+
+        Raises:
+            ImageError: it may not be asked in time. The message is a reason, without the address.
+        """
+        began, server = time.monotonic(), self._at.server
+        try:
+            self._slot.move(server, until - began)
+        except TimeoutError as error:
+            late = f"did not arrive within {ALL_SECONDS:g} s: all connections to {server} were in use"
+            raise ImageError(late) from error
+        pause = self._slot.servers.wait_before(server, is_first=is_first)
+        if time.monotonic() + pause > until:
+            raise ImageError(f"did not arrive within {ALL_SECONDS:g} s: {server} wants a pause")
+        # Not all who wait come at the same moment.
+        time.sleep(pause * random.uniform(1.0, 1.05))  # noqa: S311
+        return time.monotonic() - began
 
     def _ask(self, headers: dict[str, str], deadline: float, *, is_public: bool) -> Reply:
         """Send one request, and note whether it reached the server.

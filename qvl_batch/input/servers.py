@@ -28,7 +28,7 @@ Granted = Callable[[], object]
 
 
 class Gate:
-    """Lets so many pass at a time, in the order in which they ask; threads share it.
+    """Lets so many pass at a time, in the order in which they ask, those in a hurry first; threads share it.
 
     Args:
         at_once: how many.
@@ -37,6 +37,7 @@ class Gate:
     def __init__(self, at_once: int) -> None:
         self._lock = threading.RLock()
         self._free, self._at_once = at_once, at_once
+        self._in_hurry: deque[Granted] = deque()
         self._waiting: deque[Granted] = deque()
 
     @property
@@ -44,28 +45,28 @@ class Gate:
         """Whether nobody has passed."""
         return self._free == self._at_once
 
-    def ask(self, granted: Granted) -> None:
+    def ask(self, granted: Granted, *, in_hurry: bool = False) -> None:
         """Ask to pass; `granted` is called as soon as one may, and must not block."""
         with self._lock:
             if not self._free:
-                self._waiting.append(granted)
+                (self._in_hurry if in_hurry else self._waiting).append(granted)
                 return
             self._free -= 1
             granted()
 
     def withdraw(self, granted: Granted) -> bool:
-        """Ask no longer; False if `granted` was called already."""
+        """Be in a hurry no longer, and do not pass; False if `granted` was called already."""
         with self._lock:
-            if granted not in self._waiting:
+            if granted not in self._in_hurry:
                 return False
-            self._waiting.remove(granted)
+            self._in_hurry.remove(granted)
             return True
 
     def leave(self) -> None:
         """Let the next one pass."""
         with self._lock:
-            if self._waiting:
-                self._waiting.popleft()()
+            if waiting := self._in_hurry or self._waiting:
+                waiting.popleft()()
             else:
                 self._free += 1
 
@@ -94,13 +95,13 @@ class Servers:
     def __len__(self) -> int:
         return len(self._known)
 
-    def ask(self, name: str, granted: Granted) -> None:
+    def ask(self, name: str, granted: Granted, *, in_hurry: bool = False) -> None:
         """Ask for a connection; `granted` is called as soon as there is one, and must not block."""
         with self._lock:
-            self._of(name).gate.ask(granted)
+            self._of(name).gate.ask(granted, in_hurry=in_hurry)
 
     def withdraw(self, name: str, granted: Granted) -> bool:
-        """Ask no longer; False if `granted` was called already."""
+        """As `Gate.withdraw`."""
         with self._lock:
             return self._of(name).gate.withdraw(granted)
 
@@ -189,7 +190,8 @@ class Slot:
     def move(self, server: str, seconds: float) -> None:
         """Have a connection to this server in place of the one to another.
 
-        All is given away first, since images that hold what others wait for would wait for ever.
+        All is given away first, since images that hold what others wait for would wait for ever. Those that are not
+        begun yet come after it, since its time is running.
 
         Raises:
             TimeoutError: there was none within these seconds.
@@ -198,10 +200,10 @@ class Slot:
             return
         self.leave()
         until = time.monotonic() + seconds
-        ask, withdraw = partial(self.servers.ask, server), partial(self.servers.withdraw, server)
+        ask, withdraw = partial(self.servers.ask, server, in_hurry=True), partial(self.servers.withdraw, server)
         if not _wait(ask, withdraw, seconds):
             raise TimeoutError
-        if not _wait(self._all.ask, self._all.withdraw, until - time.monotonic()):
+        if not _wait(partial(self._all.ask, in_hurry=True), self._all.withdraw, until - time.monotonic()):
             self.servers.leave(server)
             raise TimeoutError
         self._server, self._is_held = server, True
