@@ -81,6 +81,7 @@ def test_a_redirect_leads_to_another_host_that_is_allowed(web, other, tmp_path):
             "redirects to an address that cannot be followed: the address has a user name",
         ),
         ("http://[::1/", "redirects to an address that cannot be followed"),
+        ("http://a..b/c?key=secret", "redirects to an address that cannot be followed: http://a..b/c?… is not a valid"),
         (
             "https://",
             "redirects to an address that cannot be followed: https:// is not a valid address: it names no host",

@@ -93,7 +93,7 @@ def in_order(begun: Iterable[Begun[T]], ahead: int) -> Iterator[T]:
 
 
 def _has_room(waiting: Sequence[Begun[T]], ahead: int) -> bool:
-    """Whether more may be begun. Things count too, since each takes some memory."""
-    if sum(1 + len(each.images.images) for each in waiting) >= ahead:
+    """Whether more may be begun. A thing without images counts too, since it takes some memory."""
+    if sum(max(1, len(each.images.images)) for each in waiting) >= ahead:
         return False
     return sum(each.held + each.images.bytes_there for each in waiting) < BYTES_AHEAD

@@ -6,6 +6,7 @@ input could have named the image itself: each address on the way is checked as t
 
 import errno
 import random
+import re
 import socket
 import ssl
 import time
@@ -41,6 +42,8 @@ FINAL = (
 )
 #: DNS errors that mean "no such host"; and errors of this machine's own network, which say nothing of a server.
 UNKNOWN, OWN_NETWORK = {socket.EAI_NONAME, socket.EAI_NODATA}, {errno.ENETUNREACH, errno.ENETDOWN}
+#: The query of an address in a message: it can be a signature that gives access.
+_QUERY = re.compile(r"\?\S+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +209,8 @@ class Download:
             scheme = urlsplit(joined).scheme
             to = Address.of(joined)
         except (ImageError, ValueError) as error:
-            raise self._error(f"redirects to an address that cannot be followed: {short(str(error))}") from error
+            why = _QUERY.sub("?…", short(str(error)))
+            raise self._error(f"redirects to an address that cannot be followed: {why}") from error
         if scheme not in HTTP:
             raise self._error(f"redirects to an address of {short(scheme)}, not of http or https")
         return to

@@ -40,7 +40,7 @@ MAX_BYTES = 1 << 28
 #: Most bytes of one read from a connection.
 PIECE = 1 << 16
 #: Images above these bytes, and how many of them this process downloads at a time: all at once would not fit in memory.
-LARGE, LARGE_AT_ONCE = 1 << 23, threading.BoundedSemaphore(4)
+LARGE, LARGE_AT_ONCE = 1 << 24, threading.BoundedSemaphore(8)
 #: Timeout of connecting in seconds.
 CONNECT_SECONDS = 10.0
 #: Statuses of redirects.
