@@ -1,8 +1,10 @@
 """Headers of a user go to whom the file names, and their values nowhere else."""
 
 import pickle
+import re
 
 import pytest
+from conftest import ROOT
 
 from qvl_batch.errors import ConfigError
 from qvl_batch.input.addresses import Address, Place
@@ -111,3 +113,10 @@ def test_what_is_printed_of_headers_has_names_only(tmp_path):
     assert "secret" not in repr(fetcher) + repr(vars(fetcher))
     copied = pickle.loads(pickle.dumps(fetcher))  # noqa: S301
     assert "secret" not in repr(vars(copied))
+
+
+def test_the_file_in_the_page_is_read(tmp_path):
+    (block,) = re.findall(r"^```ini\n(.*?)^```$", (ROOT / "jobs" / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    headers = _read(tmp_path, block)
+    assert headers.of(Address.of("https://images.example.org/a")) == {"Authorization": "Bearer 1234"}
+    assert headers.of(Address.of("https://example.org/a")) == {}
