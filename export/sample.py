@@ -139,7 +139,7 @@ class SampleRows:
 
     def __iter__(self) -> Iterator[tuple[Place, SampleRow | Failure]]:
         """Each row's place, and the row or why there is none."""
-        fetcher = Fetcher(self._config.allow_images_from)
+        fetcher = Fetcher.of(self._config)
         for unit in self._source.units():
             for table in read_unit(unit, self._source.columns, self._config.prompt, ROWS_AT_ONCE, fetcher):
                 for at, failure in enumerate(failures_of(table)):

@@ -35,6 +35,8 @@ CONSTRAINT = f"{OWN}constraint"
 SAMPLING = f"{OWN}sampling"
 #: The row's images as bytes of files; as pixels, uint8 (H, W, 3); and as features, float32 (T_img, D).
 IMAGES, PIXELS, FEATURES = f"{OWN}images", f"{OWN}pixels", f"{OWN}features"
+#: For each image of the row, the host or bucket that it comes from; null of one that comes from neither.
+HOSTS = f"{OWN}hosts"
 #: Five numbers for each image, one image after the other: width and height of the original, upright; width and height
 #: of what the model saw, W and H of its pixels; EXIF orientation of the file, 1 if it has none.
 SIZES = f"{OWN}sizes"
@@ -71,6 +73,7 @@ COLUMNS: dict[str, Column] = {
     MESSAGES: Column(pa.large_string(), ("read",), ("prepare", "decoder"), "decoder"),
     CONSTRAINT: Column(pa.large_string(), ("read",), ("decoder",), "decoder"),
     SAMPLING: Column(pa.large_string(), ("read",), ("decoder",), "decoder"),
+    HOSTS: Column(pa.list_(pa.string()), ("read",), ("driver",), "driver"),
     IMAGES: Column(pa.large_list(pa.large_binary()), ("read",), ("prepare",), "prepare"),
     **dict.fromkeys(
         FAILURE,

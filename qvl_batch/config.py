@@ -23,6 +23,8 @@ BUNDLE_CACHE_GB = 100.0
 OBJECT_STORES = frozenset({"s3", "gs"})
 
 DEFAULT_MAX_NEW_TOKENS = 128
+#: Images that a task fetches at a time, mostly waiting for hosts; and connections to one host, as browsers have them.
+IMAGES_AT_ONCE, CONNECTIONS_PER_HOST = 64, 8
 #: Pillow's own limit; images of this size take 0.4 to 1.4 GB while they are decoded.
 MAX_IMAGE_PIXELS = 89_478_485
 
@@ -66,7 +68,16 @@ class JobConfig:
     system_prompt: str | None = None
     """Text of a system turn for rows that have none. By default, the chat template's own."""
     allow_images_from: tuple[str, ...] = ()
-    """Folders and addresses (s3://, gs://, http://, https://) that images may be read from. By default, none."""
+    """Folders and addresses (s3://, gs://, http://, https://) that images may be read from. By default, none.
+    `https://*` is any public host, `https://*.example.org` a domain and all below it."""
+    user_agent: str | None = None
+    """How requests for images name who sends them. By default, qvl-batch and its version."""
+    image_headers: Path | None = None
+    """File of headers for requests for images: a line `[https://host]`, for whom, and lines `Name: value` below it."""
+    images_at_once: int = IMAGES_AT_ONCE
+    """Images that each reading task fetches from hosts and buckets at a time."""
+    connections_per_host: int = CONNECTIONS_PER_HOST
+    """Connections to one host at a time, over all reading tasks; each task has at least one."""
     max_image_pixels: int = MAX_IMAGE_PIXELS
     """Most pixels of an image; a row with a larger one fails. Memory and time of the largest images grow with it."""
     allow_truncated: bool = False
@@ -93,6 +104,10 @@ class JobConfig:
         if not self.input or not all(str(name).strip() for name in (self.output, *self.input)):
             raise ConfigError("--input needs at least one file, folder or glob, and --output a folder; none may be ''")
         check_at_least_one(self, "max_new_tokens", "limit", "max_image_pixels", "max_pixels")
+        check_at_least_one(self, "images_at_once", "connections_per_host")
+        agent = self.user_agent
+        if agent is not None and not (agent.strip() and agent.isascii() and agent.isprintable()):
+            raise ConfigError("--user-agent must be printable ASCII, and not empty")
         if self.prompt is not None and not self.prompt.strip():
             raise ConfigError("--prompt must not be empty")
         if self.prompt is not None and self.messages_column is not None:

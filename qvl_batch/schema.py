@@ -5,6 +5,7 @@ A row of the output has `id`, the kept columns, then the fields of `answer_field
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
@@ -32,6 +33,14 @@ class Failure:
     def of_image(self, number: int, count: int) -> "Failure":
         """The same of image `number`, from 1 on, of a row's `count` images: if there are several, it says which."""
         return replace(self, message=f"image {number} of {count}: {self.message}") if count > 1 else self
+
+
+def image_number(message: str, count: int) -> int | None:
+    """Which of a row's `count` images a message of `Failure.of_image` is about; None if it does not say."""
+    if count == 1:
+        return 1
+    found = re.match(rf"image (\d+) of {count}: ", message)
+    return int(found[1]) if found is not None and 0 < int(found[1]) <= count else None
 
 
 def first_failure(results: Sequence[object]) -> Failure | None:

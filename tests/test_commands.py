@@ -129,7 +129,7 @@ def _in_blocks(name):
     blocks += [("", block) for block in re.findall(r"(?:^    \S.*\n)+", plain, re.MULTILINE)]
     for kind, block in blocks:
         lines = [line for line in map(_joined, block.replace("\\\n", " ").splitlines()) if line]
-        if kind not in ("python", "json") and lines[0].split()[0] not in OTHERS:
+        if kind not in ("python", "json", "ini") and lines[0].split()[0] not in OTHERS:
             yield from (line.split(" # ")[0] for line in lines)
 
 

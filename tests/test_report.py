@@ -10,7 +10,19 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from qvl_batch.columns import ASKED, FILE, MESSAGES, ROW, SECONDS, STARTED, THUMBNAIL, WORKERS, seconds_column
+from qvl_batch.columns import (
+    ASKED,
+    COLUMNS,
+    FILE,
+    HOSTS,
+    MESSAGES,
+    ROW,
+    SECONDS,
+    STARTED,
+    THUMBNAIL,
+    WORKERS,
+    seconds_column,
+)
 from qvl_batch.config import CaptionConfig
 from qvl_batch.conversation import Message, single_turn, to_json
 from qvl_batch.errors import ConfigError
@@ -122,7 +134,12 @@ def _answered(first, answers, started=1e12):
     rows = len(answers)
     columns = {FILE: [0] * rows, ROW: range(first, first + rows), ID: [f"row-{first + i}" for i in range(rows)]}
     columns |= {f.name: pa.array([answer.record()[f.name] for answer in answers], f.type) for f in ANSWER_FIELDS}
-    columns |= {STARTED: [started] * rows, THUMBNAIL: [b"jpeg"] * rows, ASKED: ["why?"] * rows}
+    columns |= {
+        HOSTS: pa.array([["host.example"]] * rows, COLUMNS[HOSTS].type),
+        STARTED: [started] * rows,
+        THUMBNAIL: [b"jpeg"] * rows,
+        ASKED: ["why?"] * rows,
+    }
     columns |= {column: [stage] * rows for stage, column in WORKERS.items()}
     columns |= {n: c for at, work in enumerate(SECONDS) for n, c in seconds_column(work, at + 1.0, rows).items()}
     return pa.table(columns)

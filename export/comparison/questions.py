@@ -135,7 +135,7 @@ def open_questions(config: CompareConfig, resolution: Resolution, say: Callable[
             expected = ""
         else:
             source = replace(source, columns=replace(source.columns, kept=(Kept(expected, kept),)))
-    fetcher = Fetcher(config.allow_images_from)
+    fetcher = Fetcher.of(config)
     return Questions(source, fetcher, views, config.image_rules, config.prompt, expected or None)
 
 

@@ -8,7 +8,7 @@ a row group of any size takes the memory of one table.
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +19,17 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from qvl_batch.columns import CONSTRAINT, IMAGES, MESSAGES, SAMPLING, array, failure_columns, failures_of, place_columns
+from qvl_batch.columns import (
+    CONSTRAINT,
+    HOSTS,
+    IMAGES,
+    MESSAGES,
+    SAMPLING,
+    array,
+    failure_columns,
+    failures_of,
+    place_columns,
+)
 from qvl_batch.constraints import Constraint, constraint_of
 from qvl_batch.conversation import single_turn, to_json
 from qvl_batch.errors import (
@@ -31,6 +41,8 @@ from qvl_batch.errors import (
     WorkerLostError,
     stable_message,
 )
+from qvl_batch.input.addresses import host_of
+from qvl_batch.input.ahead import Begun, in_order
 from qvl_batch.input.cells import one_by_one, values_of
 from qvl_batch.input.common_types import exact
 from qvl_batch.input.fetch import Fetcher
@@ -79,7 +91,8 @@ def read_unit(
         unit: rows to read.
         columns: which columns, and as which types.
         prompt: asked of every row, if there is no prompt column.
-        rows_per_table: bounds the memory in use.
+        rows_per_table: bounds the memory in use, beside that of `ahead.BYTES_AHEAD`. Of tables of one row, the next is
+            begun only once the one before it was taken.
         fetcher: reads images that are not in the file itself.
         lost: if given, the rows are not read but fail.
 
@@ -89,6 +102,15 @@ def read_unit(
     Raises:
         InputError: the file is gone, has changed, or has fewer rows than its footer says.
     """
+    begun = _begun(unit, columns, prompt, rows_per_table, fetcher, lost)
+    # A row that is read alone must be the only one that this process works on.
+    yield from in_order(begun, fetcher.ahead if rows_per_table > 1 else 0)
+
+
+def _begun(
+    unit: Unit, columns: InputColumns, prompt: str | None, rows_per_table: int, fetcher: Fetcher, lost: Lost | None
+) -> Iterator[Begun[pa.Table]]:
+    """The tables of a unit, without the images that are fetched for them."""
     at, left = unit.first_row, deque(unit.spans)
     try:
         with pa.OSFile(unit.file) as opened, parquet_file(opened) as file:
@@ -173,7 +195,7 @@ def _records(
     prompt: str | None,
     fetcher: Fetcher,
     error: Exception | None,
-) -> pa.Table:
+) -> Begun[pa.Table]:
     """The next stage's table: places, id, kept columns, conversations, images, failures. `error` fails all rows."""
     rows = range(first_row, first_row + table.num_rows)
     table = columns.of(table, unit.file)
@@ -193,10 +215,9 @@ def _records(
         own = zip(*wrong, constraints, samplings, _asked(table, columns, prompt), strict=True)
         asked = [next((value for value in each if isinstance(value, RowError)), each[-1]) for each in own]
         _note_marks(asked)
-        images, failures = _images(asked, Path(unit.file).parent, fetcher)
     else:
         asked = [_row_error(f"row {row} of {unit.file} (row group {unit.row_group})", error) for row in rows]
-        images, failures = [None] * len(rows), [Failure.of(each) for each in asked if isinstance(each, RowError)]
+    images = [[_bytes_or_location(value) for value in each.images] if isinstance(each, Asked) else [] for each in asked]
     record = {
         **place_columns([(unit.file_number, row) for row in rows]),
         ID: _ids(table, columns, unit, rows),
@@ -204,13 +225,20 @@ def _records(
         MESSAGES: array(MESSAGES, [to_json(each.conversation) if isinstance(each, Asked) else None for each in asked]),
         CONSTRAINT: array(CONSTRAINT, [_json(each) for each in constraints]),
         SAMPLING: array(SAMPLING, [_json(each) for each in samplings]),
-        IMAGES: array(IMAGES, images),
-        **failure_columns(failures),
+        HOSTS: array(HOSTS, [[host_of(each) if isinstance(each, str) else None for each in row] for row in images]),
     }
     if columns.answer_last_turn_again:
         expected = [each.expected if isinstance(each, Asked) else None for each in asked]
         record[EXPECTED_FIELD.name] = pa.array(expected, EXPECTED_FIELD.type)
-    return pa.table(record)
+    # Rows often ask about the same image: each location is fetched once.
+    locations = list(dict.fromkeys(image for row in images for image in row if isinstance(image, str)))
+
+    def with_images(fetched: Sequence[bytes | ImageError]) -> pa.Table:
+        shown, failures = _fetched(asked, images, dict(zip(locations, fetched, strict=True)))
+        return pa.table(record | {IMAGES: array(IMAGES, shown), **failure_columns(failures)})
+
+    held = sum(len(image) for row in images for image in row if isinstance(image, bytes))
+    return Begun(fetcher.fetch_all(locations, Path(unit.file).parent), held, with_images)
 
 
 def _ids(table: pa.Table, columns: InputColumns, unit: Unit, rows: range) -> pa.ChunkedArray | pa.Array:
@@ -304,16 +332,18 @@ def _row_error(row: str, error: Exception) -> RowError:
     return RecordError(f"{row} cannot be read: {stable_message(error)}")
 
 
-def _images(
-    asked: Sequence[Asked | RowError], folder: Path, fetcher: Fetcher
+def _fetched(
+    asked: Sequence[Asked | RowError],
+    rows: Sequence[Sequence[bytes | str | RowError]],
+    fetched: Mapping[str, bytes | ImageError],
 ) -> tuple[list[list[bytes] | None], list[Failure | None]]:
-    """For each row, the bytes of its images, or None and its failure; images given by path or address are fetched.
+    """For each row, the bytes of its images, or None and its failure.
 
-    Rows often ask about the same image: each location is fetched once.
+    Args:
+        asked: the rows.
+        rows: their images, by location or as they are.
+        fetched: images of locations.
     """
-    rows = [[_bytes_or_location(value) for value in each.images] if isinstance(each, Asked) else [] for each in asked]
-    locations = list(dict.fromkeys(image for row in rows for image in row if isinstance(image, str)))
-    fetched = dict(zip(locations, fetcher.fetch_all(locations, folder), strict=True))
     images: list[list[bytes] | None] = []
     failures: list[Failure | None] = []
     for each, row in zip(asked, rows, strict=True):

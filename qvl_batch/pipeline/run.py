@@ -75,7 +75,7 @@ def run(config: CaptionConfig, say: Say = lambda _: None, is_stopped: IsStopped 
         # Workers put it in front too: here it is refused before they start.
         RowLayout(bundle, config.system_prompt)
     constraint = _constraint(config, bundle)
-    fetcher = Fetcher(config.allow_images_from)
+    fetcher = Fetcher.of(config)
     if config.vision_cache:
         # Workers open it too: here it is refused before they start.
         open_vision_cache(config.vision_cache, config.vision_cache_gb, bundle.manifest)
@@ -192,7 +192,8 @@ def _answer(
         stats = RunStats(sample)
         # Which rows the model is least sure of is known only afterwards.
         shown = None if config.confidence else sample
-        pipeline = Pipeline(config, bundle, plan, left.columns, view, fetcher, shown, constraint)
+        shared = fetcher.shared_by(plan.tasks_at_once)
+        pipeline = Pipeline(config, bundle, plan, left.columns, view, shared, shown, constraint)
         # Closed before Ray is: threads of a dataset that is still running would start another Ray.
         with closing(pipeline.answers(left)) as answers:
             tally = _write(answers, folder, stats, left.rows, is_stopped, config.max_error_rate)
@@ -211,6 +212,7 @@ def _answer(
         details={
             "timeline": stats.timeline.record(),
             "error_examples": stats.examples,
+            **({} if (hosts := stats.hosts.record()) is None else {"hosts": hosts}),
             **({} if stats.unreadable_boxes is None else {"unreadable_boxes": stats.unreadable_boxes}),
             **({"confidence": stats.confidence.record()} if stats.confidence.answers else {}),
         },

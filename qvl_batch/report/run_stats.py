@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 from qvl_batch.columns import SECONDS, STARTED, WORKERS, seconds_of
 from qvl_batch.output.parts import Tally
 from qvl_batch.report.confidence import ConfidenceStats
+from qvl_batch.report.hosts import HostFailures
 from qvl_batch.report.sample import sampled, short
 from qvl_batch.report.utilization import Utilization
 from qvl_batch.rows import Row
@@ -42,6 +43,7 @@ class RunStats:
         #: Answers that are not readable as boxes; None if no boxes are asked for.
         self.unreadable_boxes: int | None = None
         self.confidence = ConfidenceStats()
+        self.hosts = HostFailures()
         self._sample, self._shown = sample, dict[Row, dict[str, Any]]()
         self._busy_seconds = dict.fromkeys(SECONDS, 0.0)
         #: Unix time of the creation.
@@ -75,6 +77,7 @@ class RunStats:
             self._busy_seconds[work] += seconds
         self._shown |= sampled(table, self._sample)
         self.confidence.add(table)
+        self.hosts.add(table)
         if BOXES_FIELD.name in table.column_names:
             answered = table.filter(pc.is_valid(table["answer"]))
             self.unreadable_boxes = (self.unreadable_boxes or 0) + answered[BOXES_FIELD.name].null_count

@@ -136,6 +136,10 @@ class Report:
             f"errors    {failed:,}",
             *(f"          {count:,} {kind}" for kind, count in total.errors.most_common()),
         ]
+        if (hosts := self.details.get("hosts")) is not None and hosts["most_failures"]:
+            most, count = hosts["most_failures"][0], hosts["failing"]
+            of = f"{most['failures']:,} of its {most['rows']:,} rows: {most['reason']}"
+            lines += [f"hosts     {count:,} of {hosts['hosts']:,} with failed images, most of {most['host']}, {of}"]
         if (unreadable := self.details.get("unreadable_boxes")) is not None:
             answered = self.tally.rows - self.tally.finish_reasons["error"]
             lines += [f"boxes     {unreadable:,} of {answered:,} answers of this run are not readable as boxes"]
