@@ -225,7 +225,7 @@ def test_files_and_targets_that_a_page_names_exist(page):
 
 #: Options of programs that are not ours.
 OTHERS = {
-    *("--working-dir", "--address", "--entrypoint-num-gpus"),  # Ray
+    *("--working-dir", "--address", "--entrypoint-num-gpus", "--runtime-env"),  # Ray
     *("--id", "--query-gpu", "--format"),  # nvidia-smi
     "--help",
     *("--algorithm", "--precision"),  # Olive

@@ -1,21 +1,17 @@
 """Images are read from where that was allowed, within bounds of size and time, and from nowhere else."""
 
-import base64
 import io
 import os
 import re
 import socket
 import threading
 import time
-import urllib.request
 from collections import Counter
 from contextlib import nullcontext, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
 import pytest
-from image_files import image_file
-from PIL import Image
 
 from qvl_batch.errors import ConfigError, ImageError
 from qvl_batch.input.fetch import Fetcher
@@ -139,37 +135,6 @@ def test_a_path_that_is_empty_is_said_to_be_so(location, images):
     for allowed in ([str(images / "allowed")], ["https://host/images"], []):
         with pytest.raises(ImageError, match=r"^the path of the image is empty$"):
             Fetcher(allowed).fetch(location, images / "allowed")
-
-
-def _as_text(kind, size=80, **options):
-    return base64.b64encode(image_file(Image.effect_noise((size, size), 90), kind, **options)).decode()
-
-
-@pytest.mark.parametrize(
-    ("location", "message"),
-    [
-        *((_as_text(kind), "base64") for kind in ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "AVIF", "JPEG2000", "BMP")),
-        (_as_text("PNG", 1), "base64"),
-        (f" {_as_text('JPEG')}\n", "base64"),
-        (base64.encodebytes(base64.b64decode(_as_text("PNG"))).decode(), "base64"),
-        (base64.urlsafe_b64encode(base64.b64decode(_as_text("BMP"))).decode(), "base64"),
-    ],
-    ids=lambda value: value[:24],
-)
-def test_an_image_as_text_in_place_of_its_path_is_not_repeated_and_how_to_make_bytes_of_it_is_said(
-    location, message, images
-):
-    with pytest.raises(ImageError) as error:
-        Fetcher([str(images / "allowed"), "https://host/images"]).fetch(location, images / "allowed")
-    said = str(error.value)
-    assert said.startswith(f"the path is {message} of {len(location):,} characters: ")
-    assert location.strip()[:20] not in said
-    assert len(said.splitlines()) == 1
-    (make,) = re.findall(r"in Python with (.*)$", said)
-    if "svg" not in location:
-        data = eval(make, {"base64": base64, "urllib": urllib, "text": location})  # noqa: S307
-        with Image.open(io.BytesIO(data)) as image:
-            image.load()
 
 
 def test_a_file_whose_name_looks_like_an_image_is_read(images):

@@ -7,7 +7,6 @@ image, the number of images that are fetched at a time, and the connections to e
 """
 
 import importlib.metadata
-import re
 import stat
 import threading
 from collections.abc import Callable, Sequence
@@ -36,9 +35,6 @@ BUCKET_AT_ONCE = 8
 AHEAD = 4
 #: Characters of the longest path: Linux's `PATH_MAX`.
 LONGEST_PATH = 4_096
-#: Recognises an image that is given as text in place of its path: base64 that begins like a JPEG, PNG, GIF, WebP, TIFF,
-#: AVIF or JPEG 2000, or that is longer than paths usually are.
-BASE64 = re.compile(r"((?=/9j/|iVBORw|R0lGOD|UklGR|SUkqA|TU0AK|AAAA)[\w+/\s-]{64,}|[\w+/\s-]{2000,})=*", re.ASCII)
 
 
 class Fetcher:
@@ -136,7 +132,7 @@ class Fetcher:
         try:
             address = _address(location)
             if is_local(location):
-                shared.local.submit(_run, image, location, lambda: self._read(location, folder))
+                shared.local.submit(_run, image, lambda: self._read(location, folder))
             else:
                 try:
                     self._rules.allow(address)
@@ -145,7 +141,7 @@ class Fetcher:
                 servers = shared.hosts if address.scheme in HTTP else shared.buckets
                 Slot(shared.all, servers, address.server, lambda slot: self._start(image, location, address, slot))
         except ImageError as error:
-            image.set_result(_advised(location, error))
+            image.set_result(error)
         return image
 
     def _start(self, image: "Future[bytes | ImageError]", location: str, address: Address, slot: Slot) -> None:
@@ -156,7 +152,7 @@ class Fetcher:
                 return Download(address, self._rules, slot).fetch()
             return download_object(location, address.scheme)
 
-        run = partial(_run, image, location, work, slot.leave)
+        run = partial(_run, image, work, slot.leave)
         threading.Thread(target=run, name="qvl-fetch", daemon=True).start()
 
     def _read(self, location: str, folder: Path) -> bytes:
@@ -242,7 +238,6 @@ def _address(location: str) -> Address:
 
 def _run(
     image: "Future[bytes | ImageError]",
-    location: str,
     work: Callable[[], bytes],
     done: Callable[[], None] = lambda: None,
 ) -> None:
@@ -253,28 +248,8 @@ def _run(
         try:
             image.set_result(work())
         except ImageError as error:
-            image.set_result(_advised(location, error))
+            image.set_result(error)
         except BaseException as error:
             image.set_exception(error)
     finally:
         done()
-
-
-def _advised(location: str, error: ImageError) -> ImageError:
-    """The error, or for a location that seems to be the image itself one that does not repeat it."""
-    if (advice := _image_as_text(location)) is None:
-        return error
-    advised = ImageError(f"the path is {advice}")
-    advised.__cause__ = error
-    return advised
-
-
-def _image_as_text(location: str) -> str | None:
-    """For a location that seems to be the image itself: what it is, and how to decode it. Does not repeat its text."""
-    if not BASE64.fullmatch(location.strip()):
-        return None
-    decode = "urlsafe_b64decode" if "-" in location or "_" in location else "b64decode"
-    return (
-        f"base64 of {len(location):,} characters: write the image as a column of bytes instead, in Python with "
-        f"base64.{decode}(text)"
-    )
