@@ -35,7 +35,7 @@ from qvl_batch.output.storage import Folder
 from qvl_batch.rows import InputFile, Row, RowSet
 
 JOB, RUN, REPORT = "_job.json", "_run.json", "_report.html"
-FORMAT = 2
+FORMAT = 3
 #: Footers read at a time: on a network file system, each read is a round trip.
 READERS = 16
 Found = TypeVar("Found")
