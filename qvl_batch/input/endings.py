@@ -3,8 +3,6 @@
 What enters: names of files. What leaves: a kind of container, or whether a name is that of an image.
 """
 
-from pathlib import PurePath
-
 _PACKED = ("", ".gz", ".zst")
 #: Kinds of files that hold rows, and the ends of their names.
 ENDINGS: dict[str, tuple[str, ...]] = {
@@ -27,8 +25,9 @@ def kind_of(name: str) -> str | None:
 
 
 def is_image(name: str) -> bool:
-    """Whether a file's name, or what follows its first dot, ends like that of an image."""
-    return PurePath(f"_.{name}").suffix[1:].lower() in IMAGES
+    """Whether a file's name ends like that of an image."""
+    _, dot, end = name.rpartition(".")
+    return bool(dot) and end.lower() in IMAGES
 
 
 def spelled() -> str:

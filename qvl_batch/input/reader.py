@@ -201,7 +201,7 @@ def _row_error(row: str, error: Exception) -> RowError:
     if isinstance(error, WorkerLostError):
         return WorkerLostError(f"{row} {error}", stage=error.stage)
     if isinstance(error, ImageError):
-        return ImageError(f"{row}: {error}")
+        return ImageError(f"{row} cannot be read: {error}")
     return RecordError(f"{row} cannot be read: {stable_message(error)}")
 
 

@@ -7,9 +7,9 @@ file keeps its number when a job is resumed, whatever files were added meanwhile
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -22,6 +22,7 @@ from qvl_batch.config import JobConfig
 from qvl_batch.errors import ConfigError, InputError
 from qvl_batch.input.containers.by_name import describe
 from qvl_batch.input.containers.container import Described, Groups
+from qvl_batch.input.containers.images import of_folder, of_listing
 from qvl_batch.input.containers.values import joined_schema
 from qvl_batch.input.discovery import find_files
 from qvl_batch.input.endings import kind_of
@@ -29,6 +30,8 @@ from qvl_batch.input.input_columns import InputColumns, input_columns
 from qvl_batch.input.units import Unit
 from qvl_batch.rows import PIECE, InputFile, RowSet, Span
 
+#: Gives the listing of a folder of images, by its place in the input.
+ListingOf = Callable[[InputFile], pa.Table]
 #: Files that are looked through at a time: on a network file system, each read is a round trip.
 READERS = 16
 #: Seconds between two lines about how far that is.
@@ -46,6 +49,8 @@ class Source:
         groups: of the rows of each file.
         wanted: for each file, how many of its first rows `--limit` includes.
         done: rows that are not read.
+        listings: those of the files that are folders of images, by number.
+        passed_over: how many other files the folders of the input have, and one of them.
     """
 
     files: tuple[InputFile, ...]
@@ -54,6 +59,8 @@ class Source:
     groups: tuple[Groups, ...]
     wanted: tuple[int, ...]
     done: RowSet
+    listings: Mapping[int, pa.Table] = field(default_factory=dict)
+    passed_over: tuple[int, str | None] = (0, None)
 
     @property
     def rows(self) -> int:
@@ -75,7 +82,8 @@ class Source:
         for number, (file, groups, wanted) in enumerate(zip(self.files, self.groups, self.wanted, strict=True)):
             for group, (start, end) in enumerate(pairwise(groups.rows.tolist())):
                 if left := self.done.missing(number, start, max(start, min(end, wanted))):
-                    yield Unit(file.path, file.fingerprint, number, group, start, left, *groups.begin(group))
+                    names = self.listings[number]["path"][start:end].to_pylist() if number in self.listings else ()
+                    yield Unit(file.path, file.fingerprint, number, group, start, left, *groups.begin(group), names)
 
     def parts(self, rows: int) -> Iterator[list[Unit]]:
         """Split the units into lists of at most `rows` rows; a unit of more rows is a list of its own."""
@@ -92,13 +100,17 @@ class Source:
 
 
 def open_source(
-    config: JobConfig, known: Sequence[InputFile] = (), say: Callable[[str], None] = lambda _: None
+    config: JobConfig,
+    known: Sequence[InputFile] = (),
+    listing_of: ListingOf | None = None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> Source:
     """Find the input's files and check their columns. Reads only what says which rows they have.
 
     Args:
         config: paths of the input, and names of columns.
         known: on resume, the files of the job in order of their numbers; files that were added follow them.
+        listing_of: on resume, the listing of a known folder of images.
         say: receives a line now and then if it takes long.
 
     Raises:
@@ -110,7 +122,8 @@ def open_source(
     reserved = next((name for name in config.copied_columns if name.startswith(OWN)), None)
     if reserved is not None:
         raise ConfigError(f"--keep-columns {reserved}: names that begin with {OWN} are reserved for the pipeline")
-    described = _described(_in_order_of_number(find_files(config), known), known, say)
+    found = find_files(config)
+    described = _described(found.paths, config, known, listing_of, say)
     files = [each.file for each in described]
     schemas = _schemas(described, len(known))
     wanted = _first_rows(files, config.limit)
@@ -121,25 +134,45 @@ def open_source(
         tuple(each.groups for each in described),
         wanted,
         RowSet(file.rows for file in files),
+        {number: each.listing for number, each in enumerate(described) if each.listing is not None},
+        (found.passed_over, found.example),
     )
 
 
-def _described(paths: Sequence[str], known: Sequence[InputFile], say: Callable[[str], None]) -> list[Described]:
-    """Look through files, several at a time.
+def _described(
+    found: Mapping[str, Path],
+    config: JobConfig,
+    known: Sequence[InputFile],
+    listing_of: ListingOf | None,
+    say: Callable[[str], None],
+) -> list[Described]:
+    """Look through the input, several files at a time: what is known, then what was added.
 
     Raises:
-        InputError: one cannot be read, or is known and has changed.
+        InputError: a file cannot be read, or is known and is gone or has changed.
     """
+    numbered = _in_order_of_number(found, known)
+    paths = [path for path in numbered if not path.endswith("/")]
+    with ThreadPoolExecutor(READERS, "qvl-describe") as pool:
+        files = dict(zip(paths, pool.map(partial(describe, progress=_Progress(say)), paths), strict=True))
     described: list[Described] = []
-    with ThreadPoolExecutor(min(READERS, len(paths)), "qvl-describe") as pool:
-        for each in pool.map(partial(describe, progress=_Progress(say)), paths):
-            number = len(described)
-            if number < len(known) and each.file != known[number]:
-                raise InputError(
-                    f"{each.file.path} has changed since this job began: {_extent(each.file)} now, "
-                    f"{_extent(known[number])} then"
-                )
-            described.append(each)
+    listings: dict[str, list[pa.Table]] = {}
+    for file in known:
+        if file.path.endswith("/"):
+            assert listing_of is not None
+            listings.setdefault(file.path, []).append(listing_of(file))
+            described.append(of_listing(file.path, listings[file.path][-1], config))
+        else:
+            described.append(files.pop(file.path))
+        if described[-1].file != file:
+            raise InputError(
+                f"{file.path} has changed since this job began: {_extent(described[-1].file)} now, {_extent(file)} then"
+            )
+    for path in numbered:
+        if path.endswith("/"):
+            described += of_folder(path, config, listings.get(path, []))
+        elif path in files:
+            described.append(files[path])
     return described
 
 
@@ -193,7 +226,7 @@ def _columns(files: Sequence[InputFile], schemas: Sequence[pa.Schema], config: J
     return columns
 
 
-def _in_order_of_number(found: dict[str, Path], known: Sequence[InputFile]) -> list[str]:
+def _in_order_of_number(found: Mapping[str, Path], known: Sequence[InputFile]) -> list[str]:
     """Paths of files in order of their numbers: the known ones, then the others as found, each file once.
 
     Args:

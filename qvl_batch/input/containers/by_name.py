@@ -8,13 +8,24 @@ from collections.abc import Iterator
 import pyarrow as pa
 
 from qvl_batch.errors import InputError
-from qvl_batch.input.containers.container import Container, Described, Fields, Progress
+from qvl_batch.input.containers.arrow import Arrow
+from qvl_batch.input.containers.container import Container, Described, Fields, Progress, Reader
+from qvl_batch.input.containers.delimited import Csv
+from qvl_batch.input.containers.images import Images
+from qvl_batch.input.containers.jsonl import JsonLines
 from qvl_batch.input.containers.parquet import Parquet
+from qvl_batch.input.containers.tar import WebDataset
 from qvl_batch.input.endings import kind_of, spelled
 from qvl_batch.input.input_columns import InputColumns
 from qvl_batch.input.units import Lost, Piece, Unit, Unread
 
-CONTAINERS: dict[str, Container] = {"parquet": Parquet()}
+CONTAINERS: dict[str, Container] = {
+    "parquet": Parquet(),
+    "JSON Lines": JsonLines(),
+    "CSV": Csv(),
+    "Arrow": Arrow(),
+    "tar": WebDataset(),
+}
 
 
 def describe(path: str, progress: Progress) -> Described:
@@ -47,7 +58,8 @@ def read(unit: Unit, columns: InputColumns, rows_per_table: int, lost: Lost | No
         InputError: the file is gone, or has changed.
     """
     copied = {field.name: field.type for field in columns.copied}
-    container = CONTAINERS[kind_of(unit.file) or "parquet"]
+    is_folder = unit.file.endswith("/")
+    container: Reader = Images() if is_folder else CONTAINERS[kind_of(unit.file) or "parquet"]
     if lost is None:
         yield from container.read(unit, Fields(columns.names, copied, columns.image), rows_per_table)
         return

@@ -8,8 +8,9 @@ import hashlib
 import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import BinaryIO, Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +20,7 @@ from qvl_batch.errors import InputError
 from qvl_batch.input.units import Piece, Unit
 from qvl_batch.rows import InputFile
 
+Record = TypeVar("Record")
 #: Is told how many bytes of a file have been looked through.
 Progress = Callable[[int], None]
 #: Bytes at the start and at the end of a file that a worker compares before it reads a unit.
@@ -80,15 +82,28 @@ class Described:
         schema: of its columns.
         groups: of its rows.
         inferred: the types are those that its values need, so that other files of its kind may need wider ones.
+        listing: of a folder of images.
     """
 
     file: InputFile
     schema: pa.Schema
     groups: Groups
     inferred: bool = False
+    listing: pa.Table | None = None
 
 
-class Container(Protocol):
+class Reader(Protocol):
+    """Reads rows of one kind of files."""
+
+    def read(self, unit: Unit, fields: Fields, rows_per_table: int) -> Iterator[Piece]:
+        """Read the rows of a unit, in pieces as `Unit.cuts` has them.
+
+        Raises:
+            InputError: the file is gone, or has changed.
+        """
+
+
+class Container(Reader, Protocol):
     """A kind of file that holds rows."""
 
     def describe(self, path: str, progress: Progress) -> Described:
@@ -96,13 +111,6 @@ class Container(Protocol):
 
         Raises:
             InputError: it is no readable file of this kind.
-        """
-
-    def read(self, unit: Unit, fields: Fields, rows_per_table: int) -> Iterator[Piece]:
-        """Read the rows of a unit, in pieces as `Unit.cuts` has them.
-
-        Raises:
-            InputError: the file is gone, or has changed.
         """
 
 
@@ -152,5 +160,25 @@ def changed(unit: Unit) -> InputError:
     return InputError(f"{unit.file} has changed while this job ran: put it back, or give another --output")
 
 
-def no_progress(_: int) -> None:
-    """Of those who do not ask."""
+def wanted(unit: Unit, records: Iterator[Record], rows_per_table: int) -> Iterator[tuple[int, list[Record]]]:
+    """Of the records of a group, those of the unit: for each table, its first row and its records.
+
+    Raises:
+        InputError: there are fewer records than there were.
+    """
+    at = unit.first_row
+    for start, stop in unit.cuts(rows_per_table):
+        some = list(islice(records, start - at, stop - at))
+        if len(some) < stop - start:
+            raise changed(unit)
+        yield start, some
+        at = stop
+
+
+def text_of(data: bytes) -> str:
+    """The text of a small file, without the line break at its end.
+
+    Raises:
+        UnicodeDecodeError: it is not UTF-8.
+    """
+    return data.decode("utf-8-sig").removesuffix("\n").removesuffix("\r")

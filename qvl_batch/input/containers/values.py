@@ -20,7 +20,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from qvl_batch.errors import InputError, RecordError
+from qvl_batch.errors import RecordError
 
 TEXTS = pa.list_(pa.string())
 #: Most fields of all objects of a file; with more, they are no rows of a table.
@@ -76,13 +76,13 @@ class Types:
         """Take in an object.
 
         Raises:
-            InputError: there are too many fields.
+            ValueError: there are too many fields.
         """
         for name, value in record.items():
             known, kind = self._types.get(name), type_of(value)
             if known is None:
                 if len(self._types) == MOST_FIELDS:
-                    raise InputError(f"its objects have more than {MOST_FIELDS:,} different fields")
+                    raise ValueError(f"its objects have more than {MOST_FIELDS:,} different fields")
                 self._types[name] = kind
             elif kind is not known:
                 self._types[name] = _joined(known, kind)
