@@ -42,7 +42,8 @@ class JobConfig:
     bundle: Path
     """Folder of the bundle that `python -m export` made."""
     input: tuple[str, ...]
-    """Parquet files, folders of them, or globs."""
+    """Folders of images; or files of rows, folders of them, or globs: parquet, JSON Lines, CSV, Arrow, WebDataset's
+    tars."""
     output: str
     """Folder for the results."""
     prompt: str | None = None
@@ -122,7 +123,7 @@ class JobConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CaptionConfig(JobConfig):
-    """Answer prompts about images, or conversations, of parquet files with a bundle, through Ray Data."""
+    """Answer prompts about images, or conversations, of folders and files with a bundle, through Ray Data."""
 
     bundle: Path
     """Folder of the bundle that `python -m export` made. Every node must see it at this path."""

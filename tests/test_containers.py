@@ -606,7 +606,7 @@ def test_fields_of_json_are_columns_and_a_prompt_may_be_one(tmp_path):
 @pytest.mark.parametrize(
     ("bad", "why"),
     [
-        ([member("x.jpg", type=tarfile.SYMTYPE, linkname="/etc/passwd")], ".jpg is a link: pack the files themselves"),
+        ([member("x.jpg", type=tarfile.SYMTYPE, linkname="/etc/passwd")], ".jpg is a link: pack the file itself"),
         ([member("x.jpg", type=tarfile.LNKTYPE, linkname="0.jpg")], ".jpg is a link"),
         ([member("x.jpg", type=tarfile.CHRTYPE)], ".jpg is no regular file"),
         ([member("x.jpg", type=tarfile.FIFOTYPE)], ".jpg is no regular file"),

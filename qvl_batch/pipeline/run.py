@@ -1,4 +1,4 @@
-"""The job as a whole: from parquet files to a folder of answers, and a report.
+"""The job as a whole: from files of rows to a folder of answers, and a report.
 
 discovery ─ source ─┐
                     ├─ Pipeline ─ tables of answers ─ AnswerWriter ─ files, report

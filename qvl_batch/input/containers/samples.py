@@ -95,9 +95,9 @@ def samples(file: BinaryIO, start: int, tell: Callable[[bytes], None] = lambda _
 def _problem(member: tarfile.TarInfo) -> str | None:
     """Why the bytes of a member are not where others have them."""
     if member.islnk() or member.issym():
-        return "is a link: pack the files themselves (tar --dereference --hard-dereference)"
+        return "is a link: pack the file itself in its place"
     if member.issparse():
-        return "is packed as a sparse file: pack it without --sparse"
+        return "is packed as a sparse file: pack it whole"
     return None if member.isreg() else "is no regular file"
 
 
