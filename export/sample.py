@@ -55,7 +55,7 @@ def read_sample(path: Path, rows: int, bundle: Bundle, say: Callable[[str], None
     """The first rows of a sample that can be used.
 
     Args:
-        path: a parquet file or a folder of them, with the columns that a job reads by default; or a folder of
+        path: a file or folder that a job reads, with the columns that it reads by default; or a folder of
             `python -m export.calibration`.
         rows: how many, at most.
         bundle: with the contract, the tokenizer and the chat template.

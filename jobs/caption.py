@@ -1,4 +1,4 @@
-"""Answer prompts about images, or conversations, of parquet files.
+"""Answer prompts about images, or conversations, of folders and files of many kinds.
 
     python jobs/caption.py --bundle BUNDLE --input PATH... --output DIR
 

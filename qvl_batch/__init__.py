@@ -3,7 +3,7 @@
     from qvl_batch import Captioner
     answers = Captioner("bundle").caption(images=["a.jpg"], prompts=["What is this?"])
 
-The job over parquet files is `jobs/caption.py`.
+The job over files is `jobs/caption.py`.
 """
 
 import importlib

@@ -47,7 +47,8 @@ class JobConfig:
     bundle: str
     """Folder of the bundle that `python -m export` made, or its address."""
     input: tuple[str, ...]
-    """Parquet files, folders of them, or globs."""
+    """Folders of images; or files of rows, folders of them, or globs: parquet, JSON Lines, CSV, Arrow, WebDataset's
+    tars."""
     output: str
     """Folder for the results."""
     prompt: str | None = None
@@ -140,7 +141,7 @@ class JobConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CaptionConfig(JobConfig):
-    """Answer prompts about images, or conversations, of parquet files with a bundle, through Ray Data."""
+    """Answer prompts about images, or conversations, of folders and files with a bundle, through Ray Data."""
 
     bundle: str
     """Folder of the bundle that `python -m export` made, which every node must see at this path; or its address, from

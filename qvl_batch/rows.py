@@ -20,14 +20,19 @@ PIECE = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class InputFile:
-    """A file of the input: absolute path, size in bytes, number of rows, and SHA-256 of its footer, which holds sizes
-    and min/max statistics of its columns.
+    """A file of the input, or a folder of images.
+
+    Args:
+        path: absolute; that of a folder of images ends with a slash.
+        size: in bytes.
+        rows: number of rows.
+        fingerprint: a hash that changes if the file does; each kind of file says of what.
     """
 
     path: str
     size: int
     rows: int
-    footer: str
+    fingerprint: str
 
 
 class RowSet:

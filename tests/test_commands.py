@@ -61,7 +61,10 @@ TESTS = {
     "python -m export.calibration": ["test_tool_graphs.py::test_a_day_with_tools_that_quantize_runs_as_the_page_says"],
     "python compress.py": ["test_quantizers.py::test_neural_compressor_takes_the_plain_graph"],
     "python quantize.py": ["test_tool_graphs.py::test_a_day_with_tools_that_quantize_runs_as_the_page_says"],
-    "python jobs/caption.py": ["test_the_demo_answers_and_shows"],
+    "python jobs/caption.py": [
+        "test_the_demo_answers_and_shows",
+        "test_job_containers.py::test_rows_of_every_kind_are_answered_and_a_job_goes_on",
+    ],
     "python jobs/check.py": ["test_known_answers.py::test_check_is_a_command"],
     "python jobs/show.py": ["test_the_demo_answers_and_shows"],
     "python jobs/calibrate.py": ["test_calibrate.py::test_the_command_finds_the_threshold_and_says_what_it_covers"],

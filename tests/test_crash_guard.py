@@ -9,10 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from qvl_batch.columns import FILE, ROW, failure_columns, failures_of
+from qvl_batch.input.containers.parquet import footer_sha256
 from qvl_batch.input.fetch import Fetcher
 from qvl_batch.input.input_columns import InputColumns, Kept
 from qvl_batch.input.reader import read_unit
-from qvl_batch.input.source import Unit, footer_sha256
+from qvl_batch.input.units import Unit
 from qvl_batch.pipeline.crash_guard import (
     ALONE,
     READ,
@@ -155,7 +156,9 @@ def test_a_call_that_fails_lets_the_others_go_on():
     assert seen == [[1], [2]] * (TOGETHER + ALONE) + [[1]]
 
 
-COLUMNS = InputColumns(pa.field("id", pa.int64()), (Kept("note", pa.field("note", pa.string())),), "image", None)
+SCHEMA = pa.schema({"id": pa.int64(), "image": pa.binary(), "note": pa.string()})
+KEPT = (Kept("note", pa.field("note", pa.string())),)
+COLUMNS = InputColumns(pa.field("id", pa.int64()), KEPT, "image", None, schemas=(SCHEMA,))
 
 
 def _read_through(path, groups, ends, spans=None, *, ids_end=False):
@@ -222,7 +225,7 @@ def test_rows_that_end_their_reader_fail_and_those_that_can_be_read_do_not(ends,
     for row, failure in failures.items():
         assert (failure.stage, failure.type) == ("read", "WorkerLostError")
         why = UNREACHABLE if row in behind else "crashed its worker 4 times, the last 2 times alone in it"
-        assert failure.message.startswith(f"row {row} of {tmp_path}/a.parquet (row group {row // 10}) {why}")
+        assert failure.message.startswith(f"row {row} of {tmp_path}/a.parquet {why}")
 
 
 def test_rows_whose_ids_end_their_reader_too_have_none(tmp_path):

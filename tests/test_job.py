@@ -154,7 +154,7 @@ def test_an_empty_input_gives_an_empty_answer(tiny_bundle, demo, call, tmp_path)
     ("options", "message"),
     [
         ({"--bundle": "nowhere"}, "is no bundle"),
-        ({"--input": "nowhere"}, "--input nowhere: no parquet file found"),
+        ({"--input": "nowhere"}, "--input nowhere: no file found that ends in .parquet, .pq, .jsonl, "),
         ({"--image-column": "picture"}, "no single column 'picture' (--image-column); it has id, image"),
         ({"--slots": "0"}, "--slots must be at least 1, not 0"),
         ({"--output": "LICENSE"}, "LICENSE cannot be written"),

@@ -22,6 +22,7 @@ from qvl_batch.input import cells, reader
 from qvl_batch.input import messages as messages_module
 from qvl_batch.input.messages import MOST_CHARACTERS, MOST_IMAGES, MOST_PARTS, MOST_VALUES, read_messages
 from qvl_batch.input.source import open_source
+from qvl_batch.input.units import Lost
 
 STAGE, KIND, MESSAGE = FAILURE
 A, B, C = b"image a", b"image b", b"image c"
@@ -987,12 +988,12 @@ def test_rows_that_cannot_be_read_have_no_messages(tmp_path):
     options = {"messages_column": "messages", "answer_last_turn_again": True}
     pq.write_table(_table(messages=[WITHOUT] * 2), tmp_path / "a.parquet")
     source = open_source(caption_config(tmp_path, **options))
-    lost = reader.Lost(ValueError("gone"))
+    lost = Lost(ValueError("gone"))
     (table,) = reader.read_unit(next(source.units()), source.columns, None, 8, reader.Fetcher(()), lost)
     assert table["id"].to_pylist() == [0, 1]
     for name in (MESSAGES, IMAGES, "expected"):
         assert table[name].null_count == 2
-    assert table[MESSAGE][1].as_py() == f"row 1 of {tmp_path}/a.parquet (row group 0) cannot be read: gone"
+    assert table[MESSAGE][1].as_py() == f"row 1 of {tmp_path}/a.parquet cannot be read: gone"
 
 
 def test_marks_in_prompts_are_noted_once(tmp_path, caplog, monkeypatch):

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT
 
-from qvl_batch.input.source import footer_sha256
+from qvl_batch.input.containers.parquet import footer_sha256
 from qvl_batch.output.local_folder import LocalFolder
 from qvl_batch.output.parts import PartRecord, Tally
 from qvl_batch.output.resume import Job

@@ -238,7 +238,7 @@ def test_rows_that_cannot_be_used_are_left_out_or_refused(demo, tmp_path):
     [
         ({}, "--sample is for weights in integers"),
         ({"dtype": "bf16"}, "--sample is for weights in integers"),
-        ({"dtype": "int8", "sample": TINY / "nothing"}, r"--sample .*nothing: no parquet file found"),
+        ({"dtype": "int8", "sample": TINY / "nothing"}, r"--sample .*nothing: no file found that ends in"),
         ({"dtype": "int8", "sample_rows": 0}, "--sample-rows must be at least 1, not 0"),
     ],
 )

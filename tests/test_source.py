@@ -18,7 +18,6 @@ from reading import caption_config, images_of, prompts_of, read_rows
 from qvl_batch.columns import FAILURE, FILE, ROW, failures_of
 from qvl_batch.config import CaptionConfig
 from qvl_batch.errors import ConfigError, InputError
-from qvl_batch.input.discovery import passed_over
 from qvl_batch.input.fetch import Fetcher
 from qvl_batch.input.reader import read_unit, refuse_paths
 from qvl_batch.input.source import open_source
@@ -43,11 +42,11 @@ def test_files_folders_and_globs_are_found_once_in_order(tmp_path):
 
 
 def test_files_of_folders_that_are_not_taken_are_known(tmp_path):
-    _write_inputs(tmp_path, "in/a.parquet", "in/b.PARQUET", "in/c.pq", "in/part-0", "in/_d", "in/e/f.csv", "in/.g")
-    config = caption_config(tmp_path, tmp_path / "in")
-    assert len(open_source(config).files) == 3
-    assert [path.removeprefix(f"{tmp_path}/in/") for path in passed_over(config)] == ["part-0", "e/f.csv"]
-    assert not list(passed_over(caption_config(tmp_path, tmp_path / "in" / "*.pq")))
+    _write_inputs(tmp_path, "in/a.parquet", "in/b.PARQUET", "in/c.pq", "in/part-0", "in/_d", "in/e/f.json", "in/.g")
+    source = open_source(caption_config(tmp_path, tmp_path / "in"))
+    assert len(source.files) == 3
+    assert source.passed_over == (2, f"{tmp_path}/in/part-0")
+    assert open_source(caption_config(tmp_path, tmp_path / "in" / "*.pq")).passed_over == (0, None)
 
 
 def _names(source, tmp_path):
@@ -444,7 +443,7 @@ def test_files_that_differ_in_what_is_kept_are_refused(tmp_path):
 
 def test_input_that_is_not_there_is_named(tmp_path):
     for missing in (tmp_path / "no.parquet", tmp_path / "*.parquet", tmp_path):
-        with pytest.raises(InputError, match="no parquet file found"):
+        with pytest.raises(InputError, match=r"no file found that ends in .parquet, .*, and no images"):
             open_source(caption_config(tmp_path, missing))
 
 

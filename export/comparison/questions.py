@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from export.comparison.config import CompareConfig
 from qvl_batch.bundle.layout import Resolution
@@ -116,7 +115,7 @@ def open_questions(config: CompareConfig, resolution: Resolution, say: Callable[
         say: receives a line if the input has a column of right answers that cannot be used.
 
     Raises:
-        InputError: nothing is there, a file is no parquet, or its columns cannot be used.
+        InputError: nothing is there, a file cannot be read, or its columns cannot be used.
         ConfigError: the expected column has the name of the id column in the results, or the images of the bundle
             cannot be seen as the options say.
     """
@@ -124,7 +123,7 @@ def open_questions(config: CompareConfig, resolution: Resolution, say: Callable[
     source, expected = open_source(config), config.expected_column
     refuse_paths(source, config.allow_images_from)
     if expected is None:
-        expected = EXPECTED if EXPECTED in pq.read_schema(source.files[0].path).names else ""
+        expected = EXPECTED if EXPECTED in source.columns.schemas[0].names else ""
     if expected:
         try:
             kept = _expected_field(source, expected)
@@ -146,8 +145,7 @@ def _expected_field(source: Source, name: str) -> pa.Field:
             f"--expected-column {ID}: the results have the id of a row under that name; rename the column"
         )
     fields: list[pa.Field] = []
-    for file in source.files:
-        schema = pq.read_schema(file.path)
+    for file, schema in zip(source.files, source.columns.schemas, strict=True):
         if schema.names.count(name) != 1:
             raise InputError(f"{file.path} has no single column {name!r} (--expected-column)")
         field = schema.field(name)

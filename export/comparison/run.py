@@ -278,7 +278,7 @@ def _settings(config: CompareConfig, sides: _Sides, questions: Questions) -> dic
         "bundle": sides.bundle.sha256,
         "graphs": {name: graph_sha256(f"--{name}-graph", path) for name, path in config.graphs.items()},
         "reference": sides.reference_source.sha256,
-        "input files": [[file.path, file.footer] for file in files],
+        "input files": [[file.path, file.fingerprint] for file in files],
         "limit": config.limit,
         "prompt": config.prompt,
         "allow_images_from": sorted(config.allow_images_from),

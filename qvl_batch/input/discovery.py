@@ -1,19 +1,24 @@
-"""Finds the parquet files that `--input` names.
+"""Finds the files that `--input` names.
 
-What enters: paths and globs of the settings. What leaves: parquet files, in order. In folders, names that begin with a
-dot or an underscore are skipped, and links are followed. A folder of a table (Delta, Iceberg, Hudi) is refused, since
-it holds the files of all its versions; so is a glob that matches inside one. Files that are named one by one are not
-checked in this way.
+What enters: paths and globs of the settings. What leaves: files of rows, and folders of images, in order. In folders,
+names that begin with a dot or an underscore are skipped, and links are followed.
+
+A folder is one of images if neither it nor what else the same path or glob of `--input` names has files of rows: beside
+those, images are what rows refer to. A folder with several kinds of files of rows is refused, since they can be the
+same rows twice. A folder of a table (Delta, Iceberg, Hudi) is refused, since it holds the files of all its versions; so
+is a glob that matches inside one. Files that are named one by one are not checked in these ways.
 """
 
 import glob
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 from qvl_batch.config import JobConfig
 from qvl_batch.errors import ConfigError, InputError
+from qvl_batch.input.endings import is_image, kind_of, spelled
 
 #: Table formats: globs that recognise a table's folder, and a Python expression that lists the files of one version.
 TABLES = {
@@ -35,29 +40,45 @@ TABLES = {
 }
 
 
-def find_files(config: JobConfig) -> dict[str, Path]:
-    """Find the parquet files of the input, in the order of `--input`; those of a folder or glob are sorted by name.
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What `--input` names, in its order; what a folder or glob names is sorted by name.
+
+    Args:
+        paths: of files with links to folders resolved, and of folders of images with a slash at their end; for each,
+            the path with all links resolved.
+        passed_over: how many other files these folders have.
+        example: one of those.
+    """
+
+    paths: dict[str, Path]
+    passed_over: int = 0
+    example: str | None = None
+
+
+def find_files(config: JobConfig) -> Found:
+    """Find the input.
 
     Files in the output folder are never input: a job writes there, and `--overwrite` deletes there.
 
-    Returns:
-        Paths with links to folders resolved: for each, the path with a link to the file resolved too.
-
     Raises:
-        InputError: a path of the input has no such files, cannot be accessed, or is a table.
+        InputError: a path of the input has no files of rows and no images, cannot be accessed, is a table, or has
+            several kinds of files of rows.
         ConfigError: `--output` is not a valid path.
     """
-    output = _output_folder(config)
-    files: dict[str, Path] = {}
+    output = output_folder(config)
+    paths: dict[str, Path] = {}
+    passed_over, example = 0, None
     for item in config.input:
         if "://" in item:
             raise InputError(f"--input {item}: only local or mounted files can be read; give their path")
         try:
-            found = {str(path): path.resolve() for path in _named_by(item)}
+            named = _named_by(item)
         except (OSError, RuntimeError, ValueError) as error:  # no permission; a loop of links; an invalid name
             raise InputError(f"--input {item} cannot be accessed: {error}") from error
+        found = named.paths
         if not found:
-            raise InputError(f"--input {item}: no parquet file found")
+            raise InputError(f"--input {item}: no file found that ends in {spelled()}, and no images")
         if output is not None:
             found = {
                 path: target
@@ -66,12 +87,25 @@ def find_files(config: JobConfig) -> dict[str, Path]:
             }
         if not found:
             raise InputError(f"--input {item} has only files of the output folder {output}: give another --output")
-        files |= found
-    return files
+        paths |= found
+        passed_over, example = passed_over + named.passed_over, example or named.example
+    return Found(_outermost(paths), passed_over, example)
 
 
-def _output_folder(config: JobConfig) -> Path | None:
-    """The local folder of the answers with links resolved, None if they go to an object store."""
+def _outermost(paths: dict[str, Path]) -> dict[str, Path]:
+    """Without folders of images that are inside others: these have their images."""
+    folders = {target for path, target in paths.items() if path.endswith("/")}
+    return {
+        path: target for path, target in paths.items() if not path.endswith("/") or folders.isdisjoint(target.parents)
+    }
+
+
+def output_folder(config: JobConfig) -> Path | None:
+    """The local folder of the answers with links resolved, None if they go to an object store.
+
+    Raises:
+        ConfigError: it is not a valid path.
+    """
     place = str(config.output)
     if not place or "://" in place:
         return None
@@ -81,42 +115,89 @@ def _output_folder(config: JobConfig) -> Path | None:
         raise ConfigError(f"--output {place} is not a valid path of a folder: {error}") from error
 
 
-def _named_by(item: str) -> list[Path]:
-    """Parquet files that a path or glob names, with links to folders resolved; sorted by their names before that.
+def _named_by(item: str) -> Found:
+    """What a path or glob names, sorted by the names before links are resolved.
 
     Raises:
-        InputError: a folder is a table, or is inside one.
+        InputError: a folder is a table or is inside one, or has several kinds of files of rows; or images are named.
         OSError, RuntimeError, ValueError: a path cannot be accessed.
     """
-    found: dict[str, Path] = {}
     matches = _matches(item)
     parents: set[Path] = set()
+    files: dict[str, Path] = {}
+    walked: list[_Walk] = []
     for match in matches:
         if not match.is_dir():
-            found[str(match)] = match.parent.resolve() / match.name
-            parents.update(found[str(match)].parents if matches != [Path(item)] else ())
-            continue
-        parents.update(match.resolve().parents)
-        for folder, names in _folders(match):
-            real = folder.resolve()
-            _refuse_table(real)
-            found |= {str(folder / name): real / name for name in names if _is_parquet(name)}
+            files[str(match)] = match.parent.resolve() / match.name
+            parents.update(files[str(match)].parents if matches != [Path(item)] else ())
+        else:
+            parents.update(match.resolve().parents)
+            walked.append(_Walk.of(match))
     for folder in parents:
         _refuse_table(folder)
-    return [found[name] for name in sorted(found)]
+    if (image := next((name for name in files if is_image(name) and kind_of(name) is None), None)) is not None:
+        raise InputError(f"--input {item} names images, such as {image}: images are read by folder, so give theirs")
+    files |= {name: path for each in walked for name, path in each.files.items()}
+    if files:
+        paths = {str(files[name]): files[name].resolve() for name in sorted(files)}
+        others = [counted for each in walked for counted in (each.images, each.texts, each.others)]
+    else:
+        folders_of_images = (each.top.resolve() for each in walked if each.images.count)
+        paths = {f"{folder}/": folder for folder in folders_of_images}
+        others = [each.others for each in walked]
+    return Found(paths, sum(each.count for each in others), next((each.first for each in others if each.count), None))
 
 
-def passed_over(config: JobConfig) -> Iterator[str]:
-    """Files in folders of the input that are skipped because their names do not end like those of parquet files."""
-    for item in config.input:
-        for match in _matches(item):
-            if match.is_dir():
-                for folder, names in _folders(match):
-                    yield from (str(folder / name) for name in names if not _is_parquet(name))
+@dataclass(slots=True)
+class _Counted:
+    """Files of one sort in a folder: how many there are, and the first."""
+
+    count: int = 0
+    first: str = ""
+
+    def add(self, folder: Path, name: str) -> None:
+        if not self.count:
+            self.first = str(folder / name)
+        self.count += 1
 
 
-def _is_parquet(name: str) -> bool:
-    return name.lower().endswith((".parquet", ".pq"))
+@dataclass(slots=True)
+class _Walk:
+    """What a folder and all folders below it have: files of rows, by their names before links are resolved; images,
+    texts, which are prompts beside images, and others.
+    """
+
+    top: Path
+    files: dict[str, Path] = field(default_factory=dict)
+    images: _Counted = field(default_factory=_Counted)
+    texts: _Counted = field(default_factory=_Counted)
+    others: _Counted = field(default_factory=_Counted)
+
+    @classmethod
+    def of(cls, top: Path) -> "_Walk":
+        """Walk a folder.
+
+        Raises:
+            InputError: it is a table, or has several kinds of files of rows.
+        """
+        walked, kinds = cls(top), dict[str, str]()
+        for folder, names in walk(top):
+            real = folder.resolve()
+            _refuse_table(real)
+            for name in names:
+                if (kind := kind_of(name)) is not None:
+                    walked.files[str(folder / name)] = real / name
+                    kinds.setdefault(kind, str(folder / name))
+                else:
+                    others = walked.texts if name.endswith(".txt") else walked.others
+                    (walked.images if is_image(name) else others).add(folder, name)
+        if len(kinds) > 1:
+            kind, other = sorted(kinds)[:2]
+            raise InputError(
+                f"{top} has files of {kind} ({kinds[kind]}) and of {other} ({kinds[other]}), which may be the same "
+                f"rows twice: name those that are meant, such as --input '{top}/**/*{Path(kinds[kind]).suffix}'"
+            )
+        return walked
 
 
 def _matches(pattern: str) -> list[Path]:
@@ -129,7 +210,7 @@ def _matches(pattern: str) -> list[Path]:
     found = [Path()]
     for part in Path(pattern).parts:
         if part == "**":
-            found = [folder for path in found if path.is_dir() for folder, _ in _folders(path)]
+            found = [folder for path in found if path.is_dir() for folder, _ in walk(path)]
         elif glob.has_magic(part):
             folders = [path for path in found if path.is_dir()]
             found = [each for path in folders for each in path.iterdir() if _is_matched(each, part)]
@@ -144,11 +225,11 @@ def _is_matched(path: Path, pattern: str) -> bool:
     A name that begins with a dot, and a folder's that begins with an underscore, matches only if the pattern begins
     with that character.
     """
-    hidden = path.name.startswith(".") or (_is_hidden(path) and path.is_dir())
+    hidden = path.name.startswith(".") or (_is_hidden(path.name) and path.is_dir())
     return fnmatchcase(path.name, pattern) and (not hidden or pattern[0] == path.name[0])
 
 
-def _folders(top: Path) -> Iterator[tuple[Path, list[str]]]:
+def walk(top: Path) -> Iterator[tuple[Path, list[str]]]:
     """Walk a folder and all folders below it, each once: path, and names of its files. Hidden names are skipped.
 
     Links are followed.
@@ -162,14 +243,14 @@ def _folders(top: Path) -> Iterator[tuple[Path, list[str]]]:
             continue
         visited.add(real)
         with os.scandir(folder) as entries:
-            shown = sorted((path, entry.is_dir()) for entry in entries if not _is_hidden(path := Path(entry.path)))
-        waiting += [path for path, is_folder in reversed(shown) if is_folder]
-        yield folder, [path.name for path, is_folder in shown if not is_folder]
+            shown = sorted((entry.name, entry.is_dir()) for entry in entries if not _is_hidden(entry.name))
+        waiting += [folder / name for name, is_folder in reversed(shown) if is_folder]
+        yield folder, [name for name, is_folder in shown if not is_folder]
 
 
-def _is_hidden(path: Path) -> bool:
+def _is_hidden(name: str) -> bool:
     """Whether a name begins with a dot or an underscore; such files are not data, as in Hive and Spark."""
-    return path.name.startswith((".", "_"))
+    return name.startswith((".", "_"))
 
 
 def _refuse_table(folder: Path) -> None:

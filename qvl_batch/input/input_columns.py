@@ -62,6 +62,7 @@ class InputColumns:
         constraint: name of a column that says what each answer must be, and of which kind it is; None if there is none.
         sampling: name of a column that says how each answer is drawn, and what is so where it says nothing; None if
             there is none.
+        schemas: of the columns that each file has, by its number.
     """
 
     id: pa.Field | None
@@ -74,6 +75,7 @@ class InputColumns:
     answer_last_turn_again: bool = False
     constraint: tuple[str, Kind] | None = None
     sampling: tuple[str, Sampling] | None = None
+    schemas: tuple[pa.Schema, ...] = field(default=(), compare=False)
 
     @property
     def names(self) -> list[str]:

@@ -6,6 +6,7 @@ A name with dots, such as `meta.id`, is that of a column, or else of a field of 
 are named like `split=train` are partitions, as Hive has them: all rows of the files in them have that value.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -34,6 +35,14 @@ def find_column(table: pa.Table, name: str) -> pa.ChunkedArray | None:
         return None
     column = table.column(path[0])
     return pc.struct_field(column, path[1:]) if path[1:] else column
+
+
+def whole_columns(schema: pa.Schema, names: Iterable[str]) -> list[pa.Field]:
+    """The columns that have these names, or structs with fields of these names, each once; names of neither count
+    nothing.
+    """
+    paths = (_path(schema, name) for name in names)
+    return [schema.field(index) for index in dict.fromkeys(path[0] for path in paths if path is not None)]
 
 
 def partitions(file: str) -> dict[str, str | None]:

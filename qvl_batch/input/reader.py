@@ -4,20 +4,18 @@ bytes of files.
 What enters: a `Unit` of rows. What leaves: tables with the columns that `qvl_batch.columns` defines for this stage, the
 id and the kept columns. Every row is in one of them; a row that cannot be read has a failure. Reading streams, so that
 a row group of any size takes the memory of one table.
+
+This module does not know what kind of file the rows are in: its container reads them.
 """
 
 import logging
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from qvl_batch.columns import (
     CONSTRAINT,
@@ -45,12 +43,13 @@ from qvl_batch.input.addresses import host_of
 from qvl_batch.input.ahead import Begun, in_order
 from qvl_batch.input.cells import one_by_one, values_of
 from qvl_batch.input.common_types import exact
+from qvl_batch.input.containers.by_name import read
 from qvl_batch.input.fetch import Fetcher
-from qvl_batch.input.footers import parquet_file
 from qvl_batch.input.image_cells import image_values, plain_image
 from qvl_batch.input.input_columns import InputColumns, ids_of
 from qvl_batch.input.messages import MARK, MOST_IMAGES, MOST_VALUES, Asked, read_messages
-from qvl_batch.input.source import Source, Unit, footer_sha256
+from qvl_batch.input.source import Source
+from qvl_batch.input.units import Lost, Piece, Unit
 from qvl_batch.sampling import Sampling
 from qvl_batch.schema import EXPECTED_FIELD, ID, Failure, first_failure
 
@@ -62,19 +61,6 @@ MOST_BYTES = 1 << 29
 FIRST_ROWS, PLACES = 16, "--allow-images-from"
 #: Whether this process has logged a note on marks in text.
 _noted_marks = False
-
-
-@dataclass(frozen=True, slots=True)
-class Lost:
-    """Rows that are not read but fail.
-
-    Args:
-        error: why.
-        known: whether to read their ids and kept columns all the same, as far as possible.
-    """
-
-    error: Exception
-    known: bool = True
 
 
 def read_unit(
@@ -91,46 +77,19 @@ def read_unit(
         unit: rows to read.
         columns: which columns, and as which types.
         prompt: asked of every row, if there is no prompt column.
-        rows_per_table: bounds the memory in use, beside that of `ahead.BYTES_AHEAD`. Of tables of one row, the next is
-            begun only once the one before it was taken.
+        rows_per_table: bounds the memory in use.
         fetcher: reads images that are not in the file itself.
         lost: if given, the rows are not read but fail.
 
-    If the file is damaged inside, the rows from there on have a failure, id and kept columns where those can still be
-    read, and nulls: every row of the input is answered.
+    Rows that cannot be read have a failure, id and kept columns where those can still be read, and nulls: every row of
+    the input is answered.
 
     Raises:
-        InputError: the file is gone, has changed, or has fewer rows than its footer says.
+        InputError: the file is gone, has changed, or has fewer rows than it says.
     """
-    begun = _begun(unit, columns, prompt, rows_per_table, fetcher, lost)
+    begun = (_records(piece, unit, columns, prompt, fetcher) for piece in read(unit, columns, rows_per_table, lost))
     # A row that is read alone must be the only one that this process works on.
     yield from in_order(begun, fetcher.ahead if rows_per_table > 1 else 0)
-
-
-def _begun(
-    unit: Unit, columns: InputColumns, prompt: str | None, rows_per_table: int, fetcher: Fetcher, lost: Lost | None
-) -> Iterator[Begun[pa.Table]]:
-    """The tables of a unit, without the images that are fetched for them."""
-    at, left = unit.first_row, deque(unit.spans)
-    try:
-        with pa.OSFile(unit.file) as opened, parquet_file(opened) as file:
-            if footer_sha256(opened) != unit.footer:
-                raise InputError(f"{unit.file} has changed while this job ran: put it back, or give another --output")
-            for table, error in _tables(file, unit, columns, rows_per_table, lost):
-                end = at + table.num_rows
-                while left and left[0][0] < end:
-                    start, stop = left.popleft()
-                    if stop > end:
-                        left.appendleft((end, stop))
-                    wanted = table.slice(start - at, min(stop, end) - start)
-                    yield _records(wanted, unit, start, columns, prompt, fetcher, error)
-                if not left:
-                    return
-                at = end
-    except (OSError, pa.ArrowException) as error:
-        raise InputError(f"{unit.file}: row group {unit.row_group} cannot be read: {error}") from error
-    rows, expected = at - unit.first_row, unit.spans[-1][1] - unit.first_row
-    raise InputError(f"{unit.file}: row group {unit.row_group} has {rows} rows, not {expected}: the file is damaged")
 
 
 def refuse_paths(source: Source, allowed: Sequence[str]) -> None:
@@ -157,54 +116,16 @@ def refuse_paths(source: Source, allowed: Sequence[str]) -> None:
             )
 
 
-def _tables(
-    file: pq.ParquetFile, unit: Unit, columns: InputColumns, rows_per_table: int, lost: Lost | None
-) -> Iterator[tuple[pa.Table, Exception | None]]:
-    """Read a row group in tables. From the first damage on, tables have only the readable columns, and the error."""
-    done = 0
-    if lost is None:
-        try:
-            for batch in file.iter_batches(rows_per_table, row_groups=[unit.row_group], columns=columns.names):
-                yield pa.Table.from_batches([batch]), None
-                done += len(batch)
-        except (OSError, pa.ArrowException) as damage:
-            lost = Lost(damage)
-        else:
-            return
-    rest = _readable_columns(file, unit, columns, known=lost.known).slice(done)
-    for start in range(0, rest.num_rows, rows_per_table):
-        yield rest.slice(start, rows_per_table), lost.error
-
-
-def _readable_columns(file: pq.ParquetFile, unit: Unit, columns: InputColumns, *, known: bool) -> pa.Table:
-    """Id and kept columns of a row group if `known`. Columns that are damaged or not read are nulls."""
-    rows = file.metadata.row_group(unit.row_group).num_rows
-    values = {name: pa.nulls(rows) for name in columns.names}
-    for name in columns.copied:
-        with suppress(OSError, pa.ArrowException):
-            if known:
-                values[name] = columns.of(file.read_row_group(unit.row_group, columns=[name]), unit.file)[name]
-    return pa.table(values)
-
-
-def _records(
-    table: pa.Table,
-    unit: Unit,
-    first_row: int,
-    columns: InputColumns,
-    prompt: str | None,
-    fetcher: Fetcher,
-    error: Exception | None,
-) -> Begun[pa.Table]:
-    """The next stage's table: places, id, kept columns, conversations, images, failures. `error` fails all rows."""
-    rows = range(first_row, first_row + table.num_rows)
-    table = columns.of(table, unit.file)
+def _records(piece: Piece, unit: Unit, columns: InputColumns, prompt: str | None, fetcher: Fetcher) -> Begun[pa.Table]:
+    """The next stage's table: places, id, kept columns, conversations, images, failures."""
+    table = columns.of(piece.table, unit.file)
+    rows = range(piece.first_row, piece.first_row + piece.table.num_rows)
     nothing: list[None] = [None] * len(rows)
-    asked: Sequence[Asked | RowError]
+    asked: Sequence[Asked | RowError] = [RecordError("it is not read")] * len(rows)
     constraints: Sequence[Constraint | RowError | None] = nothing
     samplings: Sequence[Sampling | RowError | None] = nothing
     kept = {each.field.name: exact(table[each.name], each.name, each.field.type) for each in columns.kept}
-    if error is None:
+    if len(piece.unread) < len(rows):
         if columns.constraint is not None:
             name, kind = columns.constraint
             constraints = _by_row(table[name], partial(constraint_of, kind))
@@ -214,9 +135,12 @@ def _records(
         wrong = (errors for _, errors in kept.values())
         own = zip(*wrong, constraints, samplings, _asked(table, columns, prompt), strict=True)
         asked = [next((value for value in each if isinstance(value, RowError)), each[-1]) for each in own]
-        _note_marks(asked)
-    else:
-        asked = [_row_error(f"row {row} of {unit.file} (row group {unit.row_group})", error) for row in rows]
+    unread = {
+        at: _row_error(f"row {rows[at]} of {unit.file}" + (f" ({each.where})" if each.where else ""), each.error)
+        for at, each in piece.unread.items()
+    }
+    asked = [unread.get(at, each) for at, each in enumerate(asked)]
+    _note_marks(asked)
     images = [[_bytes_or_location(value) for value in each.images] if isinstance(each, Asked) else [] for each in asked]
     record = {
         **place_columns([(unit.file_number, row) for row in rows]),
@@ -329,6 +253,8 @@ def _note_marks(asked: Sequence[Asked | RowError]) -> None:
 def _row_error(row: str, error: Exception) -> RowError:
     if isinstance(error, WorkerLostError):
         return WorkerLostError(f"{row} {error}", stage=error.stage)
+    if isinstance(error, ImageError):
+        return ImageError(f"{row} cannot be read: {error}")
     return RecordError(f"{row} cannot be read: {stable_message(error)}")
 
 

@@ -2,6 +2,7 @@
 
     DIR/part-*.parquet   answers; the footer of each says which rows of the input it answers
     DIR/_job.json        what the answers depend on: bundle, settings, input files in order of number
+    DIR/_images-*        the images of each folder of images in the input, as it was listed
     DIR/_run.json        figures of the last run that finished and had rows to answer
     DIR/_report.html     the same as a page
     DIR/_lock*           the lock of the job that is writing, if one is
@@ -18,24 +19,38 @@ import json
 import re
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, Self, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from qvl_batch.columns import places_of, with_columns
 from qvl_batch.errors import OutputError
-from qvl_batch.output.parts import PARTS, PartRecord, Tally, cannot_write, is_part, part_name, read_part, write_part
+from qvl_batch.input.containers.images import fingerprint
+from qvl_batch.output.parts import (
+    PARTS,
+    PartRecord,
+    Tally,
+    cannot_write,
+    is_part,
+    parquet,
+    part_name,
+    read_part,
+    write_part,
+)
 from qvl_batch.output.storage import Folder
 from qvl_batch.rows import InputFile, Row, RowSet
 
 JOB, RUN, REPORT = "_job.json", "_run.json", "_report.html"
-FORMAT = 2
+#: Listings of folders of images, which are files of the input.
+LISTINGS = "_images-*.parquet"
+FORMAT = 3
 #: Footers read at a time: on a network file system, each read is a round trip.
 READERS = 16
 Found = TypeVar("Found")
@@ -48,10 +63,12 @@ class Job:
     Args:
         settings: JSON values, by the names of the options that users know.
         files: of the input, in order of number.
+        listings: of the folders of images among them, by number.
     """
 
     settings: dict[str, Any]
     files: tuple[InputFile, ...]
+    listings: Mapping[int, pa.Table] = field(default_factory=dict, compare=False)
 
     @classmethod
     def of(cls, folder: Folder) -> "Job | None":
@@ -78,9 +95,40 @@ class Job:
             raise OutputError(f"{path} cannot be read: {error}; give another --output, or --overwrite") from error
 
     def write(self, folder: Folder) -> None:
-        """Write `_job.json`, which makes the folder this job's."""
+        """Write `_job.json`, which makes the folder this job's; before it, the listings that it refers to."""
+        there = set(folder.names(LISTINGS))
+        for number, listing in self.listings.items():
+            if (name := _listing_name(self.files[number])) not in there:
+                folder.write(name, parquet(listing))
         record = {"format": FORMAT, "settings": self.settings, "files": [asdict(file) for file in self.files]}
         folder.write(JOB, json.dumps(record, indent=1).encode() + b"\n")
+
+
+def read_listing(folder: Folder, file: InputFile) -> pa.Table:
+    """The listing of a folder of images that is a file of the job in an output folder.
+
+    Raises:
+        OutputError: it is not there, or is damaged.
+    """
+    name = _listing_name(file)
+    try:
+        with folder.open(name) as opened:
+            listing = pq.read_table(opened)
+        is_damaged = fingerprint(listing) != file.fingerprint
+    except (OSError, KeyError, pa.ArrowException) as error:
+        raise _no_listing(f"{folder}/{name}", file, f"cannot be read: {error}") from error
+    if is_damaged:
+        raise _no_listing(f"{folder}/{name}", file, "is damaged")
+    return listing
+
+
+def _no_listing(path: str, file: InputFile, why: str) -> OutputError:
+    what = f"which has the images of {file.path} as they were when this job began"
+    return OutputError(f"{path}, {what}, {why}; give another --output, or --overwrite")
+
+
+def _listing_name(file: InputFile) -> str:
+    return f"_images-{file.fingerprint[:16]}.parquet"
 
 
 class OutputFolder:
@@ -173,7 +221,7 @@ class OutputFolder:
                 )
         # The order makes a crash in between safe. `_job.json` proves that report and parts are a job's, so the report
         # goes before it. Parts without `_job.json` are refused, so it goes before them.
-        for name in (REPORT, JOB, RUN, *self.folder.names(PARTS)):
+        for name in (REPORT, JOB, RUN, *self.folder.names(LISTINGS), *self.folder.names(PARTS)):
             self.folder.remove(name)
 
     def _claim(self) -> None:

@@ -8,8 +8,9 @@ them:
     that happened twice                               each row is begun alone in its process
     a row was begun alone, and the worker died twice  the row has failed
 
-This finds the row after at most four workers. A row group can only be read row by row, so a row that crashes its reader
-can make those behind it unreachable: after two such rows in succession, the rest of the row group fails too.
+This finds the row after at most four workers. A group, such as parquet's row group, can only be read row by row, so a
+row that crashes its reader can make those behind it unreachable: after two such rows in succession, the rest of the
+group fails too.
 
 This module knows nothing of Ray.
 """
@@ -19,21 +20,19 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import groupby
 from typing import Protocol
 
 import pyarrow as pa
 
 from qvl_batch.columns import FAILURE, failure_columns, places_of, with_columns
 from qvl_batch.errors import WorkerLostError
-from qvl_batch.input.reader import Lost
-from qvl_batch.input.source import Unit
+from qvl_batch.input.units import Lost, Unit
 from qvl_batch.rows import Row
 from qvl_batch.schema import Failure
 
 #: Attempts at a batch, and at a row alone.
 TOGETHER, ALONE = 2, 2
-#: Successive rows that crashed their reader, after which the rest of the row group is given up.
+#: Successive rows that crashed their reader, after which the rest of the group is given up.
 IMPASSABLE = 2
 #: Stages in the counts of attempts: reading rows, and reading only ids and kept columns of rows that failed.
 READ, READ_IDS = "read", "read ids"
@@ -41,7 +40,7 @@ CRASHED = (
     f"crashed its worker {TOGETHER + ALONE} times, the last {ALONE} times alone in it: "
     "memory ran out, or a library crashed or hung"
 )
-UNREACHABLE = "is behind rows of its row group that crashed their reader, and cannot be read past them"
+UNREACHABLE = "is behind rows of its group that crashed their reader, and cannot be read past them"
 
 
 class Attempts(Protocol):
@@ -172,9 +171,9 @@ class GuardedRead:
         """For each table that is to be returned, its rows as tables of one row."""
         reading: Iterator[pa.Table] | None = None
         lost = 0
-        for rows in self._tables(unit):
+        for start, stop in unit.cuts(self._rows_per_table):
             tables: list[pa.Table] = []
-            for row in rows:
+            for row in range(start, stop):
                 if lost == IMPASSABLE:
                     reading = reading or self._failed(_part(unit, row), UNREACHABLE)
                     tables.append(next(reading))
@@ -188,12 +187,6 @@ class GuardedRead:
                     reading = None
                     lost += 1
             yield tables
-
-    def _tables(self, unit: Unit) -> Iterator[list[int]]:
-        """Rows of each table, cut as where the unit is read as a whole."""
-        for start, stop in unit.spans:
-            for _, rows in groupby(range(start, stop), lambda row: (row - unit.first_row) // self._rows_per_table):
-                yield list(rows)
 
     def _failed(self, unit: Unit, why: str) -> Iterator[pa.Table]:
         """Rows that have failed as tables of one row; with their ids, unless reading those crashes the process too."""

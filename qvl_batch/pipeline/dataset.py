@@ -24,7 +24,8 @@ from qvl_batch.constraints import Constraint
 from qvl_batch.images.view import View
 from qvl_batch.input.fetch import Fetcher
 from qvl_batch.input.input_columns import InputColumns
-from qvl_batch.input.source import Source, Unit
+from qvl_batch.input.source import Source
+from qvl_batch.input.units import Unit
 from qvl_batch.pipeline.actors import DecoderWorker, JoinedWorker, RemoteAttempts, VisionWorker, worker_name
 from qvl_batch.pipeline.cluster import job_error
 from qvl_batch.pipeline.plan import CALLS_PER_VISION_WORKER, ROWS_PER_BLOCK, TASK_CPUS, Plan

@@ -11,8 +11,8 @@ from qvl_batch.clock import Clock
 from qvl_batch.columns import seconds_column, with_columns
 from qvl_batch.input.fetch import Fetcher
 from qvl_batch.input.input_columns import InputColumns
-from qvl_batch.input.reader import Lost, read_unit
-from qvl_batch.input.source import Unit
+from qvl_batch.input.reader import read_unit
+from qvl_batch.input.units import Lost, Unit
 from qvl_batch.pipeline.crash_guard import Attempts, GuardedRead
 
 

@@ -1,4 +1,4 @@
-"""The job as a whole: from parquet files to a folder of answers, and a report.
+"""The job as a whole: from files of rows to a folder of answers, and a report.
 
 discovery ─ source ─┐
                     ├─ Pipeline ─ tables of answers ─ AnswerWriter ─ files, report
@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -22,13 +23,12 @@ from qvl_batch.decoder.answerer import grammars_of
 from qvl_batch.decoder.prompts import RowLayout
 from qvl_batch.errors import ConstraintError, DeviceError, JobError
 from qvl_batch.images.view import View
-from qvl_batch.input.discovery import passed_over
 from qvl_batch.input.fetch import Fetcher
 from qvl_batch.input.input_columns import BY_PLACE
 from qvl_batch.input.reader import refuse_paths
 from qvl_batch.input.source import Source, open_source
 from qvl_batch.output.parts import Tally
-from qvl_batch.output.resume import Job, OutputFolder
+from qvl_batch.output.resume import Job, OutputFolder, read_listing
 from qvl_batch.output.storage import folder_at
 from qvl_batch.output.writer import AnswerWriter
 from qvl_batch.pipeline.cluster import cards, cluster
@@ -65,7 +65,7 @@ def run(config: CaptionConfig, say: Say = lambda _: None, is_stopped: IsStopped 
     began = time.time()
     storage = folder_at(config.output)
     earlier = None if config.overwrite else Job.of(storage)
-    source = open_source(config, earlier.files if earlier else ())
+    source = open_source(config, earlier.files if earlier else (), partial(read_listing, storage), say)
     refuse_paths(source, config.allow_images_from)
     cache = BundleCache(config.bundle_cache, config.bundle_cache_gb)
     bundle = Bundle.load(config.bundle, cache=cache)
@@ -79,7 +79,7 @@ def run(config: CaptionConfig, say: Say = lambda _: None, is_stopped: IsStopped 
     if config.vision_cache:
         # Workers open it too: here it is refused before they start.
         open_vision_cache(config.vision_cache, config.vision_cache_gb, bundle.manifest)
-    job = Job(_answers_depend_on(config, bundle, view, constraint), source.files)
+    job = Job(_answers_depend_on(config, bundle, view, constraint), source.files, source.listings)
     schema = source.columns.output_schema(
         boxes=config.boxes,
         parsed=constraint.parsed_type if constraint else None,
@@ -91,7 +91,7 @@ def run(config: CaptionConfig, say: Say = lambda _: None, is_stopped: IsStopped 
     retry = source.wanted if config.retry_errors else None
     with OutputFolder(storage, job, schema, overwrite=config.overwrite, retry=retry) as folder:
         left = source.without(folder.done)
-        _announce(say, config, source, folder, left, bundle, devices)
+        _announce(say, source, folder, left, bundle, devices)
         settings = recorded_settings(config, len(source.files), bundle, view, devices)
         report = Report(str(storage), folder.tally, price_per_hour=config.price_per_hour, settings=settings)
         if left.rows:
@@ -140,7 +140,6 @@ def _devices(config: CaptionConfig, bundle: Bundle) -> dict[str, Device]:
 
 def _announce(
     say: Say,
-    config: CaptionConfig,
     source: Source,
     folder: OutputFolder,
     left: Source,
@@ -156,10 +155,9 @@ def _announce(
         if kept.missing:
             files = f"{kept.missing:,} of {len(source.files):,} files"
             say(f"note      column {kept.name!r} (--keep-columns) is missing in {files}: it is null there")
-    others = passed_over(config)
-    if (first := next(others, None)) is not None:
-        count = 1 + sum(1 for _ in others)
-        say(f"note      {count:,} files of its folders do not end in .parquet and are passed over, such as {first}")
+    count, example = source.passed_over
+    if count:
+        say(f"note      {count:,} other files of its folders are passed over, such as {example}")
     if folder.tally.rows:
         say(f"resuming  {folder.tally.rows:,} rows are answered already, {left.rows:,} are left")
     where = ", ".join(f"{stage} on {device}" for stage, device in devices.items())

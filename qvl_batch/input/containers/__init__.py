@@ -1,0 +1,1 @@
+"""Kinds of input files, each behind the interface of `container.Container`."""

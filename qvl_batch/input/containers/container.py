@@ -1,0 +1,199 @@
+"""What every kind of input file can do: describe itself, and read the rows of a unit.
+
+What enters: a path, later a unit. What leaves: a `Described` with all that is known of the file without its rows'
+images, later pieces of rows.
+"""
+
+import hashlib
+import stat
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import BinaryIO, Protocol, TypeVar
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from qvl_batch.errors import InputError
+from qvl_batch.input.lookup import whole_columns
+from qvl_batch.input.units import Piece, Unit
+from qvl_batch.rows import InputFile
+
+Record = TypeVar("Record")
+#: Is told how many bytes of a file have been looked through.
+Progress = Callable[[int], None]
+#: Bytes at the start and at the end of a file that a worker compares before it reads a unit.
+END = 1 << 16
+#: How files of other kinds begin, to name one that has a wrong name.
+_BEGINNINGS = {
+    b"PAR1": "a parquet file",
+    b"ARROW1": "an Arrow file",
+    b"FEA1": "a Feather file of version 1",
+    b"\x1f\x8b": "a file that gzip compressed",
+    b"\x28\xb5\x2f\xfd": "a file that zstd compressed",
+    b"PK\x03\x04": "a zip file",
+    b"\xff\xfe": "text in UTF-16: write it in UTF-8",
+    b"\xfe\xff": "text in UTF-16: write it in UTF-8",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Fields:
+    """What to read of a file.
+
+    Args:
+        schema: of the file.
+        names: of columns, and of fields in structs of columns; the file can lack some.
+        copied: those of them that are copied to the output.
+    """
+
+    schema: pa.Schema
+    names: Sequence[str]
+    copied: Sequence[str]
+
+    @property
+    def columns(self) -> list[pa.Field]:
+        """The whole columns that the file has of these."""
+        return whole_columns(self.schema, self.names)
+
+    def nulls(self, rows: int) -> pa.Table:
+        """The columns that are copied, with nulls."""
+        columns = {field.name: pa.nulls(rows, field.type) for field in whole_columns(self.schema, self.copied)}
+        return pa.table(columns or {"": pa.nulls(rows)})  # a table without columns has no rows
+
+    def of_copied(self) -> "Fields":
+        """What is copied, alone."""
+        return Fields(self.schema, self.copied, self.copied)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Groups:
+    """The groups of a file.
+
+    Args:
+        rows: int64 (groups + 1,), the first row of each, and the number of rows.
+        offsets: int64 (groups,), the byte of the file at which each begins, if they have one.
+        lines: int64 (groups,), the number of the line there.
+    """
+
+    rows: NDArray[np.int64]
+    offsets: NDArray[np.int64] | None = None
+    lines: NDArray[np.int64] | None = None
+
+    def begin(self, group: int) -> tuple[int, int]:
+        """Byte and line at which a group begins."""
+        offset = 0 if self.offsets is None else int(self.offsets[group])
+        return offset, 1 if self.lines is None else int(self.lines[group])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Described:
+    """A file of the input.
+
+    Args:
+        file: its identity.
+        schema: of its columns.
+        groups: of its rows.
+        inferred: the types are those that its values need, so that other files of its kind may need wider ones.
+        listing: of a folder of images.
+    """
+
+    file: InputFile
+    schema: pa.Schema
+    groups: Groups
+    inferred: bool = False
+    listing: pa.Table | None = None
+
+
+class Reader(Protocol):
+    """Reads rows of one kind of files."""
+
+    def read(self, unit: Unit, fields: Fields, rows_per_table: int) -> Iterator[Piece]:
+        """Read the rows of a unit, in pieces as `Unit.cuts` has them.
+
+        Raises:
+            InputError: the file is gone, or has changed.
+        """
+
+
+class Container(Reader, Protocol):
+    """A kind of file that holds rows."""
+
+    def describe(self, path: str, progress: Progress) -> Described:
+        """Look through a file.
+
+        Raises:
+            InputError: it is no readable file of this kind.
+        """
+
+
+def check_regular(path: str) -> None:
+    """Refuse what is no file: to open a named pipe would block until it has a writer.
+
+    Raises:
+        OSError: it is not there, or no regular file.
+    """
+    if not stat.S_ISREG(Path(path).stat().st_mode):
+        raise OSError("it is not a regular file")
+
+
+def check_beginning(kind: str, head: bytes) -> None:
+    """Refuse a file whose first bytes are those of another kind.
+
+    Raises:
+        OSError: it is named like `kind` and begins like something else.
+    """
+    for beginning, other in _BEGINNINGS.items():
+        if head.startswith(beginning):
+            raise OSError(f"it is named like {kind}, and begins like {other}")
+
+
+def ends(file: BinaryIO) -> str:
+    """A hash of a file's size, and of its first and last 64 KiB: 32 hexadecimal digits."""
+    size = file.seek(0, 2)
+    digest = hashlib.sha256(b"%d:" % size)
+    for start in (0, max(END, size - END)):
+        file.seek(start)
+        digest.update(file.read(END))
+    return digest.hexdigest()[:32]
+
+
+def check_unchanged(unit: Unit, file: BinaryIO) -> None:
+    """Refuse a file that is not the one that was described, as far as its size and its ends show it.
+
+    Raises:
+        InputError: it has changed.
+    """
+    if ends(file) != unit.fingerprint[:32]:
+        raise changed(unit)
+
+
+def changed(unit: Unit) -> InputError:
+    """The error of a file that changed under the job."""
+    return InputError(f"{unit.file} has changed while this job ran: put it back, or give another --output")
+
+
+def wanted(unit: Unit, records: Iterator[Record], rows_per_table: int) -> Iterator[tuple[int, list[Record]]]:
+    """Of the records of a group, those of the unit: for each table, its first row and its records.
+
+    Raises:
+        InputError: there are fewer records than there were.
+    """
+    at = unit.first_row
+    for start, stop in unit.cuts(rows_per_table):
+        some = list(islice(records, start - at, stop - at))
+        if len(some) < stop - start:
+            raise changed(unit)
+        yield start, some
+        at = stop
+
+
+def text_of(data: bytes) -> str:
+    """The text of a small file, without the line break at its end.
+
+    Raises:
+        UnicodeDecodeError: it is not UTF-8.
+    """
+    return data.decode("utf-8-sig").removesuffix("\n").removesuffix("\r")
