@@ -8,12 +8,13 @@ file keeps its number when a job is resumed, whatever files were added meanwhile
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
 from threading import Lock
+from typing import Self
 
 import pyarrow as pa
 
@@ -153,8 +154,8 @@ def _described(
     """
     numbered = _in_order_of_number(found, known)
     paths = [path for path in numbered if not path.endswith("/")]
-    with ThreadPoolExecutor(READERS, "qvl-describe") as pool:
-        files = dict(zip(paths, pool.map(partial(describe, progress=_Progress(say)), paths), strict=True))
+    with ThreadPoolExecutor(READERS, "qvl-describe") as pool, _Progress(say) as progress:
+        files = dict(zip(paths, pool.map(partial(describe, progress=progress), paths), strict=True))
     described: list[Described] = []
     listings: dict[str, list[pa.Table]] = {}
     for file in known:
@@ -177,13 +178,24 @@ def _described(
 
 
 class _Progress:
-    """Says how many bytes have been looked through, every ten seconds."""
+    """Says how many bytes have been looked through, every ten seconds. Once its context is left, as by Ctrl-C, threads
+    that still look through files end.
+    """
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self._say, self._lock = say, Lock()
         self._bytes, self._next = 0, time.monotonic() + SECONDS
+        self._is_over = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._is_over = True
 
     def __call__(self, size: int) -> None:
+        if self._is_over:
+            raise CancelledError
         with self._lock:
             self._bytes += size
             if time.monotonic() >= self._next:
