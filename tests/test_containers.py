@@ -4,6 +4,9 @@ import gzip
 import json
 import os
 import tarfile
+import threading
+import time
+from concurrent.futures import CancelledError
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,6 +31,7 @@ from reading import caption_config, images_of, prompts_of, read_rows
 
 from qvl_batch.columns import FAILURE, FILE, ROW
 from qvl_batch.errors import InputError, OutputError
+from qvl_batch.input import source as source_module
 from qvl_batch.input.containers import delimited as delimited_module
 from qvl_batch.input.containers import images, lines, values
 from qvl_batch.input.containers import tar as tar_module
@@ -969,11 +973,48 @@ def test_a_large_file_of_lines_takes_little_memory_to_look_through(tmp_path):
 
 
 def test_long_looking_through_says_how_far_it_is(tmp_path, monkeypatch):
-    from qvl_batch.input import source as source_module  # noqa: PLC0415
-
     monkeypatch.setattr(source_module, "SECONDS", 0.0)
     KINDS["rows.jsonl"](tmp_path, "a.jsonl", rows_of(3))
     said = []
     open_source(config_of(tmp_path, "a.jsonl"), say=said.append)
     assert said
     assert all(line.startswith("input     counting rows: 0.0 GB") for line in said)
+
+
+def test_ctrl_c_does_not_wait_for_large_files(tmp_path, monkeypatch):
+    KINDS["rows.jsonl"](tmp_path, "a.jsonl", rows_of(3))
+    (tmp_path / "b.jsonl").write_bytes(b"{}\n")
+    started, ended = threading.Event(), []
+
+    def endless(path, progress):
+        if path.endswith("b.jsonl"):
+            started.wait(60)
+            raise KeyboardInterrupt
+        started.set()
+        try:
+            while True:
+                progress(1)
+                time.sleep(0.01)
+        except CancelledError:
+            ended.append(path)
+            raise
+
+    monkeypatch.setattr(source_module, "describe", endless)
+    with pytest.raises(KeyboardInterrupt):
+        open_source(config_of(tmp_path, "b.jsonl", "a.jsonl"))
+    assert ended == [f"{tmp_path}/a.jsonl"]
+
+
+def test_images_that_came_without_prompts_fail_alone(tmp_path):
+    config = _photos(tmp_path, "a.jpg", prompt=None)
+    (tmp_path / "photos" / "a.txt").write_text("What?")
+    known, listing_of = open_source(config).files, _listings(config)
+    _photos(tmp_path, "a.jpg", "b.jpg")
+    os.utime(tmp_path / "photos" / "a.jpg", ns=(0, int(_time_of(listing_of, known))))
+    table = _read(open_source(config, known, listing_of), config)
+    assert table["id"].to_pylist() == ["a.jpg", "b.jpg"]
+    assert list(_failures(table)) == [1]
+
+
+def _time_of(listing_of, known):
+    return listing_of(known[0])["time"][0].as_py()

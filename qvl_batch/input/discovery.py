@@ -143,7 +143,7 @@ def _named_by(item: str) -> Found:
         others = [counted for each in walked for counted in (each.images, each.texts, each.others)]
     else:
         folders_of_images = (each.top.resolve() for each in walked if each.images.count)
-        paths = {f"{folder}/": folder for folder in folders_of_images}
+        paths = {f"{str(folder).rstrip('/')}/": folder for folder in folders_of_images}
         others = [each.others for each in walked]
     return Found(paths, sum(each.count for each in others), next((each.first for each in others if each.count), None))
 

@@ -44,6 +44,8 @@ LISTING = pa.schema(
 )
 #: Rows of a group: their paths travel to the task that reads some of them.
 GROUP_ROWS = 500
+#: Rows that are Python objects at a time.
+_PIECE = 10_000
 #: Files that a task reads at a time, and bytes of the longest prompt.
 AT_ONCE, MOST_PROMPT = 8, 1 << 20
 
@@ -66,6 +68,8 @@ def of_folder(path: str, config: JobConfig, known: Sequence[pa.Table]) -> list[D
     if known:
         paths = pa.concat_tables(known)["path"].combine_chunks()
         now = now.filter(pc.invert(pc.is_in(now["path"], paths)))
+    elif _with_prompts(config) and now.num_rows == now["prompt_size"].null_count:
+        raise InputError(f"{path} has images without prompts: give --prompt, or a file a.txt beside each a.jpg")
     return [of_listing(path, now, config)] if now.num_rows or not known else []
 
 
@@ -84,27 +88,20 @@ def list_images(path: str, *, with_prompts: bool, output: Path | None) -> pa.Tab
     Raises:
         InputError: a folder cannot be listed.
     """
-    pieces = []
+    pieces = [LISTING.empty_table()]
     try:
         for folder, names in walk(Path(path)):
             if output is not None and folder.resolve().is_relative_to(output):
                 continue
             beside = {name for name in names if with_prompts and name.endswith(".txt")}
-            rows = [_listed(path, folder / name, beside) for name in names if is_image(name)]
-            pieces.append(
-                pa.Table.from_arrays(
-                    [
-                        pa.array(column, field.type)
-                        for column, field in zip(zip(*rows, strict=True), LISTING, strict=True)
-                    ],
-                    schema=LISTING,
-                )
-                if rows
-                else LISTING.empty_table()
-            )
+            shown = [name for name in names if is_image(name)]
+            for start in range(0, len(shown), _PIECE):
+                rows = [_listed(path, folder / name, beside) for name in shown[start : start + _PIECE]]
+                columns = zip(zip(*rows, strict=True), LISTING.types, strict=True)
+                pieces.append(pa.Table.from_arrays([pa.array(each, kind) for each, kind in columns], schema=LISTING))
     except OSError as error:
         raise InputError(f"{path} cannot be listed: {error}") from error
-    return pa.concat_tables(pieces).combine_chunks().sort_by("path").combine_chunks()
+    return pa.concat_tables(pieces).sort_by("path").combine_chunks()
 
 
 def _listed(path: str, image: Path, beside: set[str]) -> tuple[bytes, int, int, int | None, int | None]:
@@ -122,15 +119,8 @@ def _size_and_time(path: Path) -> tuple[int, int]:
 
 
 def of_listing(path: str, listing: pa.Table, config: JobConfig) -> Described:
-    """A listing as a file of the input.
-
-    Raises:
-        InputError: there are to be prompts, and there are none.
-    """
-    with_prompts = _with_prompts(config)
-    if with_prompts and listing.num_rows == listing["prompt_size"].null_count:
-        raise InputError(f"{path} has images without prompts: give --prompt, or a file a.txt beside each a.jpg")
-    names = ["id", "image", *(["prompt"] if with_prompts else [])]
+    """A listing as a file of the input."""
+    names = ["id", "image", *(["prompt"] if _with_prompts(config) else [])]
     schema = pa.schema([(name, pa.binary() if name == "image" else pa.string()) for name in names])
     rows = listing.num_rows
     size = pc.sum(pc.max_element_wise(listing["size"], 0)).as_py() or 0
@@ -140,7 +130,9 @@ def of_listing(path: str, listing: pa.Table, config: JobConfig) -> Described:
 
 def fingerprint(listing: pa.Table) -> str:
     """A hash of the listing of images."""
-    digest = hashlib.sha256(b"\0".join(listing["path"].to_pylist()))
+    digest = hashlib.sha256()
+    for some in listing.select(["path"]).to_batches(_PIECE):
+        digest.update(b"\0".join([*some["path"].to_pylist(), b""]))
     for name in LISTING.names[1:]:
         digest.update(pc.fill_null(listing[name], -2).to_numpy().astype("<i8").tobytes())
     return digest.hexdigest()
