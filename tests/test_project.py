@@ -49,10 +49,11 @@ def test_two_bundles_are_compared_with_what_the_extra_brings(tiny_bundle, tmp_pa
 @pytest.mark.parametrize(
     ("library", "modules"),
     [
-        ("ray", {"pipeline/actors", "pipeline/cluster", "pipeline/dataset"}),
+        ("ray", {"pipeline/actors", "pipeline/cluster", "pipeline/dataset", "pipeline/metrics"}),
         ("onnxruntime", {"runtime/devices", "runtime/session"}),
         ("pynvml", {"pipeline/capacity"}),
-        ("fsspec", {"input/download", "input/fetch", "output/object_store", "output/storage"}),
+        ("fsspec", {"bundle/cache", "input/download", "input/fetch", "output/object_store", "output/storage"}),
+        ("deltalake", {"input/tables"}),
         ("torch", set()),
         ("onnx", set()),
         ("transformers", set()),

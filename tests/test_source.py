@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 from dataclasses import replace
 from datetime import datetime
 from decimal import Decimal
@@ -13,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from deltalake import write_deltalake
 from reading import caption_config, images_of, prompts_of, read_rows
 
 from qvl_batch.columns import FAILURE, FILE, ROW, failures_of
@@ -97,7 +99,8 @@ TABLES = {
     ],
 )
 @pytest.mark.parametrize("sign", TABLES)
-def test_a_folder_of_a_table_is_refused_wherever_it_is_met(sign, given, tmp_path):
+def test_a_folder_of_a_table_is_refused_wherever_it_is_met(sign, given, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "deltalake", None)  # as if it were not installed
     _write_inputs(tmp_path, "in/1.parquet", "in/t/2.parquet", "in/t/p=1/q/3.parquet")
     (tmp_path / "in" / sign).parent.mkdir()
     (tmp_path / "in" / sign).touch()
@@ -109,6 +112,48 @@ def test_a_folder_of_a_table_is_refused_wherever_it_is_met(sign, given, tmp_path
     table = tmp_path / "in" / "t"
     named = open_source(caption_config(tmp_path, table / "2.parquet", table / "p=1" / "q" / "3.parquet"))
     assert _names(named, tmp_path) == ["in/t/2.parquet", "in/t/p=1/q/3.parquet"]
+
+
+def _delta_table(folder, **options):
+    """A table of three rows, of which its current version has two."""
+    rows = TABLE.append_column("split", [["a b", "c/d", None]])
+    for some in (rows, rows.slice(1)):
+        write_deltalake(folder, some, mode="overwrite", partition_by=["split"], **options)
+
+
+def test_of_a_delta_table_the_current_version_is_read(tmp_path):
+    table = tmp_path / "table"
+    _delta_table(table)
+    assert len(list(table.rglob("*.parquet"))) == 5
+    source = open_source(caption_config(tmp_path, table, keep_columns=("split",)))
+    rows = read_rows(source)
+    assert sorted(zip(rows["id"].to_pylist(), rows["split"].to_pylist(), strict=True)) == [(2, "c/d"), (3, None)]
+    known = source.files
+    write_deltalake(table, TABLE.slice(0, 1).append_column("split", [["e"]]), mode="append", partition_by=["split"])
+    assert open_source(caption_config(tmp_path, table), known).rows == 3
+    _delta_table(table)
+    with pytest.raises(InputError, match=r"was part of the input when this job began, and --input no longer names it"):
+        open_source(caption_config(tmp_path, table), known)
+
+
+@pytest.mark.parametrize("given", ["in", "in/table/split=c%2Fd", "in/*/*"])
+def test_what_is_inside_or_around_a_delta_table_is_refused(given, tmp_path):
+    _delta_table(tmp_path / "in" / "table")
+    _write_inputs(tmp_path, "in/1.parquet")
+    with pytest.raises(InputError, match=r"in/table is a Delta table: .* Give the table's own folder"):
+        open_source(caption_config(tmp_path, tmp_path / given))
+
+
+def test_a_delta_table_whose_files_alone_do_not_say_its_rows_is_refused(tmp_path):
+    _delta_table(tmp_path / "mapped", configuration={"delta.columnMapping.mode": "name"})
+    with pytest.raises(InputError, match=r"mapped is a Delta table whose files alone do not say .*columnMapping"):
+        open_source(caption_config(tmp_path, tmp_path / "mapped"))
+    (tmp_path / "broken" / "_delta_log").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"broken is a Delta table that cannot be read: .*"):
+        open_source(caption_config(tmp_path, tmp_path / "broken"))
+    write_deltalake(tmp_path / "empty", TABLE.slice(0, 0))
+    with pytest.raises(InputError, match=r"empty is a Delta table without rows in its current version"):
+        open_source(caption_config(tmp_path, tmp_path / "empty"))
 
 
 def test_a_folder_that_is_like_a_table_is_none(tmp_path):

@@ -5,8 +5,8 @@ names that begin with a dot or an underscore are skipped, and links are followed
 
 A folder is one of images if neither it nor what else the same path or glob of `--input` names has files of rows: beside
 those, images are what rows refer to. A folder with several kinds of files of rows is refused, since they can be the
-same rows twice. A folder of a table (Delta, Iceberg, Hudi) is refused, since it holds the files of all its versions; so
-is a glob that matches inside one. Files that are named one by one are not checked in these ways.
+same rows twice. Of the folder of a Delta table, the files of its current version are read (`tables`); other tables are
+refused, and so is what is inside of one or around it. Files that are named one by one are not checked in these ways.
 """
 
 import glob
@@ -19,25 +19,7 @@ from pathlib import Path
 from qvl_batch.config import JobConfig
 from qvl_batch.errors import ConfigError, InputError
 from qvl_batch.input.endings import is_image, kind_of, spelled
-
-#: Table formats: globs that recognise a table's folder, and a Python expression that lists the files of one version.
-TABLES = {
-    "a Delta table": (("_delta_log",), "deltalake.DeltaTable('{}').file_uris()"),
-    "an Iceberg table": (
-        [f"metadata/{name}" for name in ("v[0-9]*.metadata.json", "[0-9]????-*.metadata.json", "snap-*.avro")],
-        (
-            "[task.file.file_path.removeprefix('file://') for task in "
-            "pyiceberg.table.StaticTable.from_metadata('{}/metadata/VERSION.metadata.json').scan().plan_files()]"
-        ),
-    ),
-    "a Hudi table": (
-        (".hoodie",),
-        (
-            "[each.base_file_relative_path() for each in "
-            "hudi.HudiTableBuilder.from_base_uri('{}').build().get_file_slices()]"
-        ),
-    ),
-}
+from qvl_batch.input.tables import files_of_table, refuse_table
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,11 +112,14 @@ def _named_by(item: str) -> Found:
         if not match.is_dir():
             files[str(match)] = match.parent.resolve() / match.name
             parents.update(files[str(match)].parents if matches != [Path(item)] else ())
+            continue
+        parents.update(match.resolve().parents)
+        if (live := files_of_table(match.resolve())) is not None:
+            files |= {str(path): path for path in live}
         else:
-            parents.update(match.resolve().parents)
             walked.append(_Walk.of(match))
     for folder in parents:
-        _refuse_table(folder)
+        refuse_table(folder)
     if (image := next((name for name in files if is_image(name) and kind_of(name) is None), None)) is not None:
         raise InputError(f"--input {item} names images, such as {image}: images are read by folder, so give theirs")
     files |= {name: path for each in walked for name, path in each.files.items()}
@@ -183,7 +168,7 @@ class _Walk:
         walked, kinds = cls(top), dict[str, str]()
         for folder, names in walk(top):
             real = folder.resolve()
-            _refuse_table(real)
+            refuse_table(real)
             for name in names:
                 if (kind := kind_of(name)) is not None:
                     walked.files[str(folder / name)] = real / name
@@ -251,18 +236,3 @@ def walk(top: Path) -> Iterator[tuple[Path, list[str]]]:
 def _is_hidden(name: str) -> bool:
     """Whether a name begins with a dot or an underscore; such files are not data, as in Hive and Spark."""
     return name.startswith((".", "_"))
-
-
-def _refuse_table(folder: Path) -> None:
-    """Refuse the folder of a table, which holds the files of all its versions.
-
-    Raises:
-        InputError: the folder is a table; the message says how to list the files of one version.
-    """
-    for kind, (signs, listing) in TABLES.items():
-        if any(True for sign in signs for _ in folder.glob(sign)):  # no match in a folder without read permission
-            raise InputError(
-                f"{folder} is {kind}: its files also hold deleted rows. Give the files of one version, which in Python "
-                f"{listing.format(folder)} lists; if the table keeps deletes in files of their own, write it out as "
-                "plain parquet instead"
-            )
