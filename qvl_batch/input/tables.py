@@ -75,8 +75,8 @@ def refuse_table(folder: Path) -> None:
             own = "Give the table's own folder, with `pip install deltalake`; or " if kind == _DELTA else "To read it, "
             raise InputError(
                 f"{folder} is {kind}: its files also hold deleted rows. {own}give the files of one version, which in "
-                f"Python {listing.format(folder)} lists; if the table keeps deletes in files of their own, write it out "
-                "as plain parquet instead"
+                f"Python {listing.format(folder)} lists; if the table keeps deletes in files of their own, write it "
+                "out as plain parquet instead"
             )
 
 
