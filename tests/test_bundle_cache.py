@@ -14,6 +14,8 @@ from conftest import QUESTIONS, ROOT
 from output_folders import rows_by_id
 from range_server import serving
 
+import check
+from qvl_batch import Captioner
 from qvl_batch.bundle import cache
 from qvl_batch.bundle.cache import BundleCache
 from qvl_batch.bundle.loading import Bundle, BundleReference
@@ -217,3 +219,16 @@ def test_a_job_takes_its_bundle_from_an_address(tiny_bundle, job, tmp_path):
     run = json.loads((tmp_path / "out" / "_run.json").read_text())
     assert run["bundle"]["path"] == server.address
     assert run["bundle"]["sha256"] == tiny_bundle.sha256
+
+
+def test_notebooks_and_checks_take_their_bundle_from_an_address(tiny_bundle, demo, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with serving(tiny_bundle.path) as server:
+        with Captioner(server.address) as captioner:
+            (answer,) = captioner.caption([demo[0]["image"]["bytes"]], [demo[0]["prompt"]])
+        monkeypatch.setattr(sys, "argv", ["check.py", server.address])
+        assert check.main() == 0
+    assert answer.answer == demo[0]["expected"]
+    assert f"bundle    {server.address}: tiny-qwen2.5-vl" in capsys.readouterr().out
+    assert server.given[WEIGHTS] == tiny_bundle.manifest.files[WEIGHTS].size
+    assert len(list((tmp_path / "qvl-batch" / "bundles").glob("*.lock"))) == 1
