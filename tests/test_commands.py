@@ -523,7 +523,7 @@ def test_the_machine_that_checks_all_runs_lint_and_tests():
     script = (ROOT / ".ci" / "run").read_text()
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
     assert script.index("make lint") < script.index("make test")
-    tools = {"ruff", "mypy", "lint-imports"}
+    tools = {"ruff", "hadolint", "mypy", "lint-imports"}
     assert {_words(line)[0] for line in _recipe("lint")} == {f"BIN/{tool}" for tool in tools}
     for tool in tools:
         assert shutil.which(tool, path=Path(sys.executable).parent), f"{tool} is not installed with the extra dev"

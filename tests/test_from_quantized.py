@@ -248,7 +248,7 @@ def test_graphs_of_other_kinds_are_refused(tiny_bundle, tmp_path):
     }.items():
         with pytest.raises(ExportError, match=message):
             load_tool_graph(path)
-    with pytest.raises(ExportError, match="two graphs of the decoder"):
+    with pytest.raises(ExportError, match="the decoder is also that of another graph; give one of them"):
         _made(tmp_path / "bundle", tool, tool)
     for options, message in (
         ({"dtype": "int8"}, "--dtype int8: the graph of --from-quantized says the precision of the decoder"),

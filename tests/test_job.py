@@ -462,11 +462,19 @@ def _metrics():
     return found
 
 
+def _settled_metrics():
+    """The same, once nothing of earlier jobs comes any more."""
+    before = None
+    while before != (before := _metrics()):
+        time.sleep(2)
+    return before
+
+
 def test_ray_shows_metrics_of_a_job(tiny_bundle, demo, job, tmp_path):
     rows = [dict(row) for row in demo[:6]]
     rows[4]["image"] = {"bytes": b"<html>", "path": None}
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
-    before, loads, ended = _metrics(), Counter(), threading.Event()
+    before, loads, ended = _settled_metrics(), Counter(), threading.Event()
 
     def watch():  # what a decoder says is there as long as it is
         while not ended.wait(0.2):

@@ -79,7 +79,7 @@ def _source_with_rows_left(*left):
         done.add(file, 0, rows)
         for row in each:
             done.remove(file, row)
-    return Source((), None, (), (), files, done)
+    return Source((), None, (), files, done)
 
 
 def test_the_sample_is_of_rows_that_are_left_and_always_the_same():
