@@ -932,7 +932,10 @@ def test_names_of_images_may_be_any_bytes(tmp_path):
 # Many.
 
 
-@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv", "rows.tar", "rows.arrow"])
+@pytest.mark.parametrize(
+    "name",
+    ["rows.jsonl", *(pytest.param(name, marks=pytest.mark.long) for name in ("rows.csv", "rows.tar", "rows.arrow"))],
+)
 def test_an_input_may_be_ten_thousand_small_files(name, tmp_path):
     folder = tmp_path / "in"
     folder.mkdir()

@@ -24,6 +24,7 @@ def _texts(folder):
             yield path, path.read_bytes().decode(errors="replace")
 
 
+@pytest.mark.long
 def test_images_of_several_hosts_are_answered_and_secrets_stay_where_they_belong(tiny_bundle, demo, ray_env, tmp_path):
     images = [row["image"]["bytes"] for row in demo[:24]]
     with serving() as web, serving("127.0.0.2") as other:

@@ -79,6 +79,7 @@ def _write(folder, number, images):
     pq.write_table(pa.table(columns), path)
 
 
+@pytest.mark.long
 def test_tables_as_people_have_them_are_answered_and_a_resume_adds_to_them(tiny_bundle, images, job, tmp_path):
     folder, output = tmp_path / "input", tmp_path / "out"
     half = len(FILES) - 2

@@ -64,7 +64,13 @@ def expected(tiny_bundle, demo):
     return {row["id"]: answer.answer for row, answer in zip(rows, answers, strict=True)}
 
 
-@pytest.mark.parametrize("name", WRITE)
+#: Of one kind of file and of a folder, all that a job does with both.
+QUICK = ("rows.jsonl", "photos")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.long) for name in WRITE]
+)
 def test_rows_of_every_kind_are_answered_and_a_job_goes_on(name, tiny_bundle, demo, expected, job, tmp_path):
     rows = _plain(demo[:7])
     folder = tmp_path / "in"
@@ -115,6 +121,7 @@ def test_a_bad_row_of_every_kind_costs_itself(tiny_bundle, demo, expected, job, 
     }
 
 
+@pytest.mark.long
 def test_a_job_over_all_kinds_that_is_killed_goes_on(tiny_bundle, demo, expected, ray_env, job, tmp_path):
     rows = _plain(demo[:20])
     for at, name in enumerate(WRITE):
