@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 from conftest import ROOT
 from output_folders import read_answers, rows_by_id, shown_page
 from web import Answer, serving
