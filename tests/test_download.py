@@ -293,7 +293,17 @@ def test_a_bound_of_hosts_holds_after_redirects_too(web, other, tmp_path):
     assert (web.most_at_once, other.most_at_once) == (2, 2)
 
 
-def test_the_time_of_an_image_is_not_spent_in_queues(monkeypatch, tmp_path):
+def test_the_time_of_an_attempt_is_not_spent_in_queues(web, other, tmp_path, monkeypatch):
+    monkeypatch.setattr("qvl_batch.input.download.SECONDS", 1.0)
+    for at in range(6):
+        web.moved(f"/{at}", f"{other.url}/{at}")
+        other.answers[f"/{at}"] = Answer(seconds=0.4)
+    images = Fetcher([web.url, other.url], per_host=1).fetch_all([f"{web.url}/{at}" for at in range(6)], tmp_path)
+    assert images.results() == [b"from afar"] * 6
+    assert (len(web.asked), len(other.asked)) == (6, 6)  # all in their first attempt
+
+
+def test_images_that_wait_for_each_others_hosts_all_come(monkeypatch, tmp_path):
     monkeypatch.setattr("qvl_batch.input.download.SECONDS", 1.0)
     draw = random.Random(7)  # noqa: S311
     with ExitStack() as stack:
