@@ -52,7 +52,7 @@ SHAPES = {
          "intermediate_size": 96,
          "rope_scaling": {"type": "yarn", "mrope_section": [2, 3, 3], "factor": 4.0,
                           "original_max_position_embeddings": 64}},
-        {"depth": 1, "hidden_size": 32, "num_heads": 1, "intermediate_size": 48, "fullatt_block_indexes": [0]},
+        {"depth": 2, "hidden_size": 32, "num_heads": 1, "intermediate_size": 48, "fullatt_block_indexes": [0]},
         140,
     ),
     # every block full, windows of another size, twelve heads over four

@@ -520,11 +520,11 @@ def test_a_cluster_with_nothing_but_ray_answers_with_a_bundle_at_an_address(tiny
     subprocess.run([sys.executable, "-m", "venv", alone], check=True)
     install = [alone / "bin" / "pip", "install", "--quiet", "--disable-pip-version-check", "--constraint"]
     subprocess.run([*install, "requirements.lock", "ray[default]", "virtualenv"], cwd=ROOT, check=True)
+    env = {name: value for name, value in ray_env.items() if name != "PYTHONPATH"} | {"HOME": str(tmp_path)}
     for package in ("qvl_batch", "onnxruntime"):
         command = [alone / "bin" / "python", "-c", f"import {package}"]
-        found = subprocess.run(command, cwd=tmp_path, capture_output=True, check=False)
+        found = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, check=False)
         assert b"ModuleNotFoundError" in found.stderr
-    env = {name: value for name, value in ray_env.items() if name != "PYTHONPATH"} | {"HOME": str(tmp_path)}
     with serving(tiny_bundle.path) as server, _submitting(env, alone / "bin") as submit:
         said = submit(
             ["--runtime-env", "jobs/runtime-env.yaml"], "python", "jobs/caption.py", "--bundle", server.address,
