@@ -134,23 +134,19 @@ class Adapter:
             low_rank = self._low_rank.setdefault(module, _LowRank())
             low_rank.parts[part] = stored
             if part in ("A", "embedding_A"):
-                low_rank.scale = self._scale(found["module"], self._rank(stored))
+                low_rank.scale = self._scale(found["module"], next(iter(self._files.shapes[stored]), 0))
             return
         module, _, kind = _WRAPPED.sub("", name).rpartition(".")
         parameter = f"{modules.get(module)}.{kind}"
         if parameter not in self._parameters:
             raise self._not_in_model(stored, f"{module}.{kind}")
         self._whole[parameter] = stored
-        shape = tuple(self._files.read(stored).shape)
+        shape = self._files.shapes[stored]
         if shape != self._parameters[parameter]:
             raise ExportError(
                 f"--adapter {self.path}: {stored} is {shape}, where the checkpoint has {self._parameters[parameter]}: "
                 f"{self._other_model()}"
             )
-
-    def _rank(self, stored: str) -> int:
-        shape = self._files.read(stored).shape
-        return shape[0] if len(shape) else 0
 
     def _scale(self, module: str, rank: int) -> float:
         """Scale of a module, which patterns name as the trained model did."""
@@ -173,7 +169,7 @@ class Adapter:
             missing.append("magnitude_vector")
         if missing:
             raise ExportError(f"--adapter {self.path}: there is no lora_{missing[0]} of {module}: save it again")
-        first, second = (tuple(self._files.read(parts[part]).shape) for part in (a, b))
+        first, second = (self._files.shapes[parts[part]] for part in (a, b))
         if a == "A":
             fits = second[0] == shape[0] and math.prod(first[1:]) == math.prod(shape[1:]) and first[0] == second[1]
         else:

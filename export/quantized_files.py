@@ -168,16 +168,8 @@ class QuantizedFiles:
         missing = next((suffix for suffix in method.needed if f"{stem}{suffix}" not in self._files.kinds), None)
         if missing:
             raise ExportError(f"{stem}{method.main} has no {stem}{missing} beside it: download the checkpoint again")
-        optional = [
-            name.removeprefix(stem)
-            for suffix in method.optional
-            for name in ([f"{stem}{suffix}"] if suffix != _STATE else self._states(stem))
-            if name in self._files.kinds
-        ]
+        optional = [suffix for suffix in method.optional if f"{stem}{suffix}" in self._files.kinds]
         return {suffix: f"{stem}{suffix}" for suffix in (method.main, *method.needed, *optional)}
-
-    def _states(self, stem: str) -> list[str]:
-        return [f"{stem}{_STATE}{kind}" for kind in ("nf4", "fp4")]
 
     def _read(self, name: str) -> Parts:
         return {suffix: self._files.read(part) for suffix, part in self._parts[name].items()}
@@ -266,7 +258,7 @@ METHODS: dict[str, _Method] = {
         "U8",
         "weight",
         ("weight.absmax", "weight.quant_map"),
-        ("weight.nested_absmax", "weight.nested_quant_map", _STATE),
+        ("weight.nested_absmax", "weight.nested_quant_map", f"{_STATE}nf4", f"{_STATE}fp4"),
         _bitsandbytes,
     ),
 }

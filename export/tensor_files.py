@@ -4,7 +4,7 @@ What enters: files. What leaves: the names and types of their tensors, and singl
 wrote, only tensors are unpickled, and they stay on disk until they are read.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -25,6 +25,7 @@ class TensorFiles:
 
     Attributes:
         kinds: the type of each tensor, as safetensors names it.
+        shapes: of each tensor.
 
     Raises:
         ExportError: a file cannot be read.
@@ -32,11 +33,11 @@ class TensorFiles:
 
     def __init__(self, files: Iterable[Path]) -> None:
         self.kinds: dict[str, str] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
         self._places: dict[str, Path] = {}
         for file in files:
-            found = _types_in(file)
-            self.kinds |= found
-            self._places |= dict.fromkeys(found, file)
+            for name, (kind, shape) in _described(file).items():
+                self.kinds[name], self.shapes[name], self._places[name] = kind, tuple(shape), file
 
     def read(self, name: str) -> Tensor:
         """A tensor as it is stored."""
@@ -60,12 +61,15 @@ def check_floats(kinds: Mapping[str, str], names: Iterable[str], where: str) -> 
             raise ExportError(f"{where}: {name} is {kinds[name]}: use weights that are not quantized")
 
 
-def _types_in(file: Path) -> dict[str, str]:
+def _described(file: Path) -> dict[str, tuple[str, Sequence[int]]]:
+    """Type and shape of each tensor, without its values."""
     if file.suffix == ".bin":
-        return {name: TYPES.get(tensor.dtype, str(tensor.dtype)) for name, tensor in _unpickled(file).items()}
+        tensors = _unpickled(file).items()
+        return {name: (TYPES.get(tensor.dtype, str(tensor.dtype)), tensor.shape) for name, tensor in tensors}
     try:
         with safe_open(file, "pt") as opened:
-            return {name: opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+            return {name: (each.get_dtype(), each.get_shape()) for name, each in slices.items()}
     except (OSError, SafetensorError) as error:
         raise ExportError(f"{file} cannot be read: {error}; download it again") from error
 
