@@ -88,6 +88,34 @@ class Groups:
         return offset, 1 if self.lines is None else int(self.lines[group])
 
 
+class Grouping:
+    """Divides the rows of a file into groups while they are counted.
+
+    Args:
+        most_rows: of a group.
+        most_bytes: of a group that has several rows.
+    """
+
+    def __init__(self, most_rows: int, most_bytes: int) -> None:
+        self._most_rows, self._most_bytes = most_rows, most_bytes
+        self._groups: list[tuple[int, int, int]] = []
+        #: Rows so far.
+        self.rows = 0
+
+    def row(self, offset: int, line: int = 1, *, may_begin: bool = True) -> None:
+        """Count a row that begins at a byte and a line; a further group can only begin there if `may_begin`."""
+        first, begin, _ = self._groups[-1] if self._groups else (0, 0, 0)
+        is_full = self.rows - first >= self._most_rows or offset - begin >= self._most_bytes
+        if not self._groups or (is_full and may_begin):
+            self._groups.append((self.rows, offset, line))
+        self.rows += 1
+
+    def groups(self) -> Groups:
+        """The groups, once all rows are counted."""
+        table = np.array(self._groups, np.int64).reshape(-1, 3)
+        return Groups(np.append(table[:, 0], self.rows), table[:, 1].copy(), table[:, 2].copy())
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Described:
     """A file of the input.

@@ -17,13 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-import numpy as np
 import pyarrow as pa
 
 from qvl_batch.errors import InputError, RecordError
 from qvl_batch.input.containers.container import (
     Described,
-    Groups,
+    Grouping,
     Progress,
     check_beginning,
     check_regular,
@@ -156,9 +155,7 @@ class Scan:
         self._path, self._size, self._ends = path, file.seek(0, 2), ends(file)
         file.seek(0)
         self._hashed = _Hashed(file, progress)
-        self._groups: list[tuple[int, int, int]] = []
-        #: Rows so far.
-        self.rows = 0
+        self._grouping = Grouping(GROUP_ROWS, GROUP_BYTES)
 
     def lines(self) -> Iterator[Line]:
         """All lines."""
@@ -167,18 +164,12 @@ class Scan:
 
     def row(self, offset: int, line: int, *, may_begin: bool = True) -> None:
         """Count a row that begins at a byte and a line; a group can only begin there if `may_begin`."""
-        first, begin, _ = self._groups[-1] if self._groups else (0, 0, 0)
-        is_full = self.rows - first >= GROUP_ROWS or offset - begin >= GROUP_BYTES
-        if not self._groups or (is_full and may_begin and not is_packed(self._path)):
-            self._groups.append((self.rows, offset, line))
-        self.rows += 1
+        self._grouping.row(offset, line, may_begin=may_begin and not is_packed(self._path))
 
     def described(self, schema: pa.Schema, *, inferred: bool = False) -> Described:
         """The file, once all lines were looked at."""
-        table = np.array(self._groups, np.int64).reshape(-1, 3)
-        groups = Groups(np.append(table[:, 0], self.rows), table[:, 1].copy(), table[:, 2].copy())
-        file = InputFile(self._path, self._size, self.rows, self._ends + self._hashed.of_all())
-        return Described(file, schema, groups, inferred)
+        file = InputFile(self._path, self._size, self._grouping.rows, self._ends + self._hashed.of_all())
+        return Described(file, schema, self._grouping.groups(), inferred)
 
 
 @contextmanager

@@ -21,14 +21,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
 import pyarrow as pa
 
 from qvl_batch.errors import ImageError, InputError, RecordError, RowError
 from qvl_batch.input.containers.container import (
     Described,
     Fields,
-    Groups,
+    Grouping,
     Progress,
     check_beginning,
     check_regular,
@@ -57,8 +56,7 @@ class WebDataset:
 
     def describe(self, path: str, progress: Progress) -> Described:
         """As `Container.describe`."""
-        columns, rows = _Columns(), 0
-        groups: list[tuple[int, int]] = []
+        columns, grouping = _Columns(), Grouping(GROUP_ROWS, GROUP_BYTES)
         digest = hashlib.sha256()
         try:
             check_regular(path)
@@ -66,19 +64,14 @@ class WebDataset:
                 check_beginning("tar", file.read(8))
                 size, fingerprint, seen = file.seek(0, 2), ends(file), 0
                 for sample in samples(file, 0, digest.update):
-                    first, begin = groups[-1] if groups else (0, 0)
-                    if not groups or rows - first >= GROUP_ROWS or sample.offset - begin >= GROUP_BYTES:
-                        groups.append((rows, sample.offset))
-                    rows += 1
+                    grouping.row(sample.offset)
                     columns.add(sample, file, digest)
                     progress(sample.offset - seen)
                     seen = sample.offset
         except (OSError, ValueError, tarfile.TarError) as error:  # ValueError: the name is not UTF-8
             raise InputError(f"{path} is not a readable tar file: {error}") from error
-        table = np.array(groups, np.int64).reshape(-1, 2)
-        found = InputFile(path, size, rows, fingerprint + digest.hexdigest()[:32])
-        groups_of_rows = Groups(np.append(table[:, 0], rows), table[:, 1].copy())
-        return Described(found, columns.schema(), groups_of_rows, inferred=True)
+        found = InputFile(path, size, grouping.rows, fingerprint + digest.hexdigest()[:32])
+        return Described(found, columns.schema(), grouping.groups(), inferred=True)
 
     def read(self, unit: Unit, fields: Fields, rows_per_table: int) -> Iterator[Piece]:
         """As `Container.read`."""
