@@ -172,9 +172,11 @@ class Weights:
     def _changes(self, name: str) -> bool:
         return self._adapter is not None and self._adapter.changes(name)
 
+    def _is_replaced(self, name: str) -> bool:
+        return self._adapter is not None and self._adapter.replaces(name)
+
     def _has(self, name: str) -> bool:
-        replaced = self._adapter is not None and self._adapter.replaces(name)
-        return replaced or self._name_in_files(name) is not None
+        return self._is_replaced(name) or self._name_in_files(name) is not None
 
     def _name_in_files(self, name: str) -> str | None:
         # A tied head is in no file.
@@ -182,8 +184,7 @@ class Weights:
 
     def _read(self, name: str) -> Tensor:
         found = self._name_in_files(name)
-        replaced = self._adapter is not None and self._adapter.replaces(name)
-        stored = None if found is None or replaced else self._files.read(found)
+        stored = None if found is None or self._is_replaced(name) else self._files.read(found)
         if self._adapter is not None:
             return self._adapter.merged(name, stored)
         assert stored is not None, name
