@@ -84,7 +84,7 @@ def test_a_bundle_is_fetched_once_and_is_the_same(store, address, kept, tiny_bun
     assert Bundle.load(address, cache=kept).path == bundle.path
     assert [name for name, _ in store.asked] == [MANIFEST]
     store.fails_after = 0
-    assert BundleReference.of(bundle, kept).load().path == bundle.path  # asks for nothing
+    assert BundleReference.of(bundle).load().path == bundle.path  # asks for nothing
 
 
 def test_a_fetch_that_was_cut_off_goes_on(store, address, kept, tiny_bundle):
@@ -155,7 +155,7 @@ def test_another_bundle_than_the_jobs_is_refused(store, address, kept, tiny_bund
     _damage(store, address, MANIFEST, lambda _: text.encode())
     with pytest.raises(BundleError, match=f"{address} is not the bundle any more with which this job began: copy it"):
         kept.fetch(address, sha256)
-    reference = BundleReference(str(copied_bundle), sha256, kept)
+    reference = BundleReference(str(copied_bundle), sha256)
     assert reference.load().path == copied_bundle
     (copied_bundle / MANIFEST).write_text(text)
     with pytest.raises(BundleError, match=r"is another bundle on .* than on the machine that runs the job: copy it"):

@@ -26,11 +26,13 @@ class Bundle:
         path: its directory.
         manifest: what is in it.
         address: where it was fetched from, None if it was not.
+        cache: what it was fetched into.
     """
 
     path: Path
     manifest: Manifest
     address: str | None = None
+    cache: BundleCache | None = None
 
     @classmethod
     def load(cls, place: str | Path, *, verify: bool = True, cache: BundleCache | None = None) -> Self:
@@ -45,14 +47,18 @@ class Bundle:
         Raises:
             BundleError: there is no bundle, or it is of another format, incomplete, or damaged.
         """
-        address = str(place) if is_address(place) else None
-        path = Path(place).resolve() if address is None else (cache or BundleCache()).fetch(address)
+        address: str | None = None
+        if is_address(place):
+            cache, address = cache or BundleCache(), str(place)
+            path = cache.fetch(address)
+        else:
+            cache, path = None, Path(place).resolve()
         manifest = read_manifest(path)
         for name, file in manifest.files.items():
             _check_file(path, name, file, verify=verify)
             if verify and name.endswith(".onnx"):
                 _check_weights(path, name, manifest.files)
-        return cls(path, manifest, address)
+        return cls(path, manifest, address, cache)
 
     @property
     def sha256(self) -> str:
@@ -83,17 +89,17 @@ class BundleReference:
     Args:
         place: its directory, which every machine sees, or its address.
         sha256: of its manifest.
-        cache: where it is fetched to from an address.
+        cache: what it is fetched into from an address, None for a directory.
     """
 
     place: str
     sha256: str
-    cache: BundleCache
+    cache: BundleCache | None = None
 
     @classmethod
-    def of(cls, bundle: Bundle, cache: BundleCache | None = None) -> Self:
+    def of(cls, bundle: Bundle) -> Self:
         """A reference to a bundle that is loaded here."""
-        return cls(bundle.address or str(bundle.path), file_sha256(bundle.path / MANIFEST), cache or BundleCache())
+        return cls(bundle.address or str(bundle.path), file_sha256(bundle.path / MANIFEST), bundle.cache)
 
     def load(self) -> Bundle:
         """The bundle on this machine; its files are not hashed again.
@@ -101,7 +107,7 @@ class BundleReference:
         Raises:
             BundleError: it is not there, or is another one.
         """
-        if is_address(self.place):
+        if self.cache is not None:
             return Bundle.load(self.cache.fetch(self.place, self.sha256), verify=False)
         bundle = Bundle.load(self.place, verify=False)
         if file_sha256(bundle.path / MANIFEST) != self.sha256:

@@ -17,7 +17,6 @@ import ray
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext, Dataset, TaskPoolStrategy
 
-from qvl_batch.bundle.cache import BundleCache
 from qvl_batch.bundle.loading import Bundle, BundleReference
 from qvl_batch.config import CaptionConfig
 from qvl_batch.constraints import Constraint
@@ -69,11 +68,6 @@ class Pipeline:
     sample: frozenset[Row] | None
     constraint: Constraint | None = None
     attempts: RemoteAttempts = field(default_factory=RemoteAttempts)
-
-    @property
-    def reference(self) -> BundleReference:
-        """What workers load the bundle from."""
-        return BundleReference.of(self.bundle, BundleCache(self.config.bundle_cache, self.config.bundle_cache_gb))
 
     def answers(self, source: Source) -> Generator[pa.Table, None, None]:
         """Tables of answers to the rows of a source, as they come. Closing it ends the stages.
@@ -146,7 +140,7 @@ class Pipeline:
         """Arguments of `VisionStage`."""
         folder = self.config.vision_cache
         cache = (folder.resolve(), self.config.vision_cache_gb) if folder else None
-        return (self.reference, self.plan.vision_threads, worker_name, cache, niceness, device)
+        return (BundleReference.of(self.bundle), self.plan.vision_threads, worker_name, cache, niceness, device)
 
     def _decoder(self) -> tuple[Any, ...]:
         """Arguments of `DecoderStage`."""
@@ -170,7 +164,7 @@ class Pipeline:
             choices=config.scores_choices,
             abstain_below=config.abstain_below,
         )
-        return (self.reference, self.plan.slots, self.plan.decoder_threads, form, worker_name)
+        return (BundleReference.of(self.bundle), self.plan.slots, self.plan.decoder_threads, form, worker_name)
 
     def _decoder_actors(self) -> dict[str, Any]:
         calls = self.plan.calls_per_decoder
