@@ -286,7 +286,7 @@ def test_connections_to_a_host_are_bounded_and_other_hosts_do_not_wait(web, othe
 
 def test_a_bound_of_hosts_holds_after_redirects_too(web, other, tmp_path):
     for at in range(20):
-        web.moved(f"/{at}", f"{other.url}/{at}")
+        web.answers[f"/{at}"] = Answer(302, {"Location": f"{other.url}/{at}"}, seconds=0.05)
         other.answers[f"/{at}"] = Answer(seconds=0.05)
     locations = [f"{web.url}/{at}" for at in range(20)] + [f"{other.url}/{at}" for at in range(20)]
     assert Fetcher([web.url, other.url], per_host=2).fetch_all(locations, tmp_path).results() == [b"from afar"] * 40
@@ -322,7 +322,7 @@ def test_images_that_wait_for_each_others_hosts_all_come(monkeypatch, tmp_path):
                 web.answers[f"/{at}"] = [Answer(503), fine] if answer == "busy" else fine
         fetcher = Fetcher([web.url for web in webs], at_once=10, per_host=2)
         assert fetcher.fetch_all(locations, tmp_path).results() == [b"from afar"] * 300
-        assert {web.most_at_once for web in webs} == {2}
+        assert max(web.most_at_once for web in webs) == 2
 
 
 def test_images_at_a_time_are_bounded_over_all_hosts(tmp_path):
