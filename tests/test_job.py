@@ -58,7 +58,11 @@ def _free_port():
         return probe.getsockname()[1]
 
 
-def test_the_demo_is_answered_right_and_as_pytorch_answers_it(tiny_bundle, tiny_checkpoint, demo, ray_env, tmp_path):
+@pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.long)])
+def test_the_demo_is_answered_right_and_as_pytorch_answers_it(
+    every, tiny_bundle, tiny_checkpoint, demo, ray_env, tmp_path
+):
+    """PyTorch takes a second for a row, so a short run asks it about some."""
     output = tmp_path / "answers"
     result = _caption(
         ray_env, "--bundle", tiny_bundle.path, "--input", QUESTIONS, "--output", output, "--keep-columns", "expected",
@@ -67,8 +71,8 @@ def test_the_demo_is_answered_right_and_as_pytorch_answers_it(tiny_bundle, tiny_
     rows = rows_by_id(output)
     assert list(rows[0]) == ["id", "expected", *ANSWER_COLUMNS]
     assert [row["id"] for row in rows] == [row["id"] for row in demo]
-    expected = PyTorch(tiny_checkpoint).answer([question(row) for row in demo])
-    assert [row["answer"] for row in rows] == [trace.text for trace in expected]
+    expected = PyTorch(tiny_checkpoint).answer([question(row) for row in demo[::every]])
+    assert [row["answer"] for row in rows[::every]] == [trace.text for trace in expected]
     right = sum(row["answer"] == row["expected"] for row in rows)
     assert right >= 0.9 * len(rows)
     assert {row["finish_reason"] for row in rows} == {"stop"}

@@ -41,6 +41,8 @@ TOOLS = {
         lambda source, output, _: quant_pre_process(source, output, save_as_external_data=True),
     ),
 }
+#: One of each sort, for a short run.
+QUICK = ("dynamic", "static MinMax", "MatMulNBits 4")
 #: On x86, ONNX Runtime's fast kernels take unsigned activations and signed weights.
 PRODUCTS = {
     "op_types_to_quantize": ["MatMul"],
@@ -79,7 +81,9 @@ def _run(path, feeds):
     return [session.run(None, each)[0] for each in feeds]
 
 
-@pytest.mark.parametrize("tool", TOOLS)
+@pytest.mark.parametrize(
+    "tool", [pytest.param(tool, marks=() if tool in QUICK else pytest.mark.long) for tool in TOOLS]
+)
 @pytest.mark.parametrize(
     ("plain", "graph"),
     [("tied", "decoder"), *(pytest.param("untied", tower, marks=pytest.mark.long) for tower in ("decoder", "vision"))],

@@ -55,9 +55,9 @@ def _run(number, folder, more):
         assert work() == 0
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=[pytest.param("found", marks=pytest.mark.long)])
 def found(tmp_path_factory):
-    """A bundle whose recipe was found."""
+    """A bundle whose recipe was found, which takes half a minute."""
     folder = tmp_path_factory.mktemp("recipe")
     _run(0, folder, f"--image-size 224 --sample-rows {ROWS} --with-fp32")
     return Bundle.load(folder / "worker")

@@ -127,7 +127,8 @@ def test_a_graph_without_our_names_is_judged_but_not_by_layers(tiny_bundle, tmp_
         compare(_config(tiny_bundle, tmp_path / "layers", decoder_graph=path, layers=True, limit=2))
 
 
-@pytest.mark.parametrize("tool", ["8", *(pytest.param(tool, marks=pytest.mark.long) for tool in ("static", "dynamic"))])
+@pytest.mark.long
+@pytest.mark.parametrize("tool", ["8", "static", "dynamic"])
 def test_a_day_with_tools_that_quantize_runs_as_the_page_says(tool, tiny_bundle, tmp_path):
     """The commands of the page, `python -m export.calibration` and `quantize.py` among them, on fewer rows."""
     section = (ROOT / "export" / "README.md").read_text().partition("## With tools that quantize")[2]
