@@ -231,7 +231,7 @@ def trace_full_decoder(model: Any, layout: Layout) -> ir.Model:
 
 def _reduce(graph: ir.Model, precision: Precision, tower: Tower, calibrated: Calibrated) -> None:
     """Reduce the precision of a tower's graph in fp32, in place."""
-    quantize(graph, precision.of, calibrated.rounded)
+    quantize(graph, precision.of, calibrated.rounded, _traced_as(precision.of_tower(tower)))
     to_half(graph, precision.of_tower(tower), precision.of)
 
 

@@ -13,6 +13,7 @@ be as in the plain graph, its input and the parameters that are no products.
 """
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -41,20 +42,17 @@ class ToolGraph:
 
     Args:
         tower: which one.
+        dtype: of the tower.
         dtypes: of all products.
         rounded: weights of those in integers.
         saturates: whether neighbours of int8 weights can exceed what kernels without VNNI add.
     """
 
     tower: Tower
+    dtype: Dtype
     dtypes: dict[str, Dtype]
     rounded: Rounded
     saturates: bool
-
-    @property
-    def dtype(self) -> Dtype:
-        """That of most products."""
-        return Counter(self.dtypes.values()).most_common(1)[0][0]
 
 
 def load_tool_graph(path: Path) -> tuple[Tower, ir.Model]:
@@ -108,7 +106,13 @@ def read_tool_graph(path: Path, model: ir.Model, plain: ir.Model) -> ToolGraph:
     except ExportError as error:
         raise ExportError(f"--from-quantized {path}: {error}") from error
     pairs = [largest_pair(made["int8"]) for (_, dtype), made in rounded.items() if dtype == "int8"]
-    return ToolGraph(tower_of(next(iter(dtypes))), dtypes, rounded, max(pairs, default=0) > PAIR_LEVELS)
+    saturates = max(pairs, default=0) > PAIR_LEVELS
+    return ToolGraph(tower_of(next(iter(dtypes))), most_common(dtypes), dtypes, rounded, saturates)
+
+
+def most_common(dtypes: Mapping[str, Dtype]) -> Dtype:
+    """The dtype of most products."""
+    return Counter(dtypes.values()).most_common(1)[0][0]
 
 
 def _weight_of(node: ir.Node) -> str | None:
