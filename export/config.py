@@ -28,7 +28,7 @@ class ExportConfig:
     revision: str | None = None
     """Of an id: branch, tag or commit. Without it, the main branch."""
     adapter: Path | None = None
-    """Folder of a LoRA adapter, as peft saves it, to merge into the weights."""
+    """Folder of an adapter, as peft saves it, to merge into the weights: of LoRA, or of trained tokens."""
     ignore_extra_weights: bool = False
     """Leave out tensors of the checkpoint that are not weights of the model, such as another head."""
     dtype: Dtype | Literal["checkpoint"] = "fp32"
