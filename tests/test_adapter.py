@@ -1,4 +1,4 @@
-"""Adapters of LoRA and of tokens, merged while weights are read, are those that peft merges; others are refused by what they are."""
+"""Adapters, merged while weights are read, are those that peft merges; others are refused by what they are."""
 
 import json
 import shutil
