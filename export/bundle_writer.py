@@ -153,10 +153,12 @@ class BundleWriter:
         manifest.write(bundle.path)
         return Bundle(bundle.path, manifest)
 
-    def write(self, folder: Path, precision: Precision, calibrated: Calibrated, *, gate: bool) -> Bundle:
+    def write(
+        self, folder: Path, precision: Precision, calibrated: Calibrated, *, with_guided: bool = True, gate: bool
+    ) -> Bundle:
         """Write a whole bundle into a new folder; arguments and errors are those of `fill`."""
         folder.mkdir()
-        return self.finish(self.fill(self.begin(folder), precision, calibrated, gate=gate))
+        return self.finish(self.fill(self.begin(folder), precision, calibrated, with_guided=with_guided, gate=gate))
 
     def _pass_gate(self, folder: Path, precision: Precision) -> tuple[Parity, Tolerance]:
         """Run the parity gate and write the known answers; returns what the manifest records of both."""
