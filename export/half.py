@@ -11,7 +11,7 @@ trained in bf16 and has hidden states that overflow fp16.
 
 `emulated` makes such a graph run on a CPU, which has no products in half precision: it computes in
 fp32 and rounds every value that is in half precision in the graph. A GPU's results differ only by
-the order of the sums inside a product.
+the order of the sums inside a product; where weights are in integers, also by their own rounding.
 """
 
 from collections.abc import Callable
