@@ -1,4 +1,4 @@
-"""LoRA adapters, merged into weights as these are read (Hu et al. 2021, arXiv 2106.09685).
+"""Adapters, merged into weights as these are read: of LoRA (Hu et al. 2021, arXiv 2106.09685) and of single tokens.
 
 What enters: a folder as peft saves it, and the names of the model's parameters. What leaves: parameters with the
 adapter merged, one at a time, equal to those of peft's `merge_and_unload` in fp32:
@@ -7,6 +7,7 @@ adapter merged, one at a time, equal to those of peft's `merge_and_unload` in fp
     DoRA      m (W + s B A) / ||W + s B A||, the norm of each output (Liu et al. 2024, arXiv 2402.09353)
     bias      b + s b_B, of adapters with `lora_bias`
     whole parameters in place of the checkpoint's: `modules_to_save`, biases, embeddings
+    single rows of embedding or head in place of the checkpoint's: `trainable_token_indices`, `TrainableTokens`
 
 An adapter is refused if one of its settings or tensors is not among these, since a merge without it would be wrong.
 """
@@ -18,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from export.adapter_files import adapter_file, adapter_settings
@@ -32,6 +34,8 @@ _PART = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
     r"(\.default)?(\.(?P<kind>weight|bias))?"
 )
+#: Names of tensors that have rows of a module's weight.
+_ROWS = re.compile(r"(?P<module>.+?)(\.token_adapter)?\.trainable_tokens_delta(\.default)?")
 #: What is in the name of a whole parameter, and not in the model's.
 _WRAPPED = re.compile(r"\.(modules_to_save(\.default)?|base_layer)(?=\.)")
 
@@ -47,6 +51,14 @@ class _LowRank:
 
     scale: float = 0.0
     parts: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Rows in place of those of a weight: the name of their tensor, and the tokens whose rows they are."""
+
+    stored: str
+    tokens: list[int]
 
 
 class Adapter:
@@ -67,6 +79,7 @@ class Adapter:
         check_floats(self._files.kinds, self._files.kinds, f"--adapter {path}")
         self._low_rank: dict[str, _LowRank] = {}
         self._whole: dict[str, str] = {}
+        self._rows: dict[str, _Rows] = {}
         modules = module_names(parameters)
         for stored in self._files.kinds:
             self._place(stored, modules)
@@ -74,10 +87,29 @@ class Adapter:
             raise ExportError(f"--adapter {path} has no tensors: {adapter_file(path).name} was saved without them")
         for module, low_rank in self._low_rank.items():
             self._check(module, low_rank)
+        both = next((name for name in self._rows if name in self._whole or self.adds_to(name)), None)
+        if both:
+            raise ExportError(f"--adapter {path} has single rows of {both} and changes all of it: merge it with peft")
+
+    def tie(self, first: str, second: str) -> None:
+        """Change the same rows of two parameters that are one tensor, where the adapter has rows of either.
+
+        Raises:
+            ExportError: it has other rows of the one than of the other.
+        """
+        found = [self._rows[name] for name in (first, second) if name in self._rows]
+        values = [self._files.read(rows.stored) for rows in found]
+        if any(rows.tokens != found[0].tokens for rows in found) or not all(torch.equal(values[0], v) for v in values):
+            raise ExportError(
+                f"--adapter {self.path} has other rows of {first} than of {second}, which are one tensor of the "
+                f"checkpoint: {self._other_model()}"
+            )
+        for rows in found:
+            self._rows[first] = self._rows[second] = rows
 
     def changes(self, parameter: str) -> bool:
         """Whether a parameter is another one than the checkpoint's."""
-        return parameter in self._whole or self.adds_to(parameter)
+        return parameter in self._whole or parameter in self._rows or self.adds_to(parameter)
 
     def adds_to(self, parameter: str) -> bool:
         """Whether a product of two matrices is added to a parameter."""
@@ -100,6 +132,9 @@ class Adapter:
             value = self._files.read(self._whole[parameter])
         assert value is not None
         value = value.float()
+        if parameter in self._rows:
+            rows = self._rows[parameter]
+            return value.index_copy(0, torch.tensor(rows.tokens), self._files.read(rows.stored).float())
         if not self.adds_to(parameter):
             return value
         module, _, kind = parameter.rpartition(".")
@@ -136,6 +171,13 @@ class Adapter:
             if part in ("A", "embedding_A"):
                 low_rank.scale = self._scale(found["module"], next(iter(self._files.shapes[stored]), 0))
             return
+        found = _ROWS.fullmatch(name)
+        if found:
+            parameter = f"{modules.get(found['module'])}.weight"
+            if parameter not in self._parameters:
+                raise self._not_in_model(stored, found["module"])
+            self._rows[parameter] = _Rows(stored, self._tokens(stored, found["module"], self._parameters[parameter]))
+            return
         module, _, kind = _WRAPPED.sub("", name).rpartition(".")
         parameter = f"{modules.get(module)}.{kind}"
         if parameter not in self._parameters:
@@ -159,6 +201,25 @@ class Adapter:
             )
         alpha = _of_pattern(settings.get("alpha_pattern"), module, settings["lora_alpha"])
         return float(alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank))
+
+    def _tokens(self, stored: str, module: str, shape: tuple[int, ...]) -> list[int]:
+        """Tokens whose rows are in a tensor, for a module that has a weight of this shape."""
+        settings = self._settings
+        tokens = settings.get("token_indices") or settings.get("trainable_token_indices")
+        if isinstance(tokens, dict):
+            tokens = next((each for key, each in tokens.items() if module.endswith(key)), None)
+        if not isinstance(tokens, list) or self._files.shapes[stored] != (len(tokens), *shape[1:]):
+            count = f"{len(tokens)} tokens" if isinstance(tokens, list) else "no tokens"
+            raise ExportError(
+                f"--adapter {self.path}: {stored} is {self._files.shapes[stored]}, where {module} is {shape} and "
+                f"{ADAPTER_CONFIG} has {count}: it was saved incompletely, or {self._other_model()}"
+            )
+        if any(token not in range(shape[0]) for token in tokens) or len(set(tokens)) < len(tokens):
+            raise ExportError(
+                f"--adapter {self.path}: tokens of {module} must be different ones from 0 to {shape[0] - 1}, and "
+                f"{ADAPTER_CONFIG} has {tokens[:9]}: {self._other_model()}"
+            )
+        return tokens
 
     def _check(self, module: str, low_rank: _LowRank) -> None:
         """Refuse parts that do not fit each other or the module's weight."""

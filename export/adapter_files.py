@@ -1,4 +1,4 @@
-"""The files of a LoRA adapter, before any of its tensors is read: what can be refused without torch, in no time.
+"""The files of an adapter, before any of its tensors is read: what can be refused without torch, in no time.
 
 What enters: a folder as peft saves it. What leaves: its settings, which a merge can have, and the file of its tensors.
 """
@@ -17,8 +17,10 @@ _KNOWN = {
     "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern",
     "layers_to_transform", "loftq_config", "lora_alpha", "lora_bias", "lora_dropout", "lora_ga_config", "megatron_core",
     "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision",
-    "runtime_config", "target_modules", "task_type", "use_dora", "use_rslora",
+    "runtime_config", "target_modules", "task_type", "trainable_token_indices", "use_dora", "use_rslora",
 }  # fmt: skip
+#: The same of each kind that is supported. That of single tokens is also a part of LoRA, under another name.
+_SETTINGS = {"LORA": _KNOWN, "TRAINABLE_TOKENS": _KNOWN | {"init_weights", "token_indices"}}
 #: `init_lora_weights` that leave the checkpoint's weights as they are. The others subtract from them what the adapter
 #: began with, so that it belongs to weights that are in no file.
 _PLAIN_STARTS = {True, False, None, "gaussian", "eva", "orthogonal", "mica"}
@@ -43,9 +45,10 @@ def adapter_settings(path: Path) -> dict[str, Any]:
         ExportError: there are none, or one that is not supported.
     """
     settings = read_json(path / ADAPTER_CONFIG, f"--adapter {path} is not an adapter")
-    if settings.get("peft_type") != "LORA":
+    kind = settings.get("peft_type")
+    if kind not in _SETTINGS:
         raise ExportError(
-            f"--adapter {path} is {settings.get('peft_type')}; only LORA is supported: merge it with peft"
+            f"--adapter {path} is {kind}; only {' and '.join(_SETTINGS)} are supported: merge it with peft"
         )
     start = settings.get("init_lora_weights")
     if start not in _PLAIN_STARTS:
@@ -53,10 +56,11 @@ def adapter_settings(path: Path) -> dict[str, Any]:
             f"--adapter {path} began with init_lora_weights {start}, which changed the checkpoint's weights too: "
             "convert it (peft's save_pretrained with path_initial_model_for_weight_conversion), or merge it with peft"
         )
-    other = next((name for name, value in settings.items() if value and name not in _KNOWN), None)
+    other = next((name for name, value in settings.items() if value and name not in _SETTINGS[kind]), None)
     if other:
         raise ExportError(f"--adapter {path} has {other}, which is not supported: merge it with peft")
-    missing = next((name for name in ("r", "lora_alpha") if not isinstance(settings.get(name), int | float)), None)
+    needed = ("r", "lora_alpha") if kind == "LORA" else ()
+    missing = next((name for name in needed if not isinstance(settings.get(name), int | float)), None)
     if missing:
         raise ExportError(f"--adapter {path}: {ADAPTER_CONFIG} has no number {missing}")
     return settings

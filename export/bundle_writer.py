@@ -92,6 +92,7 @@ class BundleWriter:
         calibrated: Calibrated,
         *,
         with_vision_full: bool = False,
+        with_guided: bool = True,
         gate: bool = True,
     ) -> Bundle:
         """Write the graphs into a bundle that has none.
@@ -101,6 +102,7 @@ class BundleWriter:
             precision: of the products.
             calibrated: weights that were rounded already; the others are rounded to nearest.
             with_vision_full: also write `vision_full.onnx`.
+            with_guided: also write the decoders for guided and for drawn answers.
             gate: compare the graphs with PyTorch, and write the known answers.
 
         Raises:
@@ -128,6 +130,7 @@ class BundleWriter:
             self.progress,
             self.traces,
             calibrated,
+            with_guided=with_guided,
         )
         check_contract(self.layout, checkpoint.config.text_config.hidden_size, folder, precision)
         parity, tolerance = self._pass_gate(folder, precision) if gate else (None, None)
@@ -150,10 +153,12 @@ class BundleWriter:
         manifest.write(bundle.path)
         return Bundle(bundle.path, manifest)
 
-    def write(self, folder: Path, precision: Precision, calibrated: Calibrated, *, gate: bool) -> Bundle:
+    def write(
+        self, folder: Path, precision: Precision, calibrated: Calibrated, *, with_guided: bool = True, gate: bool
+    ) -> Bundle:
         """Write a whole bundle into a new folder; arguments and errors are those of `fill`."""
         folder.mkdir()
-        return self.finish(self.fill(self.begin(folder), precision, calibrated, gate=gate))
+        return self.finish(self.fill(self.begin(folder), precision, calibrated, with_guided=with_guided, gate=gate))
 
     def _pass_gate(self, folder: Path, precision: Precision) -> tuple[Parity, Tolerance]:
         """Run the parity gate and write the known answers; returns what the manifest records of both."""

@@ -18,7 +18,7 @@ from export.progress import Progress, Update
 from export.rounding import Rounded, rounded
 from export.sample import SampleRow
 from export.smoothing import Scales, find_scale, paths, smooth
-from export.vision import NativeTower, SquareTower, VisionTower
+from export.vision import VisionTower, vision_tower
 from qvl_batch.bundle.layout import Layout
 from qvl_batch.bundle.manifest import INTEGERS, Dtype
 
@@ -77,11 +77,8 @@ def plain_tower(checkpoint: Checkpoint, layout: Layout) -> VisionTower:
     visual: Any = checkpoint.weights.module("model.visual")
     # Its frequencies are in no file.
     visual.rotary_pos_emb = checkpoint.weights.skeleton.model.visual.rotary_pos_emb
-    processor, side = checkpoint.image_processor, layout.resolution.image_size
-    normalisation = (processor.image_mean, processor.image_std)
-    if side is None:
-        return NativeTower(visual, *normalisation, plain=True)
-    return SquareTower(visual, side, *normalisation, plain=True)
+    processor = checkpoint.image_processor
+    return vision_tower(visual, layout.resolution.image_size, processor.image_mean, processor.image_std, plain=True)
 
 
 class _Visitor:

@@ -28,18 +28,19 @@ class ExportConfig:
     revision: str | None = None
     """Of an id: branch, tag or commit. Without it, the main branch."""
     adapter: Path | None = None
-    """Folder of a LoRA adapter, as peft saves it, to merge into the weights."""
+    """Folder of an adapter, as peft saves it, to merge into the weights: of LoRA, or of trained tokens."""
     ignore_extra_weights: bool = False
     """Leave out tensors of the checkpoint that are not weights of the model, such as another head."""
     dtype: Dtype | Literal["checkpoint"] = "fp32"
     """Precision of the decoder. For a GPU: bf16 or fp16, with the residual stream in fp32. For a CPU: fp32; int8
-    weights and activations (int8); int8 or int4 weights only (int8wo, int4wo); the integers that the checkpoint has of
-    AWQ or GPTQ (checkpoint)."""
+    weights and activations (int8); int8 or int4 weights only (int8wo, int4wo). For either: the integers that the
+    checkpoint has of AWQ or GPTQ (checkpoint), on a CPU with all else in fp32, with --device cuda in fp16."""
     vision_dtype: Dtype | None = None
-    """Precision of the vision tower. Without it, that of --dtype; fp32 with --dtype checkpoint. In fp32 it runs on CPU
-    and GPU."""
+    """Precision of the vision tower. Without it, that of --dtype; with --dtype checkpoint, fp32 or fp16 as all that has
+    no integers. In fp32 it runs on CPU and GPU."""
     device: Device | None = None
-    """Device that the decoder is made for. Without it, cuda for bf16 and fp16, else cpu; cuda also works with fp32."""
+    """Device that the decoder is made for. Without it, cuda for bf16 and fp16, else cpu; cuda also works with fp32 and
+    checkpoint."""
     fp32_layers: tuple[str, ...] = ()
     """Layers or single products to leave in fp32, by their names in graphs and in a comparison's layer plot:
     decoder.layers.3, or decoder.layers.3.mlp.down."""

@@ -27,7 +27,7 @@ from export.names import Tower, name_all
 from export.precision import Precision
 from export.progress import Progress, Update
 from export.quantize import quantize
-from export.vision import NativeTower, SquareTower
+from export.vision import vision_tower
 from export.weights import Weights
 from qvl_batch.bundle.layout import Layout, Resolution
 from qvl_batch.bundle.manifest import (
@@ -105,9 +105,11 @@ def export_decoders(
     progress: Progress,
     traces: Traces,
     calibrated: Calibrated,
+    *,
+    with_guided: bool = True,
 ) -> None:
-    """Write `decoder.onnx`, `decoder_guided.onnx` and `decoder_drawn.onnx`, in fp32 also `decoder_full.onnx`, and one
-    file with the weights of all.
+    """Write `decoder.onnx`, `with_guided` also `decoder_guided.onnx` and `decoder_drawn.onnx`, in fp32 also
+    `decoder_full.onnx`, and one file with the weights of all.
     """
     with progress.step("decoder graphs" if precision.has_full else "decoder graph"):
         dtype, model = _traced_as(precision.decoder), weights.skeleton
@@ -118,9 +120,10 @@ def export_decoders(
         for graph in graphs.values():
             lazy.fill(graph)
         _reduce(graphs[DECODER], precision, "decoder", calibrated)
-        vocab_size = model.config.text_config.vocab_size
-        graphs[DECODER_GUIDED] = guide(graphs[DECODER].clone(), vocab_size)
-        graphs[DECODER_DRAWN] = guide(graphs[DECODER].clone(), vocab_size, drawn=True)
+        if with_guided:
+            vocab_size = model.config.text_config.vocab_size
+            graphs[DECODER_GUIDED] = guide(graphs[DECODER].clone(), vocab_size)
+            graphs[DECODER_DRAWN] = guide(graphs[DECODER].clone(), vocab_size, drawn=True)
     with progress.step("decoder weights") as update:
         _write(graphs, out, update)
 
@@ -148,15 +151,16 @@ def trace_vision(
     operators: Literal["fused", "standard"] = "fused",
 ) -> ir.Model:
     """The vision graph in fp32, for `dtype` or in standard operators; without weights if the model has none."""
-    visual, side, plain = model.model.visual, resolution.image_size, operators == "standard"
+    side, unit = resolution.image_size, resolution.unit
+    tower = vision_tower(model.model.visual, side, mean, std, dtype, plain=operators == "standard")
+    dynamic: dict[int, Any]
     if side is not None:
-        pixels = torch.zeros((2, side, side, 3), dtype=torch.uint8)
-        square = SquareTower(visual, side, mean, std, dtype, plain=plain)
-        return _trace("vision", square, (pixels,), ["pixels"], ["image_features"], ({0: "B"},))
-    pixels = torch.zeros((1, 5 * resolution.unit, 7 * resolution.unit, 3), dtype=torch.uint8)
-    height, width = (resolution.unit * torch.export.Dim(name) for name in ("rows", "columns"))
-    native = NativeTower(visual, mean, std, dtype, plain=plain)
-    return _trace("vision", native, (pixels,), ["pixels"], ["image_features"], ({1: height, 2: width},))
+        shape, dynamic = (2, side, side, 3), {0: "B"}
+    else:
+        shape = (1, 5 * unit, 7 * unit, 3)
+        dynamic = {axis: unit * torch.export.Dim(name) for axis, name in ((1, "rows"), (2, "columns"))}
+    pixels = torch.zeros(shape, dtype=torch.uint8)
+    return _trace("vision", tower, (pixels,), ["pixels"], ["image_features"], (dynamic,))
 
 
 def trace_decoder(model: Any, layout: Layout, dtype: Dtype, device: Device, penalty: float = 1.0) -> ir.Model:
@@ -231,7 +235,7 @@ def trace_full_decoder(model: Any, layout: Layout) -> ir.Model:
 
 def _reduce(graph: ir.Model, precision: Precision, tower: Tower, calibrated: Calibrated) -> None:
     """Reduce the precision of a tower's graph in fp32, in place."""
-    quantize(graph, precision.of, calibrated.rounded)
+    quantize(graph, precision.of, calibrated.rounded, _traced_as(precision.of_tower(tower)))
     to_half(graph, precision.of_tower(tower), precision.of)
 
 

@@ -11,7 +11,7 @@ trained in bf16 and has hidden states that overflow fp16.
 
 `emulated` makes such a graph run on a CPU, which has no products in half precision: it computes in
 fp32 and rounds every value that is in half precision in the graph. A GPU's results differ only by
-the order of the sums inside a product.
+the order of the sums inside a product; where weights are in integers, also by their own rounding.
 """
 
 from collections.abc import Callable
@@ -34,6 +34,8 @@ TYPES: dict[ir.DataType, Any] = {FP32: np.float32, HALF["fp16"]: np.float16, HAL
 #: matter next to them.
 FP16_UNIT = 32
 PRODUCTS, ATTENTION = {"MatMul", "Gemm"}, {"GroupQueryAttention", "MultiHeadAttention"}
+#: The product of weights in integers; beside half precision it has activations and scales in it.
+NBITS = "MatMulNBits"
 #: Operators that are in half precision if all their consumers are, and operators that are if their inputs are.
 LIKE_CONSUMERS = {"Split"}
 LIKE_INPUTS = {"Add", "QuickGelu", "Mul", "Gelu", "Reshape", "Slice", "Split", "Concat", "Gather", "GatherElements"}
@@ -42,6 +44,11 @@ LIKE_INPUTS = {"Add", "QuickGelu", "Mul", "Gelu", "Reshape", "Slice", "Split", "
 def stream_unit(dtype: Dtype) -> int:
     """Number that the residual stream of a tower in `dtype` is divided by."""
     return FP16_UNIT if dtype == "fp16" else 1
+
+
+def weight_unit(product: str, dtype: Dtype) -> int:
+    """Number that the weight of a decoder's product is divided by, so that its output is in the stream's unit."""
+    return stream_unit(dtype) if product.endswith((".attention.out", ".mlp.up")) else 1
 
 
 def to_half(model: ir.Model, dtype: Dtype, dtype_of: Callable[[str], Dtype]) -> None:
@@ -118,7 +125,7 @@ def _nodes_in_half(model: ir.Model, is_half: Callable[[str], bool]) -> set[ir.No
             is_constant = cast("ir.Value", node.inputs[1]).name in model.graph.initializers
             if is_constant and is_half(module_of(node)):
                 chosen.add(node)
-        elif node.op_type in ATTENTION or _is_embedding_in_half(node, is_half):
+        elif node.op_type in (*ATTENTION, NBITS) or _is_embedding_in_half(node, is_half):
             chosen.add(node)
         elif node.op_type in LIKE_INPUTS:
             sources = [value.producer() for value in node.inputs if value is not None and value.dtype == FP32]

@@ -19,7 +19,7 @@ from export.checkpoint import Checkpoint, load_checkpoint
 from export.config import AUTO, ExportConfig, check_output, check_settings
 from export.graphs import Traces, plain_decoder, plain_vision
 from export.names import TOWERS, Tower
-from export.precision import Precision, check_mix, layers_of, products
+from export.precision import Precision, by_layers, check_mix, layers_of, products
 from export.progress import Progress
 from export.sample import read_sample, sha256_of
 from export.stored_integers import stored_integers
@@ -33,6 +33,7 @@ from qvl_batch.bundle.manifest import (
     Calibration,
     Dtype,
     Manifest,
+    is_in,
 )
 from qvl_batch.config import Device
 from qvl_batch.errors import ExportError
@@ -177,7 +178,7 @@ def _tool_graphs(
     """
     found: dict[Tower, ToolGraph] = {}
     if config.dtype == "checkpoint":
-        found["decoder"] = stored_integers(checkpoint.weights)
+        found["decoder"] = stored_integers(checkpoint.weights, _floats(config))
     for path in config.from_quantized:
         tower, model = load_tool_graph(path)
         if tower in found:
@@ -204,10 +205,10 @@ def _precision(checkpoint: Checkpoint, config: ExportConfig, tools: Mapping[Towe
         from export.recipe.record import read_recipe  # noqa: PLC0415  (takes a second to import)
 
         precision = read_recipe(Path(config.recipe), products(checkpoint.weights.skeleton))
-        _check_options(precision, config)
+        _check_options(precision, config, {})
         return precision
-    dtype: Dtype = "fp32" if config.dtype == "checkpoint" else config.dtype
-    if "decoder" in tools and dtype != "fp32":
+    dtype = _floats(config)
+    if "decoder" in tools and config.dtype not in ("fp32", "checkpoint"):
         raise ExportError(f"--dtype {config.dtype}: the graph of --from-quantized says the precision of the decoder")
     if "vision" in tools and config.vision_dtype is not None:
         raise ExportError(
@@ -215,26 +216,38 @@ def _precision(checkpoint: Checkpoint, config: ExportConfig, tools: Mapping[Towe
         )
     if config.from_quantized and (config.layers_dtype or config.fp32_layers or config.sample):
         raise ExportError("--layers-dtype, --fp32-layers and --sample are not possible with --from-quantized")
-    made_for: Device = "cuda" if config.dtype in HALVES else "cpu"
+    made_for: Device = "cuda" if dtype in HALVES else "cpu"
     device = config.device or made_for
-    if device != made_for and config.dtype != "fp32":
+    if device != made_for and dtype != "fp32":
         raise ExportError(f"--dtype {config.dtype} is for --device {made_for}, not for {device}")
     vision_dtype = config.vision_dtype or dtype
     known = products(checkpoint.weights.skeleton, dtype, vision_dtype)
     dtypes: dict[Tower, Dtype] = {"decoder": dtype, "vision": vision_dtype}
-    layers: dict[str, Dtype] = {}
+    stored: dict[str, Dtype] = {}
     for tower, tool in tools.items():
         dtypes[tower] = tool.dtype
-        layers |= {product: own for product, own in tool.dtypes.items() if own != tool.dtype}
-    layers |= layers_of(config.layers_dtype, config.fp32_layers, known)
+        stored |= {module: own for module, own in by_layers(tool.dtypes).items() if own != tool.dtype}
+    asked = layers_of(config.layers_dtype, config.fp32_layers, known)
+    # The innermost module counts, but what is asked for a layer counts more than what its products have.
+    layers = {module: own for module, own in stored.items() if not is_in(module, asked)} | asked
     precision = Precision(dtypes["decoder"], dtypes["vision"], layers, device)
-    _check_options(precision, config)
+    _check_options(precision, config, stored if config.dtype == "checkpoint" else {})
     return precision
 
 
-def _check_options(precision: Precision, config: ExportConfig) -> None:
-    """Refuse options that do not go with a precision."""
-    check_mix(precision)
+def _floats(config: ExportConfig) -> Dtype:
+    """Dtype of the decoder; with --dtype checkpoint, of what has no integers.
+
+    On a GPU, the scales of `MatMulNBits` have the type of its activations, and those of AWQ and GPTQ are in fp16.
+    """
+    if config.dtype != "checkpoint":
+        return config.dtype
+    return "fp16" if config.device == "cuda" else "fp32"
+
+
+def _check_options(precision: Precision, config: ExportConfig, kept: Mapping[str, Dtype]) -> None:
+    """Refuse options that do not go with a precision, of which `kept` is the checkpoint's own."""
+    check_mix(precision, kept)
     reduced = {tower: precision.dtypes(tower) - {"fp32"} for tower in TOWERS}
     if config.with_vision_full and reduced["vision"]:
         found = ", ".join(sorted(reduced["vision"]))

@@ -225,9 +225,9 @@ def refuse_beyond_bounds(parity: Parity, precision: Precision) -> None:
     Raises:
         ExportError: names the first such figure, its value and its bound.
     """
-    vision = bounds_of(precision.dtypes("vision"))
+    vision = bounds_of(precision.rounded_to("vision"))
     # The decoder's input is the vision tower's output, errors included.
-    both = bounds_of(precision.dtypes("vision") | precision.dtypes("decoder"))
+    both = bounds_of(precision.rounded_to("vision") | precision.rounded_to("decoder"))
     kl = both.first_token_kl
     off = "off by {:.2e} of their largest magnitude (allowed: {:.0e})"
     for is_within, what in (

@@ -5,6 +5,7 @@ of every product.
 """
 
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -40,6 +41,11 @@ class Precision:
     def dtypes(self, tower: Tower) -> set[Dtype]:
         """All dtypes of a tower's products."""
         return dtypes_of(tower, self.of_tower(tower), self.layers)
+
+    def rounded_to(self, tower: Tower) -> set[Dtype]:
+        """The same, without integers that are the checkpoint's own: beside half precision there are no others."""
+        dtypes = self.dtypes(tower)
+        return dtypes - set(INTEGERS) if self.of_tower(tower) in HALVES else dtypes
 
     @property
     def has_full(self) -> bool:
@@ -91,22 +97,40 @@ def layers_of(layers_dtype: Iterable[str], fp32_layers: Iterable[str], known: It
     return found
 
 
-def check_mix(precision: Precision) -> None:
+def by_layers(dtypes: Mapping[str, Dtype]) -> dict[str, Dtype]:
+    """Dtypes of all products, by layer where those of a layer are equal."""
+    layer = {product: ".".join(product.split(".")[:3]) for product in dtypes}  # of one in no layer, its own name
+    found: dict[str, set[Dtype]] = defaultdict(set)
+    for product, dtype in dtypes.items():
+        found[layer[product]].add(dtype)
+    return {layer[each] if len(found[layer[each]]) == 1 else each: dtype for each, dtype in dtypes.items()}
+
+
+def check_mix(precision: Precision, kept: Mapping[str, Dtype]) -> None:
     """Refuse dtypes that cannot be in one tower.
+
+    Args:
+        precision: of both towers.
+        kept: modules with integers that are the checkpoint's own, which can be beside half precision.
 
     Raises:
         ExportError: half precision beside another reduced one, or integers in a decoder for a GPU.
     """
     for tower in TOWERS:
-        own, dtypes = precision.of_tower(tower), precision.dtypes(tower)
-        for name, dtype in precision.layers.items():
+        own = precision.of_tower(tower)
+        given = {
+            name: dtype
+            for name, dtype in precision.layers.items()
+            if tower_of(name) == tower and kept.get(name) != dtype
+        }
+        for name, dtype in given.items():
             halves = {own, dtype} & set(HALVES)
-            if tower_of(name) == tower and halves and dtype not in ("fp32", own):
+            if halves and dtype not in ("fp32", own):
                 raise ExportError(
                     f"--layers-dtype {name}={dtype}: its tower is in {own}, and beside half precision only fp32 is "
                     "possible"
                 )
-        integers = sorted(dtypes & set(INTEGERS))
+        integers = sorted({own, *given.values()} & set(INTEGERS))
         if tower == "decoder" and precision.device == "cuda" and integers:
             raise ExportError(f"--device cuda: {integers[0]} is for a decoder on the CPU")
 

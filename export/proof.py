@@ -50,7 +50,7 @@ def known_answers(gate: Gate, tolerance: Tolerance) -> KnownAnswers:
 
 def tolerance_of(gate: Gate, precision: Precision) -> Tolerance:
     """The bounds of the gate; in integer precision, `INTEGER_MARGIN` times this machine's errors if that is less."""
-    exact, vision, decoder = BOUNDS["fp32"], *(bounds_of(precision.dtypes(tower)) for tower in TOWERS)
+    exact, vision, decoder = BOUNDS["fp32"], *(bounds_of(precision.rounded_to(tower)) for tower in TOWERS)
     features, least_cosine, logits = vision.error, vision.feature_cosine, decoder.error
     if _has_integers(precision, "vision"):
         found, expected = sample(gate.graphs.features), sample(gate.reference.features)
@@ -64,4 +64,4 @@ def tolerance_of(gate: Gate, precision: Precision) -> Tolerance:
 
 
 def _has_integers(precision: Precision, tower: Tower) -> bool:
-    return not precision.dtypes(tower).isdisjoint(INTEGERS)
+    return not precision.rounded_to(tower).isdisjoint(INTEGERS)

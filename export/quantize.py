@@ -23,6 +23,10 @@ stream, norms, rotary tables, softmax, embedding) stays in fp32.
 
 `int8wo`, `int4wo` (weights only): `MatMulNBits` in blocks along the input. Activations are in fp32 in
 the graph; the kernel rounds them to 8 bits in the same blocks (`accuracy_level` 4).
+
+A graph in half precision can have integers too, which are then a checkpoint's own, with activations and scales in half
+precision. Where a weight is divided by the unit of the residual stream (see `export.decoder`), here the product's input
+is: scales in fp16 that were divided would lose bits.
 """
 
 from collections.abc import Callable
@@ -31,10 +35,11 @@ from functools import partial
 import numpy as np
 import onnx_ir as ir
 
+from export.half import weight_unit
 from export.names import module_of
 from export.operators import DOMAIN
 from export.rounding import LEVELS, TINY, Array, Rounded, rounded
-from qvl_batch.bundle.manifest import Dtype
+from qvl_batch.bundle.manifest import HALVES, Dtype
 
 #: Zero point of activations.
 ZERO_POINT = 128
@@ -42,15 +47,18 @@ ZERO_POINT = 128
 ACCURACY_LEVEL = 4
 
 
-def quantize(model: ir.Model, dtype_of: Callable[[str], Dtype], calibrated: Rounded) -> None:
+def quantize(
+    model: ir.Model, dtype_of: Callable[[str], Dtype], calibrated: Rounded, traced_for: Dtype = "fp32"
+) -> None:
     """Quantize matrix products of `model` with a constant matrix.
 
     Args:
         model: changed in place.
         dtype_of: dtype of the product of a module; one that is not an integer leaves it as it is.
         calibrated: weights that were rounded already; the others are rounded to nearest.
+        traced_for: dtype of what is no product; beside half precision, weights were rounded already.
     """
-    tape = _Tape(model, calibrated)
+    tape = _Tape(model, calibrated, traced_for)
     for node in list(model.graph):
         weight = node.inputs[1] if node.op_type in ("MatMul", "Gemm") else None
         if weight is None or weight.const_value is None or dtype_of(module_of(node)) not in PRODUCTS:
@@ -71,7 +79,8 @@ def quantize(model: ir.Model, dtype_of: Callable[[str], Dtype], calibrated: Roun
 class _Tape:
     """Collects the nodes that replace products, and initializers; what several products need is created once."""
 
-    def __init__(self, model: ir.Model, calibrated: Rounded) -> None:
+    def __init__(self, model: ir.Model, calibrated: Rounded, traced_for: Dtype) -> None:
+        self.traced_for = traced_for
         self._model, self._calibrated = model, calibrated
         self._nodes: list[ir.Node] = []
         self._of_weights: dict[str, list[ir.Value]] = {}
@@ -160,7 +169,14 @@ def _weight_only(tape: _Tape, node: ir.Node, dtype: Dtype, bits: int) -> ir.Valu
     assert packed.shape is not None
     inputs, outputs = weight.shape[::-1] if node.op_type == "Gemm" else weight.shape
     block = packed.shape[2] * 8 // bits
-    attributes = {"K": inputs, "N": outputs, "bits": bits, "block_size": block, "accuracy_level": ACCURACY_LEVEL}
+    attributes = {"K": inputs, "N": outputs, "bits": bits, "block_size": block}
+    if tape.traced_for not in HALVES:
+        attributes["accuracy_level"] = ACCURACY_LEVEL
+    unit = weight_unit(module_of(node), tape.traced_for)
+    if unit > 1:
+        divided = tape.apply("Mul", x, tape.constant("quantize.unit", np.array(1 / unit, np.float32)))
+        divided.shape, divided.type = x.shape, x.type
+        x = divided
     return tape.apply("MatMulNBits", x, packed, *others, domain=DOMAIN, **attributes)
 
 

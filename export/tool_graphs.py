@@ -13,6 +13,7 @@ be as in the plain graph, its input and the parameters that are no products.
 """
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -41,20 +42,17 @@ class ToolGraph:
 
     Args:
         tower: which one.
+        dtype: of the tower.
         dtypes: of all products.
         rounded: weights of those in integers.
         saturates: whether neighbours of int8 weights can exceed what kernels without VNNI add.
     """
 
     tower: Tower
+    dtype: Dtype
     dtypes: dict[str, Dtype]
     rounded: Rounded
     saturates: bool
-
-    @property
-    def dtype(self) -> Dtype:
-        """That of most products."""
-        return Counter(self.dtypes.values()).most_common(1)[0][0]
 
 
 def load_tool_graph(path: Path) -> tuple[Tower, ir.Model]:
@@ -98,17 +96,26 @@ def read_tool_graph(path: Path, model: ir.Model, plain: ir.Model) -> ToolGraph:
     try:
         wanted = {name: node for node in plain.graph for name in [_weight_of(node)] if name is not None}
         found = {name: node for node in model.graph for name in [_weight_of(node)] if name is not None}
-        _check_parameters(model, plain, set(wanted))
-        for weight, product in wanted.items():
-            name = module_of(product)
-            dtype, made = _taken(found.get(weight) or _without_weight(name, model), product)
-            dtypes[name] = dtype
-            if dtype != "fp32":
-                rounded[name, dtype] = made
+        # In the order of layers, since weights are read from files a layer at a time.
+        for name, value in plain.graph.initializers.items():
+            if name in wanted:
+                product = module_of(wanted[name])
+                dtype, made = _taken(found.get(name) or _without_weight(product, model), wanted[name])
+                dtypes[product] = dtype
+                if dtype != "fp32":
+                    rounded[product, dtype] = made
+            elif isinstance(value.const_value, ir.LazyTensor):  # constants of the tracer are not
+                _check_parameter(model, name, value)
     except ExportError as error:
         raise ExportError(f"--from-quantized {path}: {error}") from error
     pairs = [largest_pair(made["int8"]) for (_, dtype), made in rounded.items() if dtype == "int8"]
-    return ToolGraph(tower_of(next(iter(dtypes))), dtypes, rounded, max(pairs, default=0) > PAIR_LEVELS)
+    saturates = max(pairs, default=0) > PAIR_LEVELS
+    return ToolGraph(tower_of(next(iter(dtypes))), most_common(dtypes), dtypes, rounded, saturates)
+
+
+def most_common(dtypes: Mapping[str, Dtype]) -> Dtype:
+    """The dtype of most products."""
+    return Counter(dtypes.values()).most_common(1)[0][0]
 
 
 def _weight_of(node: ir.Node) -> str | None:
@@ -131,28 +138,24 @@ def _stored(node: ir.Node) -> ir.Value | None:
     return weight if weight is not None and weight.const_value is not None else None
 
 
-def _check_parameters(model: ir.Model, plain: ir.Model, weights: set[str]) -> None:
-    """Compare all parameters but the weights of products with the checkpoint's."""
-    for name, value in plain.graph.initializers.items():
-        # Constants of the tracer are not lazy.
-        if name in weights or not isinstance(value.const_value, ir.LazyTensor):
-            continue
-        found = model.graph.initializers.get(name)
-        if found is None or found.const_value is None:
-            users = (
-                f"{node.op_type} {node.name} has {each.name}"
-                for node in model.graph
-                for each in node.inputs
-                if each is not None and str(each.name).startswith(name)
-            )
-            raise ExportError(
-                f"{next(users, 'no node')} in place of {name}, which is in fp32 in a worker's graph: quantize products "
-                "(op_types_to_quantize=['MatMul']) alone, in the plain graph as it is"
-            )
-        if not np.array_equal(_array(found), _array(value)):
-            raise ExportError(
-                f"{name} is not the checkpoint's: this is the graph of another checkpoint, or the tool has scaled it"
-            )
+def _check_parameter(model: ir.Model, name: str, value: ir.Value) -> None:
+    """Compare a parameter that is no weight of a product with the checkpoint's."""
+    found = model.graph.initializers.get(name)
+    if found is None or found.const_value is None:
+        users = (
+            f"{node.op_type} {node.name} has {each.name}"
+            for node in model.graph
+            for each in node.inputs
+            if each is not None and str(each.name).startswith(name)
+        )
+        raise ExportError(
+            f"{next(users, 'no node')} in place of {name}, which is in fp32 in a worker's graph: quantize products "
+            "(op_types_to_quantize=['MatMul']) alone, in the plain graph as it is"
+        )
+    if not np.array_equal(_array(found), _array(value)):
+        raise ExportError(
+            f"{name} is not the checkpoint's: this is the graph of another checkpoint, or the tool has scaled it"
+        )
 
 
 def _without_weight(product: str, model: ir.Model) -> NoReturn:

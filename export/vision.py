@@ -273,6 +273,21 @@ class NativeTower(VisionTower):
         return NativeArrangement(self.grid, pixels, self.frequencies)
 
 
+def vision_tower(
+    visual: Any,
+    image_size: int | None,
+    mean: list[float],
+    std: list[float],
+    dtype: Dtype = "fp32",
+    *,
+    plain: bool = False,
+) -> VisionTower:
+    """The tower for squares of one size, or, if that is None, for one image of any; other arguments as of both."""
+    if image_size is None:
+        return NativeTower(visual, mean, std, dtype, plain=plain)
+    return SquareTower(visual, image_size, mean, std, dtype, plain=plain)
+
+
 def patch_weights(patch_embed: Any, std: list[float], unit: int = 1) -> Tensor:
     """Weights of the patch embedding, for pixels of 0 to 255 minus the mean and a residual stream divided by `unit`.
 

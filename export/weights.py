@@ -60,7 +60,10 @@ class Weights:
         self._names = {name: found for name in shapes if (found := name_in(self._files.kinds, name)) is not None}
         check_floats(self._files.kinds, self._names.values(), str(path))
         if adapter is not None:
-            self._adapter = Adapter(adapter, shapes)
+            merged = Adapter(adapter, shapes)
+            if config.tie_word_embeddings and not self._head_differs():
+                merged.tie(EMBEDDING, HEAD)
+            self._adapter = merged
         if config.tie_word_embeddings and self._head_differs():
             config = copy.deepcopy(config)
             config.tie_word_embeddings = config.text_config.tie_word_embeddings = False

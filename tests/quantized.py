@@ -28,17 +28,17 @@ NF4 = torch.tensor([
 Store = Callable[[Tensor], tuple[dict[str, Tensor], Tensor]]
 
 
-def quantized(path: Path, settings: dict[str, Any], store: Store) -> dict[str, Tensor]:
-    """Write the tiny checkpoint with the products of its decoder's layers stored by `store`.
+def quantized(path: Path, settings: dict[str, Any], store: Store, base: Path = TINY) -> dict[str, Tensor]:
+    """Write the tiny checkpoint, or another one, with the products of its decoder's layers stored by `store`.
 
     Returns:
         All weights, as they are in published files, in the values that they stand for.
     """
-    shutil.copytree(TINY, path, ignore=shutil.ignore_patterns("*.safetensors"))
+    shutil.copytree(base, path, ignore=shutil.ignore_patterns("*.safetensors*"))
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
     tensors, values = {}, {}
-    for name, tensor in load_file(TINY / "model.safetensors").items():
+    for name, tensor in [weight for file in base.glob("*.safetensors") for weight in load_file(file).items()]:
         values[name] = tensor.float()
         if name.startswith("model.") and name.endswith("_proj.weight"):
             stored, values[name] = store(tensor.float())

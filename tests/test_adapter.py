@@ -1,4 +1,4 @@
-"""LoRA adapters, merged while weights are read, are those that peft merges; others are refused by what they are."""
+"""Adapters, merged while weights are read, are those that peft merges; others are refused by what they are."""
 
 import json
 import shutil
@@ -8,13 +8,14 @@ import pytest
 import torch
 from checkpoints import untied
 from conftest import TINY, exported
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, TrainableTokensConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2_5_VLForConditionalGeneration as Model
 
 from export.adapter_files import FILES
 from export.checkpoint import load_checkpoint
 from export.checkpoint_files import ADAPTER_CONFIG
+from export.weights import EMBEDDING, HEAD, Weights
 from qvl_batch.errors import ExportError
 
 Q = ["q_proj"]
@@ -24,12 +25,13 @@ def _base(path=TINY):
     return Model.from_pretrained(path, dtype=torch.float32)
 
 
-def _saved(folder, base=TINY, *, seed=0, **settings):
-    """An adapter with random weights in all that training would change."""
+def _saved(folder, base=TINY, *, seed=0, config=None, **settings):
+    """An adapter with random weights in all that training would change: of LoRA, or of another `config`."""
     torch.manual_seed(seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = get_peft_model(_base(base), LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": Q} | settings))
+        config = config or LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": Q} | settings)
+        model = get_peft_model(_base(base), config)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.requires_grad:
@@ -99,6 +101,104 @@ def test_embedding_and_head_of_a_checkpoint_that_has_both(module, dora, tmp_path
     assert {name.split(".")[-2] for name in changed} == {module}
 
 
+def _change_settings(**changes):
+    def change(folder):
+        file = folder / ADAPTER_CONFIG
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+    return change
+
+
+def _change_tensors(change_all):
+    def change(folder):
+        tensors = load_file(folder / FILES[0])
+        save_file(change_all(tensors), folder / FILES[0])
+
+    return change
+
+
+def _renamed(old, new):
+    return _change_tensors(lambda tensors: {name.replace(old, new): tensor for name, tensor in tensors.items()})
+
+
+TOKENS = [3, 500, 7]
+
+
+@pytest.mark.parametrize("tokens", [TOKENS, {"embed_tokens": TOKENS}, {"lm_head": TOKENS}], ids=str)
+def test_trained_tokens_of_a_tied_pair_are_in_both(tokens, tmp_path):
+    changed = _check_merge(_saved(tmp_path / "adapter", trainable_token_indices=tokens))
+    assert {name for name in changed if "q_proj" not in name} == {EMBEDDING, HEAD}
+    assert Weights(TINY, _base().config, tmp_path / "adapter").skeleton.config.tie_word_embeddings
+
+
+@pytest.mark.parametrize(
+    ("settings", "tables"),
+    [
+        ({"trainable_token_indices": TOKENS}, {EMBEDDING}),
+        ({"trainable_token_indices": {"embed_tokens": [1], "lm_head": TOKENS}}, {EMBEDDING, HEAD}),
+        ({"trainable_token_indices": [9], "modules_to_save": ["merger"], "use_dora": True}, {EMBEDDING}),
+        ({"config": TrainableTokensConfig(token_indices=TOKENS)}, {EMBEDDING}),
+        ({"config": TrainableTokensConfig(token_indices=TOKENS, target_modules=["lm_head"])}, {HEAD}),
+    ],
+    ids=str,
+)
+def test_trained_tokens_of_a_checkpoint_that_has_both(settings, tables, tmp_path):
+    base = untied(tmp_path / "untied")
+    changed = _check_merge(_saved(tmp_path / "adapter", base, **settings), base)
+    assert changed & {EMBEDDING, HEAD} == tables
+
+
+def test_trained_tokens_alone_of_a_tied_pair(tmp_path):
+    config = TrainableTokensConfig(token_indices=TOKENS)
+    assert _check_merge(_saved(tmp_path / "adapter", config=config)) == {EMBEDDING, HEAD}
+
+
+def _other_row_of_the_head(tensors):
+    (name,) = tensors
+    return tensors | {name.replace("model.model.language_model.embed_tokens", "model.lm_head"): tensors[name] + 1}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            _change_settings(token_indices=[3, 7]),
+            r"trainable_tokens_delta is \(3, 128\), where .*embed_tokens is \(512, 128\) and adapter_config.json has 2",
+        ),
+        (_change_settings(token_indices=None), r"and adapter_config.json has no tokens: it was"),
+        (
+            _change_settings(token_indices=[3, 512, 7]),
+            r"tokens of .*embed_tokens must be different ones from 0 to 511, and .* has \[3, 512, 7\]: the ada",
+        ),
+        (_change_settings(token_indices=[3, 7, 7]), r"must be different ones .* \[3, 7, 7\]"),
+        (_change_settings(token_indices=[3, -1, 7]), r"must be different ones .* \[3, -1, 7\]"),
+        (
+            _change_tensors(_other_row_of_the_head),
+            r"has other rows of .*embed_tokens.weight than of lm_head.weight, which are one tensor of the checkpoint",
+        ),
+        (_renamed("embed_tokens", "embed"), r"is for .*language_model.embed, which is not there"),
+    ],
+)
+def test_trained_tokens_that_cannot_be_merged_are_named(change, message, tmp_path):
+    folder = _saved(tmp_path / "adapter", config=TrainableTokensConfig(token_indices=TOKENS))
+    tensors = load_file(folder / FILES[0])
+    save_file({name: tensor for name, tensor in tensors.items() if "embed_tokens" in name}, folder / FILES[0])
+    change(folder)
+    with pytest.raises(ExportError, match=message):
+        load_checkpoint(TINY, adapter=folder)
+
+
+def test_trained_tokens_beside_a_whole_table_are_refused(tmp_path):
+    folder = _saved(tmp_path / "adapter", trainable_token_indices=TOKENS)
+    whole = {"base_model.model.lm_head.weight": torch.zeros(512, 128)}
+    rows = {"base_model.model.lm_head.token_adapter.trainable_tokens_delta": torch.zeros(3, 128)}
+    save_file(load_file(folder / FILES[0]) | whole | rows, folder / FILES[0])
+    with pytest.raises(
+        ExportError, match=r"has single rows of lm_head.weight and changes all of it: merge it with peft"
+    ):
+        load_checkpoint(TINY, adapter=folder)
+
+
 @pytest.mark.parametrize("module", ["embed_tokens", "lm_head"])
 def test_what_peft_would_add_to_both_of_a_tied_pair_is_refused(module, tmp_path):
     folder = _saved(tmp_path / "adapter", target_modules=[module])
@@ -135,26 +235,6 @@ def test_half_precision_is_merged_in_fp32(tmp_path):
     _check_merge(folder, least=4)
 
 
-def _change_settings(**changes):
-    def change(folder):
-        file = folder / ADAPTER_CONFIG
-        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-
-    return change
-
-
-def _change_tensors(change_all):
-    def change(folder):
-        tensors = load_file(folder / FILES[0])
-        save_file(change_all(tensors), folder / FILES[0])
-
-    return change
-
-
-def _renamed(old, new):
-    return _change_tensors(lambda tensors: {name.replace(old, new): tensor for name, tensor in tensors.items()})
-
-
 def _without(part):
     return _change_tensors(lambda tensors: {name: tensor for name, tensor in tensors.items() if part not in name})
 
@@ -166,10 +246,10 @@ def _wider(tensors):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_change_settings(peft_type="IA3"), "adapter is IA3; only LORA is supported: merge it with peft"),
+        (_change_settings(peft_type="IA3"), "adapter is IA3; only LORA and TRAINABLE_TOKENS are supported: merge"),
         (_change_settings(init_lora_weights="pissa"), "began with init_lora_weights pissa, which changed the"),
         (_change_settings(init_lora_weights="loftq"), "began with init_lora_weights loftq"),
-        (_change_settings(trainable_token_indices=[3]), "has trainable_token_indices, which is not supported: merge"),
+        (_change_settings(token_indices=[3]), "has token_indices, which is not supported: merge it with peft"),
         (_change_settings(layer_replication=[[0, 2]]), "has layer_replication, which is not supported"),
         (_change_settings(of_next_year=1), "has of_next_year, which is not supported"),
         (_change_settings(r=8), "q_proj has rank 4, and adapter_config.json says 8: it was saved incompletely"),

@@ -150,19 +150,21 @@ def test_damage_turns_the_report_red_and_the_layer_plot_points_at_it(
 
 
 @pytest.mark.long
-def test_layers_of_an_exact_bundle_agree_at_every_depth(tmp_path):
+@pytest.mark.parametrize("count", [1, 2])
+def test_layers_of_an_exact_bundle_agree_at_every_depth(count, tmp_path):
     # Windows that are cut at the edge, so that the graph orders patches otherwise than transformers.
-    vision = {"depth": 2, "fullatt_block_indexes": [1], "window_size": 140}
-    path = make_checkpoint(tmp_path / "checkpoint", text={"num_hidden_layers": 2}, vision=vision)
+    vision = {"depth": count, "fullatt_block_indexes": [1], "window_size": 140}
+    text = {"num_hidden_layers": count, "layer_types": ["full_attention"] * count}
+    path = make_checkpoint(tmp_path / "checkpoint", text=text, vision=vision)
     export_bundle(ExportConfig(checkpoint=path, output=tmp_path / "bundle", skip_parity=True))
     outcome = compare(
         _compare_config(tmp_path / "bundle", tmp_path / "out", checkpoint=path, limit=2, layers=True, max_new_tokens=8)
     )
     depths = outcome.summary["layers"]["depths"]
-    assert [depth["name"] for depth in depths] == depth_names(8, 2)
-    assert [depth["name"] for depth in depths][:4] == [
+    assert [depth["name"] for depth in depths] == depth_names(4 + 2 * count, count)
+    assert [depth["name"] for depth in depths][: count + 2] == [
         "vision.patch_embed",
-        *(f"vision.blocks.{k}" for k in range(2)),
+        *(f"vision.blocks.{k}" for k in range(count)),
         "vision.merger",
     ]
     assert max(max(depth["total"]["max"], depth["own"]["max"]) for depth in depths) < 1e-4

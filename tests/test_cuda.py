@@ -15,6 +15,7 @@ import pytest
 from answers import complete, demo_rows, feature_shape, requests_of
 from checkpoints import penalised_checkpoint
 from conftest import ROOT, exported
+from quantized import awq, quantized
 from shallow import make_shallow
 from stand_in.build import PROVIDER, build, build_nvml
 
@@ -378,6 +379,26 @@ def test_attention_of_published_shapes_is_fused(shape, dtype, in_steps, in_visio
     report = asked_of_a_gpu(tmp_path / "bundle")
     _stays_on_the_gpu(report)
     _attention_is_fused(report, in_steps, in_vision)
+    memory = report["memory"]
+    assert memory["added"] == 0
+    assert 0.75 * memory["planned"] <= memory["decoder"] + memory["vision"] <= memory["planned"]
+
+
+@pytest.mark.long
+def test_a_checkpoints_integers_stay_on_the_gpu(tmp_path, asked_of_a_gpu):
+    base, checkpoint = make_shallow(tmp_path / "base", "3b"), tmp_path / "checkpoint"
+    quantized(checkpoint, {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm"}, awq(128), base)
+    bundle = exported(tmp_path / "bundle", checkpoint, dtype="checkpoint", device="cuda", skip_parity=True)
+    report = asked_of_a_gpu(bundle.path)
+    _stays_on_the_gpu(report)
+    assert report["nodes"][DECODER]["CUDAExecutionProvider"]["MatMulNBits"] == 2 * 5
+    # Of one row by kernels that read integers; of many, each weight is written in fp16 first.
+    for run, kernel in {
+        "prefill": "Dequantize4Bits",
+        "step": "Float4BitsKernelM1",
+        "rest": "Float4BitsKernelM1",
+    }.items():
+        assert any(re.search(kernel, name) for name in report["kernels"][run]), run
     memory = report["memory"]
     assert memory["added"] == 0
     assert 0.75 * memory["planned"] <= memory["decoder"] + memory["vision"] <= memory["planned"]

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from answers import complete, demo_rows, requests_of, turn
 from conftest import QUESTIONS, ROOT, TINY, exported
+from quantized import awq, gptq, quantized
 from reference import letterboxed
 from shallow import make_shallow
 
@@ -118,6 +119,25 @@ def test_in_half_precision_nearly_all_tokens_are_those_of_the_cpu(dtype, bundles
     record_property(f"{dtype} agreement", f"{same}/{count} tokens, {rows}/{len(pairs)} rows")
     print(f"{dtype}: {same} of {count} tokens and {rows} of {len(pairs)} rows are those of fp32 on the CPU")
     assert same >= AGREEMENT[dtype] * count
+
+
+@pytest.mark.parametrize(
+    ("settings", "store"),
+    [
+        ({"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}, awq(32)),
+        ({"quant_method": "gptq", "bits": 8, "group_size": 64, "desc_act": False}, gptq(64, bits=8)),
+    ],
+)
+def test_with_a_checkpoints_integers_nearly_all_tokens_are_those_emulated(settings, store, tmp_path):
+    quantized(tmp_path / "checkpoint", settings, store)
+    bundle = exported(tmp_path / "bundle", tmp_path / "checkpoint", dtype="checkpoint", device="cuda")
+    vision = VisionEncoder(bundle, 8, graph=emulated_graph(bundle.file(VISION)))
+    requests = requests_of(bundle, demo_rows(), NEW_TOKENS, vision)
+    expected = complete(Decoder(bundle, 8, 8, graph=emulated_graph(bundle.file(DECODER))), bundle, requests)
+    _, answers = _answered_on_gpu(bundle)  # the decoder reproduces the known answers first
+    pairs = [(found.token_ids, right.token_ids) for found, right in zip(answers, expected, strict=True)]
+    same = sum(a == b for found, right in pairs for a, b in zip(found, right, strict=False))
+    assert same >= AGREEMENT["fp16"] * sum(max(len(found), len(right)) for found, right in pairs)
 
 
 def test_captured_steps_answer_as_others_do(bundles, monkeypatch):

@@ -196,6 +196,7 @@ def test_a_bundle_exported_without_the_gate_runs_and_has_nothing_to_check(tmp_pa
     manifest = export_bundle(config, traces=TRACES)
     assert (manifest.parity, manifest.tolerance) == (None, None)
     bundle = Bundle.load(tmp_path / "bundle")
+    assert bundle.manifest.parity is None
     assert KNOWN_ANSWERS not in manifest.files
     assert VisionEncoder(bundle, threads=1).figures() == Decoder(bundle, 1, threads=1).figures() == []
 

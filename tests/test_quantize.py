@@ -22,6 +22,7 @@ from export.comparison.run import compare
 from export.config import ExportConfig
 from export.names import module_of
 from export.package import export_bundle
+from export.precision import products
 from export.rounding import to_int8
 from qvl_batch.bundle.loading import Bundle
 from qvl_batch.bundle.manifest import DECODER, DECODER_FULL, FP32, VISION, is_in
@@ -50,10 +51,10 @@ def _operators(bundle, name):
 
 def test_every_product_is_reduced_and_nothing_else(reduced, tiny_bundle):
     operator, _, _, share = COSTS[reduced.manifest.dtype]
-    for name, products in ((VISION, ("MatMul",)), (DECODER, ("MatMul", "Gemm"))):
+    for name, operators in ((VISION, ("MatMul",)), (DECODER, ("MatMul", "Gemm"))):
         before = _operators(tiny_bundle, name)
         after = _operators(reduced, name)
-        assert after.count(operator) == sum(before.count(product) for product in products)
+        assert after.count(operator) == sum(before.count(product) for product in operators)
         assert not {"MatMul", "Gemm"} & set(after)
         data = f"{name}.data"
         assert reduced.file(data).stat().st_size < share * tiny_bundle.file(data).stat().st_size
@@ -154,23 +155,23 @@ def test_a_row_that_is_not_finite_fails_alone(reduced, rows):
         assert np.array_equal(np.delete(tokens, 1), np.delete(expected, 1))
 
 
-def test_layers_can_be_left_in_fp32(tmp_path):
-    kept = ("vision.patch_embed", "vision.blocks.1", "decoder.layers.2", "decoder.head")
+def test_layers_and_single_products_can_be_left_in_fp32(tiny_checkpoint, tmp_path):
+    layers = ("vision.patch_embed", "vision.blocks.1", "decoder.layers.2", "decoder.head")
+    kept = (*layers, "decoder.layers.0.mlp.down", "vision.blocks.3.attention")
     config = ExportConfig(checkpoint=TINY, output=tmp_path / "bundle", dtype="int8", fp32_layers=kept, skip_parity=True)
     assert export_bundle(config, traces=TRACES).layers_dtype == dict.fromkeys(kept, "fp32")
     bundle = Bundle.load(tmp_path / "bundle")
-    for name in (VISION, DECODER):
-        graph = ir.load(bundle.file(name)).graph
-        plain = {module_of(node) for node in graph if node.op_type in ("MatMul", "Gemm")}
-        assert len(plain) == 8
-        assert all(is_in(module, kept) for module in plain)
+    nodes = [node for name in (VISION, DECODER) for node in ir.load(bundle.file(name)).graph]
+    plain = {module_of(node) for node in nodes if node.op_type in ("MatMul", "Gemm")}
+    assert plain == {each for each in products(tiny_checkpoint.weights.skeleton) if is_in(each, kept)}
+    assert len(plain) == 16 + 1 + 4
     outcome = compare(
         CompareConfig(
             bundle=bundle.path, checkpoint=TINY, input=(str(QUESTIONS),), output=tmp_path / "out", limit=4, layers=True
         )
     )
     own = {depth["name"]: depth["own"]["median"] for depth in outcome.summary["layers"]["depths"]}
-    assert {name for name, error in own.items() if error < 1e-5} == {*kept, "decoder.embed"}
+    assert {name for name, error in own.items() if error < 1e-5} == {*layers, "decoder.embed"}
 
 
 @pytest.mark.long
@@ -203,19 +204,6 @@ def test_a_layer_that_is_not_there_is_named(tmp_path):
         ExportError, match=r"--fp32-layers decoder.layers.4: there is no such layer; .* decoder.layers.\*.mlp.gate, "
     ):
         export_bundle(config)
-
-
-def test_a_single_product_can_be_left_in_fp32(tmp_path):
-    kept = ("decoder.layers.0.mlp.down", "vision.blocks.3.attention")
-    config = ExportConfig(checkpoint=TINY, output=tmp_path / "bundle", dtype="int8", fp32_layers=kept, skip_parity=True)
-    export_bundle(config, traces=TRACES)
-    plain = {
-        module_of(node)
-        for name in (VISION, DECODER)
-        for node in ir.load(tmp_path / "bundle" / name).graph
-        if node.op_type in ("MatMul", "Gemm")
-    }
-    assert plain == {kept[0], *(f"{kept[1]}.{part}" for part in ("q", "k", "v", "out"))}
 
 
 def test_layers_can_have_a_precision_of_their_own(tmp_path):

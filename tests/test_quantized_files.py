@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import onnx_ir as ir
+import onnxruntime as ort
 import pytest
 import torch
 from conftest import QUESTIONS, ROOT, TINY, exported
@@ -13,14 +14,18 @@ from quantized import awq, fp8, gptq, in_groups, nf4, quantized
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2_5_VLForConditionalGeneration as Model
 
+from export import half
 from export.checkpoint import load_checkpoint
 from export.comparison.config import CompareConfig
 from export.comparison.run import compare
+from export.names import module_of
+from export.parity import BOUNDS
 from export.quantized_files import METHODS
 from export.rounding import from_blocks
 from export.spelling import published_name
 from export.stored_integers import PRODUCTS, stored_integers
 from export.weights import EMBEDDING, HEAD
+from qvl_batch.bundle.manifest import is_in
 from qvl_batch.errors import ExportError
 
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm", "zero_point": True}
@@ -73,7 +78,7 @@ def test_integers_scales_and_zero_points_are_those_of_the_checkpoint(name, tmp_p
     values = quantized(tmp_path / "checkpoint", settings, store)
     original = load_file(TINY / "model.safetensors")
     bits, dtype = (8, "int8wo") if "8 bits" in name else (4, "int4wo")
-    found = stored_integers(load_checkpoint(tmp_path / "checkpoint").weights)
+    found = stored_integers(load_checkpoint(tmp_path / "checkpoint").weights, "fp32")
     assert found.dtype == dtype
     assert [product for product, own in found.dtypes.items() if own != dtype] == ["decoder.head"]
     assert len(found.rounded) == 28
@@ -122,6 +127,122 @@ def test_a_bundle_of_the_checkpoints_integers_answers_as_its_weights_do(tmp_path
     assert outcome.passed, outcome.summary
 
 
+@pytest.fixture(scope="module", params=["awq", pytest.param("gptq of 8 bits", marks=pytest.mark.long)])
+def for_a_gpu(request, tmp_path_factory):
+    """Format of a checkpoint, where it is, and a bundle with its integers for a GPU."""
+    folder = tmp_path_factory.mktemp("gpu")
+    quantized(folder / "checkpoint", *FORMATS[request.param])
+    bundle = exported(folder / "bundle", folder / "checkpoint", dtype="checkpoint", device="cuda")
+    return request.param, folder / "checkpoint", bundle
+
+
+def test_on_a_gpu_integers_and_scales_are_the_same_too(for_a_gpu):
+    name, _, bundle = for_a_gpu
+    bits, size, dtype = (8, 64, "int8wo") if "8 bits" in name else (4, 32, "int4wo")
+    assert (bundle.manifest.dtype, bundle.manifest.device, bundle.manifest.vision_dtype) == ("fp16", "cuda", "fp16")
+    assert bundle.manifest.layers_dtype == {f"decoder.layers.{k}": dtype for k in range(4)}
+    graph = ir.load(bundle.path / "decoder.onnx").graph
+    original = load_file(TINY / "model.safetensors")
+    products = [node for node in graph if node.op_type == "MatMulNBits"]
+    for node in products:
+        module = module_of(node)
+        _, _, layer, *inner = module.split(".")
+        parts = [f"attention.{part}" for part in "qkv"] if inner[-1] == "qkv" else [".".join(inner)]
+        weights = [original[f"model.layers.{layer}.{PRODUCTS[part]}.weight"].float() for part in parts]
+        # One after the other in the order of outputs.
+        stored = [in_groups(weight, size, bits) for weight in weights]
+        levels, zeros, scales = (torch.cat(each) for each in zip(*stored, strict=True))
+        found = {
+            part: graph.initializers[f"{module}.{part}"].const_value.numpy()
+            for part in (f"int{bits}", "scale", "zero_points")
+        }
+        assert np.array_equal(found["scale"], scales.numpy())
+        assert found["scale"].dtype == np.float16
+        assert np.array_equal(_halves(found[f"int{bits}"], bits).reshape(levels.shape), levels.numpy())
+        assert np.array_equal(_halves(found["zero_points"], bits)[:, : zeros.shape[1]], zeros.numpy())
+    assert len(products) == 4 * 5
+    assert {v.dtype for name, v in graph.initializers.items() if name.endswith(".weight")} == {half.HALF["fp16"]}
+    ort.InferenceSession(bundle.path / "decoder.onnx")  # the types of each node fit each other
+
+
+def test_on_a_gpu_the_gate_has_the_bounds_of_half_precision(for_a_gpu):
+    manifest = for_a_gpu[-1].manifest
+    assert 0 < manifest.parity.logits < BOUNDS["fp16"].error == manifest.tolerance.logits
+    assert 0 < manifest.parity.first_token_kl < BOUNDS["fp16"].first_token_kl
+    assert manifest.parity.tokens_equal >= BOUNDS["fp16"].agreement * manifest.parity.tokens
+
+
+@pytest.mark.long
+def test_on_a_gpu_a_comparison_emulates_what_is_not_in_integers(for_a_gpu, tmp_path):
+    _, checkpoint, bundle = for_a_gpu
+    outcome = compare(
+        CompareConfig(
+            checkpoint=checkpoint, bundle=bundle.path, input=(str(QUESTIONS),), output=str(tmp_path), limit=4,
+            layers=True, device="cpu", max_drift=0.01, min_agreement=1.0,
+        )
+    )  # fmt: skip
+    assert outcome.passed, outcome.summary
+
+
+def test_on_a_gpu_layers_can_be_in_floats_and_in_no_other_integers(tmp_path):
+    quantized(tmp_path / "checkpoint", *FORMATS["awq"])
+    options = {"dtype": "checkpoint", "device": "cuda", "skip_parity": True}
+    kept = ("decoder.layers.1", "decoder.layers.2.mlp.down", "decoder.layers.3")
+    _change_stored(tmp_path / "checkpoint", _in_floats("model.layers.3.mlp.down_proj"))
+    with pytest.raises(ExportError, match="its tower is in fp16, and beside half precision only fp32 is possible"):
+        exported(tmp_path / "no", tmp_path / "checkpoint", layers_dtype=("decoder.head=int8wo",), **options)
+    bundle = exported(tmp_path / "bundle", tmp_path / "checkpoint", fp32_layers=kept, **options)
+    for node in ir.load(bundle.path / "decoder.onnx").graph:
+        if node.op_type in ("MatMul", "MatMulNBits"):
+            assert (node.op_type == "MatMul") == is_in(module_of(node), kept), node
+            assert node.inputs[0].dtype == (ir.DataType.FLOAT if node.op_type == "MatMul" else half.HALF["fp16"])
+
+
+def _change_stored(folder, change):
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def _in_floats(module):
+    def change(tensors):
+        for part in ("qweight", "qzeros", "scales"):
+            del tensors[f"{module}.{part}"]
+        tensors[f"{module}.weight"] = load_file(TINY / "model.safetensors")[f"{module}.weight"]
+
+    return change
+
+
+def _tiny_scale(tensors):
+    name = "model.layers.1.mlp.up_proj.scales"
+    tensors[name] = tensors[name].bfloat16()
+    tensors[name][0, 0] = 1.5 * 2.0**-30
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            _in_floats("model.layers.2.self_attn.k_proj"),
+            r"keys and values of decoder.layers.2.attention are one product on a GPU, .*: give --dtype f",
+        ),
+        (
+            _tiny_scale,
+            r"decoder.layers.1.mlp.up has the scale 1.4e-09, which is not exact in fp16, .*: give --dtype bf16",
+        ),
+    ],
+)
+def test_what_a_gpu_cannot_have_is_named(change, message, tmp_path):
+    quantized(tmp_path / "checkpoint", *FORMATS["awq"])
+    _change_stored(tmp_path / "checkpoint", change)
+    weights = load_checkpoint(tmp_path / "checkpoint").weights
+    assert stored_integers(weights, "fp32").dtype == "int4wo"
+    with pytest.raises(ExportError, match=message):
+        stored_integers(weights, "fp16")
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -133,10 +254,10 @@ def test_a_bundle_of_the_checkpoints_integers_answers_as_its_weights_do(tmp_path
         ("nf4", "--dtype checkpoint: bitsandbytes has no integers"),
     ],
 )
-def test_integers_that_a_bundle_cannot_have(name, message, tmp_path):
+def test_integers_that_a_bundle_cannot_have(name, message, device, tmp_path):
     quantized(tmp_path / "checkpoint", *FORMATS[name])
     with pytest.raises(ExportError, match=message):
-        exported(tmp_path / "bundle", tmp_path / "checkpoint", dtype="checkpoint")
+        exported(tmp_path / "bundle", tmp_path / "checkpoint", dtype="checkpoint", device=device)
 
 
 @pytest.mark.parametrize(
@@ -145,17 +266,14 @@ def test_integers_that_a_bundle_cannot_have(name, message, tmp_path):
         ({}, "the checkpoint has its weights in floats, so give the --dtype"),
         ({"adapter": TINY}, "keeps integers, to which --adapter cannot be added"),
         ({"sample": QUESTIONS}, "--sample is for weights that are rounded, and --dtype checkpoint keeps those"),
-        ({"device": "cuda"}, "--dtype checkpoint is for --device cpu, not for cuda"),
+        ({"device": "cuda"}, "the checkpoint has its weights in floats, so give the --dtype"),
         ({"recipe": "auto"}, "--dtype is not possible with --recipe"),
     ],
     ids=str,
 )
 def test_options_that_do_not_go_with_the_checkpoints_integers(options, message, tmp_path):
-    if "device" in options:
-        quantized(tmp_path / "checkpoint", *FORMATS["awq"])
-    checkpoint = tmp_path / "checkpoint" if "device" in options else TINY
     with pytest.raises(ExportError, match=message):
-        exported(tmp_path / "bundle", checkpoint, dtype="checkpoint", **options)
+        exported(tmp_path / "bundle", TINY, dtype="checkpoint", **options)
 
 
 @pytest.mark.parametrize(

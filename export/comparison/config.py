@@ -37,7 +37,7 @@ class CompareConfig(JobConfig):
     revision: str | None = None
     """Of an id: branch, tag or commit. Without it, the main branch."""
     adapter: Path | None = None
-    """Folder of the LoRA adapter that was merged into the checkpoint's weights when the bundle was exported."""
+    """Folder of the adapter that was merged into the checkpoint's weights when the bundle was exported."""
     ignore_extra_weights: bool = False
     """Leave out tensors of the checkpoint that are not weights of the model, as in the export."""
     against_bundle: Path | None = None

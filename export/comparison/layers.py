@@ -257,7 +257,7 @@ def instrument(model: onnx.ModelProto, path: Path) -> list[list[str]]:
             "export the checkpoint again, or leave out --layers"
         )
     graph.input.append(onnx.helper.make_tensor_value_info(USE_GIVEN, onnx.TensorProto.BOOL, []))
-    names = [[norm.input[1] for norm in norms[: 2 * parts : 2]]]
+    names = [[_state_before(graph, norm) for norm in norms[: 2 * parts : 2]]]
     for part, first in enumerate(names[0]):
         _divert(model, f"0.{part}", first, after=_producer(graph, first), normed=None)
     for place, norm in enumerate(norms[1::2]):
@@ -303,6 +303,13 @@ def _of_last_token(states: list[Array], logits: Array) -> tuple[list[Array], Arr
     return [*states[:-1], states[-1][-1:]], logits if logits.ndim == 1 else logits[-1]
 
 
+def _state_before(graph: onnx.GraphProto, norm: onnx.NodeProto) -> str:
+    """The state before the first layer, of whose first norm `norm` is; a decoder's only layer selects tokens of it."""
+    state = str(norm.input[1])
+    producer = _producer(graph, state)
+    return str(producer.input[0]) if producer.op_type == "GatherElements" else state
+
+
 def _parts(graph: onnx.GraphProto, norms: list[onnx.NodeProto]) -> int:
     """Number of parts: how many first norms of layers precede one whose input is the output of another layer."""
     ends = {norm.output[TOTAL] for norm in norms[1::2] if len(norm.output) > TOTAL}
@@ -311,7 +318,7 @@ def _parts(graph: onnx.GraphProto, norms: list[onnx.NodeProto]) -> int:
         # A decoder's last layer selects tokens of the state before it.
         if not ends.isdisjoint([state, *_producer(graph, state).input]):
             return max(place, 1)
-    return 1
+    return max(len(norms) // 2, 1)  # all are of the only layer
 
 
 def _divert(

@@ -246,10 +246,10 @@ class _Search:
 
     @contextmanager
     def _bundle(self, choice: Choice) -> Iterator[Bundle]:
-        """A bundle with a choice, which is removed afterwards."""
+        """A bundle with a choice, without the decoders that no trial runs, which is removed afterwards."""
         folder = self._folder / "trial"
         try:
-            yield self._writer.write(folder, precision_of(choice), self.calibrated, gate=False)
+            yield self._writer.write(folder, precision_of(choice), self.calibrated, with_guided=False, gate=False)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 

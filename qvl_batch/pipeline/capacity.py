@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pynvml
 
-from qvl_batch.bundle.manifest import DECODER, HALVES, VISION, Manifest
+from qvl_batch.bundle.manifest import DECODER, HALVES, INTEGERS, VISION, Manifest, dtypes_of
 from qvl_batch.decoder.decoder import PREFILL_ROWS, PREFIX_ENTRIES, prefill_tokens
 from qvl_batch.decoder.kv_cache import slot_bytes
 from qvl_batch.errors import DeviceError
@@ -109,6 +109,9 @@ def bytes_beside_slots(manifest: Manifest, *, vision_too: bool) -> int:
     if manifest.dtype not in HALVES:  # attention in standard operators materialises all scores
         prefill += 2 * 4 * tokens * shape.heads * layout.max_seq_len
     weights = manifest.bytes_of(DECODER)
+    if not dtypes_of("decoder", manifest.dtype, manifest.layers_dtype).isdisjoint(INTEGERS):
+        # A product of many tokens first writes its weight in the graph's type; the largest one is an MLP's.
+        weights += size * shape.hidden_size * shape.intermediate_size
     vision = 0
     if vision_too:  # activations of an image token's four patches are as wide as those of two tokens, in fp32 of four
         width = 2 if manifest.vision_dtype in HALVES else 4
