@@ -105,13 +105,13 @@ def _read(schema: pa.Schema, folder: Folder, name: str) -> pa.Table:
 def _groups(parts: Iterator[Part]) -> Iterator[list[Part]]:
     """Successive parts that together have at most the usual size."""
     group: list[Part] = []
-    for part in parts:
-        tables = [table for _, table in [*group, part]]
-        is_full = sum(map(len, tables)) > ROWS_PER_FILE or sum(table.nbytes for table in tables) > BYTES_PER_FILE
-        if group and is_full:
+    rows = size = 0
+    for name, table in parts:
+        rows, size = rows + table.num_rows, size + table.nbytes
+        if group and (rows > ROWS_PER_FILE or size > BYTES_PER_FILE):
             yield group
-            group = []
-        group.append(part)
+            group, rows, size = [], table.num_rows, table.nbytes
+        group.append((name, table))
     if group:
         yield group
 

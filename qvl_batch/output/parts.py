@@ -34,7 +34,7 @@ FOOTER = b"qvl_batch"
 #: The usual size of a part. Kept columns can be large, and Arrow concatenates at most 2 GiB of a string column.
 ROWS_PER_FILE, BYTES_PER_FILE = 1024, 256_000_000
 #: A part with fewer rows, and fewer bytes in memory, is small.
-SMALL_ROWS, SMALL_BYTES = ROWS_PER_FILE // 2, BYTES_PER_FILE // 16
+SMALL_ROWS, SMALL_BYTES = ROWS_PER_FILE // 4, BYTES_PER_FILE // 16
 #: Stages of errors of rows whose record, or an image of it, could not be read.
 UNREAD_STAGES = ("read", "image")
 #: Parts read at a time: on a network file system, each read is a round trip.
@@ -180,13 +180,19 @@ def each_part(folder: Folder, read: Callable[[Folder, str], pa.Table] = read_par
     Args:
         folder: of answers.
         read: reads a part, or some of its columns. The table has the footer's metadata.
+
+    Raises:
+        OutputError: a footer is damaged.
     """
     replaced: set[str] = set()
     for name in folder.names(PARTS):
         if name not in replaced:
             table = read(folder, name)
             if FOOTER in (table.schema.metadata or {}):
-                replaced.update(PartRecord.of(table.schema.metadata).replaces)
+                try:
+                    replaced.update(PartRecord.of(table.schema.metadata).replaces)
+                except (KeyError, TypeError, ValueError) as error:
+                    raise damaged(folder, name, error) from error
             yield name, table
 
 
