@@ -17,9 +17,9 @@ from output_folders import SCHEMA, read_answers
 from test_storage import _store
 
 import show
-from calibration.reading import Columns, read_rows
+from calibration.reading import Columns, details, read_rows
 from qvl_batch.columns import FILE, ROW, places_of, with_columns
-from qvl_batch.errors import OutputError
+from qvl_batch.errors import InputError, OutputError
 from qvl_batch.output import compaction, parts
 from qvl_batch.output.compaction import TRIAL, compact
 from qvl_batch.output.local_folder import LocalFolder
@@ -424,7 +424,7 @@ def test_a_small_part_that_is_damaged_is_named_and_nothing_is_merged_with_it(tmp
     data = bytearray(damaged.read_bytes())
     data[4:300] = bytes(296)
     damaged.write_bytes(data)
-    with pytest.raises(OutputError, match=rf"{damaged.name} is damaged.*: delete it to answer its rows again"):
+    with pytest.raises(OutputError, match=rf"{damaged.name} cannot be read, is damaged, .*, delete it"):
         _finish(LocalFolder(tmp_path))
     damaged.unlink()
     left = set(dict(_plain(LocalFolder(tmp_path))).items())
@@ -445,10 +445,16 @@ def test_programs_that_read_answers_count_them_once_after_a_crash(tmp_path, monk
     with pytest.raises(KilledError), OutputFolder(folder, JOB, schema, overwrite=False) as output:
         list(compact(Failing(output.folder, 5, KilledError()), schema, output.notes))
     assert len(read_answers(tmp_path)) > len(ALL)
-    assert len(read_rows(folder, Columns("expected")).state) == len(ALL)
+    rows = read_rows(folder, Columns("expected"))
+    assert len(rows.state) == len(ALL)
+    assert [row["id"] for row in details(folder, Columns("expected"), rows, [20])] == [8]
     monkeypatch.setattr(sys, "argv", ["show.py", str(tmp_path)])
     assert show.main() == 0
     assert f"{len(ALL)} of {len(ALL)} answers match" in capsys.readouterr().out
+    with OutputFolder(folder, JOB, schema, overwrite=False) as output:
+        list(compact(folder, schema, output.notes))
+    with pytest.raises(InputError, match="has changed meanwhile: try again when its job has ended"):
+        details(folder, Columns("expected"), rows, [8])
 
 
 def test_an_answer_whose_write_came_to_pass_though_it_failed_is_not_written_twice(new_place):

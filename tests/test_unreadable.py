@@ -162,6 +162,18 @@ def test_without_such_rows_there_is_no_list(place):
     assert _listed(place()) is None
 
 
+def test_a_folder_that_can_only_be_added_to_is_not_asked_to_remove_what_is_not_there(place, monkeypatch):
+    with _open(place()) as output:
+        monkeypatch.setattr(type(output.folder), "remove", None)
+        output.begin()
+        _write(output, answers_to((0, 1)))
+        output.write_list()
+        _write(output, answers_to((0, 0)))
+        assert output.write_list().rows == 1
+        monkeypatch.undo()
+    assert len(_listed(place())) == 1
+
+
 def test_overwriting_removes_the_list_and_another_file_of_its_name_is_kept(place):
     with _open(place()) as output:
         _write(output, answers_to((0, 0)))
@@ -219,7 +231,7 @@ def test_a_part_that_is_damaged_is_named(tmp_path):
         _write(output, answers_to((0, 0)))
         (part,) = tmp_path.glob("part-*")
         part.write_bytes(part.read_bytes()[:-20] + bytes(20))
-        with pytest.raises(OutputError, match=rf"{part.name} is damaged"):
+        with pytest.raises(OutputError, match=rf"{part.name} cannot be read, is damaged"):
             output.write_list()
     assert _listed(LocalFolder(tmp_path)) is None
 

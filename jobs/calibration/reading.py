@@ -224,7 +224,10 @@ def details(folder: Folder, columns: Columns, rows: Rows, chosen: Sequence[int])
         start = rows.stops[part - 1] if part else 0
         try:
             with folder.open(rows.parts[part]) as file:
-                table = pq.ParquetFile(file).read(columns=[ID, "prompt", columns.answer]).take(places - start)
+                table = pq.ParquetFile(file).read(columns=[ID, "prompt", columns.answer])
+            if table.num_rows != rows.stops[part] - start:
+                raise InputError(f"{folder}/{rows.parts[part]} has changed meanwhile: try again when its job has ended")
+            table = table.take(places - start)
         except (OSError, ValueError, pa.ArrowException) as error:
             raise InputError(f"{folder} cannot be read: {error}") from error
         shown = _shown(table, columns)

@@ -253,5 +253,6 @@ def damaged(folder: Folder, name: str, error: Exception) -> OutputError:
     """The error for a file that cannot be read as one of answers."""
     why = str(error).split("\n")[0]
     return OutputError(
-        f"{folder}/{name} is damaged, or not a file of answers ({why}): delete it to answer its rows again"
+        f"{folder}/{name} cannot be read, is damaged, or not a file of answers ({why}): if it is damaged, delete it to "
+        "answer its rows again"
     )

@@ -47,7 +47,7 @@ from qvl_batch.output.parts import (
     write_part,
 )
 from qvl_batch.output.storage import Folder
-from qvl_batch.output.unreadable import UNREADABLE, Unreadable, is_listed, write_list
+from qvl_batch.output.unreadable import UNREADABLE, Unreadable, is_listed, remove_list, write_list
 from qvl_batch.rows import InputFile, Row, RowSet
 from qvl_batch.schema import ID
 
@@ -183,10 +183,7 @@ class OutputFolder:
         Raises:
             OutputError: the folder cannot be written to.
         """
-        try:
-            self.folder.remove(UNREADABLE)
-        except OSError as error:
-            raise cannot_write(self.folder, error) from error
+        remove_list(self.folder)
 
     def listed(self) -> bool:
         """Whether the list of rows that could not be read is that of the answers in the folder."""

@@ -50,12 +50,36 @@ class Unreadable:
 
 
 def is_listed(folder: Folder, notes: PartNotes) -> bool:
-    """Whether the list is there, if there must be one, and is not, if there must be none."""
+    """Whether the list is there, if there must be one, and is not, if there must be none.
+
+    Raises:
+        OutputError: the folder cannot be used.
+    """
     try:
-        with folder.open(UNREADABLE):
-            return bool(notes.unread)
+        return _is_there(folder) == bool(notes.unread)
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+
+
+def remove_list(folder: Folder) -> None:
+    """Remove the list if it is there: a role that may only add to a bucket cannot even remove what is not.
+
+    Raises:
+        OutputError: the folder cannot be written to.
+    """
+    try:
+        if _is_there(folder):
+            folder.remove(UNREADABLE)
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+
+
+def _is_there(folder: Folder) -> bool:
+    try:
+        folder.open(UNREADABLE).close()
     except FileNotFoundError:
-        return not notes.unread
+        return False
+    return True
 
 
 def write_list(folder: Folder, notes: PartNotes, files: Sequence[InputFile], id_type: pa.DataType) -> Unreadable:
@@ -87,11 +111,11 @@ def write_list(folder: Folder, notes: PartNotes, files: Sequence[InputFile], id_
                 waiting = []
         if waiting:
             writer.write_table(pa.concat_tables(waiting))
+    if not rows:
+        remove_list(folder)
+        return Unreadable()
     try:
-        if rows:
-            folder.write(UNREADABLE, bytes(buffer.getvalue()))
-        else:
-            folder.remove(UNREADABLE)
+        folder.write(UNREADABLE, bytes(buffer.getvalue()))
     except OSError as error:
         raise cannot_write(folder, error) from error
     return Unreadable(rows, first)
