@@ -19,7 +19,7 @@ from rich.text import Text
 from qvl_batch.command_line import exit_status, settings
 from qvl_batch.errors import ConfigError, InputError
 from qvl_batch.json_schema import dumps
-from qvl_batch.output.parts import PARTS, read_part
+from qvl_batch.output.parts import PARTS, each_part
 from qvl_batch.output.storage import folder_at
 from qvl_batch.report.page import printable
 from qvl_batch.schema import PARSED, is_textual, texts
@@ -108,8 +108,7 @@ def show(config: ShowConfig, console: Console) -> None:
         folder = folder_at(config.answers)
         rows: list[Row] = []
         fields: list[str] = []
-        for name in folder.names(PARTS):
-            part = read_part(folder, name)
+        for _, part in each_part(folder):
             rows += _rows(part)
             fields = _field_names(part)
     except (OSError, ValueError, pa.ArrowException) as error:

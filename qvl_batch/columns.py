@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from qvl_batch.rows import Row
-from qvl_batch.schema import Failure
+from qvl_batch.schema import LOCATION_FIELD, Failure, image_number, readable
 
 Step = Literal["read", "prepare", "vision", "decoder", "driver"]
 
@@ -35,8 +35,9 @@ CONSTRAINT = f"{OWN}constraint"
 SAMPLING = f"{OWN}sampling"
 #: The row's images as bytes of files; as pixels, uint8 (H, W, 3); and as features, float32 (T_img, D).
 IMAGES, PIXELS, FEATURES = f"{OWN}images", f"{OWN}pixels", f"{OWN}features"
-#: For each image of the row, the host or bucket that it comes from; null of one that comes from neither.
-HOSTS = f"{OWN}hosts"
+#: For each image of the row, the path or address that it comes from, without what can give access; null of one that is
+#: in the row itself.
+LOCATIONS = f"{OWN}locations"
 #: Five numbers for each image, one image after the other: width and height of the original, upright; width and height
 #: of what the model saw, W and H of its pixels; EXIF orientation of the file, 1 if it has none.
 SIZES = f"{OWN}sizes"
@@ -73,7 +74,7 @@ COLUMNS: dict[str, Column] = {
     MESSAGES: Column(pa.large_string(), ("read",), ("prepare", "decoder"), "decoder"),
     CONSTRAINT: Column(pa.large_string(), ("read",), ("decoder",), "decoder"),
     SAMPLING: Column(pa.large_string(), ("read",), ("decoder",), "decoder"),
-    HOSTS: Column(pa.list_(pa.string()), ("read",), ("driver",), "driver"),
+    LOCATIONS: Column(pa.list_(pa.string()), ("read",), ("driver",), "driver"),
     IMAGES: Column(pa.large_list(pa.large_binary()), ("read",), ("prepare",), "prepare"),
     **dict.fromkeys(
         FAILURE,
@@ -128,6 +129,18 @@ def failures_of(table: pa.Table) -> list[Failure | None]:
     """Failures of the rows of a table, None for rows without one: the inverse of `failure_columns`."""
     rows = zip(*(table[name].to_pylist() for name in FAILURE), strict=True)
     return [Failure(*row) if row[0] is not None else None for row in rows]
+
+
+def located(table: pa.Table) -> pa.Table:
+    """Add to a table of answers where the images that failed rows come from, the column `LOCATION_FIELD`."""
+    rows = zip(
+        table[LOCATIONS].to_pylist(), table["error_stage"].to_pylist(), readable(table["error_message"]), strict=True
+    )
+    failed: list[str | None] = []
+    for locations, stage, message in rows:
+        number = image_number(message, len(locations or ())) if stage == "image" else None
+        failed.append(locations[number - 1] if number else None)
+    return table.append_column(LOCATION_FIELD, pa.array(failed, LOCATION_FIELD.type))
 
 
 def seconds_column(work: str, seconds: float, rows: int) -> dict[str, pa.Array]:

@@ -1,7 +1,8 @@
 """Answers and failures, and the columns of the output that hold them.
 
 A row of the output has `id`, the kept columns, then the fields of `answer_fields`. A failed row has a null answer,
-`finish_reason = error`, and the stage, type and message of its error. A row that abstains has its answer and all else.
+`finish_reason = error`, and the stage, type and message of its error; the output of a job then has `LOCATION_FIELD`. A
+row that abstains has its answer and all else.
 """
 
 import math
@@ -59,6 +60,8 @@ _LISTS = (
 )  # fmt: skip
 #: Columns of the output that hold the error of a failed row.
 ERROR_FIELDS = tuple(pa.field(f"error_{part.name}", pa.string()) for part in fields(Failure))
+#: Path or address of the image that failed a row; null of one that has neither.
+LOCATION_FIELD = pa.field("error_location", pa.string())
 ID = "id"
 #: Answer of a conversation that had one already, with `--answer-last-turn-again`.
 EXPECTED_FIELD = pa.field("expected", pa.string())

@@ -10,16 +10,16 @@ import pyarrow.parquet as pq
 from qvl_batch.columns import FILE, ROW
 from qvl_batch.output.resume import Job
 from qvl_batch.rows import InputFile
-from qvl_batch.schema import ANSWER_FIELDS, ID, Answer, Failure
+from qvl_batch.schema import ANSWER_FIELDS, ID, LOCATION_FIELD, Answer, Failure
 
 FILES = (InputFile("/in/a.parquet", 10, 6, "a"), InputFile("/in/b.parquet", 20, 5, "b"))
 JOB_OF_FILES = Job({"bundle": "abc", "--fit": "crop", "--keep-columns": ["x"]}, FILES)
 #: Columns of answers that follow from no option.
 ANSWER_COLUMNS = [
     "answer", "finish_reason", "prompt_tokens", "answer_tokens", "image_width", "image_height", "seen_width",
-    "seen_height", "error_stage", "error_type", "error_message",
+    "seen_height", "error_stage", "error_type", "error_message", "error_location",
 ]  # fmt: skip
-SCHEMA = pa.schema([pa.field(ID, pa.int64()), *ANSWER_FIELDS])
+SCHEMA = pa.schema([pa.field(ID, pa.int64()), *ANSWER_FIELDS, LOCATION_FIELD])
 
 
 def answers_to(*rows):
@@ -28,7 +28,10 @@ def answers_to(*rows):
     columns = {field.name: [answer.record()[field.name] for answer in answers] for field in ANSWER_FIELDS}
     files, places = zip(*rows, strict=True)
     own = {FILE: pa.array(files, pa.int32()), ROW: pa.array(places, pa.int64()), ID: places}
-    return pa.table(own | {field.name: pa.array(columns[field.name], field.type) for field in ANSWER_FIELDS})
+    columns[LOCATION_FIELD.name] = [None if row[1] % 2 else f"/images/{row[1]}.jpg" for row in rows]
+    return pa.table(
+        own | {field.name: pa.array(columns[field.name], field.type) for field in SCHEMA if field.name != ID}
+    )
 
 
 def read_answers(folder):

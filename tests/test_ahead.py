@@ -9,7 +9,7 @@ import pytest
 from reading import caption_config, images_of
 from web import Answer, serving
 
-from qvl_batch.columns import HOSTS
+from qvl_batch.columns import LOCATIONS
 from qvl_batch.input import ahead
 from qvl_batch.input.ahead import Begun, Fetching, in_order
 from qvl_batch.input.fetch import Fetcher
@@ -147,12 +147,11 @@ def test_a_row_that_is_read_alone_is_the_only_one_that_is_fetched(tmp_path):
             assert web.paths == [f"/{each}" for each in range(at + 1)]
 
 
-def test_rows_have_the_hosts_of_their_images(tmp_path):
+def test_rows_say_where_their_images_come_from_without_what_gives_access(tmp_path):
     (tmp_path / "a").write_bytes(b"inside")
     with serving() as web:
-        host = f"127.0.0.1:{web.port}"
-        lists = [[f"{web.url}/a", "a"], ["https://Elsewhere.example/b"], [], ["https://user@host/b"], None]
+        lists = [[f"{web.url}/a?key=1", "a"], ["https://Elsewhere.example/b"], [], ["https://user:word@host/b"], None]
         unit, columns = _unit(tmp_path, lists)
         tables = read_unit(unit, columns, "What?", 8, Fetcher([web.url, str(tmp_path)]))
-        hosts = pa.concat_tables(tables)[HOSTS].to_pylist()
-    assert hosts == [[host, None], ["elsewhere.example"], [], [None], [None]]
+        found = pa.concat_tables(tables)[LOCATIONS].to_pylist()
+    assert found == [[f"{web.url}/a?…", "a"], ["https://Elsewhere.example/b"], [], ["https://host/b"], [None]]

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 from test_run_page import BACKWARDS, HOSTILE, _PageParser, _record
 
-from qvl_batch.columns import COLUMNS, HOSTS
+from qvl_batch.columns import COLUMNS, LOCATIONS, located
 from qvl_batch.output.parts import Tally
 from qvl_batch.report import hosts as module
 from qvl_batch.report.hosts import HostFailures, reason_of
@@ -21,7 +21,8 @@ def _table(*rows):
     hosts, stages, messages = zip(*rows, strict=True)
     text = {"error_stage": stages, "error_message": messages}
     columns = {name: pa.array(values, pa.string()) for name, values in text.items()}
-    return pa.table({HOSTS: pa.array(hosts, COLUMNS[HOSTS].type), **columns})
+    places = [row and [host and f"https://{host}/a.png" for host in row] for row in hosts]
+    return located(pa.table({LOCATIONS: pa.array(places, COLUMNS[LOCATIONS].type), **columns}))
 
 
 def _record_of(*rows):

@@ -40,6 +40,8 @@ from export.comparison.reference import PyTorch
 from qvl_batch import Captioner
 from qvl_batch.config import CaptionConfig
 from qvl_batch.errors import InputError
+from qvl_batch.output.local_folder import LocalFolder
+from qvl_batch.output.parts import PartRecord
 from qvl_batch.pipeline.run import run
 
 #: What `poison/sitecustomize.py` looks for.
@@ -380,6 +382,13 @@ def test_rows_added_to_the_input_are_answered_and_failed_ones_again(tiny_bundle,
     rows = rows_by_id(output)
     assert [row["id"] for row in rows] == [row["id"] for row in demo[:3]]
     assert "cannot be read: FileNotFoundError" in rows[2]["error_message"]
+    assert rows[2]["error_location"] == f"images/{demo[2]['id']}"
+    (listed,) = pq.read_table(output / "_unreadable.parquet").to_pylist()
+    assert listed == {name: rows[2].get(name) for name in listed} | {"file": str(folder / "b.parquet"), "row": 2}
+    assert f"1 could not be read: {output}/_unreadable.parquet" in result.stdout
+    record, page, _ = shown_page(output)
+    assert record["unreadable"] == {"rows": 1, "list": "_unreadable.parquet", "first": [listed]}
+    assert "Could not be read" in page
 
     (folder / "images" / demo[2]["id"]).write_bytes(demo[2]["image"]["bytes"])
     pq.write_table(pa.Table.from_pylist(demo[3:5]), folder / "a.parquet")
@@ -389,6 +398,50 @@ def test_rows_added_to_the_input_are_answered_and_failed_ones_again(tiny_bundle,
     rows = rows_by_id(output)
     assert [row["id"] for row in rows] == [row["id"] for row in demo[:5]]
     assert all(row["answer"] for row in rows)
+    assert not (output / "_unreadable.parquet").exists()
+
+
+def test_small_files_of_answers_are_merged_at_the_end_and_ctrl_c_leaves_that_to_the_next_run(
+    tiny_bundle, demo, job, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("qvl_batch.output.writer.SECONDS_PER_FILE", 0.01)
+    monkeypatch.setattr("qvl_batch.output.compaction.FEWEST", 2)
+    monkeypatch.setattr("qvl_batch.output.compaction.ROWS_PER_FILE", 16)
+    rows = [demo[32] | {"image": {"bytes": None, "path": "none.png"}}, *demo[:32]]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    output = tmp_path / "out"
+    options = ["--bundle", tiny_bundle.path, "--input", tmp_path / "rows.parquet", "--output", output]
+    options += ["--allow-images-from", tmp_path, "--max-new-tokens", 4]
+
+    def records():
+        return [PartRecord.read(LocalFolder(output), path.name) for path in output.glob("part-*")]
+
+    config = CaptionConfig(
+        bundle=tiny_bundle.path, input=(str(tmp_path / "rows.parquet"),), output=str(output),
+        allow_images_from=(str(tmp_path),), max_new_tokens=4,
+    )  # fmt: skip
+    with pytest.raises(KeyboardInterrupt, match="33 rows are answered"):
+        run(config, is_stopped=lambda: any(record.unread for record in records()))
+    assert pq.read_table(output / "_unreadable.parquet")["error_location"].to_pylist() == ["none.png"]
+    with pytest.raises(KeyboardInterrupt, match="all 33 rows are answered, not all small parts are merged"):
+        run(config, is_stopped=lambda: any(record.replaces for record in records()))
+    before = {path.name for path in output.glob("part-*")}
+    answers = rows_by_id(output)
+    assert sorted(row["id"] for row in answers) == sorted(row["id"] for row in rows)
+    written = {name: (output / name).read_bytes() for name in ("_run.json", "_report.html", "_unreadable.parquet")}
+    assert json.loads(written["_run.json"])["rows"] == 33
+
+    result = job(*options)
+    assert "resuming  33 rows are answered already, 0 are left" in result.stderr
+    merged = re.search(r"^compacted (\d+) parts into (\d)$", result.stderr, re.MULTILINE)
+    after = {path.name for path in output.glob("part-*")}
+    assert len(before) - len(after) == int(merged[1]) - int(merged[2]) > 0
+    assert rows_by_id(output) == answers
+    assert {name: (output / name).read_bytes() for name in written} == written
+    assert "compacted" not in job(*options).stderr
+    (output / "_unreadable.parquet").unlink()  # as after a crash
+    job(*options)
+    assert pq.read_table(output / "_unreadable.parquet")["error_location"].to_pylist() == ["none.png"]
 
 
 @pytest.mark.long

@@ -194,7 +194,7 @@ def test_answers_without_a_job_are_refused_and_kept(tmp_path):
     assert (tmp_path / "part-000000-000000000000.parquet").read_bytes() == b"precious"
 
 
-@pytest.mark.parametrize("text", ["", "{}", '{"format": 3}', '{"format": 3, "settings": {}, "files": [1]}', "[]"])
+@pytest.mark.parametrize("text", ["", "{}", '{"format": 4}', '{"format": 4, "settings": {}, "files": [1]}', "[]"])
 def test_a_job_that_cannot_be_read_is_named(text, tmp_path):
     (tmp_path / JOB).write_text(text)
     with pytest.raises(OutputError, match=r"_job.json cannot be read: .*--overwrite"):

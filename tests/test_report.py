@@ -14,13 +14,14 @@ from qvl_batch.columns import (
     ASKED,
     COLUMNS,
     FILE,
-    HOSTS,
+    LOCATIONS,
     MESSAGES,
     ROW,
     SECONDS,
     STARTED,
     THUMBNAIL,
     WORKERS,
+    located,
     seconds_column,
 )
 from qvl_batch.config import CaptionConfig
@@ -135,7 +136,7 @@ def _answered(first, answers, started=1e12):
     columns = {FILE: [0] * rows, ROW: range(first, first + rows), ID: [f"row-{first + i}" for i in range(rows)]}
     columns |= {f.name: pa.array([answer.record()[f.name] for answer in answers], f.type) for f in ANSWER_FIELDS}
     columns |= {
-        HOSTS: pa.array([["host.example"]] * rows, COLUMNS[HOSTS].type),
+        LOCATIONS: pa.array([["https://host.example/a.png"]] * rows, COLUMNS[LOCATIONS].type),
         STARTED: [started] * rows,
         THUMBNAIL: [b"jpeg"] * rows,
         ASKED: ["why?"] * rows,
@@ -147,7 +148,7 @@ def _answered(first, answers, started=1e12):
 
 def _arrived(stats, *tables):
     for table in tables:
-        stats.add(table, Tally.of(table))
+        stats.add(located(table), Tally.of(table))
     return stats
 
 

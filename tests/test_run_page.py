@@ -42,6 +42,20 @@ def _record(**changes):
         "finish_reasons": {"stop": 35_810, "length": 100, "error": 90},
         "errors": {"layout: PromptError": 10, "image: ImageError": 80},
         "error_examples": {"image: ImageError": [{"id": 7, "message": "no image"}, {"id": None, "message": "none"}]},
+        "unreadable": {
+            "rows": 80,
+            "list": "_unreadable.parquet",
+            "first": [
+                {
+                    "id": 7, "file": "/data/a.parquet", "row": 4_242, "error_location": "https://host.example/7.png",
+                    "error_stage": "image", "error_type": "ImageError", "error_message": "no image",
+                },
+                {
+                    "id": None, "file": "/data/b.parquet", "row": 0, "error_location": None,
+                    "error_stage": "read", "error_type": "RecordError", "error_message": "damaged",
+                },
+            ],
+        },
         "prompt_tokens": 21_600_000, "answer_tokens": 1_152_000,
         "seconds": 3_610.0, "startup_seconds": 3.0, "workers_seconds": 10.0,
         "images_per_second": 9.97, "steady_images_per_second": 10.0, "tokens_per_second": 320.0,
@@ -55,6 +69,12 @@ def _record(**changes):
         "versions": {"ray": "2.60.0"}, "plan": {"vision_workers": 1, "slots": 32},
     }  # fmt: skip
     return record | changes
+
+
+def _unreadable(text):
+    """The entry of rows of which everything is this text."""
+    names = ("id", "file", "error_location", "error_stage", "error_type", "error_message")
+    return {"rows": 9, "list": "_unreadable.parquet", "first": [dict.fromkeys(names, text) | {"row": 7}] * 2}
 
 
 def _shown_row(**changes):
@@ -103,6 +123,8 @@ def test_a_page_says_what_happened_from_verdict_to_settings():
         "1,152,000 answer tokens", "1 h this run",
         "Throughput", "Stages", "97 %", "60 %", ADVICE["vision"],
         "Errors", "80 image: ImageError", "7 no image", "(no id) none", "10 layout: PromptError",
+        "Could not be read", "80 rows are damaged", "_unreadable.parquet in the same folder; the first 2:",
+        "7 https://host.example/7.png 4,242 of /data/a.parquet no image", "(no id) 0 of /data/b.parquet damaged",
         "3 of 36,000, chosen at random", "scene-1 Why? yes 600 + 1 tokens", "cut at the token limit",
         "12 (no prompt) image: ImageError no image",
         "Settings", "/data/bundle", "ab" * 32, "max new tokens 128", "slots 32", "ray 2.60.0",
@@ -178,6 +200,7 @@ def test_what_strangers_wrote_is_text(text):
         output=text,
         errors={text: 3},
         error_examples={text: [{"id": text, "message": text}]},
+        unreadable=_unreadable(text),
         bundle={"path": text, "sha256": "a", "source": {"name": text}, "dtype": text},
         decoding={"prompt": text, "system_prompt": text},
         versions={text: text},
@@ -286,7 +309,7 @@ def hostile_page(chromium, tmp_path):
     record = _record(
         output=LONG, errors=kinds, error_examples={kind: [{"id": kind, "message": kind * 3}] for kind in kinds},
         answer_tokens=10**15, rows=10**9, rows_of_this_run=10**9, decoding={"prompt": LONG}, price_per_hour=1e6,
-        cost_per_million=1e12,
+        cost_per_million=1e12, unreadable=_unreadable(LONG[:300]),
     )  # fmt: skip
     record |= {name: SURE[name] for name in ("confidence", "finish_reasons")}
     record["decoding"] |= {"abstain_below": 0.35}

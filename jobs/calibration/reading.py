@@ -6,6 +6,7 @@ right, with counts of the others; and, for few rows that are asked for, what peo
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from calibration.values import column_at, is_single, same, type_at, values_of
 from qvl_batch.errors import InputError
 from qvl_batch.json_schema import dumps
-from qvl_batch.output.parts import PARTS
+from qvl_batch.output.parts import each_part
 from qvl_batch.output.storage import Folder
 from qvl_batch.schema import ID, PARSED, PARSED_CONFIDENCE, is_textual, readable, texts
 
@@ -157,9 +158,12 @@ def read_rows(folder: Folder, columns: Columns) -> Rows:
     Raises:
         InputError: there are none, they cannot be read, lack a column, or nothing in them can be compared.
     """
-    names = folder.names(PARTS)
+    names: list[str] = []
+    found: list[_Part] = []
     try:
-        found = [_read_part(folder, name, columns) for name in names]
+        for name, table in each_part(folder, partial(_read_part, columns)):
+            names.append(name)
+            found.append(_judged(table, columns))
     except (OSError, ValueError, pa.ArrowException) as error:
         raise InputError(f"{folder} cannot be read: {error}") from error
     if not sum(len(part.state) for part in found):
@@ -183,13 +187,16 @@ def read_rows(folder: Folder, columns: Columns) -> Rows:
     return rows
 
 
-def _read_part(folder: Folder, name: str, columns: Columns) -> _Part:
+def _read_part(columns: Columns, folder: Folder, name: str) -> pa.Table:
+    """The columns of a part that are needed."""
     with folder.open(name) as file:
         parquet = pq.ParquetFile(file)
-        schema = parquet.schema_arrow
-        columns.check(f"{folder}/{name}", schema)
-        table = parquet.read(columns=columns.needed)
-    truth = column_at(table[columns.expected], columns.truth(schema))
+        columns.check(f"{folder}/{name}", parquet.schema_arrow)
+        return parquet.read(columns=columns.needed)
+
+
+def _judged(table: pa.Table, columns: Columns) -> _Part:
+    truth = column_at(table[columns.expected], columns.truth(table.schema))
     is_labelled = truth.is_valid().to_numpy()
     failed, cut = (pc.is_in(table["finish_reason"], kind).to_numpy() for kind in (FAILED, CUT))
     has_answer = pc.and_(pc.is_in(table["finish_reason"], ANSWERED), table["answer"].is_valid()).to_numpy()
@@ -217,7 +224,10 @@ def details(folder: Folder, columns: Columns, rows: Rows, chosen: Sequence[int])
         start = rows.stops[part - 1] if part else 0
         try:
             with folder.open(rows.parts[part]) as file:
-                table = pq.ParquetFile(file).read(columns=[ID, "prompt", columns.answer]).take(places - start)
+                table = pq.ParquetFile(file).read(columns=[ID, "prompt", columns.answer])
+            if table.num_rows != rows.stops[part] - start:
+                raise InputError(f"{folder}/{rows.parts[part]} has changed meanwhile: try again when its job has ended")
+            table = table.take(places - start)
         except (OSError, ValueError, pa.ArrowException) as error:
             raise InputError(f"{folder} cannot be read: {error}") from error
         shown = _shown(table, columns)

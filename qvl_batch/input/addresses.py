@@ -29,6 +29,10 @@ SHOWN = 300
 #: Characters of an address that are sent as they are, since they can be syntax; others are percent-encoded, as browsers
 #: do.
 _SAFE = "%/:=&?~+!$,;'@()*[]"
+#: In text, what follows the path of an address, and a user name with a password before its host. A password can have a
+#: slash. Names in an object store can have any character.
+_AFTER_PATH = re.compile(r"(\b(?!(?:s3|gs)://)[a-z][a-z0-9+.-]*://[^?#]*[?#])\S+", re.ASCII | re.IGNORECASE)
+_USER = re.compile(r"(?<=://)(?:[^/?#\s]*|[^/:?#\s]*:(?!\d*(?:/|\s|$))[^?#\s]*)@")
 _SCHEME = re.compile(r"\s*([a-z][a-z0-9+.-]*):", re.ASCII | re.IGNORECASE)
 #: Names of hosts. Parsers of addresses differ in what they make of other characters.
 _HOST = re.compile(r"[a-z0-9._-]+", re.ASCII)
@@ -297,6 +301,11 @@ def _is_public(ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
     if within:
         return all(map(_is_public, within))
     return ip.is_global and not ip.is_multicast and ip not in _LOCAL_TRANSLATION
+
+
+def without_access(text: str) -> str:
+    """A text, its addresses without what can give access: user name, password, query."""
+    return _AFTER_PATH.sub(r"\1…", _USER.sub("", text))
 
 
 def short(text: str) -> str:

@@ -17,7 +17,7 @@ from qvl_batch.input.common_types import common_type, without_views
 from qvl_batch.input.image_cells import WANTED, is_image, is_list_of_images
 from qvl_batch.input.lookup import find_column, find_field, partitions
 from qvl_batch.sampling import Sampling
-from qvl_batch.schema import EXPECTED_FIELD, ID, answer_fields, is_bytes, is_text, item_type, plain_type
+from qvl_batch.schema import EXPECTED_FIELD, ID, LOCATION_FIELD, answer_fields, is_bytes, is_text, item_type, plain_type
 
 #: Floats below this are exact integers if they are whole.
 EXACT = 2.0**53
@@ -127,7 +127,8 @@ class InputColumns:
         """Schema of the answers; the options are those of `answer_fields`."""
         expected = [EXPECTED_FIELD] if self.answer_last_turn_again else []
         answers = answer_fields(lists=self.has_lists, **options)
-        return pa.schema([pa.field(ID, self.id_type), *(each.field for each in self.kept), *expected, *answers])
+        kept = (each.field for each in self.kept)
+        return pa.schema([pa.field(ID, self.id_type), *kept, *expected, *answers, LOCATION_FIELD])
 
 
 def input_columns(schema: pa.Schema, file: str, config: JobConfig) -> InputColumns:
@@ -142,7 +143,7 @@ def input_columns(schema: pa.Schema, file: str, config: JobConfig) -> InputColum
     answers = answer_fields(
         boxes=True, parsed=pa.null(), parsed_confidence=pa.null(), confidence=True, choices=True, samples=True
     )
-    reserved = {ID, *(field.name for field in [*answers, *([EXPECTED_FIELD] if again else [])])}
+    reserved = {ID, *(field.name for field in [*answers, LOCATION_FIELD, *([EXPECTED_FIELD] if again else [])])}
     clash = [name for name in config.copied_columns if name in reserved]
     if clash:
         raise ConfigError(

@@ -19,8 +19,8 @@ import pyarrow as pa
 
 from qvl_batch.columns import (
     CONSTRAINT,
-    HOSTS,
     IMAGES,
+    LOCATIONS,
     MESSAGES,
     SAMPLING,
     array,
@@ -39,12 +39,13 @@ from qvl_batch.errors import (
     WorkerLostError,
     stable_message,
 )
-from qvl_batch.input.addresses import host_of
+from qvl_batch.input.addresses import short, without_access
 from qvl_batch.input.ahead import Begun, in_order
 from qvl_batch.input.cells import one_by_one, values_of
 from qvl_batch.input.common_types import exact
 from qvl_batch.input.containers.by_name import read
-from qvl_batch.input.fetch import Fetcher
+from qvl_batch.input.containers.images import as_text
+from qvl_batch.input.fetch import LONGEST_PATH, Fetcher
 from qvl_batch.input.image_cells import image_values, plain_image
 from qvl_batch.input.input_columns import InputColumns, ids_of
 from qvl_batch.input.messages import MARK, MOST_IMAGES, MOST_VALUES, Asked, read_messages
@@ -149,7 +150,7 @@ def _records(piece: Piece, unit: Unit, columns: InputColumns, prompt: str | None
         MESSAGES: array(MESSAGES, [to_json(each.conversation) if isinstance(each, Asked) else None for each in asked]),
         CONSTRAINT: array(CONSTRAINT, [_json(each) for each in constraints]),
         SAMPLING: array(SAMPLING, [_json(each) for each in samplings]),
-        HOSTS: array(HOSTS, [[host_of(each) if isinstance(each, str) else None for each in row] for row in images]),
+        LOCATIONS: array(LOCATIONS, _locations(unit, rows, images)),
     }
     if columns.answer_last_turn_again:
         expected = [each.expected if isinstance(each, Asked) else None for each in asked]
@@ -163,6 +164,23 @@ def _records(piece: Piece, unit: Unit, columns: InputColumns, prompt: str | None
 
     held = sum(len(image) for row in images for image in row if isinstance(image, bytes))
     return Begun(fetcher.fetch_all(locations, Path(unit.file).parent), held, with_images)
+
+
+def _locations(
+    unit: Unit, rows: range, images: Sequence[Sequence[bytes | str | RowError]]
+) -> Iterator[Sequence[str | None]]:
+    """For each row where its images come from, as columns have it: in a folder of images, it is the row's file."""
+    for row, each in zip(rows, images, strict=True):
+        if unit.names:
+            yield [_location(unit.file + as_text(unit.names[row - unit.first_row]))]
+        else:
+            yield [_location(image) if isinstance(image, str) else None for image in each]
+
+
+def _location(path: str) -> str:
+    """A path or an address for people, as text, whatever it holds."""
+    path = path if len(path) <= LONGEST_PATH else short(path)
+    return without_access(path.encode(errors="backslashreplace").decode())
 
 
 def _ids(table: pa.Table, columns: InputColumns, unit: Unit, rows: range) -> pa.ChunkedArray | pa.Array:

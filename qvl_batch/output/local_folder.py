@@ -53,9 +53,10 @@ class LocalFolder:
         finally:
             os.close(folder)
 
-    def remove(self, name: str) -> None:
-        """Remove a file if it exists."""
-        (self._path / name).unlink(missing_ok=True)
+    def remove(self, *names: str) -> None:
+        """Remove those of these files that exist."""
+        for name in names:
+            (self._path / name).unlink(missing_ok=True)
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -78,6 +79,5 @@ class LocalFolder:
             stream.truncate(0)
             stream.write(this_process())
             stream.flush()
-            for partial in self.names(f"{PARTIAL}*"):
-                self.remove(partial)
+            self.remove(*self.names(f"{PARTIAL}*"))
             yield

@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from typing import Any, BinaryIO, cast
@@ -18,6 +19,8 @@ from qvl_batch.output.locks import LOCK, died_here, held_by, this_machine, this_
 logger = logging.getLogger(__name__)
 #: Seconds between renewals of a lock; seconds without a renewal after which the lock has expired.
 RENEWAL, LEASE = 10.0, 60.0
+#: Files removed at a time: each is a round trip.
+AT_ONCE = 16
 
 
 class StoreFolder:
@@ -77,15 +80,16 @@ class StoreFolder:
         with _as_os_errors():
             self._files.pipe_file(self._path(name), data)
 
-    def remove(self, name: str) -> None:
-        """Remove a file if it exists and this job still holds the folder.
+    def remove(self, *names: str) -> None:
+        """Remove those of these files that exist, several at a time, if this job still holds the folder.
 
         Raises:
             OutputError: another job has taken over.
         """
-        self._check_held()
-        with _as_os_errors(), suppress(FileNotFoundError):
-            self._files.rm_file(self._path(name))
+        if names:
+            self._check_held()
+            with ThreadPoolExecutor(AT_ONCE) as pool:
+                list(pool.map(self._remove, names))
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -106,9 +110,7 @@ class StoreFolder:
         renewer = threading.Thread(target=self._renew, args=(lock, ended), name="qvl-lock", daemon=True)
         renewer.start()
         try:
-            for name in self._locks():
-                if name < lock:
-                    self.remove(name)
+            self.remove(*(name for name in self._locks() if name < lock))
             yield
         finally:
             ended.set()
@@ -116,6 +118,10 @@ class StoreFolder:
             self._lock = None
             with suppress(OSError):  # the next job then waits until this lock has expired
                 self._sign(lock, ended=True)
+
+    def _remove(self, name: str) -> None:
+        with _as_os_errors(), suppress(FileNotFoundError):
+            self._files.rm_file(self._path(name))
 
     def _check_held(self) -> None:
         if self._lock is None or self._last_lock() != self._lock:

@@ -5,11 +5,13 @@
     DIR/_images-*        the images of each folder of images in the input, as it was listed
     DIR/_run.json        figures of the last run that finished and had rows to answer
     DIR/_report.html     the same as a page
+    DIR/_unreadable.parquet   rows that could not be read
     DIR/_lock*           the lock of the job that is writing, if one is
 
 What enters: a folder and a job. What leaves: the rows that are done, and counts of their answers; or an `OutputError`.
 A job that was stopped, or killed at any moment, is resumed by the same command. The footers of the parts are the only
-record of progress, so no other record can be behind or ahead of them.
+record of progress, so no other record can be behind or ahead of them. Parts that another one replaces are removed
+before anything else: a job was killed when it merged them (see `compaction`).
 
 Ray Data's own checkpoints are not used: they hold every finished id in memory, by default forget all progress when a
 run succeeds, and a job resumed on two CPUs stalled. Here ids need not be unique: rows are identified by their place.
@@ -19,41 +21,40 @@ import json
 import re
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
-from functools import partial
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from qvl_batch.columns import places_of, with_columns
+from qvl_batch.columns import place_columns, places_of, with_columns
 from qvl_batch.errors import OutputError
 from qvl_batch.input.containers.images import fingerprint
 from qvl_batch.output.parts import (
     PARTS,
+    PartNotes,
     PartRecord,
     Tally,
     cannot_write,
     is_part,
     parquet,
     part_name,
+    read_each,
     read_part,
     write_part,
 )
 from qvl_batch.output.storage import Folder
+from qvl_batch.output.unreadable import UNREADABLE, Unreadable, is_listed, remove_list, write_list
 from qvl_batch.rows import InputFile, Row, RowSet
+from qvl_batch.schema import ID
 
 JOB, RUN, REPORT = "_job.json", "_run.json", "_report.html"
 #: Listings of folders of images, which are files of the input.
 LISTINGS = "_images-*.parquet"
-FORMAT = 3
-#: Footers read at a time: on a network file system, each read is a round trip.
-READERS = 16
-Found = TypeVar("Found")
+FORMAT = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +157,7 @@ class OutputFolder:
         self.failed: dict[Row, str] = {}
         #: Counts of the answers of rows that are done.
         self.tally = Tally()
+        self.notes = PartNotes()
         self._holding = ExitStack()
 
     def __enter__(self) -> Self:
@@ -174,6 +176,26 @@ class OutputFolder:
 
     def __exit__(self, *_: object) -> None:
         self._holding.close()
+
+    def begin(self) -> None:
+        """Remove what a run that answers rows makes untrue.
+
+        Raises:
+            OutputError: the folder cannot be written to.
+        """
+        remove_list(self.folder)
+
+    def listed(self) -> bool:
+        """Whether the list of rows that could not be read is that of the answers in the folder."""
+        return is_listed(self.folder, self.notes)
+
+    def write_list(self) -> Unreadable:
+        """Write the list of rows that could not be read.
+
+        Raises:
+            OutputError: the folder cannot be written to, or a part is damaged.
+        """
+        return write_list(self.folder, self.notes, self._job.files, self.schema.field(ID).type)
 
     def reported(self) -> bool:
         """Whether the counts in `_run.json` are those of the answers in the folder."""
@@ -202,26 +224,28 @@ class OutputFolder:
 
     def write_none(self) -> None:
         """Write a part without rows, so that an input without rows has an output with the schema of answers."""
-        write_part(self.folder, part_name(0, 0), self.schema.empty_table(), {})
+        none = with_columns(self.schema.empty_table(), place_columns([]))
+        write_part(self.folder, part_name(0, 0), none, self.schema)
 
     def _refuse_foreign_report(self) -> None:
-        if self.folder.names(REPORT) and not self.folder.names(JOB):
-            raise OutputError(
-                f"{self.folder}/{REPORT} belongs to no job, since there is no {JOB}: delete it, or give another "
-                "--output"
-            )
+        for name in (REPORT, UNREADABLE):
+            if self.folder.names(name) and not self.folder.names(JOB):
+                raise OutputError(
+                    f"{self.folder}/{name} belongs to no job, since there is no {JOB}: delete it, or give another "
+                    "--output"
+                )
 
     def _clear(self) -> None:
         """Delete answers and records; refuse if a file named like a part is not a file of answers."""
-        for name, is_answers in _for_parts(self.folder, is_part):
+        for name, is_answers in read_each(self.folder, self.folder.names(PARTS), is_part):
             if not is_answers:
                 raise OutputError(
                     f"{self.folder}/{name} is damaged, or not a file of answers, and --overwrite deletes only files of "
                     "answers: move it away, or give another --output"
                 )
-        # The order makes a crash in between safe. `_job.json` proves that report and parts are a job's, so the report
-        # goes before it. Parts without `_job.json` are refused, so it goes before them.
-        for name in (REPORT, JOB, RUN, *self.folder.names(LISTINGS), *self.folder.names(PARTS)):
+        # The order makes a crash in between safe. `_job.json` proves that report, list and parts are a job's, so report
+        # and list go before it. Parts without `_job.json` are refused, so it goes before them.
+        for name in (REPORT, UNREADABLE, JOB, RUN, *self.folder.names(LISTINGS), *self.folder.names(PARTS)):
             self.folder.remove(name)
 
     def _claim(self) -> None:
@@ -235,8 +259,17 @@ class OutputFolder:
             self._job.write(self.folder)
 
     def _read_parts(self) -> None:
-        """Collect from all footers which rows are done, and the counts of their answers."""
-        for name, record in _for_parts(self.folder, PartRecord.read):
+        """Collect from all footers which rows are done, and the counts of their answers.
+
+        Parts that are replaced are removed. They come after the one that says so, by their names.
+        """
+        names = self.folder.names(PARTS)
+        replaced: set[str] = set()
+        for name, record in read_each(self.folder, names, PartRecord.read):
+            if name in replaced:
+                continue
+            replaced.update(record.replaces)
+            self.notes.note(name, record)
             path = f"{self.folder}/{name}"
             try:
                 known = sum(self.done.add(file, *span) for file, each in record.rows.items() for span in each)
@@ -247,6 +280,7 @@ class OutputFolder:
             self.tally += record.tally
             if self._retry is not None and record.tally.finish_reasons["error"]:
                 self._exclude_errors(name, record, self._retry)
+        self.folder.remove(*replaced.intersection(names))
 
     def _exclude_errors(self, name: str, record: PartRecord, retry: Sequence[int]) -> None:
         """Take the failed rows of a part out of the done rows and the counts."""
@@ -277,18 +311,6 @@ def check_same_settings(output: object, what: str, found: dict[str, Any], wanted
                 f"{output} holds {what} with another {name} ({_short(found.get(name))} there, "
                 f"{_short(wanted.get(name))} now): give another --output, or --overwrite to start again"
             )
-
-
-def _for_parts(folder: Folder, read: Callable[[Folder, str], Found]) -> Iterator[tuple[str, Found]]:
-    """Call `read` for each part, in threads: its name and result.
-
-    Goes in chunks of `4 * READERS`, since the records of a hundred million rows would together take a gigabyte.
-    """
-    names = folder.names(PARTS)
-    with ThreadPoolExecutor(READERS) as pool:
-        for start in range(0, len(names), 4 * READERS):
-            chunk = names[start : start + 4 * READERS]
-            yield from zip(chunk, pool.map(partial(read, folder), chunk), strict=True)
 
 
 def _short(value: object) -> str:

@@ -39,8 +39,8 @@ class Folder(Protocol):
     def write(self, name: str, data: bytes) -> None:
         """Write a file atomically: it appears whole or not at all, even if the machine crashes."""
 
-    def remove(self, name: str) -> None:
-        """Remove a file if it exists."""
+    def remove(self, *names: str) -> None:
+        """Remove those of these files that exist, in any order."""
 
     def held(self) -> AbstractContextManager[None]:
         """Hold the folder, made if it does not exist, and remove the leftovers of jobs that died.

@@ -10,18 +10,25 @@ import time
 from collections.abc import Mapping
 from typing import Self
 
-import numpy as np
 import pyarrow as pa
 
-from qvl_batch.columns import FILE, ROW, places_of, with_columns
+from qvl_batch.columns import places_of, with_columns
 from qvl_batch.errors import OutputError
-from qvl_batch.output.parts import PartRecord, Tally, cannot_write, part_name, read_part, write_part
+from qvl_batch.output.parts import (
+    BYTES_PER_FILE,
+    ROWS_PER_FILE,
+    PartNotes,
+    PartRecord,
+    Tally,
+    cannot_write,
+    in_order,
+    part_name,
+    read_part,
+    write_part,
+)
 from qvl_batch.output.storage import Folder
-from qvl_batch.rows import Row, spans
+from qvl_batch.rows import Row
 
-ROWS_PER_FILE = 1024
-#: Kept columns can be large, and Arrow concatenates at most 2 GiB of a string column.
-BYTES_PER_FILE = 256_000_000
 #: Longest time that answers wait to be written; a crash of the machine loses at most these.
 SECONDS_PER_FILE = 10.0
 
@@ -38,12 +45,23 @@ class AnswerWriter:
         schema: of the parts.
         failed: rows that are answered again, and the names of the parts that hold their errors: the new answer replaces
             the error in that part.
+        notes: are told of each part that is written.
     """
 
-    def __init__(self, folder: Folder, schema: pa.Schema, failed: Mapping[Row, str] | None = None) -> None:
+    def __init__(
+        self,
+        folder: Folder,
+        schema: pa.Schema,
+        failed: Mapping[Row, str] | None = None,
+        notes: PartNotes | None = None,
+    ) -> None:
         self.tally = Tally()
         self._folder, self._schema, self._failed = folder, schema, failed or {}
+        self._notes = notes or PartNotes()
         self._buffer: list[pa.Table] = []
+        #: Name of the part that the buffered answers to new rows go to, from the first attempt at writing it on: one
+        #: that is said to have failed can have come to pass.
+        self._next: str | None = None
         self._due = time.monotonic() + SECONDS_PER_FILE
         #: Held while answers are added or written.
         self._lock = threading.RLock()
@@ -83,7 +101,7 @@ class AnswerWriter:
         """
         with self._lock:
             self._write()
-            self._buffer = []
+            self._buffer, self._next = [], None
             self._due = time.monotonic() + SECONDS_PER_FILE
 
     def _write_when_due(self) -> None:
@@ -102,7 +120,7 @@ class AnswerWriter:
         if self._buffer:
             name = self._part_of(min(place for table in self._buffer for place in places_of(table)))
             try:
-                table = _sorted(pa.concat_tables(self._buffer))
+                table = in_order(pa.concat_tables(self._buffer))
                 places = places_of(table)
                 # Indices of rows, by the part that holds their errors; None for rows that were not answered before.
                 by_part: dict[str | None, list[int]] = {}
@@ -111,7 +129,7 @@ class AnswerWriter:
                 for failed, indices in by_part.items():
                     name = self._part_of(places[indices[0]])
                     answers = table.take(indices)
-                    self._write_new(name, answers) if failed is None else self._replace_errors(name, answers)
+                    self._write_part(name, answers if failed is None else self._with_others(name, answers))
             except OSError as error:
                 raise cannot_write(self._folder, error) from error
             except pa.ArrowException as error:
@@ -123,20 +141,21 @@ class AnswerWriter:
 
     def _part_of(self, first: Row) -> str:
         """Name of the part for answers whose first row is this one."""
-        return self._failed.get(first) or part_name(*first)
+        if first in self._failed:
+            return self._failed[first]
+        self._next = self._next or part_name(*first)
+        return self._next
 
-    def _write_new(self, name: str, answers: pa.Table) -> None:
-        files, rows = answers[FILE].to_numpy(), answers[ROW].to_numpy()
-        by_file = {int(file): spans(rows[files == file]) for file in np.unique(files)}
-        write_part(self._folder, name, answers.select(self._schema.names).cast(self._schema), by_file)
+    def _write_part(self, name: str, answers: pa.Table) -> None:
+        self._notes.note(name, write_part(self._folder, name, answers, self._schema))
 
-    def _replace_errors(self, name: str, answers: pa.Table) -> None:
+    def _with_others(self, name: str, answers: pa.Table) -> pa.Table:
+        """All answers of a part, in which these replace errors."""
         record = PartRecord.read(self._folder, name)
         earlier = with_columns(read_part(self._folder, name).cast(self._schema), record.places())
         answered = set(places_of(answers))
         kept = earlier.filter(pa.array([place not in answered for place in places_of(earlier)]))
-        table = _sorted(pa.concat_tables([kept, answers.select(kept.column_names).cast(kept.schema)]))
-        write_part(self._folder, name, table.select(self._schema.names), record.rows)
+        return in_order(pa.concat_tables([kept, answers.select(kept.column_names).cast(kept.schema)]))
 
     def __enter__(self) -> Self:
         self._timer.start()
@@ -145,7 +164,3 @@ class AnswerWriter:
     def __exit__(self, *_: object) -> None:
         self._ended.set()
         self.flush()
-
-
-def _sorted(answers: pa.Table) -> pa.Table:
-    return answers.sort_by([(FILE, "ascending"), (ROW, "ascending")])

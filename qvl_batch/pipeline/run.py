@@ -8,25 +8,27 @@ bundle ─ plan ──────┘ (on Ray)                          (driver)
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 
 from qvl_batch.bundle.cache import BundleCache
 from qvl_batch.bundle.loading import Bundle
+from qvl_batch.columns import located
 from qvl_batch.config import CaptionConfig, Device, option_of
 from qvl_batch.constraints import Constraint
 from qvl_batch.decoder.answerer import grammars_of
 from qvl_batch.decoder.prompts import RowLayout
-from qvl_batch.errors import ConstraintError, DeviceError, JobError
+from qvl_batch.errors import ConstraintError, DeviceError, JobError, OutputError
 from qvl_batch.images.view import View
 from qvl_batch.input.fetch import Fetcher
 from qvl_batch.input.input_columns import BY_PLACE
 from qvl_batch.input.reader import refuse_paths
 from qvl_batch.input.source import Source, open_source
+from qvl_batch.output.compaction import compact
 from qvl_batch.output.parts import Tally
 from qvl_batch.output.resume import Job, OutputFolder, read_listing
 from qvl_batch.output.storage import folder_at
@@ -45,6 +47,7 @@ from qvl_batch.vision.cache import open_vision_cache
 
 #: Rows from which on a run can be stopped for its errors.
 ROWS_BEFORE_STOP = 200
+T = TypeVar("T")
 Say = Callable[[str], None]
 IsStopped = Callable[[], bool]
 
@@ -96,12 +99,45 @@ def run(config: CaptionConfig, say: Say = lambda _: None, is_stopped: IsStopped 
         report = Report(str(storage), folder.tally, price_per_hour=config.price_per_hour, settings=settings)
         if left.rows:
             report = replace(report, startup_seconds=time.time() - began)
-            report = _answer(config, devices, left, view, fetcher, bundle, folder, report, say, is_stopped, constraint)
+            folder.begin()
+            try:
+                report = _answer(
+                    config, devices, left, view, fetcher, bundle, folder, report, say, is_stopped, constraint
+                )
+            except BaseException:
+                with suppress(OutputError):  # what ended the job is said; a list that is not there, the next run writes
+                    folder.write_list()
+                raise
         elif not source.rows:
             folder.write_none()
-        if left.rows or not folder.reported():
-            record = report.record()
-            folder.write_report(record, render(record, report.sample, report.least_sure))
+        return _finish(folder, report, say, is_stopped, has_answered=left.rows > 0)
+
+
+def _finish(folder: OutputFolder, report: Report, say: Say, is_stopped: IsStopped, *, has_answered: bool) -> Report:
+    """Merge small parts, list what could not be read, and write the report, of a job that has answered all rows.
+
+    The report comes last: whoever waits for it finds all else done.
+
+    Raises:
+        OutputError: the folder cannot be written to.
+        KeyboardInterrupt: stopped before all small parts were merged; all else is done.
+    """
+    stopped, merged = None, list[int]()
+    try:
+        for count in _until(is_stopped, compact(folder.folder, folder.schema, folder.notes)):
+            merged.append(count)
+    except KeyboardInterrupt:
+        stopped = KeyboardInterrupt(f"all {report.total.rows:,} rows are answered, not all small parts are merged")
+    if merged:
+        say(f"compacted {sum(merged):,} parts into {len(merged):,}")
+    has_report = folder.reported() and not has_answered
+    if not (has_report and folder.listed()):
+        report = replace(report, unreadable=folder.write_list())
+    if not has_report:
+        record = report.record()
+        folder.write_report(record, render(record, report.sample, report.least_sure))
+    if stopped is not None:
+        raise stopped
     return report
 
 
@@ -233,10 +269,10 @@ def _write(
         JobError: too many rows fail; the same.
     """
     before, metrics = folder.tally.rows, RunMetrics()
-    writer = AnswerWriter(folder.folder, folder.schema, folder.failed)
+    writer = AnswerWriter(folder.folder, folder.schema, folder.failed, folder.notes)
     try:
         with writer, progress_line(rows) as progress:
-            for table in _until(is_stopped, answers):
+            for table in map(located, _until(is_stopped, answers)):
                 tally = writer.add(table)
                 stats.add(table, tally)
                 metrics.add(table, tally)
@@ -267,11 +303,11 @@ def _check_errors(tally: Tally, stats: RunStats, max_error_rate: float) -> None:
     )
 
 
-def _until(is_stopped: IsStopped, tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
-    for table in tables:
+def _until(is_stopped: IsStopped, coming: Iterable[T]) -> Iterator[T]:
+    for each in coming:
         if is_stopped():
             raise KeyboardInterrupt
-        yield table
+        yield each
 
 
 def _answers_depend_on(

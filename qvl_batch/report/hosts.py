@@ -11,9 +11,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from qvl_batch.columns import HOSTS
+from qvl_batch.columns import LOCATIONS
+from qvl_batch.input.addresses import host_of
 from qvl_batch.report.sample import short
-from qvl_batch.schema import image_number, readable
+from qvl_batch.schema import LOCATION_FIELD, readable
 
 #: Hosts that are shown; most hosts that are counted at a time; most reasons of one.
 TOP, MOST_HOSTS, MOST_REASONS = 20, 10_000, 8
@@ -49,14 +50,14 @@ class HostFailures:
 
     def add(self, table: pa.Table) -> None:
         """Add a table of answers."""
-        named = table.filter(pc.greater(pc.list_value_length(table[HOSTS]), 0))
-        columns = (named[HOSTS].to_pylist(), named["error_stage"].to_pylist(), readable(named["error_message"]))
-        for hosts, stage, message in zip(*columns, strict=True):
-            for host in {each for each in hosts if each is not None}:
-                self._hosts.setdefault(host, _Host()).rows += 1
-            at = image_number(message, len(hosts)) if stage == "image" else None
-            if at is not None and (failed := hosts[at - 1]) is not None:
-                self._hosts[failed].fail(reason_of(message))
+        named = table.filter(pc.greater(pc.list_value_length(table[LOCATIONS]), 0))
+        columns = (named[LOCATIONS].to_pylist(), named[LOCATION_FIELD.name].to_pylist())
+        for locations, failed, message in zip(*columns, readable(named["error_message"]), strict=True):
+            for host in {host_of(each) for each in locations if each is not None}:
+                if host is not None:
+                    self._hosts.setdefault(host, _Host()).rows += 1
+            if failed is not None and (host := host_of(failed)) is not None:
+                self._hosts[host].fail(reason_of(message))
         if len(self._hosts) > MOST_HOSTS:
             kept = sorted(self._hosts, key=self._weight, reverse=True)[: MOST_HOSTS // 2]
             self._hosts = {host: self._hosts[host] for host in kept}

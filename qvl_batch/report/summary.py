@@ -14,6 +14,7 @@ from qvl_batch.bundle.loading import Bundle
 from qvl_batch.config import CaptionConfig
 from qvl_batch.images.view import View
 from qvl_batch.output.parts import Tally
+from qvl_batch.output.unreadable import UNREADABLE, Unreadable
 from qvl_batch.report.confidence import probability
 from qvl_batch.report.utilization import Utilization, advice
 
@@ -38,6 +39,7 @@ class Report:
         stages: utilization of each.
         sample: rows to show on the page.
         least_sure: the same of those that the model was least sure of.
+        unreadable: the rows that could not be read.
         details: further entries of the record about this run.
         settings: entries of the record about the job.
     """
@@ -52,6 +54,7 @@ class Report:
     stages: Mapping[str, Utilization] = field(default_factory=dict)
     sample: Sequence[dict[str, Any]] = ()
     least_sure: Sequence[dict[str, Any]] = ()
+    unreadable: Unreadable = field(default_factory=Unreadable)
     details: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
 
@@ -107,6 +110,7 @@ class Report:
             "rows": total.rows,
             "finish_reasons": dict(total.finish_reasons),
             "errors": dict(total.errors),
+            "unreadable": self.unreadable.record(),
             "prompt_tokens": total.prompt_tokens,
             "answer_tokens": total.answer_tokens,
             "rows_of_this_run": self.tally.rows,
@@ -128,13 +132,14 @@ class Report:
 
     def __str__(self) -> str:
         total = self.total
-        failed = total.finish_reasons["error"]
+        failed, unread = total.finish_reasons["error"], self.unreadable.rows
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(total.finish_reasons.items()))
         lines = [
             f"rows      {total.rows:,}" + (f" ({reasons})" if reasons else ""),
             *([f"          {self.before.rows:,} of them by earlier runs"] if self.before.rows else []),
             f"errors    {failed:,}",
             *(f"          {count:,} {kind}" for kind, count in total.errors.most_common()),
+            *([f"          {unread:,} could not be read: {self.output}/{UNREADABLE}"] if unread else []),
         ]
         if (hosts := self.details.get("hosts")) is not None and hosts["most_failures"]:
             most, count = hosts["most_failures"][0], hosts["failing"]
