@@ -23,9 +23,17 @@ def main() -> int:
         nonlocal resume_command
         config = settings(CaptionConfig)
         resume_command = config.going_on
-        from qvl_batch.pipeline.run import run  # noqa: PLC0415  (ray takes a second to import; --help need not)
+        # ray takes a second to import; --help need not
+        from qvl_batch.forecast.run import forecast  # noqa: PLC0415
+        from qvl_batch.pipeline.run import run  # noqa: PLC0415
 
-        report = run(config, say=lambda line: print(line, file=sys.stderr, flush=True), is_stopped=is_stopped)
+        def say(line: str) -> None:
+            print(line, file=sys.stderr, flush=True)
+
+        if config.plan is not None:
+            print(forecast(config, say, is_stopped))
+            return 0
+        report = run(config, say, is_stopped)
         print(report)
         if report.total.rows and report.total.rows == report.total.finish_reasons["error"]:
             print("caption: no row was answered; the reasons are in the column error_message", file=sys.stderr)

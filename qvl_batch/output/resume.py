@@ -5,6 +5,7 @@
     DIR/_images-*        the images of each folder of images in the input, as it was listed
     DIR/_run.json        figures of the last run that finished and had rows to answer
     DIR/_report.html     the same as a page
+    DIR/_plan.*          the forecast of `--plan`, which is no job's; `--overwrite` deletes it
     DIR/_lock*           the lock of the job that is writing, if one is
 
 What enters: a folder and a job. What leaves: the rows that are done, and counts of their answers; or an `OutputError`.
@@ -48,6 +49,8 @@ from qvl_batch.output.storage import Folder
 from qvl_batch.rows import InputFile, Row, RowSet
 
 JOB, RUN, REPORT = "_job.json", "_run.json", "_report.html"
+#: A forecast, as values and as a page.
+PLAN, PLAN_PAGE = "_plan.json", "_plan.html"
 #: Listings of folders of images, which are files of the input.
 LISTINGS = "_images-*.parquet"
 FORMAT = 3
@@ -175,6 +178,22 @@ class OutputFolder:
     def __exit__(self, *_: object) -> None:
         self._holding.close()
 
+    def look(self) -> Self:
+        """Collect which rows are done without holding the folder or writing to it; with `overwrite`, none is.
+
+        Raises:
+            OutputError: another job is writing there; or as when the context is entered.
+        """
+        try:
+            self.folder.put({})
+            self._refuse_foreign_report()
+            if not self._overwrite:
+                self._check_owner()
+                self._read_parts()
+        except OSError as error:
+            raise cannot_write(self.folder, error) from error
+        return self
+
     def reported(self) -> bool:
         """Whether the counts in `_run.json` are those of the answers in the folder."""
         try:
@@ -221,18 +240,22 @@ class OutputFolder:
                 )
         # The order makes a crash in between safe. `_job.json` proves that report and parts are a job's, so the report
         # goes before it. Parts without `_job.json` are refused, so it goes before them.
-        for name in (REPORT, JOB, RUN, *self.folder.names(LISTINGS), *self.folder.names(PARTS)):
+        for name in (REPORT, JOB, RUN, PLAN, PLAN_PAGE, *self.folder.names(LISTINGS), *self.folder.names(PARTS)):
             self.folder.remove(name)
 
     def _claim(self) -> None:
         """Check that the folder belongs to this job or to none, and write `_job.json`."""
+        if self._check_owner() != self._job:
+            self._job.write(self.folder)
+
+    def _check_owner(self) -> Job | None:
+        """The job that the folder belongs to, which is this one but for files that were added, or None."""
         earlier = Job.of(self.folder)
         if earlier is not None:
             check_same_settings(self.folder, "answers", earlier.settings, self._job.settings)
             if earlier.files != self._job.files[: len(earlier.files)]:
                 raise OutputError(f"another job has just begun in {self.folder}: try again")
-        if earlier != self._job:
-            self._job.write(self.folder)
+        return earlier
 
     def _read_parts(self) -> None:
         """Collect from all footers which rows are done, and the counts of their answers."""
