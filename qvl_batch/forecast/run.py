@@ -61,7 +61,10 @@ def forecast(config: CaptionConfig, say: Say = lambda _: None, is_stopped: IsSto
     opened_seconds = time.time() - began
     others = {name: open_job(each, say, job.source) for name, each in _others(config)}
     sample = draw(left, rows, config.allow_images_from, config.image_rules, say)
-    outlooks = _outlooks({config.bundle: job, **others}, sample, opened_seconds, say, is_stopped)
+    try:
+        outlooks = _outlooks({config.bundle: job, **others}, sample, opened_seconds, say, is_stopped)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("nothing is written") from None
     record = _record(job, folder.tally.rows, sample, outlooks)
     page = render(record, outlooks)
     try:

@@ -90,7 +90,9 @@ def speed_of(trial: Trial, rows: Sequence[SampledRow], design: Design, startup_s
         per_work, error = ratio([seconds for seconds, _ in batches], [amount for _, amount in batches])
         freedom, why = len(batches) - 1, None
     left = Estimate(per_work * total.value)
-    if error is not None and total.high is not None and design.freedom >= LEAST_FREEDOM:
+    if design.freedom < LEAST_FREEDOM:
+        why = "so few rows do not say how rows differ: give more to --plan"
+    elif error is not None:
         spread = math.sqrt(design.variance(work)) / float(design.weights @ work)
         reach = math.exp(student(min(freedom, design.freedom)) * math.hypot(error, spread))
         left = Estimate(left.value, left.value / reach, left.value * reach)
