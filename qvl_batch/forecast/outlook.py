@@ -78,7 +78,7 @@ class Outlook:
     @property
     def size(self) -> Estimate:
         """Bytes of the answers."""
-        return output_bytes(self.answers, [row.nbytes for row in self.rows], self.design, self.seconds())
+        return output_bytes(self.answers, [row.nbytes for row in self.rows], self.design, self.speed.left)
 
     @property
     def bottleneck(self) -> str | None:

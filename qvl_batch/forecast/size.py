@@ -61,7 +61,7 @@ def output_bytes(answers: pa.Table, nbytes: Sequence[int], design: Design, secon
         answers: to the sample, with the columns of the output, in the order of the input.
         nbytes: of each row before compression, in the order of the design.
         design: how the sample was drawn.
-        seconds: of the whole job.
+        seconds: in which answers come, the job's without start-up.
     """
     size, rows = PartSize.of(answers), design.population
     full = math.ceil(rows / ROWS_PER_FILE)
