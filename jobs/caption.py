@@ -13,8 +13,8 @@ from qvl_batch.config import CaptionConfig
 
 
 def main() -> int:
-    """Run the job; 0 if every row has an answer or an error, 1 if the job failed or no row was answered, 130 if it was
-    stopped.
+    """Run the job, or forecast it; 0 if every row has an answer or an error, 1 if the job failed or no row was
+    answered, 130 if it was stopped.
     """
     is_stopped = stop_as_by_ctrl_c()
     resume_command = "the same command"
@@ -23,9 +23,19 @@ def main() -> int:
         nonlocal resume_command
         config = settings(CaptionConfig)
         resume_command = config.going_on
-        from qvl_batch.pipeline.run import run  # noqa: PLC0415  (ray takes a second to import; --help need not)
 
-        report = run(config, say=lambda line: print(line, file=sys.stderr, flush=True), is_stopped=is_stopped)
+        def say(line: str) -> None:
+            print(line, file=sys.stderr, flush=True)
+
+        # Ray takes a second to import; --help need not.
+        if config.plan is not None:
+            from qvl_batch.forecast.run import forecast  # noqa: PLC0415
+
+            print(forecast(config, say, is_stopped))
+            return 0
+        from qvl_batch.pipeline.run import run  # noqa: PLC0415
+
+        report = run(config, say, is_stopped)
         print(report)
         if report.total.rows and report.total.rows == report.total.finish_reasons["error"]:
             print("caption: no row was answered; the reasons are in the column error_message", file=sys.stderr)

@@ -23,6 +23,8 @@ BUNDLE_CACHE_GB = 100.0
 OBJECT_STORES = frozenset({"s3", "gs"})
 
 DEFAULT_MAX_NEW_TOKENS = 128
+#: Fewest rows of a sample.
+LEAST_PLAN = 2
 #: Images that a task fetches at a time, mostly waiting for hosts; and connections to one host, as browsers have them.
 IMAGES_AT_ONCE, CONNECTIONS_PER_HOST = 64, 8
 #: Pillow's own limit; images of this size take 0.4 to 1.4 GB while they are decoded.
@@ -221,6 +223,15 @@ class CaptionConfig(JobConfig):
     """Largest size of that folder in gigabytes; bundles that nobody uses are evicted, the least recently used first."""
     price_per_hour: float | None = None
     """Price of the machine or cluster per hour, in any currency; the report then says what a million images cost."""
+    plan: int | None = None
+    """Answer only a random sample of so many rows, write nothing but `_plan.html` and `_plan.json` to the output, and
+    forecast what the whole job needs: hours, cost, errors, tokens, size, memory."""
+    plan_bundles: tuple[str, ...] = ()
+    """With --plan: other bundles that answer the same sample, to compare answers and costs with those of --bundle."""
+    plan_max_pixels: tuple[int, ...] = ()
+    """With --plan: other values of --max-pixels with which --bundle answers the same sample."""
+    plan_keep: bool = False
+    """With --plan: keep the answers to the sample in the output, as those of a job that was stopped."""
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work on any machine.
@@ -246,6 +257,18 @@ class CaptionConfig(JobConfig):
         self._check_sampling()
         self._check_endings()
         self._check_kept()
+        self._check_plan()
+
+    def _check_plan(self) -> None:
+        given = next((name for name in ("plan_bundles", "plan_max_pixels", "plan_keep") if getattr(self, name)), None)
+        if given is not None and self.plan is None:
+            raise ConfigError(f"{option_of(given)} is for a forecast: give --plan too")
+        if self.plan is not None and self.plan < LEAST_PLAN:
+            raise ConfigError(
+                f"--plan must be at least {LEAST_PLAN} rows, not {self.plan}: fewer do not say how rows differ"
+            )
+        if not all(bundle.strip() for bundle in self.plan_bundles) or any(each < 1 for each in self.plan_max_pixels):
+            raise ConfigError("--plan-bundles must not be empty, and --plan-max-pixels must be at least 1")
 
     def _check_kept(self) -> None:
         kept = [_renamed(each) for each in self.keep_columns]

@@ -26,5 +26,19 @@ def cosine(a: Array, b: Array) -> Array:
     return np.asarray((a * b).sum(-1) / (np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)))
 
 
+def edit_similarity(one: str, other: str) -> float:
+    """1 - Levenshtein distance / characters of the longer text: 1 for equal texts."""
+    if one == other:
+        return 1.0
+    b = np.array([ord(character) for character in other], np.int64)
+    columns = np.arange(len(b) + 1)
+    row = columns
+    for at, character in enumerate(one, 1):
+        # Deleting or replacing; then inserting, which is a running minimum once its cost is taken off.
+        best = np.concatenate([[at], np.minimum(row[1:] + 1, row[:-1] + (b != ord(character)))])
+        row = np.minimum.accumulate(best - columns) + columns
+    return 1.0 - int(row[-1]) / max(len(one), len(other))
+
+
 def _float64(values: Array) -> Array:
     return values.astype(np.float64)

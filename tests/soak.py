@@ -29,8 +29,8 @@ from conftest import QUESTIONS, ROOT
 from mixed_rows import MIXED, mixed_rows
 from output_folders import read_answers
 
-from benchmark.memory import family
 from qvl_batch import Bundle, Captioner
+from qvl_batch.forecast.memory import family
 
 #: Seconds from a kill, or a start, to the next kill, at least and at most: from before Ray runs until workers answer.
 SOONEST, LATEST = 1.0, 20.0

@@ -26,7 +26,6 @@ from benchmark.contenders import FP32, HF_BF16, HF_FP32, NATIVE, OV_FP32, OV_OWN
 from benchmark.figures import read_rows
 from benchmark.host import Host
 from benchmark.image_sets import LEAST_PIXELS, MOST_PIXELS, mixed, mixed_sizes, squares
-from benchmark.memory import PeakMemory, family
 from benchmark.ours import Ours, prefill_groups
 from benchmark.rows import Peer, Rows
 from benchmark.situations import MEAN_TOKENS, MOST_TOKENS, SKEW_ROWS, _skewed_lengths
@@ -35,6 +34,7 @@ from qvl_batch.bundle.layout import Resolution
 from qvl_batch.bundle.loading import Bundle
 from qvl_batch.decoder.decoder import PrefillRow
 from qvl_batch.errors import ConfigError, JobError
+from qvl_batch.forecast.memory import PeakMemory, family
 from qvl_batch.images.pixels import decode_image
 from qvl_batch.runtime.devices import has_cuda
 from qvl_batch.schema import Answer, Failure

@@ -64,6 +64,7 @@ TESTS = {
     "python jobs/caption.py": [
         "test_the_demo_answers_and_shows",
         "test_job_containers.py::test_rows_of_every_kind_are_answered_and_a_job_goes_on",
+        "test_forecast_job.py::test_a_forecast_holds_what_the_job_then_needs_and_writes_two_files",
     ],
     "python jobs/check.py": ["test_known_answers.py::test_check_is_a_command"],
     "python jobs/show.py": ["test_the_demo_answers_and_shows"],

@@ -35,11 +35,11 @@ from reference import question
 from soak import soak
 
 import caption
-from benchmark.memory import family
 from export.comparison.reference import PyTorch
 from qvl_batch import Captioner
 from qvl_batch.config import CaptionConfig
 from qvl_batch.errors import InputError
+from qvl_batch.forecast.memory import family
 from qvl_batch.output.local_folder import LocalFolder
 from qvl_batch.output.parts import PartRecord
 from qvl_batch.pipeline.run import run

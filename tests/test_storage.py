@@ -19,7 +19,7 @@ from qvl_batch.output.local_folder import LocalFolder
 from qvl_batch.output.locks import LOCK
 from qvl_batch.output.object_store import StoreFolder
 from qvl_batch.output.parts import read_part
-from qvl_batch.output.resume import JOB, OutputFolder
+from qvl_batch.output.resume import JOB, Job, OutputFolder
 from qvl_batch.output.storage import folder_at
 from qvl_batch.output.writer import AnswerWriter
 
@@ -78,6 +78,34 @@ def test_a_second_job_is_refused_while_the_first_one_lives(place):
             assert f"out (process {os.getpid()} on " in str(refused.value)
     with place().held():
         pass
+
+
+def test_files_beside_those_of_a_job_are_put_only_while_none_runs(place):
+    folder = place()
+    folder.put({})
+    assert folder.names("*") == []
+    folder.put({"_a": b"1", "_b": b"2"})
+    assert [folder.read(name) for name in folder.names("_[ab]")] == [b"1", b"2"]
+    with place().held():
+        for files in ({}, {"_a": b"3"}):
+            with pytest.raises(OutputError, match="another job is writing to"):
+                place().put(files)
+    place().put({"_b": b"4"})
+    assert [folder.read(name) for name in folder.names("_[ab]")] == [b"1", b"4"]
+
+
+def test_a_look_at_what_is_done_writes_nothing(place):
+    folder = OutputFolder(place(), JOB_OF_FILES, SCHEMA, overwrite=False)
+    with folder, AnswerWriter(folder.folder, SCHEMA) as writer:
+        writer.add(answers_to((0, 1), (0, 2)))
+    before = {name: place().read(name) for name in place().names("*")}
+    seen = OutputFolder(place(), JOB_OF_FILES, SCHEMA, overwrite=False, retry=(6, 5)).look()
+    assert (seen.done.count, seen.tally.rows, sorted(seen.failed)) == (1, 1, [(0, 2)])
+    assert OutputFolder(place(), JOB_OF_FILES, SCHEMA, overwrite=True).look().done.count == 0
+    other = Job(JOB_OF_FILES.settings | {"--fit": "stretch"}, JOB_OF_FILES.files)
+    with pytest.raises(OutputError, match="another --fit"):
+        OutputFolder(place(), other, SCHEMA, overwrite=False).look()
+    assert {name: place().read(name) for name in place().names("*")} == before
 
 
 def test_a_job_goes_on_where_it_stopped(place):

@@ -13,7 +13,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from benchmark.bundle_rows import BundleRows
-from benchmark.memory import PeakMemory
 from benchmark.rows import Rows, median_seconds, timed
 from qvl_batch.bundle.layout import Features, Pixels
 from qvl_batch.bundle.loading import Bundle
@@ -22,6 +21,7 @@ from qvl_batch.decoder.decoder import Decoder, PrefillRow, Tokens
 from qvl_batch.decoder.engine import Engine, decoder_clocks
 from qvl_batch.decoder.requests import Completion, Request
 from qvl_batch.decoder.waiting import fit_one_prefill
+from qvl_batch.forecast.memory import PeakMemory
 from qvl_batch.pipeline.capacity import CUDA_VISION_THREADS
 from qvl_batch.runtime.devices import memory_on, resolve_vision_device, usable_cpus
 from qvl_batch.vision.encoder import VisionEncoder

@@ -3,10 +3,10 @@
 import errno
 import fcntl
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TextIO
 
 from qvl_batch.output.locks import LOCK, held_by, this_process
 
@@ -58,6 +58,15 @@ class LocalFolder:
         for name in names:
             (self._path / name).unlink(missing_ok=True)
 
+    def put(self, files: Mapping[str, bytes]) -> None:
+        """As `Folder.put`. There is no lock file afterwards if there was none before."""
+        with suppress(FileNotFoundError), (self._path / LOCK).open("r+") as stream:
+            self._lock(stream)
+        if files:
+            self._path.mkdir(parents=True, exist_ok=True)
+        for name, data in files.items():
+            self.write(name, data)
+
     @contextmanager
     def held(self) -> Iterator[None]:
         """Hold the folder, made if it does not exist, and remove partial files of jobs that crashed.
@@ -71,13 +80,21 @@ class LocalFolder:
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
         self._path.mkdir(parents=True, exist_ok=True)
         with (self._path / LOCK).open("a+") as stream:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                stream.seek(0)
-                raise held_by(self, stream.read().strip()) from None
+            self._lock(stream)
             stream.truncate(0)
             stream.write(this_process())
             stream.flush()
             self.remove(*self.names(f"{PARTIAL}*"))
             yield
+
+    def _lock(self, stream: TextIO) -> None:
+        """Lock the lock file until it is closed.
+
+        Raises:
+            OutputError: another job has locked it.
+        """
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            stream.seek(0)
+            raise held_by(self, stream.read().strip()) from None

@@ -5,7 +5,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
@@ -90,6 +90,16 @@ class StoreFolder:
             self._check_held()
             with ThreadPoolExecutor(AT_ONCE) as pool:
                 list(pool.map(self._remove, names))
+
+    def put(self, files: Mapping[str, bytes]) -> None:
+        """As `Folder.put`. It holds the folder meanwhile, so that a lock that has ended is there afterwards."""
+        if not files:
+            if (earlier := self._last_lock()) is not None:
+                self._wait_for(earlier)
+            return
+        with self.held():
+            for name, data in files.items():
+                self.write(name, data)
 
     @contextmanager
     def held(self) -> Iterator[None]:

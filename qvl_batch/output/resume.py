@@ -6,6 +6,7 @@
     DIR/_run.json        figures of the last run that finished and had rows to answer
     DIR/_report.html     the same as a page
     DIR/_unreadable.parquet   rows that could not be read
+    DIR/_plan.*          the forecast of `--plan`, which is no job's; `--overwrite` deletes it
     DIR/_lock*           the lock of the job that is writing, if one is
 
 What enters: a folder and a job. What leaves: the rows that are done, and counts of their answers; or an `OutputError`.
@@ -52,6 +53,8 @@ from qvl_batch.rows import InputFile, Row, RowSet
 from qvl_batch.schema import ID
 
 JOB, RUN, REPORT = "_job.json", "_run.json", "_report.html"
+#: A forecast, as values and as a page.
+PLAN, PLAN_PAGE = "_plan.json", "_plan.html"
 #: Listings of folders of images, which are files of the input.
 LISTINGS = "_images-*.parquet"
 FORMAT = 4
@@ -168,7 +171,7 @@ class OutputFolder:
                 if self._overwrite:
                     self._clear()
                 self._claim()
-                self._read_parts()
+                self.folder.remove(*self._read_parts())
                 self._holding = holding.pop_all()
         except OSError as error:
             raise cannot_write(self.folder, error) from error
@@ -176,6 +179,22 @@ class OutputFolder:
 
     def __exit__(self, *_: object) -> None:
         self._holding.close()
+
+    def look(self) -> Self:
+        """Collect which rows are done without holding the folder or writing to it; with `overwrite`, none is.
+
+        Raises:
+            OutputError: another job is writing there; or as when the context is entered.
+        """
+        try:
+            self.folder.put({})
+            self._refuse_foreign_report()
+            if not self._overwrite:
+                self._check_owner()
+                self._read_parts()
+        except OSError as error:
+            raise cannot_write(self.folder, error) from error
+        return self
 
     def begin(self) -> None:
         """Remove what a run that answers rows makes untrue.
@@ -245,23 +264,29 @@ class OutputFolder:
                 )
         # The order makes a crash in between safe. `_job.json` proves that report, list and parts are a job's, so report
         # and list go before it. Parts without `_job.json` are refused, so it goes before them.
-        for name in (REPORT, UNREADABLE, JOB, RUN, *self.folder.names(LISTINGS), *self.folder.names(PARTS)):
+        first = (REPORT, UNREADABLE, JOB, RUN, PLAN, PLAN_PAGE)
+        for name in (*first, *self.folder.names(LISTINGS), *self.folder.names(PARTS)):
             self.folder.remove(name)
 
     def _claim(self) -> None:
         """Check that the folder belongs to this job or to none, and write `_job.json`."""
+        if self._check_owner() != self._job:
+            self._job.write(self.folder)
+
+    def _check_owner(self) -> Job | None:
+        """The job that the folder belongs to, which is this one but for files that were added, or None."""
         earlier = Job.of(self.folder)
         if earlier is not None:
             check_same_settings(self.folder, "answers", earlier.settings, self._job.settings)
             if earlier.files != self._job.files[: len(earlier.files)]:
                 raise OutputError(f"another job has just begun in {self.folder}: try again")
-        if earlier != self._job:
-            self._job.write(self.folder)
+        return earlier
 
-    def _read_parts(self) -> None:
+    def _read_parts(self) -> set[str]:
         """Collect from all footers which rows are done, and the counts of their answers.
 
-        Parts that are replaced are removed. They come after the one that says so, by their names.
+        Returns:
+            Names of parts that another one replaces, and comes before.
         """
         names = self.folder.names(PARTS)
         replaced: set[str] = set()
@@ -280,7 +305,7 @@ class OutputFolder:
             self.tally += record.tally
             if self._retry is not None and record.tally.finish_reasons["error"]:
                 self._exclude_errors(name, record, self._retry)
-        self.folder.remove(*replaced.intersection(names))
+        return replaced.intersection(names)
 
     def _exclude_errors(self, name: str, record: PartRecord, retry: Sequence[int]) -> None:
         """Take the failed rows of a part out of the done rows and the counts."""

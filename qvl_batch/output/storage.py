@@ -9,6 +9,7 @@ holds the folder; the lock of a job that died does not block others.
 This module knows nothing of what the files hold.
 """
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path, PurePath
 from typing import BinaryIO, Protocol
@@ -41,6 +42,13 @@ class Folder(Protocol):
 
     def remove(self, *names: str) -> None:
         """Remove those of these files that exist, in any order."""
+
+    def put(self, files: Mapping[str, bytes]) -> None:
+        """Write files beside those of a job, each atomically, without holding the folder any longer.
+
+        Raises:
+            OutputError: a job holds it.
+        """
 
     def held(self) -> AbstractContextManager[None]:
         """Hold the folder, made if it does not exist, and remove the leftovers of jobs that died.

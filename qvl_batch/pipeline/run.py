@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -31,7 +31,7 @@ from qvl_batch.input.source import Source, open_source
 from qvl_batch.output.compaction import compact
 from qvl_batch.output.parts import Tally
 from qvl_batch.output.resume import Job, OutputFolder, read_listing
-from qvl_batch.output.storage import folder_at
+from qvl_batch.output.storage import Folder, folder_at
 from qvl_batch.output.writer import AnswerWriter
 from qvl_batch.pipeline.cluster import cards, cluster
 from qvl_batch.pipeline.dataset import Pipeline
@@ -66,37 +66,14 @@ def run(config: CaptionConfig, say: Say = lambda _: None, is_stopped: IsStopped 
         KeyboardInterrupt: stopped; the same. Its text says how far the job is.
     """
     began = time.time()
-    storage = folder_at(config.output)
-    earlier = None if config.overwrite else Job.of(storage)
-    source = open_source(config, earlier.files if earlier else (), partial(read_listing, storage), say)
-    refuse_paths(source, config.allow_images_from)
-    cache = BundleCache(config.bundle_cache, config.bundle_cache_gb)
-    bundle = Bundle.load(config.bundle, cache=cache)
-    devices = _devices(config, bundle)
-    view = View.of(bundle.manifest.layout.resolution, config.fit, config.max_pixels)
-    if config.system_prompt is not None:
-        # Workers put it in front too: here it is refused before they start.
-        RowLayout(bundle, config.system_prompt)
-    constraint = _constraint(config, bundle)
-    fetcher = Fetcher.of(config)
-    if config.vision_cache:
-        # Workers open it too: here it is refused before they start.
-        open_vision_cache(config.vision_cache, config.vision_cache_gb, bundle.manifest)
-    job = Job(_answers_depend_on(config, bundle, view, constraint), source.files, source.listings)
-    schema = source.columns.output_schema(
-        boxes=config.boxes,
-        parsed=constraint.parsed_type if constraint else None,
-        parsed_confidence=constraint.confidence_type if constraint and config.confidence else None,
-        confidence=config.confidence,
-        choices=config.scores_choices,
-        samples=config.has_samples,
-    )
-    retry = source.wanted if config.retry_errors else None
-    with OutputFolder(storage, job, schema, overwrite=config.overwrite, retry=retry) as folder:
+    opened = open_job(config, say)
+    source, bundle, devices, constraint = opened.source, opened.bundle, opened.devices, opened.constraint
+    view, fetcher = opened.view, opened.fetcher
+    with opened.folder() as folder:
         left = source.without(folder.done)
         _announce(say, source, folder, left, bundle, devices)
         settings = recorded_settings(config, len(source.files), bundle, view, devices)
-        report = Report(str(storage), folder.tally, price_per_hour=config.price_per_hour, settings=settings)
+        report = Report(str(opened.storage), folder.tally, price_per_hour=config.price_per_hour, settings=settings)
         if left.rows:
             report = replace(report, startup_seconds=time.time() - began)
             folder.begin()
@@ -139,6 +116,75 @@ def _finish(folder: OutputFolder, report: Report, say: Say, is_stopped: IsStoppe
     if stopped is not None:
         raise stopped
     return report
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedJob:
+    """A job whose input, bundle and settings go together; nothing is written yet.
+
+    Args:
+        config: its settings.
+        storage: where its answers go.
+        source: the whole input.
+        bundle: what answers.
+        devices: where decoder and vision tower run.
+        view: how images are seen.
+        fetcher: reads images that are not in the input's files.
+        constraint: what all answers must be, if that is anything.
+    """
+
+    config: CaptionConfig
+    storage: Folder
+    source: Source
+    bundle: Bundle
+    devices: Mapping[str, Device]
+    view: View
+    fetcher: Fetcher
+    constraint: Constraint | None
+
+    def folder(self) -> OutputFolder:
+        """Its output folder, not entered yet."""
+        config, source, constraint = self.config, self.source, self.constraint
+        job = Job(_answers_depend_on(config, self.bundle, self.view, constraint), source.files, source.listings)
+        schema = source.columns.output_schema(
+            boxes=config.boxes,
+            parsed=constraint.parsed_type if constraint else None,
+            parsed_confidence=constraint.confidence_type if constraint and config.confidence else None,
+            confidence=config.confidence,
+            choices=config.scores_choices,
+            samples=config.has_samples,
+        )
+        retry = source.wanted if config.retry_errors else None
+        return OutputFolder(self.storage, job, schema, overwrite=config.overwrite, retry=retry)
+
+
+def open_job(config: CaptionConfig, say: Say = lambda _: None, source: Source | None = None) -> OpenedJob:
+    """Look through the input, load the bundle, and refuse what cannot go together. Writes nothing.
+
+    Args:
+        config: of the job.
+        say: receives a line now and then if it takes long.
+        source: of the input, if it is known already.
+
+    Raises:
+        JobError: as `run`.
+    """
+    storage = folder_at(config.output)
+    if source is None:
+        earlier = None if config.overwrite else Job.of(storage)
+        source = open_source(config, earlier.files if earlier else (), partial(read_listing, storage), say)
+        refuse_paths(source, config.allow_images_from)
+    bundle = Bundle.load(config.bundle, cache=BundleCache(config.bundle_cache, config.bundle_cache_gb))
+    devices = _devices(config, bundle)
+    view = View.of(bundle.manifest.layout.resolution, config.fit, config.max_pixels)
+    if config.system_prompt is not None:
+        # Workers put it in front too: here it is refused before they start.
+        RowLayout(bundle, config.system_prompt)
+    constraint = _constraint(config, bundle)
+    if config.vision_cache:
+        # Workers open it too: here it is refused before they start.
+        open_vision_cache(config.vision_cache, config.vision_cache_gb, bundle.manifest)
+    return OpenedJob(config, storage, source, bundle, devices, view, Fetcher.of(config), constraint)
 
 
 def _constraint(config: CaptionConfig, bundle: Bundle) -> Constraint | None:

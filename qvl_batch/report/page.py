@@ -57,7 +57,7 @@ def render(record: dict[str, Any], sample: Sequence[dict[str, Any]], least_sure:
 def template(
     path: Path, filters: dict[str, Callable[..., Any]], finalize: Callable[[object], object] | None = None
 ) -> Template:
-    """Load the template of a page. It escapes values, and raises if one is undefined.
+    """Load the template of a page. It escapes values, and raises if one is undefined. It can include this folder's.
 
     Args:
         path: of the template.
@@ -65,7 +65,7 @@ def template(
         finalize: applied to each value before it is inserted.
     """
     environment = Environment(
-        loader=FileSystemLoader(path.parent),
+        loader=FileSystemLoader([path.parent, Path(__file__).parent]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

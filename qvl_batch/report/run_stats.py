@@ -45,7 +45,8 @@ class RunStats:
         self.confidence = ConfidenceStats()
         self.hosts = HostFailures()
         self._sample, self._shown = sample, dict[Row, dict[str, Any]]()
-        self._busy_seconds = dict.fromkeys(SECONDS, 0.0)
+        #: Busy thread-seconds by kind of work.
+        self.busy_seconds = dict.fromkeys(SECONDS, 0.0)
         #: Unix time of the creation.
         self.began = time.time()
         self._first_image = math.inf
@@ -74,7 +75,7 @@ class RunStats:
         for stage, column in WORKERS.items():
             self.workers[stage].update(table[column].to_pylist())
         for work, seconds in seconds_of(table).items():
-            self._busy_seconds[work] += seconds
+            self.busy_seconds[work] += seconds
         self._shown |= sampled(table, self._sample)
         self.confidence.add(table)
         self.hosts.add(table)
@@ -95,8 +96,8 @@ class RunStats:
             seconds: of the run.
         """
         steady = max(seconds - self.seconds_to_first_image, 0.0)
-        parts = {stage: {stage: self._busy_seconds[stage]} for stage in ("read", "image", "vision")}
-        parts["decoder"] = {work: self._busy_seconds[work] for work in ("prefill", "decode")}
+        parts = {stage: {stage: self.busy_seconds[stage]} for stage in ("read", "image", "vision")}
+        parts["decoder"] = {work: self.busy_seconds[work] for work in ("prefill", "decode")}
         return {
             stage: Utilization(parts[stage], count, seconds if stage in ("read", "image") else steady)
             for stage, count in threads.items()

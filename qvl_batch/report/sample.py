@@ -44,14 +44,20 @@ def choose(count: int, spans: Iterable[tuple[int, Span]]) -> frozenset[Row]:
     Returns:
         Their places.
     """
-    wanted = deque(sorted(random.Random(0).sample(range(count), min(ROWS, count))))  # noqa: S311  (nothing secret)
-    chosen: list[Row] = []
+    wanted = sorted(random.Random(0).sample(range(count), min(ROWS, count)))  # noqa: S311  (nothing secret)
+    return frozenset(places_at(wanted, spans))
+
+
+def places_at(positions: Iterable[int], spans: Iterable[tuple[int, Span]]) -> list[Row]:
+    """Places of the rows that have these positions, ascending, among the rows of the spans."""
+    wanted = deque(positions)
+    places: list[Row] = []
     passed = 0
     for file, (start, stop) in spans:
         while wanted and wanted[0] < passed + stop - start:
-            chosen.append((file, start + wanted.popleft() - passed))
+            places.append((file, start + wanted.popleft() - passed))
         passed += stop - start
-    return frozenset(chosen)
+    return places
 
 
 def sample_columns(
