@@ -311,6 +311,13 @@ def test_a_job_that_is_stopped_ends_its_stages_first(tiny_bundle, tmp_path):
     assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("StreamingExecutor")]
 
 
+def test_a_job_on_which_no_stage_goes_on_is_ended_with_what_to_do(job, tiny_bundle, tmp_path, monkeypatch):
+    monkeypatch.setattr(ray.data.DataContext.get_current(), "execution_no_progress_timeout_s", 0.03)
+    said = job("--bundle", tiny_bundle.path, "--input", QUESTIONS, "--output", tmp_path / "out", status=1)
+    assert "caption: no stage went on for 0.0005 minutes" in said.stderr
+    assert said.stderr.endswith("; the same command goes on from here\n")
+
+
 @pytest.mark.parametrize(
     ("option", "command"),
     [

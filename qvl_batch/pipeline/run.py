@@ -31,10 +31,11 @@ from qvl_batch.output.parts import Tally
 from qvl_batch.output.resume import Job, OutputFolder, read_listing
 from qvl_batch.output.storage import folder_at
 from qvl_batch.output.writer import AnswerWriter
-from qvl_batch.pipeline.cluster import cards, cluster
+from qvl_batch.pipeline.cluster import cards, cluster, is_shared
 from qvl_batch.pipeline.dataset import Pipeline
 from qvl_batch.pipeline.metrics import RunMetrics
 from qvl_batch.pipeline.plan import make_plan
+from qvl_batch.pipeline.pool import WorkerPool
 from qvl_batch.report.page import render
 from qvl_batch.report.progress import progress_line
 from qvl_batch.report.run_stats import RunStats
@@ -184,18 +185,22 @@ def _answer(
     began = time.time()
     with cluster() as nodes:
         gpus = cards() if devices["decoder"] == "cuda" else ()
-        plan = make_plan(config, bundle.manifest, nodes, gpus, devices["vision"])
+        plan = make_plan(config, bundle.manifest, nodes, gpus, devices["vision"], is_cluster=is_shared())
         say(f"workers   {plan}")
+        pool = WorkerPool(plan, say)
         sample = choose(left.rows, left.spans())
         stats = RunStats(sample)
         # Which rows the model is least sure of is known only afterwards.
         shown = None if config.confidence else sample
         shared = fetcher.shared_by(plan.tasks_at_once)
-        pipeline = Pipeline(config, bundle, plan, left.columns, view, shared, shown, constraint)
+        pipeline = Pipeline(config, bundle, plan, left.columns, view, shared, shown, pool, constraint)
         # Closed before Ray is: threads of a dataset that is still running would start another Ray.
         with closing(pipeline.answers(left)) as answers:
             tally = _write(answers, folder, stats, left.rows, is_stopped, config.max_error_rate)
         seconds = stats.seconds
+        first_image = stats.began + min(stats.seconds_to_first_image, seconds)
+        ended = stats.began + seconds
+        threads = pool.threads(stats.began, first_image, ended)
     if tally.rows != left.rows:
         raise JobError(f"{tally.rows:,} of {left.rows:,} rows came back; {config.going_on} answers the others")
     return replace(
@@ -204,7 +209,7 @@ def _answer(
         seconds=seconds,
         startup_seconds=report.startup_seconds + stats.began - began,
         workers_seconds=min(stats.seconds_to_first_image, seconds),
-        stages=stats.utilization(plan.threads, seconds),
+        stages=stats.utilization(threads, seconds),
         sample=stats.rows,
         least_sure=stats.confidence.least_sure,
         details={
@@ -214,7 +219,12 @@ def _answer(
             **({} if stats.unreadable_boxes is None else {"unreadable_boxes": stats.unreadable_boxes}),
             **({"confidence": stats.confidence.record()} if stats.confidence.answers else {}),
         },
-        settings=report.settings | {"plan": asdict(plan), "rows_of_workers": stats.workers},
+        settings=report.settings
+        | {
+            "plan": asdict(plan),
+            "rows_of_workers": stats.workers,
+            **({} if plan.is_joined else {"vision_workers": pool.vision_workers.record(first_image, ended)}),
+        },
     )
 
 
