@@ -485,7 +485,8 @@ def test_ray_shows_metrics_of_a_job(tiny_bundle, demo, job, tmp_path):
 
     def watch():  # what a decoder says is there as long as it is
         while not ended.wait(0.2):
-            loads.update({name: value for (name, _), value in _metrics().items() if "slots" in name})
+            shown = _metrics().items()
+            loads.update({name: value for (name, _), value in shown if "slots" in name or "vision" in name})
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -508,7 +509,7 @@ def test_ray_shows_metrics_of_a_job(tiny_bundle, demo, job, tmp_path):
             break
         time.sleep(0.5)
     assert {key: found[key] - before[key] for key in expected} == expected
-    assert {"qvl_slots", "qvl_slots_busy"} <= set(loads)
+    assert {"qvl_slots", "qvl_slots_busy", "qvl_vision_workers"} <= set(loads)
     assert loads["qvl_slots"] % 4 == 0
 
 

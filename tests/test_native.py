@@ -271,6 +271,7 @@ def test_blocks_of_large_images_have_fewer_rows(native_bundle, tmp_path):
     from ray.data import DataContext  # noqa: PLC0415
 
     from qvl_batch.pipeline.dataset import Pipeline  # noqa: PLC0415
+    from qvl_batch.pipeline.pool import WorkerPool  # noqa: PLC0415
 
     sizes = [*[(1500, 1000)] * 12, *[(100, 100)] * 12]
     images = [image_file(Image.new("RGB", size, (at, 0, 0)), "PNG") for at, size in enumerate(sizes)]
@@ -280,7 +281,9 @@ def test_blocks_of_large_images_have_fewer_rows(native_bundle, tmp_path):
     )
     plan, source = make_plan(config, native_bundle.manifest, nodes_of(2)), open_source(config)
     view = View.of(native_bundle.manifest.layout.resolution)
-    pipeline = Pipeline(config, native_bundle, plan, source.columns, view, Fetcher(()), frozenset())
+    pipeline = Pipeline(
+        config, native_bundle, plan, source.columns, view, Fetcher(()), frozenset(), WorkerPool(plan, print)
+    )
     context = DataContext.get_current()
     before, context.target_max_block_size = context.target_max_block_size, plan.block_bytes
     prepared = pipeline._prepare(pipeline._read(list(source.units())))  # noqa: SLF001  (what comes after has no blocks)

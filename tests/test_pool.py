@@ -1,6 +1,7 @@
 """Workers come and go with the nodes of a cluster, and every row is answered once, as on a quiet day."""
 
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -9,11 +10,18 @@ from types import SimpleNamespace
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import QUESTIONS, ROOT
+from conftest import QUESTIONS, ROOT, nodes_of
 from output_folders import rows_by_id
 
 from qvl_batch import Captioner
-from qvl_batch.pipeline.pool import Level
+from qvl_batch.config import CaptionConfig
+from qvl_batch.images.view import View
+from qvl_batch.input.fetch import Fetcher
+from qvl_batch.input.source import open_source
+from qvl_batch.pipeline.capacity import Card
+from qvl_batch.pipeline.dataset import Pipeline
+from qvl_batch.pipeline.plan import make_plan
+from qvl_batch.pipeline.pool import Level, WorkerPool
 
 #: Of the demo's rows in the job.
 COPIES = 8
@@ -40,6 +48,20 @@ def test_workers_that_come_and_go_are_counted_for_the_time_that_they_were_there(
     assert level.mean(35.0, 75.0) == pytest.approx(5 / 40)
     assert level.mean(20.0, 20.0) == 0.0
     assert level.record(10.0, 40.0) == {"most": 5, "mean": 2.67}
+
+
+@pytest.mark.usefixtures("cluster")
+@pytest.mark.parametrize(
+    ("vision_device", "workers"), [("cpu", ["VisionWorker", "DecoderWorker"]), ("cuda", ["JoinedWorker"])]
+)
+def test_ray_data_takes_the_stages_of_a_job_on_gpus(vision_device, workers, tiny_bundle):
+    config = CaptionConfig(bundle=tiny_bundle.path, input=(str(QUESTIONS),), output="out")
+    card = Card("H100", 80 * 10**9, 80 * 10**9)
+    plan = make_plan(config, tiny_bundle.manifest, nodes_of(8), [card] * 2, vision_device, is_cluster=True)
+    source, view = open_source(config), View.of(tiny_bundle.manifest.layout.resolution)
+    pool = WorkerPool(plan, print)
+    pipeline = Pipeline(config, tiny_bundle, plan, source.columns, view, Fetcher(()), frozenset(), pool)
+    assert re.findall(r"\w+Worker", str(pipeline.dataset(list(source.units())))) == workers[::-1]
 
 
 class Nodes:

@@ -183,7 +183,8 @@ class Pipeline:
         return {
             "compute": _actors(self.plan.decoder_workers, calls, calls),
             "num_cpus": self.plan.decoder_cpus,
-            "num_gpus": 1 if self.plan.card else 0,
+            # With a GPU, Ray Data refuses to take blocks as they are.
+            **({"num_gpus": 1, "batch_size": ROWS_PER_BLOCK} if self.plan.card else {}),
             **ARROW,
         }
 

@@ -131,13 +131,13 @@ class WorkerPool:
         vision = dict(_actor_pools(executor)).get("vision")
         if vision is not None:
             self.vision_workers.set(vision.num_alive_actors())
+            self._gauge.set(self.vision_workers.now)
         if time.monotonic() >= self._next_look:
             self.look(executor)
 
     def look(self, executor: Any) -> None:
         """Fit the executor of a dataset to the nodes that there are now."""
         self._next_look = time.monotonic() + SECONDS
-        self._gauge.set(self.vision_workers.now)
         cpus, pools = node_cpus(), dict(_actor_pools(executor))
         plan = self._plan.on(cpus)
         self.tasks_at_once.set(plan.tasks_at_once)
