@@ -31,7 +31,9 @@ COPIES = 8
 def seconds(monkeypatch):
     """The time, to be set."""
     now = SimpleNamespace(time=0.0)
-    monkeypatch.setattr("qvl_batch.pipeline.pool.time", SimpleNamespace(time=lambda: now.time))
+    monkeypatch.setattr(
+        "qvl_batch.pipeline.pool.time", SimpleNamespace(time=lambda: now.time, monotonic=lambda: now.time)
+    )
     return now
 
 
@@ -48,6 +50,23 @@ def test_workers_that_come_and_go_are_counted_for_the_time_that_they_were_there(
     assert level.mean(35.0, 75.0) == pytest.approx(5 / 40)
     assert level.mean(20.0, 20.0) == 0.0
     assert level.record(10.0, 40.0) == {"most": 5, "mean": 2.67}
+
+
+def test_a_stage_without_a_worker_is_named_each_minute_until_it_has_one(seconds):
+    said, workers = [], SimpleNamespace(alive=1)
+    stage = SimpleNamespace(
+        num_alive_actors=lambda: workers.alive,
+        current_size=lambda: 2,
+        per_actor_resource_usage=lambda: SimpleNamespace(cpu=3.25, gpu=1),
+    )
+    pool = WorkerPool(SimpleNamespace(), said.append)
+    for at, alive in ((0, 1), (10, 0), (69, 0), (70, 0), (129, 0), (130, 0), (140, 1), (150, 0), (209, 0)):
+        seconds.time, workers.alive = float(at), alive
+        pool._tell_lack("decoder", stage)  # noqa: SLF001  (a job without nodes takes minutes)
+    assert len(said) == 2
+    assert said[0].startswith(
+        "waiting   no decoder worker runs, 2 start or wait for a node that has 3.25 CPUs and 1 GPU"
+    )
 
 
 @pytest.mark.usefixtures("cluster")
