@@ -206,7 +206,10 @@ class CaptionConfig(JobConfig):
     vision_device: DeviceOption = "auto"
     """Where the vision tower runs. `auto` is a GPU for a tower in half precision, else the CPU."""
     vision_workers: int | None = None
-    """Processes that run the vision graph. By default, as many as the cores are enough for."""
+    """Processes that run the vision graph. By default, as many as the cores are enough for; on a cluster, they become
+    more and fewer with its nodes."""
+    max_vision_workers: int | None = None
+    """The most of them; `--vision-workers` is then the fewest. By default, no limit."""
     decoder_workers: int | None = None
     """Processes that run the decoder. By default one, or one for each GPU."""
     slots: int | None = None
@@ -240,7 +243,11 @@ class CaptionConfig(JobConfig):
             ConfigError: names the option, what it was, and what it may be.
         """
         JobConfig.__post_init__(self)  # `super()` without arguments finds no class with slots
-        check_at_least_one(self, "vision_workers", "decoder_workers", "slots", "min_new_tokens")
+        check_at_least_one(self, "vision_workers", "max_vision_workers", "decoder_workers", "slots", "min_new_tokens")
+        if (self.max_vision_workers or math.inf) < (self.vision_workers or 1):
+            raise ConfigError(
+                f"--max-vision-workers {self.max_vision_workers} is below --vision-workers {self.vision_workers}"
+            )
         for option, value in (("--vision-cache-gb", self.vision_cache_gb), ("--bundle-cache-gb", self.bundle_cache_gb)):
             if not 0 < value < math.inf:
                 raise ConfigError(f"{option} must be a number above 0, not {value}")

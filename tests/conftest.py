@@ -25,6 +25,7 @@ from export.config import ExportConfig
 from export.graphs import Traces
 from export.package import export_bundle
 from qvl_batch.bundle.loading import Bundle
+from qvl_batch.pipeline.capacity import Node, machine_memory
 
 if TYPE_CHECKING:
     from selenium.webdriver import Chrome
@@ -107,6 +108,11 @@ def shared_bundle(folder: Path, name: str, **options: Any) -> Bundle:
     with (folder / f"{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         return Bundle.load(folder / name) if (folder / name).exists() else exported(folder / name, **options)
+
+
+def nodes_of(*cpus: int) -> list[Node]:
+    """Nodes that have so many CPUs, and the memory of this machine."""
+    return [Node(f"node {number}", each, machine_memory()) for number, each in enumerate(cpus)]
 
 
 @pytest.fixture(scope="session")

@@ -20,6 +20,7 @@ from qvl_batch.pipeline.crash_guard import (
     READ_IDS,
     TOGETHER,
     UNREACHABLE,
+    WITH_NODES,
     AttemptsInMemory,
     Guarded,
     GuardedRead,
@@ -234,3 +235,36 @@ def test_rows_whose_ids_end_their_reader_too_have_none(tmp_path):
     assert rows[ROW].to_pylist() == [1, 2, 3, 4, 8, 9]
     assert rows["id"].to_pylist() == [1, 2, None, 4, 8, 9]
     assert [failure is not None for failure in failures_of(rows)] == [row == 3 for row in rows[ROW].to_pylist()]
+
+
+def test_a_row_is_not_to_blame_for_nodes_that_went_away():
+    lost = set()
+    attempts = AttemptsInMemory(lambda: lost)
+    rows = [(0, row) for row in range(3)]
+    for number in range(WITH_NODES):
+        assert attempts.begin("vision", rows, f"node {number}")
+        lost.add(f"node {number}")
+    # A worker that ends on a node that stays counts as ever.
+    assert [attempts.begin("vision", rows, "stays") for _ in range(TOGETHER + 1)] == [*[True] * TOGETHER, False]
+    for number in range(WITH_NODES):
+        assert attempts.begin_alone("vision", rows[0], f"node {number}")
+    assert [attempts.begin_alone("vision", rows[0], "stays") for _ in range(ALONE + 1)] == [*[True] * ALONE, False]
+    attempts.done("vision", rows)
+    assert attempts.begin("vision", rows, "stays")
+
+
+def test_a_row_that_ends_every_node_is_found():
+    lost = set()
+    attempts = AttemptsInMemory(lambda: lost)
+
+    def fall(begin):
+        """Number of nodes that end before no more are taken."""
+        nodes = 0
+        while begin(f"node {len(lost)}"):
+            lost.add(f"node {len(lost)}")
+            nodes += 1
+        return nodes
+
+    assert fall(lambda node: attempts.begin("vision", [(0, 0), (0, 1)], node)) == TOGETHER + WITH_NODES
+    assert fall(lambda node: attempts.begin_alone("vision", (0, 1), node)) == ALONE + WITH_NODES
+    assert attempts.begin_alone("vision", (0, 0), "stays")

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from answers import complete, demo_rows, feature_shape, requests_of
 from checkpoints import penalised_checkpoint
-from conftest import ROOT, exported
+from conftest import ROOT, exported, nodes_of
 from quantized import awq, quantized
 from shallow import make_shallow
 from stand_in.build import PROVIDER, build, build_nvml
@@ -273,7 +273,7 @@ def test_without_a_driver_no_card_is_found_and_the_driver_is_named(tmp_path):
 
 def _plan_on_cards(bundle, cards, vision_device="cpu", **options):
     config = CaptionConfig(bundle=bundle.path, input=("x",), output=str(ROOT), **options)
-    return make_plan(config, bundle.manifest, [16], cards, vision_device)
+    return make_plan(config, bundle.manifest, nodes_of(16), cards, vision_device)
 
 
 def test_slots_are_what_a_card_holds_beside_weights_and_work(half_bundle):

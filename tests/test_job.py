@@ -317,6 +317,13 @@ def test_a_job_that_is_stopped_ends_its_stages_first(tiny_bundle, tmp_path):
     assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("StreamingExecutor")]
 
 
+def test_a_job_on_which_no_stage_goes_on_is_ended_with_what_to_do(job, tiny_bundle, tmp_path, monkeypatch):
+    monkeypatch.setattr(ray.data.DataContext.get_current(), "execution_no_progress_timeout_s", 0.03)
+    said = job("--bundle", tiny_bundle.path, "--input", QUESTIONS, "--output", tmp_path / "out", status=1)
+    assert "caption: no stage went on for 0.0005 minutes" in said.stderr
+    assert said.stderr.endswith("; the same command goes on from here\n")
+
+
 @pytest.mark.parametrize(
     ("option", "command"),
     [
@@ -535,7 +542,8 @@ def test_ray_shows_metrics_of_a_job(tiny_bundle, demo, job, tmp_path):
 
     def watch():  # what a decoder says is there as long as it is
         while not ended.wait(0.2):
-            loads.update({name: value for (name, _), value in _metrics().items() if "slots" in name})
+            shown = _metrics().items()
+            loads.update({name: value for (name, _), value in shown if "slots" in name or "vision" in name})
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -558,7 +566,7 @@ def test_ray_shows_metrics_of_a_job(tiny_bundle, demo, job, tmp_path):
             break
         time.sleep(0.5)
     assert {key: found[key] - before[key] for key in expected} == expected
-    assert {"qvl_slots", "qvl_slots_busy"} <= set(loads)
+    assert {"qvl_slots", "qvl_slots_busy", "qvl_vision_workers"} <= set(loads)
     assert loads["qvl_slots"] % 4 == 0
 
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from checkpoints import make_checkpoint
-from conftest import QUESTIONS, ROOT, TINY, exported
+from conftest import QUESTIONS, ROOT, TINY, exported, nodes_of
 from image_files import image_file
 from mixed_rows import MIXED, mixed_rows, picture
 from output_folders import read_answers
@@ -271,6 +271,7 @@ def test_blocks_of_large_images_have_fewer_rows(native_bundle, tmp_path):
     from ray.data import DataContext  # noqa: PLC0415
 
     from qvl_batch.pipeline.dataset import Pipeline  # noqa: PLC0415
+    from qvl_batch.pipeline.pool import WorkerPool  # noqa: PLC0415
 
     sizes = [*[(1500, 1000)] * 12, *[(100, 100)] * 12]
     images = [image_file(Image.new("RGB", size, (at, 0, 0)), "PNG") for at, size in enumerate(sizes)]
@@ -278,9 +279,11 @@ def test_blocks_of_large_images_have_fewer_rows(native_bundle, tmp_path):
     config = CaptionConfig(
         bundle=native_bundle.path, input=(str(tmp_path / "rows.parquet"),), output=str(tmp_path / "out")
     )
-    plan, source = make_plan(config, native_bundle.manifest, [2]), open_source(config)
+    plan, source = make_plan(config, native_bundle.manifest, nodes_of(2)), open_source(config)
     view = View.of(native_bundle.manifest.layout.resolution)
-    pipeline = Pipeline(config, native_bundle, plan, source.columns, view, Fetcher(()), frozenset())
+    pipeline = Pipeline(
+        config, native_bundle, plan, source.columns, view, Fetcher(()), frozenset(), WorkerPool(plan, print)
+    )
     context = DataContext.get_current()
     before, context.target_max_block_size = context.target_max_block_size, plan.block_bytes
     prepared = pipeline._prepare(pipeline._read(list(source.units())))  # noqa: SLF001  (what comes after has no blocks)
@@ -294,7 +297,7 @@ def test_blocks_of_large_images_have_fewer_rows(native_bundle, tmp_path):
 def test_blocks_are_bounded_by_bytes(native_bundle, tiny_bundle, tmp_path):
     def plan(bundle):
         config = CaptionConfig(bundle=bundle.path, input=("x",), output=str(tmp_path))
-        return make_plan(config, bundle.manifest, [4])
+        return make_plan(config, bundle.manifest, nodes_of(4))
 
     native, square = plan(native_bundle), plan(tiny_bundle)
     assert native.block_bytes == square.block_bytes

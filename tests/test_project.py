@@ -49,7 +49,7 @@ def test_two_bundles_are_compared_with_what_the_extra_brings(tiny_bundle, tmp_pa
 @pytest.mark.parametrize(
     ("library", "modules"),
     [
-        ("ray", {"pipeline/actors", "pipeline/cluster", "pipeline/dataset", "pipeline/metrics"}),
+        ("ray", {"pipeline/actors", "pipeline/cluster", "pipeline/dataset", "pipeline/metrics", "pipeline/pool"}),
         ("onnxruntime", {"runtime/devices", "runtime/session"}),
         ("pynvml", {"pipeline/capacity"}),
         ("fsspec", {"bundle/cache", "input/download", "input/fetch", "output/object_store", "output/storage"}),

@@ -6,8 +6,8 @@ A part has bytes of its own, such as its schema, and bytes of its rows, which co
 latter are taken to grow with a power of the rows, of half the sample and the whole of it. A part of more rows than the
 sample has between so many and proportionally many; both ends are in the interval, beside the rows that chance drew.
 
-A job writes a part for `ROWS_PER_FILE` rows, or what has come in `SECONDS_PER_FILE`, and at its end merges the small ones
-if there are many.
+A job writes a part for `ROWS_PER_FILE` rows, or what has come in `SECONDS_PER_FILE`. If there are many small ones, it
+merges them at its end.
 """
 
 import math

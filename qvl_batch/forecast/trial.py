@@ -16,9 +16,8 @@ from qvl_batch.columns import STARTED, located, places_of
 from qvl_batch.forecast.memory import PeakMemory
 from qvl_batch.input.source import Source
 from qvl_batch.output.parts import Tally
-from qvl_batch.pipeline.cluster import cards
-from qvl_batch.pipeline.dataset import Pipeline
-from qvl_batch.pipeline.plan import Plan, make_plan
+from qvl_batch.pipeline.capacity import Node
+from qvl_batch.pipeline.plan import Plan
 from qvl_batch.pipeline.run import OpenedJob
 from qvl_batch.report.progress import progress_line
 from qvl_batch.report.run_stats import RunStats
@@ -76,14 +75,14 @@ class Trial:
 
 
 def answer(
-    job: OpenedJob, sample: Source, nodes: Sequence[int], is_stopped: Callable[[], bool], say: Callable[[str], None]
+    job: OpenedJob, sample: Source, nodes: Sequence[Node], is_stopped: Callable[[], bool], say: Callable[[str], None]
 ) -> Trial:
     """Answer the rows of a sample.
 
     Args:
         job: bundle and settings.
         sample: rows to answer.
-        nodes: CPUs of each node of the cluster.
+        nodes: of the cluster.
         is_stopped: is asked at each table whether to stop.
         say: receives a line about the workers.
 
@@ -91,11 +90,7 @@ def answer(
         JobError: the plan or a stage failed.
         KeyboardInterrupt: stopped.
     """
-    gpus = cards() if job.devices["decoder"] == "cuda" else ()
-    plan = make_plan(job.config, job.bundle.manifest, nodes, gpus, job.devices["vision"])
-    say(f"workers   {plan}")
-    fetcher = job.fetcher.shared_by(plan.tasks_at_once)
-    pipeline = Pipeline(job.config, job.bundle, plan, sample.columns, job.view, fetcher, None, job.constraint)
+    pipeline = job.pipeline(nodes, None, say)
     stats, tables, arrivals = RunStats(frozenset()), list[pa.Table](), list[Arrival]()
     answered = failed = 0
     with PeakMemory() as memory, closing(pipeline.answers(sample)) as answers, progress_line(sample.rows) as progress:
@@ -110,16 +105,18 @@ def answer(
             answered, failed = answered + tally.rows, failed + tally.finish_reasons["error"]
             progress.show(answered, failed, stats.seconds)
         seconds = stats.seconds
+    workers_seconds, ended = min(stats.seconds_to_first_image, seconds), stats.began + seconds
+    threads = pipeline.pool.threads(stats.began, stats.began + workers_seconds, ended)
     by_role = {**memory.by_role, "all": memory.peak} if memory.peak else {}
     return Trial(
         job,
-        plan,
+        pipeline.plan,
         tables,
         arrivals,
         seconds,
-        min(stats.seconds_to_first_image, seconds),
+        workers_seconds,
         stats.busy_seconds,
-        stats.utilization(plan.threads, seconds),
+        stats.utilization(threads, seconds),
         stats.examples,
         # Workers of a cluster that was there before can be on other machines, and are no children of this process.
         {"driver": by_role["driver"]} if by_role and "RAY_ADDRESS" in os.environ else by_role,

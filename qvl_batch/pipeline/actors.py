@@ -7,7 +7,9 @@ from typing import Any
 
 import pyarrow as pa
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from qvl_batch.pipeline.cluster import lost_nodes
 from qvl_batch.pipeline.crash_guard import AttemptsInMemory, Guarded
 from qvl_batch.pipeline.metrics import watch
 from qvl_batch.pipeline.stages import DecoderStage, VisionStage
@@ -15,18 +17,20 @@ from qvl_batch.rows import Row
 
 
 class RemoteAttempts:
-    """`Attempts` in an actor of its own, which outlives the workers."""
+    """`Attempts` in an actor of its own, which outlives the workers: it is where the driver is."""
 
     def __init__(self) -> None:
-        self._actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(AttemptsInMemory).remote()
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here}
+        self._actor = ray.remote(**options)(AttemptsInMemory).remote(lost_nodes)
 
     def begin(self, stage: str, rows: Sequence[Row]) -> bool:
         """As `Attempts.begin`."""
-        return bool(ray.get(self._actor.begin.remote(stage, rows)))
+        return bool(ray.get(self._actor.begin.remote(stage, rows, _node())))
 
     def begin_alone(self, stage: str, row: Row) -> bool:
         """As `Attempts.begin_alone`."""
-        return bool(ray.get(self._actor.begin_alone.remote(stage, row)))
+        return bool(ray.get(self._actor.begin_alone.remote(stage, row, _node())))
 
     def survived(self, stage: str, row: Row) -> None:
         """As `Attempts.survived`."""
@@ -94,4 +98,9 @@ class JoinedWorker:
 
 def worker_name() -> str:
     """Host, Ray node and process of this actor."""
-    return f"{socket.gethostname()}/{ray.get_runtime_context().get_node_id()[:8]}/{os.getpid()}"
+    return f"{socket.gethostname()}/{_node()[:8]}/{os.getpid()}"
+
+
+def _node() -> str:
+    """ID of the node that this process runs on."""
+    return str(ray.get_runtime_context().get_node_id())

@@ -1,7 +1,7 @@
 """Memory: how many slots of the KV cache fit on a GPU beside the model, or into a machine or container.
 
-What enters: a bundle's manifest, and the GPU or the machine. What leaves: numbers of slots, or a `DeviceError` where
-not one fits. Nothing is loaded or allocated for it.
+What enters: a bundle's manifest, and the GPU or the nodes. What leaves: numbers of slots, or a `DeviceError` where not
+one fits. Nothing is loaded or allocated for it.
 """
 
 import os
@@ -38,6 +38,21 @@ class Card:
 
     def __str__(self) -> str:
         return f"{self.name}, {self.free / 1e9:.1f} of {self.total / 1e9:.1f} GB free"
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A machine of the cluster, or the only one.
+
+    Args:
+        name: as messages name it.
+        cpus: that Ray may use.
+        memory: bytes, or the limit of the container that Ray runs in.
+    """
+
+    name: str
+    cpus: int
+    memory: int
 
 
 def card_of_this_process() -> Card:
@@ -119,9 +134,9 @@ def bytes_beside_slots(manifest: Manifest, *, vision_too: bool) -> int:
     return weights + prefill + logits + vision + CUDA_BYTES
 
 
-def slots_in_memory(manifest: Manifest, decoders: int) -> int:
-    """Slots of each decoder that fit into this machine's memory."""
-    return int(CACHE_SHARE * machine_memory() / decoders / slot_bytes(manifest))
+def slots_in_memory(manifest: Manifest, decoders: int, memory: int) -> int:
+    """Slots of each of so many decoders that fit into a node's memory of so many bytes."""
+    return int(CACHE_SHARE * memory / decoders / slot_bytes(manifest))
 
 
 def machine_memory() -> int:

@@ -6,18 +6,20 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import ray
 import ray.data
 from ray.data import DataContext
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from qvl_batch.errors import ConfigError, DeviceError, JobError
-from qvl_batch.pipeline.capacity import Card, card_of_this_process
+from qvl_batch.pipeline.capacity import Card, Node, card_of_this_process, machine_memory
+from qvl_batch.pipeline.plan import LEAST_CPUS
 from qvl_batch.runtime.devices import usable_cpus
 
-#: CPUs of a node at least; with fewer, the actors would leave none to the tasks that feed them.
-LEAST_CPUS = 2
+#: Seconds in which nodes say how much memory they have. A node that Ray installs this package on takes a minute.
+MEMORY_SECONDS = 180.0
 #: Loggers of Ray and their levels here. Ray's progress bars are replaced by rows done and tracebacks by one line (Ray's
 #: log folder has all of it); that Ray creates a token for itself is of no interest.
 QUIET = {
@@ -49,12 +51,56 @@ def cards() -> list[Card]:
         raise job_error(error) from error
 
 
+def node_cpus() -> list[int]:
+    """CPUs of each node that there is now."""
+    return [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+
+
+def lost_nodes() -> set[str]:
+    """IDs of the nodes that are gone."""
+    return {node["NodeID"] for node in ray.nodes() if not node["Alive"]}
+
+
+def _nodes() -> list[Node]:
+    """The nodes that there are now and that answer.
+
+    Raises:
+        ConfigError: no node has enough CPUs, or none of those answers.
+    """
+    alive = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
+    cpus = {node_id: int(node["Resources"].get("CPU", 0)) for node_id, node in alive.items()}
+    if max(cpus.values(), default=0) < LEAST_CPUS:
+        found = list(cpus.values())
+        raise ConfigError(f"no node of the Ray cluster has {LEAST_CPUS} CPUs, which this job needs: {found}")
+    asking = {}
+    for node_id in (each for each, count in cpus.items() if count >= LEAST_CPUS):
+        there = NodeAffinitySchedulingStrategy(node_id, soft=False)
+        asking[ray.remote(num_cpus=0, scheduling_strategy=there)(machine_memory).remote()] = node_id
+    answered, _ = ray.wait(list(asking), num_returns=len(asking), timeout=MEMORY_SECONDS)
+    nodes = []
+    for answer in answered:
+        node = alive[asking[answer]]
+        with suppress(ray.exceptions.RayError):  # a node that went away meanwhile is none
+            name = f"node {node['NodeManagerHostname']} ({node['NodeManagerAddress']})"
+            nodes.append(Node(name, cpus[node["NodeID"]], ray.get(answer)))
+    if not nodes:
+        raise ConfigError(
+            f"none of the {len(asking)} nodes of the Ray cluster ran a task in {MEMORY_SECONDS:.0f} s: see `ray status`"
+        )
+    return nodes
+
+
+def is_shared() -> bool:
+    """Whether the cluster is one that others started, whose nodes may come and go."""
+    return "RAY_ADDRESS" in os.environ or len(ray.nodes()) > 1
+
+
 @contextmanager
-def cluster() -> Iterator[list[int]]:
+def cluster() -> Iterator[list[Node]]:
     """A cluster: the one this job was submitted to, else a private one that ends with the job.
 
     Yields:
-        CPUs of each of its nodes.
+        its nodes that have enough CPUs.
 
     Raises:
         ConfigError: there is no cluster where `RAY_ADDRESS` says, or no node has 2 CPUs.
@@ -74,10 +120,7 @@ def cluster() -> Iterator[list[int]]:
             _start_ray()
             if threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGTERM, on_sigterm)  # ray.init replaced it
-        nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
-        if max(nodes, default=0) < LEAST_CPUS:
-            raise ConfigError(f"no node of the Ray cluster has {LEAST_CPUS} CPUs, which this job needs: {nodes}")
-        yield nodes
+        yield _nodes() if is_shared() else [Node("this machine", sum(node_cpus()), machine_memory())]
     finally:
         if not joined:
             ray.shutdown()

@@ -8,16 +8,18 @@ them:
     that happened twice                               each row is begun alone in its process
     a row was begun alone, and the worker died twice  the row has failed
 
-This finds the row after at most four workers. A group, such as parquet's row group, can only be read row by row, so a
-row that crashes its reader can make those behind it unreachable: after two such rows in succession, the rest of the
-group fails too.
+This finds the row after at most four workers. A node that goes away ends its workers too, for which no row is to blame:
+attempts there are not counted, unless they are so many that the row must be what ends the nodes.
+
+A group, such as parquet's row group, can only be read row by row, so a row that crashes its reader can make those
+behind it unreachable: after two such rows in succession, the rest of the group fails too.
 
 This module knows nothing of Ray.
 """
 
 import threading
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Protocol
@@ -32,6 +34,8 @@ from qvl_batch.schema import Failure
 
 #: Attempts at a batch, and at a row alone.
 TOGETHER, ALONE = 2, 2
+#: Attempts that may end with their node, of a batch and of a row alone: a row can take the memory of all of a node.
+WITH_NODES = 6
 #: Successive rows that crashed their reader, after which the rest of the group is given up.
 IMPASSABLE = 2
 #: Stages in the counts of attempts: reading rows, and reading only ids and kept columns of rows that failed.
@@ -60,25 +64,39 @@ class Attempts(Protocol):
 
 
 class AttemptsInMemory:
-    """Counts in this object's memory."""
+    """Counts in this object's memory.
 
-    def __init__(self) -> None:
-        self._together: Counter[tuple[str, Row]] = Counter()
-        self._alone: Counter[tuple[str, Row]] = Counter()
+    Args:
+        lost_nodes: IDs of the nodes that are gone.
+    """
 
-    def begin(self, stage: str, rows: Sequence[Row]) -> bool:
-        """As `Attempts.begin`."""
-        if any(self._together[stage, row] >= TOGETHER for row in rows):
+    def __init__(self, lost_nodes: Callable[[], Container[str]] = frozenset) -> None:
+        self._lost_nodes = lost_nodes
+        #: Nodes on which attempts were begun.
+        self._together: defaultdict[tuple[str, Row], list[str]] = defaultdict(list)
+        self._alone: defaultdict[tuple[str, Row], list[str]] = defaultdict(list)
+
+    def begin(self, stage: str, rows: Sequence[Row], node: str = "") -> bool:
+        """As `Attempts.begin`, on a node."""
+        if any(self._are_enough(self._together[stage, row], TOGETHER) for row in rows):
             return False
-        self._together.update((stage, row) for row in rows)
+        for row in rows:
+            self._together[stage, row].append(node)
         return True
 
-    def begin_alone(self, stage: str, row: Row) -> bool:
-        """As `Attempts.begin_alone`."""
-        if self._alone[stage, row] >= ALONE:
+    def begin_alone(self, stage: str, row: Row, node: str = "") -> bool:
+        """As `Attempts.begin_alone`, on a node."""
+        if self._are_enough(self._alone[stage, row], ALONE):
             return False
-        self._alone[stage, row] += 1
+        self._alone[stage, row].append(node)
         return True
+
+    def _are_enough(self, nodes: Sequence[str], most: int) -> bool:
+        """Whether attempts on these nodes are as many as there may be."""
+        if len(nodes) < most:
+            return False
+        lost = self._lost_nodes()
+        return sum(node not in lost for node in nodes) >= most or len(nodes) >= most + WITH_NODES
 
     def survived(self, stage: str, row: Row) -> None:
         """As `Attempts.survived`."""

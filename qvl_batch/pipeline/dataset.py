@@ -16,10 +16,12 @@ import pyarrow as pa
 import ray
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext, Dataset, TaskPoolStrategy
+from ray.data.exceptions import ExecutionTimeoutError
 
 from qvl_batch.bundle.loading import Bundle, BundleReference
 from qvl_batch.config import CaptionConfig
 from qvl_batch.constraints import Constraint
+from qvl_batch.errors import JobError
 from qvl_batch.images.view import View
 from qvl_batch.input.fetch import Fetcher
 from qvl_batch.input.input_columns import InputColumns
@@ -28,6 +30,7 @@ from qvl_batch.input.units import Unit
 from qvl_batch.pipeline.actors import DecoderWorker, JoinedWorker, RemoteAttempts, VisionWorker, worker_name
 from qvl_batch.pipeline.cluster import job_error
 from qvl_batch.pipeline.plan import CALLS_PER_VISION_WORKER, ROWS_PER_BLOCK, TASK_CPUS, Plan
+from qvl_batch.pipeline.pool import WorkerPool
 from qvl_batch.pipeline.prepare import prepare_guarded
 from qvl_batch.pipeline.read import read_units
 from qvl_batch.pipeline.stages import AnswerForm
@@ -56,6 +59,7 @@ class Pipeline:
         view: how images are seen.
         fetcher: reads images that are not in the input's files.
         sample: places of rows that the report can show; None for all.
+        pool: keeps the stages at what the nodes are enough for.
         constraint: what all answers must be, if that is anything.
     """
 
@@ -66,6 +70,7 @@ class Pipeline:
     view: View
     fetcher: Fetcher
     sample: frozenset[Row] | None
+    pool: WorkerPool
     constraint: Constraint | None = None
     attempts: RemoteAttempts = field(default_factory=RemoteAttempts)
 
@@ -80,10 +85,17 @@ class Pipeline:
         limits = context.execution_options.resource_limits
         context.execution_options.resource_limits = limits.copy(object_store_memory=self.plan.bytes_in_flight())
         try:
-            for units in source.parts(ROWS_PER_DATASET):
-                yield from self.dataset(units).iter_batches(batch_size=None, prefetch_batches=0, **ARROW)
+            with self.pool.followed(context):
+                for units in source.parts(ROWS_PER_DATASET):
+                    yield from self.dataset(units).iter_batches(batch_size=None, prefetch_batches=0, **ARROW)
         except ray.exceptions.RayError as error:
             raise job_error(error) from error
+        except ExecutionTimeoutError as error:
+            minutes = context.execution_no_progress_timeout_s / 60
+            raise JobError(
+                f"no stage went on for {minutes:.3g} minutes: nodes are missing (`ray status`), or a worker hangs; "
+                f"{self.config.going_on} goes on from here"
+            ) from error
 
     def dataset(self, units: Sequence[Unit]) -> Dataset:
         """Units of rows to answers, through all stages."""
@@ -171,7 +183,8 @@ class Pipeline:
         return {
             "compute": _actors(self.plan.decoder_workers, calls, calls),
             "num_cpus": self.plan.decoder_cpus,
-            "num_gpus": 1 if self.plan.card else 0,
+            # With a GPU, Ray Data refuses to take blocks as they are.
+            **({"num_gpus": 1, "batch_size": ROWS_PER_BLOCK} if self.plan.card else {}),
             **ARROW,
         }
 

@@ -1,6 +1,7 @@
 """Metrics of a running job, for Ray's Prometheus endpoint and dashboards; `jobs/README.md` lists them.
 
-What enters: counts of answers in the driver, and the load of each decoder in its actor. What leaves: Ray metrics.
+What enters: counts of answers and of vision workers in the driver, and the load of each decoder in its actor. What
+leaves: Ray metrics.
 """
 
 import threading
@@ -47,6 +48,11 @@ class RunMetrics:
             for worker, rows in Counter(table[column].to_pylist()).items():
                 if worker is not None:
                     self._worker_rows.inc(rows, {"stage": stage, "worker": worker})
+
+
+def vision_workers_gauge() -> metrics.Gauge:
+    """Shows how many vision workers run."""
+    return metrics.Gauge("qvl_vision_workers", "Vision workers that run")
 
 
 def watch(worker: str, load: Callable[[], Load]) -> None:

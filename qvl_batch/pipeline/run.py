@@ -7,7 +7,7 @@ bundle ─ plan ──────┘ (on Ray)                          (driver)
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -33,15 +33,18 @@ from qvl_batch.output.parts import Tally
 from qvl_batch.output.resume import Job, OutputFolder, read_listing
 from qvl_batch.output.storage import Folder, folder_at
 from qvl_batch.output.writer import AnswerWriter
-from qvl_batch.pipeline.cluster import cards, cluster
+from qvl_batch.pipeline.capacity import Node
+from qvl_batch.pipeline.cluster import cards, cluster, is_shared
 from qvl_batch.pipeline.dataset import Pipeline
 from qvl_batch.pipeline.metrics import RunMetrics
 from qvl_batch.pipeline.plan import make_plan
+from qvl_batch.pipeline.pool import WorkerPool
 from qvl_batch.report.page import render
 from qvl_batch.report.progress import progress_line
 from qvl_batch.report.run_stats import RunStats
 from qvl_batch.report.sample import choose
 from qvl_batch.report.summary import Report, recorded_settings
+from qvl_batch.rows import Row
 from qvl_batch.runtime.devices import require_cuda, resolve_device, resolve_vision_device
 from qvl_batch.vision.cache import open_vision_cache
 
@@ -67,20 +70,17 @@ def run(config: CaptionConfig, say: Say = lambda _: None, is_stopped: IsStopped 
     """
     began = time.time()
     opened = open_job(config, say)
-    source, bundle, devices, constraint = opened.source, opened.bundle, opened.devices, opened.constraint
-    view, fetcher = opened.view, opened.fetcher
+    source = opened.source
     with opened.folder() as folder:
         left = source.without(folder.done)
-        _announce(say, source, folder, left, bundle, devices)
-        settings = recorded_settings(config, len(source.files), bundle, view, devices)
+        _announce(say, source, folder, left, opened.bundle, opened.devices)
+        settings = recorded_settings(config, len(source.files), opened.bundle, opened.view, opened.devices)
         report = Report(str(opened.storage), folder.tally, price_per_hour=config.price_per_hour, settings=settings)
         if left.rows:
             report = replace(report, startup_seconds=time.time() - began)
             folder.begin()
             try:
-                report = _answer(
-                    config, devices, left, view, fetcher, bundle, folder, report, say, is_stopped, constraint
-                )
+                report = _answer(opened, left, folder, report, say, is_stopped)
             except BaseException:
                 with suppress(OutputError):  # what ended the job is said; a list that is not there, the next run writes
                     folder.write_list()
@@ -156,6 +156,25 @@ class OpenedJob:
         )
         retry = source.wanted if config.retry_errors else None
         return OutputFolder(self.storage, job, schema, overwrite=config.overwrite, retry=retry)
+
+    def pipeline(self, nodes: Sequence[Node], sample: frozenset[Row] | None, say: Say) -> Pipeline:
+        """Its stages, planned for a cluster that runs.
+
+        Args:
+            nodes: of the cluster.
+            sample: places of rows that the report can show; None for all.
+            say: receives lines about workers.
+
+        Raises:
+            JobError: the plan is impossible there.
+        """
+        config, bundle = self.config, self.bundle
+        gpus = cards() if self.devices["decoder"] == "cuda" else ()
+        plan = make_plan(config, bundle.manifest, nodes, gpus, self.devices["vision"], is_cluster=is_shared())
+        say(f"workers   {plan}")
+        fetcher, pool = self.fetcher.shared_by(plan.tasks_at_once), WorkerPool(plan, say)
+        columns = self.source.columns
+        return Pipeline(config, bundle, plan, columns, self.view, fetcher, sample, pool, self.constraint)
 
 
 def open_job(config: CaptionConfig, say: Say = lambda _: None, source: Source | None = None) -> OpenedJob:
@@ -250,34 +269,23 @@ def _announce(
 
 
 def _answer(
-    config: CaptionConfig,
-    devices: Mapping[str, Device],
-    left: Source,
-    view: View,
-    fetcher: Fetcher,
-    bundle: Bundle,
-    folder: OutputFolder,
-    report: Report,
-    say: Say,
-    is_stopped: IsStopped,
-    constraint: Constraint | None,
+    opened: OpenedJob, left: Source, folder: OutputFolder, report: Report, say: Say, is_stopped: IsStopped
 ) -> Report:
     """Answer what is left; the report of it, from one of what was before."""
-    began = time.time()
+    began, config = time.time(), opened.config
     with cluster() as nodes:
-        gpus = cards() if devices["decoder"] == "cuda" else ()
-        plan = make_plan(config, bundle.manifest, nodes, gpus, devices["vision"])
-        say(f"workers   {plan}")
         sample = choose(left.rows, left.spans())
         stats = RunStats(sample)
         # Which rows the model is least sure of is known only afterwards.
-        shown = None if config.confidence else sample
-        shared = fetcher.shared_by(plan.tasks_at_once)
-        pipeline = Pipeline(config, bundle, plan, left.columns, view, shared, shown, constraint)
+        pipeline = opened.pipeline(nodes, None if config.confidence else sample, say)
+        plan, pool = pipeline.plan, pipeline.pool
         # Closed before Ray is: threads of a dataset that is still running would start another Ray.
         with closing(pipeline.answers(left)) as answers:
             tally = _write(answers, folder, stats, left.rows, is_stopped, config.max_error_rate)
         seconds = stats.seconds
+        first_image = stats.began + min(stats.seconds_to_first_image, seconds)
+        ended = stats.began + seconds
+        threads = pool.threads(stats.began, first_image, ended)
     if tally.rows != left.rows:
         raise JobError(f"{tally.rows:,} of {left.rows:,} rows came back; {config.going_on} answers the others")
     return replace(
@@ -286,7 +294,7 @@ def _answer(
         seconds=seconds,
         startup_seconds=report.startup_seconds + stats.began - began,
         workers_seconds=min(stats.seconds_to_first_image, seconds),
-        stages=stats.utilization(plan.threads, seconds),
+        stages=stats.utilization(threads, seconds),
         sample=stats.rows,
         least_sure=stats.confidence.least_sure,
         details={
@@ -296,7 +304,12 @@ def _answer(
             **({} if stats.unreadable_boxes is None else {"unreadable_boxes": stats.unreadable_boxes}),
             **({"confidence": stats.confidence.record()} if stats.confidence.answers else {}),
         },
-        settings=report.settings | {"plan": asdict(plan), "rows_of_workers": stats.workers},
+        settings=report.settings
+        | {
+            "plan": asdict(plan),
+            "rows_of_workers": stats.workers,
+            **({} if plan.is_joined else {"vision_workers": pool.vision_workers.record(first_image, ended)}),
+        },
     )
 
 

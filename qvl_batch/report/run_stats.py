@@ -85,14 +85,14 @@ class RunStats:
         if tally.errors:
             self._keep_errors(table.filter(pc.is_valid(table["error_stage"])))
 
-    def utilization(self, threads: Mapping[str, int], seconds: float) -> dict[str, Utilization]:
+    def utilization(self, threads: Mapping[str, float], seconds: float) -> dict[str, Utilization]:
         """Utilization of each stage.
 
         The stages that read and decode images could work from the start of the run, vision and decoder only once their
         workers had started.
 
         Args:
-            threads: of each stage.
+            threads: of each stage, on average over the time in which it could work.
             seconds: of the run.
         """
         steady = max(seconds - self.seconds_to_first_image, 0.0)

@@ -1,7 +1,7 @@
 """How busy the stages were, and which of them was the bottleneck.
 
-What enters: busy thread-seconds of each stage, its number of threads, and the wall time. What leaves: the share of the
-available thread-seconds that was busy, and a line of advice if one stage is the bottleneck.
+What enters: busy thread-seconds of each stage, its mean number of threads, and the wall time. What leaves: the share of
+the thread-seconds that there were that was busy, and a line of advice if one stage is the bottleneck.
 """
 
 from collections.abc import Mapping
@@ -27,12 +27,12 @@ class Utilization:
 
     Args:
         parts: busy thread-seconds, by kind of work.
-        threads: of the stage.
+        threads: of the stage, on average while it could work: workers may come and go.
         duration: wall seconds in which they could work.
     """
 
     parts: Mapping[str, float]
-    threads: int
+    threads: float
     duration: float
 
     @property
@@ -57,7 +57,7 @@ class Utilization:
         }
         return {
             "seconds": round(self.seconds, 3),
-            "at_once": self.threads,
+            "at_once": round(self.threads, 2),
             "busy": round(self.busy, 4),
             "images_per_second": round(rows * self.threads / self.seconds, 3) if self.seconds else None,
             **({"parts": parts} if len(parts) > 1 else {}),
