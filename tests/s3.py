@@ -18,7 +18,7 @@ KEYS = {"AWS_ACCESS_KEY_ID": "access", "AWS_SECRET_ACCESS_KEY": "hidden-word", "
 def environment(endpoint):
     """Where clients find the store, in this process and in those that it starts."""
     before = dict(os.environ)
-    os.environ.update(KEYS, AWS_ENDPOINT_URL=endpoint, AWS_EC2_METADATA_DISABLED="true")
+    os.environ.update(KEYS, AWS_ENDPOINT_URL=endpoint, AWS_EC2_METADATA_DISABLED="true", AWS_MAX_ATTEMPTS="1")
     fsspec.get_filesystem_class("s3").clear_instance_cache()
     yield
     os.environ.clear()
