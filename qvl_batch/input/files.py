@@ -467,11 +467,11 @@ def size_and_time(place: FilePath) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def streaming(place: FilePath) -> dict[str, int]:
+def streaming(place: FilePath) -> dict[str, int | bool]:
     """How `pq.ParquetFile` reads the columns of a file: of a store in ranges, so that no more of a row group is in
     memory; else as it comes.
     """
-    return {"buffer_size": RANGE} if isinstance(place, StorePath) else {}
+    return {"buffer_size": RANGE, "pre_buffer": False} if isinstance(place, StorePath) else {}
 
 
 def _check_regular(place: Path) -> None:

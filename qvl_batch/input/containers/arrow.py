@@ -132,7 +132,7 @@ def _batches(file: pa.NativeFile, offset: int) -> Iterator[tuple[int, int]]:
             raise ValueError("the header of a message is cut off")
         file.seek(begin)
         metadata = bytearray(file.read(length))
-        at = _field(metadata, *struct.unpack_from("<I", metadata), _BODY)
+        at = _field(metadata, struct.unpack_from("<I", metadata)[0], _BODY)
         (body,) = struct.unpack_from("<q", metadata, at) if at else (0,)
         if at:  # Arrow verifies the header, as that of a message without a body
             struct.pack_into("<q", metadata, at, 0)
