@@ -50,7 +50,7 @@ class JobConfig:
     """Folder of the bundle that `python -m export` made, or its address."""
     input: tuple[str, ...]
     """Folders of images; or files of rows, folders of them, or globs: parquet, JSON Lines, CSV, Arrow, WebDataset's
-    tars."""
+    tars. On disks, or at addresses: s3://bucket/folder"""
     output: str
     """Folder for the results."""
     prompt: str | None = None

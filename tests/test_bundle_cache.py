@@ -15,12 +15,12 @@ from output_folders import rows_by_id
 from range_server import serving
 
 import check
-from qvl_batch import Captioner
+from qvl_batch import Captioner, stores
 from qvl_batch.bundle import cache
 from qvl_batch.bundle.cache import BundleCache
 from qvl_batch.bundle.loading import Bundle, BundleReference
 from qvl_batch.bundle.manifest import DECODER, MANIFEST, file_sha256
-from qvl_batch.errors import BundleError
+from qvl_batch.errors import BundleError, JobError
 
 WEIGHTS = f"{DECODER}.data"
 
@@ -45,8 +45,8 @@ def store(monkeypatch):
     """A store in place of every other, whose clients wait no seconds."""
     files = _Store(skip_instance_cache=True)
     files.asked, files.fails_after = [], None
-    monkeypatch.setattr(fsspec, "filesystem", lambda _: files)
-    monkeypatch.setattr(cache, "WAITS", (0.0,))
+    monkeypatch.setattr(fsspec, "filesystem", lambda *_, **__: files)
+    monkeypatch.setattr(stores, "WAITS", (0.0,))
     monkeypatch.setattr(cache, "PIECE", 1 << 17)
     monkeypatch.setattr(cache, "AT_ONCE", 1)
     return files
@@ -144,7 +144,7 @@ def test_what_is_wrong_at_the_address_is_named_and_nothing_is_kept(name, change,
     ],
 )
 def test_an_address_without_a_bundle(address, message, kept):
-    with pytest.raises(BundleError, match=message):
+    with pytest.raises(JobError, match=message):
         kept.fetch(address)
 
 

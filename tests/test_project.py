@@ -52,7 +52,7 @@ def test_two_bundles_are_compared_with_what_the_extra_brings(tiny_bundle, tmp_pa
         ("ray", {"pipeline/actors", "pipeline/cluster", "pipeline/dataset", "pipeline/metrics", "pipeline/pool"}),
         ("onnxruntime", {"runtime/devices", "runtime/session"}),
         ("pynvml", {"pipeline/capacity"}),
-        ("fsspec", {"bundle/cache", "input/download", "input/fetch", "output/object_store", "output/storage"}),
+        ("fsspec", {"input/download", "output/object_store", "stores"}),
         ("deltalake", {"input/tables"}),
         ("torch", set()),
         ("onnx", set()),

@@ -14,7 +14,6 @@ import fcntl
 import hashlib
 import os
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -22,25 +21,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import fsspec
-
 from qvl_batch.bundle.manifest import MANIFEST, File, file_sha256, parse_manifest
 from qvl_batch.config import BUNDLE_CACHE_GB
 from qvl_batch.errors import BundleError
+from qvl_batch.stores import client, retried
 
 #: Bytes of one request, and requests at a time.
 PIECE, AT_ONCE = 1 << 24, 8
-#: Pauses in seconds before a request is made again.
-WAITS = (1.0, 5.0, 20.0)
 #: Largest manifest in bytes: its size is not known before it is read.
 LARGEST_MANIFEST = 1 << 26
 #: Locks of bundles that this process uses, held until it ends.
 _used: list[BinaryIO] = []
-
-
-def is_address(place: str | os.PathLike[str]) -> bool:
-    """Whether a bundle is at an address, and not in a folder of this machine."""
-    return "://" in str(place)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +67,7 @@ class BundleCache:
             self.folder.mkdir(parents=True, exist_ok=True)
             if expected is not None and (found := self._kept(expected)) is not None:
                 return found
-            files, root = _client(address)
+            files, root = client(address)
             manifest = _retried(address, lambda: bytes(files.cat_file(f"{root}/{MANIFEST}", end=LARGEST_MANIFEST)))
             sha256 = hashlib.sha256(manifest).hexdigest()
             if expected is not None and sha256 != expected:
@@ -149,20 +140,6 @@ class BundleCache:
         return self.folder / f"{sha256}.lock"
 
 
-def _client(address: str) -> tuple[Any, str]:
-    """The client for an address, and the path of it there.
-
-    Raises:
-        BundleError: it is not installed, or there is none.
-    """
-    scheme = address.partition("://")[0]
-    try:
-        files = fsspec.filesystem(scheme)
-    except (ImportError, ValueError) as error:
-        raise BundleError(f"{address}: {error}") from error
-    return files, str(files._strip_protocol(address.rstrip("/")))  # noqa: SLF001  (fsspec has no public name for it)
-
-
 def _fetch_file(address: str, files: Any, root: str, folder: Path, name: str, file: File) -> None:
     """Fetch one file, from where an earlier fetch of it ended.
 
@@ -207,19 +184,14 @@ def _retried(address: str, read: Callable[[], bytes]) -> bytes:
     Raises:
         BundleError: there is nothing, or the store refuses.
     """
-    waits = iter(WAITS)
-    while True:
-        try:
-            return read()
-        except FileNotFoundError as error:
-            raise BundleError(f"{address} is not there: give the address of a bundle's folder") from error
-        except PermissionError as error:
-            raise BundleError(f"{address} cannot be read: {error}") from error
-        except Exception as error:  # clients of object stores raise errors of any type
-            wait = next(waits, None)
-            if wait is None:
-                raise BundleError(f"{address} cannot be read: {type(error).__name__}: {error}") from error
-            time.sleep(wait)
+    try:
+        return retried(read)
+    except FileNotFoundError as error:
+        raise BundleError(f"{address} is not there: give the address of a bundle's folder") from error
+    except PermissionError as error:
+        raise BundleError(f"{address} cannot be read: {error}") from error
+    except Exception as error:  # clients of object stores raise errors of any type
+        raise BundleError(f"{address} cannot be read: {type(error).__name__}: {error}") from error
 
 
 def _size(folder: Path) -> int:

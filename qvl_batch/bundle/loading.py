@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Self
 
-from qvl_batch.bundle.cache import BundleCache, is_address
+from qvl_batch.bundle.cache import BundleCache
 from qvl_batch.bundle.external_data import external_locations
 from qvl_batch.bundle.manifest import FP32, MANIFEST, File, Manifest, combined_sha256, file_sha256, read_manifest
 from qvl_batch.errors import BundleError
+from qvl_batch.stores import is_address
 
 
 @dataclass(frozen=True, slots=True)

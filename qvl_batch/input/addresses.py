@@ -251,6 +251,11 @@ def is_local(location: str) -> bool:
     return scheme is None or scheme[1].lower() == "file" or "://" not in location
 
 
+def is_relative(location: str) -> bool:
+    """Whether a location is a path that begins at no root."""
+    return bool(location.strip()) and is_local(location) and not local_path(location).startswith("/")
+
+
 def local_path(location: str) -> str:
     """The path of a local location: a `file:` address, or the path itself."""
     return unquote(urlsplit(location).path) if location.lower().startswith("file:") else location

@@ -9,16 +9,25 @@ same rows twice. Of the folder of a Delta table, the files of its current versio
 refused, and so is what is inside of one or around it. Files that are named one by one are not checked in these ways.
 """
 
-import glob
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from glob import has_magic
 from pathlib import Path
 
 from qvl_batch.config import JobConfig
 from qvl_batch.errors import ConfigError, InputError
 from qvl_batch.input.endings import is_image, kind_of, spelled
+from qvl_batch.input.files import (
+    FilePath,
+    StorePath,
+    check_address,
+    entries,
+    is_inside,
+    place_at,
+    place_of,
+    start_of,
+)
 from qvl_batch.input.tables import files_of_table, refuse_table
 
 
@@ -33,7 +42,7 @@ class Found:
         example: one of those.
     """
 
-    paths: dict[str, Path]
+    paths: dict[str, FilePath]
     passed_over: int = 0
     example: str | None = None
 
@@ -49,13 +58,14 @@ def find_files(config: JobConfig) -> Found:
         ConfigError: `--output` is not a valid path.
     """
     output = output_folder(config)
-    paths: dict[str, Path] = {}
+    paths: dict[str, FilePath] = {}
     passed_over, example = 0, None
     for item in config.input:
-        if "://" in item:
-            raise InputError(f"--input {item}: only local or mounted files can be read; give their path")
         try:
+            check_address(item)
             named = _named_by(item)
+        except ConfigError as error:
+            raise InputError(f"--input {error}") from error
         except (OSError, RuntimeError, ValueError) as error:  # no permission; a loop of links; an invalid name
             raise InputError(f"--input {item} cannot be accessed: {error}") from error
         found = named.paths
@@ -65,7 +75,7 @@ def find_files(config: JobConfig) -> Found:
             found = {
                 path: target
                 for path, target in found.items()
-                if not (Path(path).is_relative_to(output) or target.is_relative_to(output))
+                if not (is_inside(place_of(path, target), output) or is_inside(target, output))
             }
         if not found:
             raise InputError(f"--input {item} has only files of the output folder {output}: give another --output")
@@ -74,7 +84,7 @@ def find_files(config: JobConfig) -> Found:
     return Found(_outermost(paths), passed_over, example)
 
 
-def _outermost(paths: dict[str, Path]) -> dict[str, Path]:
+def _outermost(paths: dict[str, FilePath]) -> dict[str, FilePath]:
     """Without folders of images that are inside others: these have their images."""
     folders = {target for path, target in paths.items() if path.endswith("/")}
     return {
@@ -82,17 +92,17 @@ def _outermost(paths: dict[str, Path]) -> dict[str, Path]:
     }
 
 
-def output_folder(config: JobConfig) -> Path | None:
-    """The local folder of the answers with links resolved, None if they go to an object store.
+def output_folder(config: JobConfig) -> FilePath | None:
+    """The folder of the answers, with links resolved.
 
     Raises:
         ConfigError: it is not a valid path.
     """
     place = str(config.output)
-    if not place or "://" in place:
+    if not place:
         return None
     try:
-        return Path(place).resolve()
+        return place_at(place).resolve()
     except (OSError, RuntimeError, ValueError) as error:
         raise ConfigError(f"--output {place} is not a valid path of a folder: {error}") from error
 
@@ -105,13 +115,13 @@ def _named_by(item: str) -> Found:
         OSError, RuntimeError, ValueError: a path cannot be accessed.
     """
     matches = _matches(item)
-    parents: set[Path] = set()
-    files: dict[str, Path] = {}
+    parents: set[FilePath] = set()
+    files: dict[str, FilePath] = {}
     walked: list[_Walk] = []
     for match in matches:
         if not match.is_dir():
             files[str(match)] = match.parent.resolve() / match.name
-            parents.update(files[str(match)].parents if matches != [Path(item)] else ())
+            parents.update(files[str(match)].parents if matches != [place_at(item)] else ())
             continue
         parents.update(match.resolve().parents)
         if (live := files_of_table(match.resolve())) is not None:
@@ -140,7 +150,7 @@ class _Counted:
     count: int = 0
     first: str = ""
 
-    def add(self, folder: Path, name: str) -> None:
+    def add(self, folder: FilePath, name: str) -> None:
         if not self.count:
             self.first = str(folder / name)
         self.count += 1
@@ -152,14 +162,14 @@ class _Walk:
     texts, which are prompts beside images, and others.
     """
 
-    top: Path
-    files: dict[str, Path] = field(default_factory=dict)
+    top: FilePath
+    files: dict[str, FilePath] = field(default_factory=dict)
     images: _Counted = field(default_factory=_Counted)
     texts: _Counted = field(default_factory=_Counted)
     others: _Counted = field(default_factory=_Counted)
 
     @classmethod
-    def of(cls, top: Path) -> "_Walk":
+    def of(cls, top: FilePath) -> "_Walk":
         """Walk a folder.
 
         Raises:
@@ -185,18 +195,19 @@ class _Walk:
         return walked
 
 
-def _matches(pattern: str) -> list[Path]:
+def _matches(pattern: str) -> list[FilePath]:
     """The path of that name if it exists, else what matches it as a glob.
 
     `glob.glob` would skip folders that it has no permission to list; this raises.
     """
-    if (path := Path(pattern)).exists():
+    if (path := place_at(pattern)).exists():
         return [path]
-    found = [Path()]
-    for part in Path(pattern).parts:
+    start, parts = start_of(pattern)
+    found = [start] if parts else []
+    for part in parts:
         if part == "**":
             found = [folder for path in found if path.is_dir() for folder, _ in walk(path)]
-        elif glob.has_magic(part):
+        elif has_magic(part):
             folders = [path for path in found if path.is_dir()]
             found = [each for path in folders for each in path.iterdir() if _is_matched(each, part)]
         else:
@@ -204,7 +215,7 @@ def _matches(pattern: str) -> list[Path]:
     return found
 
 
-def _is_matched(path: Path, pattern: str) -> bool:
+def _is_matched(path: FilePath, pattern: str) -> bool:
     """Whether a pattern with wildcards matches a name.
 
     A name that begins with a dot, and a folder's that begins with an underscore, matches only if the pattern begins
@@ -214,12 +225,14 @@ def _is_matched(path: Path, pattern: str) -> bool:
     return fnmatchcase(path.name, pattern) and (not hidden or pattern[0] == path.name[0])
 
 
-def walk(top: Path) -> Iterator[tuple[Path, list[str]]]:
+def walk(top: FilePath) -> Iterator[tuple[FilePath, list[str]]]:
     """Walk a folder and all folders below it, each once: path, and names of its files. Hidden names are skipped.
 
-    Links are followed.
+    Links are followed. Of a store, all are listed at once.
     """
-    visited: set[Path] = set()
+    if isinstance(top, StorePath):
+        top.store.list_all(top.address)
+    visited: set[FilePath] = set()
     waiting = [top]
     while waiting:
         folder = waiting.pop()
@@ -227,8 +240,7 @@ def walk(top: Path) -> Iterator[tuple[Path, list[str]]]:
         if real in visited:
             continue
         visited.add(real)
-        with os.scandir(folder) as entries:
-            shown = sorted((entry.name, entry.is_dir()) for entry in entries if not _is_hidden(entry.name))
+        shown = sorted((name, is_folder) for name, is_folder in entries(folder) if not _is_hidden(name))
         waiting += [folder / name for name, is_folder in reversed(shown) if is_folder]
         yield folder, [name for name, is_folder in shown if not is_folder]
 

@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 
-import fsspec
-
 from qvl_batch.config import CONNECTIONS_PER_HOST, IMAGES_AT_ONCE, OBJECT_STORES, JobConfig
 from qvl_batch.errors import ConfigError, ImageError
 from qvl_batch.input.addresses import HTTP, Address, Place, is_local, local_path, short
@@ -26,6 +24,7 @@ from qvl_batch.input.download import Download, Rules, download_object, unreadabl
 from qvl_batch.input.headers import Headers, read_headers
 from qvl_batch.input.request import MAX_BYTES
 from qvl_batch.input.servers import Gate, Servers, Slot
+from qvl_batch.stores import check_client
 
 #: Files that a task reads at a time.
 LOCAL_AT_ONCE = 8
@@ -213,11 +212,8 @@ def _folder(name: str) -> Path:
 
 def _place(name: str) -> Place:
     place = Place.of(name)
-    try:
-        if place.scheme in OBJECT_STORES:
-            fsspec.get_filesystem_class(place.scheme)
-    except ImportError as error:
-        raise ConfigError(str(error)) from error
+    if place.scheme in OBJECT_STORES:
+        check_client(place.scheme)
     return place
 
 

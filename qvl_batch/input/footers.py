@@ -6,6 +6,8 @@ Arrow writes its own types beside those of parquet, under `ARROW:schema`. Where 
 Arrow, Arrow refuses the whole file; its columns are read as what parquet's own types say.
 """
 
+from typing import Any
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -21,18 +23,22 @@ def footer(file: pa.NativeFile) -> bytes:
     return found
 
 
-def parquet_file(file: pa.NativeFile) -> pq.ParquetFile:
+def parquet_file(file: pa.NativeFile, **options: Any) -> pq.ParquetFile:
     """Open a parquet file, if need be without its record of Arrow types.
+
+    Args:
+        file: the open file.
+        options: of `pq.ParquetFile`.
 
     Raises:
         OSError, pa.ArrowException: it cannot be read, and not for that record.
     """
     try:
-        return pq.ParquetFile(file)
+        return pq.ParquetFile(file, **options)
     except (OSError, pa.ArrowException):
         if file.size() < len(_MAGIC) + 8 or _ARROW_SCHEMA not in (found := footer(file)):
             raise
         # Under another name, of the same length, Arrow does not look at it.
         renamed = found.replace(_ARROW_SCHEMA, b"-" * len(_ARROW_SCHEMA))
         alone = _MAGIC + renamed + len(renamed).to_bytes(4, "little") + _MAGIC
-        return pq.ParquetFile(file, metadata=pq.read_metadata(pa.BufferReader(alone)))
+        return pq.ParquetFile(file, metadata=pq.read_metadata(pa.BufferReader(alone)), **options)

@@ -39,13 +39,14 @@ from qvl_batch.errors import (
     WorkerLostError,
     stable_message,
 )
-from qvl_batch.input.addresses import short, without_access
+from qvl_batch.input.addresses import is_relative, short, without_access
 from qvl_batch.input.ahead import Begun, in_order
 from qvl_batch.input.cells import one_by_one, values_of
 from qvl_batch.input.common_types import exact
 from qvl_batch.input.containers.by_name import read
 from qvl_batch.input.containers.images import as_text
 from qvl_batch.input.fetch import LONGEST_PATH, Fetcher
+from qvl_batch.input.files import FilePath, StorePath, place_at
 from qvl_batch.input.image_cells import image_values, plain_image
 from qvl_batch.input.input_columns import InputColumns, ids_of
 from qvl_batch.input.messages import MARK, MOST_IMAGES, MOST_VALUES, Asked, read_messages
@@ -142,7 +143,11 @@ def _records(piece: Piece, unit: Unit, columns: InputColumns, prompt: str | None
     }
     asked = [unread.get(at, each) for at, each in enumerate(asked)]
     _note_marks(asked)
-    images = [[_bytes_or_location(value) for value in each.images] if isinstance(each, Asked) else [] for each in asked]
+    folder = place_at(unit.file).parent
+    images = [
+        [_bytes_or_location(value, folder) for value in each.images] if isinstance(each, Asked) else []
+        for each in asked
+    ]
     record = {
         **place_columns([(unit.file_number, row) for row in rows]),
         ID: _ids(table, columns, unit, rows),
@@ -163,7 +168,7 @@ def _records(piece: Piece, unit: Unit, columns: InputColumns, prompt: str | None
         return pa.table(record | {IMAGES: array(IMAGES, shown), **failure_columns(failures)})
 
     held = sum(len(image) for row in images for image in row if isinstance(image, bytes))
-    return Begun(fetcher.fetch_all(locations, Path(unit.file).parent), held, with_images)
+    return Begun(fetcher.fetch_all(locations, Path(str(folder))), held, with_images)
 
 
 def _locations(
@@ -306,13 +311,16 @@ def _failure(images: Sequence[bytes | RowError]) -> Failure | None:
     return first_failure([Failure.of(image) if isinstance(image, RowError) else image for image in images])
 
 
-def _bytes_or_location(value: object) -> bytes | str | RowError:
+def _bytes_or_location(value: object, folder: FilePath) -> bytes | str | RowError:
+    """What the value of an image is; a relative path in a file of a store is an address there."""
     try:
         value = plain_image(value)
     except ImageError as error:
         return error
     if value is None:
         return ImageError("the image is null")
+    if isinstance(value, str) and isinstance(folder, StorePath) and is_relative(value):
+        return folder.joined(value)
     if isinstance(value, bytes | str | RowError):
         return value
     return RecordError(f"the image is a {type(value).__name__}, not bytes or a path")

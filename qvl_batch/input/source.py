@@ -12,7 +12,6 @@ from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate, pairwise
-from pathlib import Path
 from threading import Lock
 from typing import Self
 
@@ -27,6 +26,7 @@ from qvl_batch.input.containers.images import of_folder, of_listing
 from qvl_batch.input.containers.values import joined_schema
 from qvl_batch.input.discovery import find_files
 from qvl_batch.input.endings import kind_of
+from qvl_batch.input.files import FilePath, place_of
 from qvl_batch.input.input_columns import InputColumns, input_columns
 from qvl_batch.input.units import Unit
 from qvl_batch.rows import PIECE, InputFile, RowSet, Span
@@ -138,7 +138,7 @@ def open_source(
 
 
 def _described(
-    found: Mapping[str, Path],
+    found: Mapping[str, FilePath],
     config: JobConfig,
     known: Sequence[InputFile],
     listing_of: ListingOf | None,
@@ -151,8 +151,9 @@ def _described(
     """
     numbered = _in_order_of_number(found, known)
     paths = [path for path in numbered if not path.endswith("/")]
+    places = [place_of(path, found[path]) for path in paths]
     with ThreadPoolExecutor(READERS, "qvl-describe") as pool, _Progress(say) as progress:
-        files = dict(zip(paths, pool.map(partial(describe, progress=progress), paths), strict=True))
+        files = dict(zip(paths, pool.map(partial(describe, progress=progress), places), strict=True))
     described: list[Described] = []
     listings: dict[str, list[pa.Table]] = {}
     for file in known:
@@ -168,7 +169,7 @@ def _described(
             )
     for path in numbered:
         if path.endswith("/"):
-            described += of_folder(path, config, listings.get(path, []))
+            described += of_folder(path, found[path], config, listings.get(path, []))
         elif path in files:
             described.append(files[path])
     return described
@@ -240,7 +241,7 @@ def _columns(files: Sequence[InputFile], schemas: Sequence[pa.Schema], config: J
     return replace(columns, schemas=tuple(schemas))
 
 
-def _in_order_of_number(found: Mapping[str, Path], known: Sequence[InputFile]) -> list[str]:
+def _in_order_of_number(found: Mapping[str, FilePath], known: Sequence[InputFile]) -> list[str]:
     """Paths of files in order of their numbers: the known ones, then the others as found, each file once.
 
     Args:
@@ -250,7 +251,7 @@ def _in_order_of_number(found: Mapping[str, Path], known: Sequence[InputFile]) -
     Raises:
         InputError: a known file is not among those that were found.
     """
-    numbered: dict[Path, str] = {}
+    numbered: dict[FilePath, str] = {}
     for path in [*(file.path for file in known), *found]:
         if path not in found:
             raise InputError(f"{path} was part of the input when this job began, and --input no longer names it")

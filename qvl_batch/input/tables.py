@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qvl_batch.errors import InputError
+from qvl_batch.input.files import FilePath, StorePath
 
 #: Table formats: globs that recognise a table's folder, and a Python expression that lists the files of one version.
 TABLES: dict[str, tuple[Sequence[str], str]] = {
@@ -32,12 +33,15 @@ _HARMLESS = {"timestampNtz", "v2Checkpoint", "vacuumProtocolCheck"}
 _DELTA = "a Delta table"
 
 
-def files_of_table(folder: Path) -> list[Path] | None:
+def files_of_table(folder: FilePath) -> list[Path] | None:
     """Files of the current version of a Delta table, None for any other folder.
 
     Raises:
         InputError: the table cannot be read, or not from its files alone, or `deltalake` is not installed.
     """
+    if isinstance(folder, StorePath):  # `deltalake` would look for credentials in ways of its own
+        refuse_table(folder)
+        return None
     if not _is(folder, _DELTA):
         return None
     try:
@@ -64,7 +68,7 @@ def files_of_table(folder: Path) -> list[Path] | None:
     return files
 
 
-def refuse_table(folder: Path) -> None:
+def refuse_table(folder: FilePath) -> None:
     """Refuse the folder of a table.
 
     Raises:
@@ -72,7 +76,8 @@ def refuse_table(folder: Path) -> None:
     """
     for kind, (_, listing) in TABLES.items():
         if _is(folder, kind):
-            own = "Give the table's own folder, with `pip install deltalake`; or " if kind == _DELTA else "To read it, "
+            is_read = kind == _DELTA and not isinstance(folder, StorePath)
+            own = "Give the table's own folder, with `pip install deltalake`; or " if is_read else "To read it, "
             raise InputError(
                 f"{folder} is {kind}: its files also hold deleted rows. {own}give the files of one version, which in "
                 f"Python {listing.format(folder)} lists; if the table keeps deletes in files of their own, write it "
@@ -80,6 +85,6 @@ def refuse_table(folder: Path) -> None:
             )
 
 
-def _is(folder: Path, kind: str) -> bool:
+def _is(folder: FilePath, kind: str) -> bool:
     signs, _ = TABLES[kind]
     return any(True for sign in signs for _ in folder.glob(sign))  # no match in a folder without read permission

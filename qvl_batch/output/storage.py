@@ -14,12 +14,11 @@ from contextlib import AbstractContextManager
 from pathlib import Path, PurePath
 from typing import BinaryIO, Protocol
 
-import fsspec
-
 from qvl_batch.config import OBJECT_STORES
 from qvl_batch.errors import ConfigError
 from qvl_batch.output.local_folder import LocalFolder
 from qvl_batch.output.object_store import StoreFolder
+from qvl_batch.stores import client
 
 
 class Folder(Protocol):
@@ -70,7 +69,4 @@ def folder_at(place: str | PurePath) -> Folder:
     if scheme not in OBJECT_STORES:
         stores = ", ".join(f"{store}://" for store in sorted(OBJECT_STORES))
         raise ConfigError(f"{place}: give the path of a folder, or an address of {stores}")
-    try:
-        return StoreFolder(fsspec.filesystem(scheme), str(place))
-    except ImportError as error:
-        raise ConfigError(f"{place}: {error}") from error
+    return StoreFolder(client(str(place))[0], str(place))

@@ -1,9 +1,9 @@
 """Arrow: files and streams of IPC, which Feather's second version is too. A group is a record batch.
 
 Files are mapped into memory, so that of a batch only the rows that are read take memory, unless its columns are
-compressed: then those that are read are unpacked whole. A stream with dictionaries is one group, since they are spread
-over it. The fingerprint is a hash of the size and of the first and last 64 KiB, where the footer of a file is: a change
-in between that keeps the size is not noticed.
+compressed or the file is in a store: then those that are read are in memory whole. A stream with dictionaries is one
+group, since they are spread over it. The fingerprint is a hash of the size and of the first and last 64 KiB, where the
+footer of a file is: a change in between that keeps the size is not noticed.
 
 What is in the batches is not trusted: rows whose offsets lead out of their columns cannot be read.
 """
@@ -11,7 +11,6 @@ What is in the batches is not trusted: rows whose offsets lead out of their colu
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,48 +24,47 @@ from qvl_batch.input.containers.container import (
     Progress,
     changed,
     check_beginning,
-    check_regular,
     check_unchanged,
     ends,
 )
+from qvl_batch.input.files import FilePath, open_arrow, place_at, size_of
 from qvl_batch.input.units import Piece, Unit, Unread
 from qvl_batch.rows import InputFile, Span
 
 #: How a file begins; a stream begins with the length of its schema.
 _FILE = b"ARROW1"
-#: Bytes before the messages of a file; and fields of the tables `Message` and `RecordBatch`, by Arrow's Message.fbs.
-_PADDED, _HEADER, _LENGTH = 8, 2, 0
+#: Bytes before the messages of a file; what a message begins with, a mark and the length of its header; and fields of
+#: the tables `Message` and `RecordBatch`, by Arrow's Message.fbs.
+_PADDED, _CONTINUATION, _PREFIX = 8, -1, struct.Struct("<iI")
+_HEADER, _BODY, _LENGTH = 2, 3, 0
 
 
 class Arrow:
     """Arrow files and streams."""
 
-    def describe(self, path: str, progress: Progress) -> Described:
+    def describe(self, place: FilePath, progress: Progress) -> Described:
         """As `Container.describe`."""
         try:
-            check_regular(path)
-            with Path(path).open("rb") as opened:
-                if not (head := opened.read(8)).startswith(_FILE):
+            if not (size := size_of(place)):
+                raise OSError("it has 0 bytes" if size == 0 else "it is not a regular file")  # noqa: TRY301
+            with open_arrow(place, mapped=True) as file:
+                if not (head := file.read(8)).startswith(_FILE):
                     check_beginning("Arrow", head)
-                size, fingerprint = opened.seek(0, 2), ends(opened)
-            if not size:
-                raise OSError("it has 0 bytes")  # noqa: TRY301  (an empty file cannot be mapped)
-            with pa.memory_map(path) as file:
+                fingerprint = ends(file)
                 schema = _schema(file)
                 found = list(_lengths(file, schema))
         except (OSError, ValueError, pa.ArrowException) as error:  # ValueError: the name is not UTF-8
-            raise InputError(f"{path} is not a readable Arrow file: {error}") from error
+            raise InputError(f"{place} is not a readable Arrow file: {error}") from error
         progress(size)
         starts = np.cumsum([0, *(rows for rows, _ in found)], dtype=np.int64)
         groups = Groups(starts, np.array([offset for _, offset in found], np.int64))
-        return Described(InputFile(path, size, int(starts[-1]), fingerprint), schema, groups)
+        return Described(InputFile(str(place), size, int(starts[-1]), fingerprint), schema, groups)
 
     def read(self, unit: Unit, fields: Fields, rows_per_table: int) -> Iterator[Piece]:
         """As `Container.read`. From the first damage on, rows are unread, with the copied columns that can be read."""
         try:
-            with Path(unit.file).open("rb") as opened:
-                check_unchanged(unit, opened)
-            with pa.memory_map(unit.file) as file:
+            with open_arrow(place_at(unit.file), mapped=True) as file:
+                check_unchanged(unit, file)
                 cuts = unit.cuts(rows_per_table)
                 rows = _Rows(file, unit, [field.name for field in fields.columns])
                 for start, stop in cuts:
@@ -99,46 +97,76 @@ def _schema(file: pa.NativeFile) -> pa.Schema:
 
 
 def _lengths(file: pa.NativeFile, schema: pa.Schema) -> Iterator[tuple[int, int]]:
-    """For each group, its rows, and the byte at which it begins in a stream. No batch is decoded for it."""
+    """For each group, its rows, and the byte at which it begins in a stream. Of the batches, headers alone are read.
+
+    Raises:
+        ValueError, ArrowException: a header is damaged.
+    """
     file.seek(0)
     start = _PADDED if file.read(len(_FILE)) == _FILE else 0
-    file.seek(start)
-    messages = pa.ipc.MessageReader.open_stream(file)
-    found, offset = [], start
-    with suppress(StopIteration):
-        while True:
-            message = messages.read_next_message()
-            if message.type == "record batch":
-                found.append((_length(message.metadata.to_pybytes()), offset))
-            offset = file.tell()
+    try:
+        found = list(_batches(file, start))
+    except struct.error as error:
+        raise ValueError(f"the header of a message is damaged: {error}") from error
     if not start and _has_dictionaries(schema):
         found = [(sum(rows for rows, _ in found), 0)]
     yield from found
 
 
-def _length(metadata: bytes) -> int:
+def _batches(file: pa.NativeFile, offset: int) -> Iterator[tuple[int, int]]:
+    """For each record batch from a byte on, its rows, and where it begins.
+
+    Raises:
+        ValueError, ArrowException, struct.error: a header is damaged.
+    """
+    size = file.size()
+    while offset + _PREFIX.size <= size:
+        file.seek(offset)
+        mark, length = _PREFIX.unpack(file.read(_PREFIX.size))
+        begin = offset + _PREFIX.size
+        if mark != _CONTINUATION:  # Arrow before 0.15 has none
+            begin, length = offset + 4, mark
+        if not length:
+            return
+        if not 0 < length <= size - begin:
+            raise ValueError("the header of a message is cut off")
+        file.seek(begin)
+        metadata = bytearray(file.read(length))
+        at = _field(metadata, struct.unpack_from("<I", metadata)[0], _BODY)
+        (body,) = struct.unpack_from("<q", metadata, at) if at else (0,)
+        if at:  # Arrow verifies the header, as that of a message without a body
+            struct.pack_into("<q", metadata, at, 0)
+        message = pa.ipc.read_message(pa.py_buffer(_PREFIX.pack(_CONTINUATION, length) + metadata))
+        if message.type == "record batch":
+            yield _length(metadata), offset
+        if not 0 <= body <= size - begin - length:
+            raise ValueError("a message is cut off")
+        offset = begin + length + body
+
+
+def _length(metadata: bytearray) -> int:
     """The number of rows in the header of a record batch, a flatbuffer that Arrow has verified.
 
     Raises:
         ValueError: it is negative.
     """
-
-    def field(table: int, number: int) -> int:
-        """Where a field of a table is, 0 if it is left out."""
-        (back,) = struct.unpack_from("<i", metadata, table)
-        size, *_ = struct.unpack_from("<H", metadata, table - back)
-        place = 4 + 2 * number
-        (offset,) = struct.unpack_from("<H", metadata, table - back + place) if place < size else (0,)
-        return table + offset if offset else 0
-
     (message,) = struct.unpack_from("<I", metadata)
-    header = field(message, _HEADER)
+    header = _field(metadata, message, _HEADER)
     batch = header + struct.unpack_from("<I", metadata, header)[0]
-    length = field(batch, _LENGTH)
+    length = _field(metadata, batch, _LENGTH)
     rows: int = struct.unpack_from("<q", metadata, length)[0] if length else 0
     if rows < 0:
         raise ValueError("a record batch has a negative number of rows")
     return rows
+
+
+def _field(metadata: bytearray, table: int, number: int) -> int:
+    """Where a field of a table is, 0 if it is left out."""
+    (back,) = struct.unpack_from("<i", metadata, table)
+    size, *_ = struct.unpack_from("<H", metadata, table - back)
+    place = 4 + 2 * number
+    (offset,) = struct.unpack_from("<H", metadata, table - back + place) if place < size else (0,)
+    return table + offset if offset else 0
 
 
 def _has_dictionaries(schema: pa.Schema) -> bool:

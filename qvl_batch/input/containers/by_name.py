@@ -1,6 +1,6 @@
 """The container of each file, by the end of its name.
 
-What enters: paths, later units. What leaves: what the file's own container makes of them.
+What enters: places of files, later units. What leaves: what the file's own container makes of them.
 """
 
 from collections.abc import Iterator
@@ -14,6 +14,7 @@ from qvl_batch.input.containers.jsonl import JsonLines
 from qvl_batch.input.containers.parquet import Parquet
 from qvl_batch.input.containers.tar import WebDataset
 from qvl_batch.input.endings import kind_of, spelled
+from qvl_batch.input.files import FilePath
 from qvl_batch.input.input_columns import InputColumns
 from qvl_batch.input.units import Lost, Piece, Unit, Unread
 
@@ -26,15 +27,15 @@ CONTAINERS: dict[str, Container] = {
 }
 
 
-def describe(path: str, progress: Progress) -> Described:
+def describe(place: FilePath, progress: Progress) -> Described:
     """Look through a file of the input. One whose name says nothing is taken for parquet.
 
     Raises:
         InputError: it cannot be read.
     """
-    kind = kind_of(path)
+    kind = kind_of(place.name)
     try:
-        return CONTAINERS[kind or "parquet"].describe(path, progress)
+        return CONTAINERS[kind or "parquet"].describe(place, progress)
     except InputError as error:
         if kind is not None:
             raise

@@ -1,15 +1,13 @@
 """What every kind of input file can do: describe itself, and read the rows of a unit.
 
-What enters: a path, later a unit. What leaves: a `Described` with all that is known of the file without its rows'
-images, later pieces of rows.
+What enters: the place of a file, later a unit. What leaves: a `Described` with all that is known of the file without
+its rows' images, later pieces of rows.
 """
 
 import hashlib
-import stat
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import BinaryIO, Protocol, TypeVar
 
 import numpy as np
@@ -17,6 +15,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from qvl_batch.errors import InputError
+from qvl_batch.input.files import FilePath
 from qvl_batch.input.lookup import whole_columns
 from qvl_batch.input.units import Piece, Unit
 from qvl_batch.rows import InputFile
@@ -149,22 +148,12 @@ class Reader(Protocol):
 class Container(Reader, Protocol):
     """A kind of file that holds rows."""
 
-    def describe(self, path: str, progress: Progress) -> Described:
+    def describe(self, place: FilePath, progress: Progress) -> Described:
         """Look through a file.
 
         Raises:
             InputError: it is no readable file of this kind.
         """
-
-
-def check_regular(path: str) -> None:
-    """Refuse what is no file: to open a named pipe would block until it has a writer.
-
-    Raises:
-        OSError: it is not there, or no regular file.
-    """
-    if not stat.S_ISREG(Path(path).stat().st_mode):
-        raise OSError("it is not a regular file")
 
 
 def check_beginning(kind: str, head: bytes) -> None:
@@ -178,17 +167,17 @@ def check_beginning(kind: str, head: bytes) -> None:
             raise OSError(f"it is named like {kind}, and begins like {other}")
 
 
-def ends(file: BinaryIO) -> str:
+def ends(file: BinaryIO | pa.NativeFile) -> str:
     """A hash of a file's size, and of its first and last 64 KiB: 32 hexadecimal digits."""
     size = file.seek(0, 2)
     digest = hashlib.sha256(b"%d:" % size)
     for start in (0, max(END, size - END)):
-        file.seek(start)
+        file.seek(min(start, size))
         digest.update(file.read(END))
     return digest.hexdigest()[:32]
 
 
-def check_unchanged(unit: Unit, file: BinaryIO) -> None:
+def check_unchanged(unit: Unit, file: BinaryIO | pa.NativeFile) -> None:
     """Refuse a file that is not the one that was described, as far as its size and its ends show it.
 
     Raises:

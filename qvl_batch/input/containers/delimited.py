@@ -18,6 +18,7 @@ import pyarrow as pa
 from qvl_batch.errors import RecordError
 from qvl_batch.input.containers.container import Described, Fields, Progress, wanted
 from qvl_batch.input.containers.lines import Line, header, is_packed, reading, scanning
+from qvl_batch.input.files import FilePath
 from qvl_batch.input.units import Piece, Unit, Unread
 
 #: Longest record in bytes. The csv module keeps it as characters one by one.
@@ -39,10 +40,10 @@ class Record:
 class Csv:
     """CSV and TSV."""
 
-    def describe(self, path: str, progress: Progress) -> Described:
+    def describe(self, place: FilePath, progress: Progress) -> Described:
         """As `Container.describe`."""
-        with scanning(path, "CSV", progress) as scan:
-            records = _records(scan.lines(), path)
+        with scanning(place, "CSV", progress) as scan:
+            records = _records(scan.lines(), place.name)
             names = next(records, None)
             if names is None:
                 return scan.described(pa.schema([]))

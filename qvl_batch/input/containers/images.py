@@ -12,10 +12,8 @@ The fingerprint is a hash of the listing. A file that changes and keeps its size
 
 import hashlib
 import os
-import stat
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -27,6 +25,7 @@ from qvl_batch.errors import ImageError, InputError, RecordError, RowError
 from qvl_batch.input.containers.container import Described, Fields, Groups, text_of
 from qvl_batch.input.discovery import output_folder, walk
 from qvl_batch.input.endings import is_image
+from qvl_batch.input.files import FilePath, is_inside, place_at, size_and_time, size_of
 from qvl_batch.input.request import MAX_BYTES
 from qvl_batch.input.units import Piece, Unit, Unread
 from qvl_batch.rows import InputFile
@@ -50,11 +49,12 @@ _PIECE = 10_000
 AT_ONCE, MOST_PROMPT = 8, 1 << 20
 
 
-def of_folder(path: str, config: JobConfig, known: Sequence[pa.Table]) -> list[Described]:
+def of_folder(path: str, folder: FilePath, config: JobConfig, known: Sequence[pa.Table]) -> list[Described]:
     """The images of a folder that are in no listing yet, as a file of the input; none if there are none.
 
     Args:
         path: of the folder, with a slash at its end.
+        folder: the folder.
         config: whether files beside the images have their prompts, and which folder is that of the output.
         known: listings of the folder.
 
@@ -62,7 +62,7 @@ def of_folder(path: str, config: JobConfig, known: Sequence[pa.Table]) -> list[D
         InputError: it cannot be listed; known images are gone or have changed; there are to be prompts, and there are
             none.
     """
-    now = list_images(path, with_prompts=_with_prompts(config), output=output_folder(config))
+    now = list_images(path, folder, with_prompts=_with_prompts(config), output=output_folder(config))
     for listing in known:
         check_listed(path, listing, now)
     if known:
@@ -77,11 +77,12 @@ def _with_prompts(config: JobConfig) -> bool:
     return config.prompt is None and config.messages_column is None
 
 
-def list_images(path: str, *, with_prompts: bool, output: Path | None) -> pa.Table:
+def list_images(path: str, top: FilePath, *, with_prompts: bool, output: FilePath | None) -> pa.Table:
     """List the images of a folder and of all folders below it.
 
     Args:
         path: of the folder, with a slash at its end.
+        top: the folder.
         with_prompts: whether files beside the images have their prompts.
         output: a folder whose files are left out.
 
@@ -90,8 +91,8 @@ def list_images(path: str, *, with_prompts: bool, output: Path | None) -> pa.Tab
     """
     pieces = [LISTING.empty_table()]
     try:
-        for folder, names in walk(Path(path)):
-            if output is not None and folder.resolve().is_relative_to(output):
+        for folder, names in walk(top):
+            if output is not None and is_inside(folder.resolve(), output):
                 continue
             beside = {name for name in names if with_prompts and name.endswith(".txt")}
             shown = [name for name in names if is_image(name)]
@@ -104,18 +105,17 @@ def list_images(path: str, *, with_prompts: bool, output: Path | None) -> pa.Tab
     return pa.concat_tables(pieces).sort_by("path").combine_chunks()
 
 
-def _listed(path: str, image: Path, beside: set[str]) -> tuple[bytes, int, int, int | None, int | None]:
+def _listed(path: str, image: FilePath, beside: set[str]) -> tuple[bytes, int, int, int | None, int | None]:
     prompt = f"{image.stem}.txt"
     of_prompt = _size_and_time(image.with_name(prompt)) if prompt in beside else (None, None)
     return (os.fsencode(str(image)[len(path) :]), *_size_and_time(image), *of_prompt)
 
 
-def _size_and_time(path: Path) -> tuple[int, int]:
+def _size_and_time(path: FilePath) -> tuple[int, int]:
     try:
-        status = path.stat()
+        return size_and_time(path)
     except OSError:  # a link that leads nowhere: its row will say so
         return -1, 0
-    return status.st_size, status.st_mtime_ns
 
 
 def of_listing(path: str, listing: pa.Table, config: JobConfig) -> Described:
@@ -176,10 +176,11 @@ class Images:
 
     def read(self, unit: Unit, fields: Fields, rows_per_table: int) -> Iterator[Piece]:
         """As `Container.read`."""
+        folder = place_at(unit.file)
         with ThreadPoolExecutor(AT_ONCE, "qvl-images") as pool:
             for start, stop in unit.cuts(rows_per_table):
                 names = unit.names[start - unit.first_row : stop - unit.first_row]
-                paths = [Path(unit.file, os.fsdecode(name)) for name in names]
+                paths = [folder / os.fsdecode(name) for name in names]
                 values: dict[str, list[str | bytes | RowError]] = {"id": [as_text(name) for name in names]}
                 values |= {
                     name: list(pool.map(_result(read), paths))
@@ -201,8 +202,8 @@ class Images:
                 yield Piece(start, pa.table(arrays), unread)
 
 
-def _result(read: Callable[[Path], Value]) -> "Callable[[Path], Value | RowError]":
-    def result(path: Path) -> Value | RowError:
+def _result(read: Callable[[FilePath], Value]) -> "Callable[[FilePath], Value | RowError]":
+    def result(path: FilePath) -> Value | RowError:
         try:
             return read(path)
         except RowError as error:
@@ -211,24 +212,24 @@ def _result(read: Callable[[Path], Value]) -> "Callable[[Path], Value | RowError
     return result
 
 
-def read_image(path: Path) -> bytes:
+def read_image(path: FilePath) -> bytes:
     """The bytes of an image file.
 
     Raises:
         ImageError: it is no regular file, is too large, or cannot be read.
     """
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
+        size = size_of(path)
+        if size is None:
             raise ImageError("it is not a regular file")
-        if status.st_size > MAX_BYTES:
-            raise ImageError(f"it has {status.st_size:,} bytes; the limit is {MAX_BYTES:,}")
+        if size > MAX_BYTES:
+            raise ImageError(f"it has {size:,} bytes; the limit is {MAX_BYTES:,}")
         return path.read_bytes()
     except OSError as error:
         raise ImageError(error.strerror or str(error)) from error
 
 
-def read_prompt(path: Path) -> str:
+def read_prompt(path: FilePath) -> str:
     """The prompt in the file beside an image.
 
     Raises:
@@ -237,8 +238,8 @@ def read_prompt(path: Path) -> str:
     beside = path.with_name(f"{path.stem}.txt")
     name = as_text(os.fsencode(beside.name))
     try:
-        status = beside.stat()
-        if not stat.S_ISREG(status.st_mode) or status.st_size > MOST_PROMPT:
+        size = size_of(beside)
+        if size is None or size > MOST_PROMPT:
             raise RecordError(f"{name} is no file of at most {MOST_PROMPT:,} bytes")
         return text_of(beside.read_bytes())
     except FileNotFoundError as error:

@@ -11,17 +11,18 @@ from qvl_batch.errors import RecordError
 from qvl_batch.input.containers.container import Described, Fields, Progress, wanted
 from qvl_batch.input.containers.lines import Line, reading, scanning
 from qvl_batch.input.containers.values import Types, column, parse_object
+from qvl_batch.input.files import FilePath
 from qvl_batch.input.units import Piece, Unit, Unread
 
 
 class JsonLines:
     """JSON Lines."""
 
-    def describe(self, path: str, progress: Progress) -> Described:
+    def describe(self, place: FilePath, progress: Progress) -> Described:
         """As `Container.describe`."""
         types, objects = Types(), 0
         first = ""
-        with scanning(path, "JSON Lines", progress) as scan:
+        with scanning(place, "JSON Lines", progress) as scan:
             for line in _rows(scan.lines()):
                 scan.row(line.offset, line.number)
                 try:

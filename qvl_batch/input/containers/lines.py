@@ -14,7 +14,6 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import BinaryIO
 
 import pyarrow as pa
@@ -25,10 +24,10 @@ from qvl_batch.input.containers.container import (
     Grouping,
     Progress,
     check_beginning,
-    check_regular,
     check_unchanged,
     ends,
 )
+from qvl_batch.input.files import FilePath, open_file, place_at
 from qvl_batch.input.units import Unit
 from qvl_batch.rows import InputFile
 
@@ -173,15 +172,15 @@ class Scan:
 
 
 @contextmanager
-def scanning(path: str, kind: str, progress: Progress) -> Iterator[Scan]:
+def scanning(place: FilePath, kind: str, progress: Progress) -> Iterator[Scan]:
     """Look through a file.
 
     Raises:
         InputError: the file cannot be read.
     """
+    path = str(place)
     try:
-        check_regular(path)
-        with Path(path).open("rb") as file:
+        with open_file(place) as file:
             check_beginning(kind, b"" if is_packed(path) else file.read(8))
             yield Scan(path, file, progress)
     except (OSError, ValueError, pa.ArrowException) as error:  # ValueError: the name is not UTF-8
@@ -196,7 +195,7 @@ def reading(unit: Unit) -> Iterator[Iterator[Line]]:
         InputError: the file is gone, has changed, or cannot be read.
     """
     try:
-        with Path(unit.file).open("rb") as file:
+        with open_file(place_at(unit.file)) as file:
             check_unchanged(unit, file)
             packed = is_packed(unit.file)
             file.seek(0 if packed else unit.offset)
@@ -208,5 +207,5 @@ def reading(unit: Unit) -> Iterator[Iterator[Line]]:
 
 def header(unit: Unit) -> Iterator[Line]:
     """Lines from the start of the file of a unit on."""
-    with Path(unit.file).open("rb") as file:
+    with open_file(place_at(unit.file)) as file:
         yield from lines(_unpacked(unit.file, file), packed=is_packed(unit.file))

@@ -13,7 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from qvl_batch.errors import InputError
-from qvl_batch.input.containers.container import Described, Fields, Groups, Progress, changed, check_regular
+from qvl_batch.input.containers.container import Described, Fields, Groups, Progress, changed
+from qvl_batch.input.files import FilePath, open_arrow, place_at, streaming
 from qvl_batch.input.footers import footer, parquet_file
 from qvl_batch.input.lookup import find_column, find_field
 from qvl_batch.input.units import Piece, Unit, Unread
@@ -28,20 +29,19 @@ def footer_sha256(file: pa.NativeFile) -> str:
 class Parquet:
     """Parquet files."""
 
-    def describe(self, path: str, progress: Progress) -> Described:  # noqa: ARG002  (a footer is read at once)
+    def describe(self, place: FilePath, progress: Progress) -> Described:  # noqa: ARG002  (a footer is read at once)
         """As `Container.describe`."""
         try:
-            check_regular(path)
             # `to_arrow_schema` of metadata without a file leaks half a megabyte for each thousand row groups.
-            with pa.OSFile(path) as opened, parquet_file(opened) as file:
+            with open_arrow(place) as opened, parquet_file(opened) as file:
                 rows = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
                 starts = np.cumsum([0, *rows], dtype=np.int64)
-                described = InputFile(path, opened.size(), int(starts[-1]), footer_sha256(opened))
+                described = InputFile(str(place), opened.size(), int(starts[-1]), footer_sha256(opened))
                 schema = file.schema_arrow
         except (OSError, ValueError, pa.ArrowException) as error:  # ValueError: the name is not UTF-8
-            raise InputError(f"{path} is not a readable parquet file: {error}") from error
+            raise InputError(f"{place} is not a readable parquet file: {error}") from error
         if (np.diff(starts) < 0).any():
-            raise InputError(f"{path} is not a readable parquet file: a row group has a negative number of rows")
+            raise InputError(f"{place} is not a readable parquet file: a row group has a negative number of rows")
         return Described(described, schema, Groups(starts))
 
     def read(self, unit: Unit, fields: Fields, rows_per_table: int) -> Iterator[Piece]:
@@ -50,7 +50,8 @@ class Parquet:
         """
         left, at = deque(unit.cuts(rows_per_table)), unit.first_row
         try:
-            with pa.OSFile(unit.file) as opened, parquet_file(opened) as file:
+            place = place_at(unit.file)
+            with open_arrow(place) as opened, parquet_file(opened, **streaming(place)) as file:
                 if footer_sha256(opened) != unit.fingerprint:
                     raise changed(unit)
                 for table, unread in _tables(file, unit, fields, rows_per_table):

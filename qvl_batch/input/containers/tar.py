@@ -18,7 +18,6 @@ import hashlib
 import tarfile
 from collections.abc import Iterator
 from contextlib import suppress
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import pyarrow as pa
@@ -30,7 +29,6 @@ from qvl_batch.input.containers.container import (
     Grouping,
     Progress,
     check_beginning,
-    check_regular,
     check_unchanged,
     ends,
     text_of,
@@ -38,6 +36,7 @@ from qvl_batch.input.containers.container import (
 )
 from qvl_batch.input.containers.samples import Sample, samples, shows
 from qvl_batch.input.containers.values import Types, column, parse_object
+from qvl_batch.input.files import FilePath, open_file, place_at
 from qvl_batch.input.request import MAX_BYTES
 from qvl_batch.input.units import Piece, Unit, Unread
 from qvl_batch.rows import InputFile
@@ -54,13 +53,12 @@ _KEYS, _IMAGE, _TXT, _JSON, _PROMPT = ("id", "__key__"), "image", "txt", "json",
 class WebDataset:
     """Tar files of samples."""
 
-    def describe(self, path: str, progress: Progress) -> Described:
+    def describe(self, place: FilePath, progress: Progress) -> Described:
         """As `Container.describe`."""
         columns, grouping = _Columns(), Grouping(GROUP_ROWS, GROUP_BYTES)
         digest = hashlib.sha256()
         try:
-            check_regular(path)
-            with Path(path).open("rb") as file:
+            with open_file(place) as file:
                 check_beginning("tar", file.read(8))
                 size, fingerprint, seen = file.seek(0, 2), ends(file), 0
                 for sample in samples(file, 0, digest.update):
@@ -69,14 +67,14 @@ class WebDataset:
                     progress(sample.offset - seen)
                     seen = sample.offset
         except (OSError, ValueError, tarfile.TarError) as error:  # ValueError: the name is not UTF-8
-            raise InputError(f"{path} is not a readable tar file: {error}") from error
-        found = InputFile(path, size, grouping.rows, fingerprint + digest.hexdigest()[:32])
+            raise InputError(f"{place} is not a readable tar file: {error}") from error
+        found = InputFile(str(place), size, grouping.rows, fingerprint + digest.hexdigest()[:32])
         return Described(found, columns.schema(), grouping.groups(), inferred=True)
 
     def read(self, unit: Unit, fields: Fields, rows_per_table: int) -> Iterator[Piece]:
         """As `Container.read`."""
         try:
-            with Path(unit.file).open("rb") as file:
+            with open_file(place_at(unit.file)) as file:
                 check_unchanged(unit, file)
                 for first_row, some in wanted(unit, samples(file, unit.offset), rows_per_table):
                     rows = [_Row(sample, file) for sample in some]
