@@ -20,7 +20,6 @@ from qvl_batch.errors import ConfigError, InputError
 from qvl_batch.input.endings import is_image, kind_of, spelled
 from qvl_batch.input.files import (
     FilePath,
-    StorePath,
     check_address,
     entries,
     is_inside,
@@ -28,6 +27,7 @@ from qvl_batch.input.files import (
     place_of,
     start_of,
 )
+from qvl_batch.input.store_files import StorePath
 from qvl_batch.input.tables import files_of_table, refuse_table
 
 

@@ -46,11 +46,12 @@ from qvl_batch.input.common_types import exact
 from qvl_batch.input.containers.by_name import read
 from qvl_batch.input.containers.images import as_text
 from qvl_batch.input.fetch import LONGEST_PATH, Fetcher
-from qvl_batch.input.files import FilePath, StorePath, place_at
+from qvl_batch.input.files import FilePath, place_at
 from qvl_batch.input.image_cells import image_values, plain_image
 from qvl_batch.input.input_columns import InputColumns, ids_of
 from qvl_batch.input.messages import MARK, MOST_IMAGES, MOST_VALUES, Asked, read_messages
 from qvl_batch.input.source import Source
+from qvl_batch.input.store_files import StorePath
 from qvl_batch.input.units import Lost, Piece, Unit
 from qvl_batch.sampling import Sampling
 from qvl_batch.schema import EXPECTED_FIELD, ID, Failure, first_failure

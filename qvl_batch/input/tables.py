@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qvl_batch.errors import InputError
-from qvl_batch.input.files import FilePath, StorePath
+from qvl_batch.input.files import FilePath
+from qvl_batch.input.store_files import StorePath
 
 #: Table formats: globs that recognise a table's folder, and a Python expression that lists the files of one version.
 TABLES: dict[str, tuple[Sequence[str], str]] = {
