@@ -8,10 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import fsspec
+import requests
 from moto.server import ThreadedMotoServer
 
 #: Credentials that any such store takes.
 KEYS = {"AWS_ACCESS_KEY_ID": "access", "AWS_SECRET_ACCESS_KEY": "hidden-word", "AWS_DEFAULT_REGION": "us-east-1"}
+
+
+def variables():
+    """What of this process's environment says where the store is."""
+    return {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
 
 
 @contextmanager
@@ -32,11 +38,13 @@ def serving():
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
-    host, port = server.get_host_and_port()
-    with environment(f"http://{host}:{port}"):
+    endpoint = "http://{}:{}".format(*server.get_host_and_port())
+    with environment(endpoint):
         files = fsspec.filesystem("s3", use_listings_cache=False)
         files.mkdir("data")
         yield files
+    # All of its servers in a process have the same buckets.
+    requests.post(f"{endpoint}/moto-api/reset", timeout=10)
     server.stop()
 
 

@@ -47,7 +47,9 @@ def test_what_a_node_installs_has_no_torch():
     assert {
         name for name in names if name.replace("_", "-") not in {n.lower().replace("_", "-") for n in LOCK}
     } == set()
-    assert "[" not in yaml.safe_load(ENVIRONMENT.read_text())["pip"]["packages"][-1]  # no extras
+    installed = yaml.safe_load(ENVIRONMENT.read_text())["pip"]["packages"][-1]
+    assert re.findall(r"\[.*", installed) == ["[s3]"]  # no other extras
+    assert "ARG STORES=s3\n" in DOCKERFILE.read_text()
 
 
 def test_the_job_on_kubernetes_is_one_that_the_command_line_takes(job):

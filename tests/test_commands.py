@@ -89,7 +89,7 @@ TESTS = {
     "pip install": ["test_what_pip_is_to_install_exists"],
     "ray job submit": [
         "test_job.py::test_a_job_submitted_to_a_cluster_answers_all_rows_but_those_that_end_its_workers",
-        "test_job.py::test_a_cluster_with_nothing_but_ray_answers_with_a_bundle_at_an_address",
+        "test_job.py::test_a_cluster_with_nothing_but_ray_answers_with_bundle_and_input_in_a_store",
     ],
 }
 PAGES = (

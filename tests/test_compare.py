@@ -99,6 +99,7 @@ def test_an_exact_bundle_passes_and_everything_is_written(tiny_bundle, demo, tmp
     assert page.count("<article") == 9
 
 
+@pytest.mark.long
 def test_less_agreement_than_asked_for_is_an_error_that_says_how_much(copied_bundle, tmp_path):
     without_normalisation(copied_bundle)
     options = ["--bundle", copied_bundle, "--checkpoint", TINY, "--input", QUESTIONS, "--limit", 4]
@@ -128,9 +129,13 @@ def _moved_image(monkeypatch):
 @pytest.mark.parametrize(
     ("damage", "begins_at", "own"),
     [
-        ("1-D positions", "decoder.layers.0", {f"decoder.layers.{k}" for k in range(4)}),
-        ("merge groups in raster order", "vision.patch_embed", {"vision.patch_embed"}),
-        ("image moved by one", "decoder.embed", {"decoder.embed"}),
+        pytest.param(
+            "1-D positions", "decoder.layers.0", {f"decoder.layers.{k}" for k in range(4)}, marks=pytest.mark.long
+        ),
+        pytest.param(
+            "merge groups in raster order", "vision.patch_embed", {"vision.patch_embed"}, marks=pytest.mark.long
+        ),
+        pytest.param("image moved by one", "decoder.embed", {"decoder.embed"}, marks=pytest.mark.long),
         ("decoder layer at 4 bits", "decoder.layers.2", {"decoder.layers.2"}),
         ("vision block at 4 bits", "vision.blocks.1", {"vision.blocks.1"}),
     ],
@@ -172,6 +177,7 @@ def test_layers_of_an_exact_bundle_agree_at_every_depth(count, tmp_path):
     assert outcome.passed
 
 
+@pytest.mark.long
 def test_rows_in_a_batch_are_answered_as_alone(tiny_checkpoint, demo):
     pytorch = PyTorch(tiny_checkpoint)
     questions = [question(row) for row in demo[:16]]
@@ -298,6 +304,7 @@ def test_rows_that_cannot_be_asked_are_counted_apart(tiny_bundle, demo, tmp_path
     assert said[-1] == "resuming  14 are compared already; 8 of them failed (--retry-errors)"
 
 
+@pytest.mark.long
 def test_rows_that_failed_are_asked_again_if_that_is_wanted(tiny_bundle, demo, tmp_path):
     rows = [dict(row) for row in demo[:5]]
     rows[1]["image"] = rows[3]["image"] = {"bytes": None, "path": "late.png"}

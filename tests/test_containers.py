@@ -66,7 +66,7 @@ def store():
 _mirror = None
 
 
-@pytest.fixture(params=["local", "s3"])
+@pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.long)])
 def where(request, tmp_path):
     """Whether the test's files are read from its folder, or from a store that holds the same: where that is."""
     global _mirror  # noqa: PLW0603

@@ -119,6 +119,7 @@ def test_libraries_of_cuda_are_found_wherever_pip_installed_them(libraries, tmp_
     assert set(map(str, found)) <= set(loaded.split())
 
 
+@pytest.mark.long
 def test_rows_in_memory_apart_are_answered_the_same(half_bundle, paired_requests):
     graph = emulated_graph(half_bundle.file(DECODER))
     expected = complete(Decoder(half_bundle, 3, 2, graph=graph), half_bundle, paired_requests)

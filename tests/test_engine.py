@@ -124,7 +124,7 @@ def test_a_row_may_fill_the_contract_to_its_last_token(tiny_bundle, requests):
     assert len(row.input_ids) + 3 == contract.max_seq_len
 
 
-@pytest.fixture(scope="module", params=[pytest.param(1.05, marks=pytest.mark.long), 1.7])
+@pytest.fixture(scope="module", params=[pytest.param(penalty, marks=pytest.mark.long) for penalty in (1.05, 1.7)])
 def penalised(request, tmp_path_factory):
     """A checkpoint with a repetition penalty, and its bundle."""
     folder = tmp_path_factory.mktemp("penalised")

@@ -96,6 +96,7 @@ def test_a_forecast_holds_what_the_job_then_needs_and_writes_two_files(tiny_bund
     assert _files(output) == before
 
 
+@pytest.mark.long
 def test_answers_that_are_kept_are_those_of_the_job_and_it_goes_on_after_them(tiny_bundle, questions, job, tmp_path):
     output, whole = tmp_path / "out", tmp_path / "whole"
     options = _options(tiny_bundle, questions, output, "--limit", 24)
@@ -126,7 +127,7 @@ def test_answers_that_are_kept_are_those_of_the_job_and_it_goes_on_after_them(ti
     assert not PLANNED & _files(output).keys()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=[pytest.param("compared", marks=pytest.mark.long)])
 def compared(native_bundle, tiny_bundle, cluster, tmp_path_factory):  # noqa: ARG001
     """A forecast of conversations with two limits, one of which changes answers, and hostile text."""
     from qvl_batch.config import CaptionConfig  # noqa: PLC0415
@@ -247,6 +248,7 @@ def test_an_empty_input_and_answers_of_another_bundle_are_refused(tiny_bundle, q
     assert _files(tmp_path / "other") == before
 
 
+@pytest.mark.long
 def test_a_forecast_that_is_stopped_writes_nothing(tiny_bundle, questions, ray_env, tmp_path):
     command = [sys.executable, "jobs/caption.py"]
     command += map(str, _options(tiny_bundle, questions, tmp_path / "out", "--plan", 60, "--plan-keep"))

@@ -26,11 +26,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import ray
+import s3
 from conftest import QUESTIONS, ROOT, TINY
 from image_files import image_file
 from output_folders import ANSWER_COLUMNS, read_answers, rows_by_id, shown_page
 from PIL import Image
-from range_server import serving
 from reference import question
 from soak import soak
 
@@ -535,6 +535,7 @@ def _settled_metrics():
     return before
 
 
+@pytest.mark.long
 def test_ray_shows_metrics_of_a_job(tiny_bundle, demo, job, tmp_path):
     rows = [dict(row) for row in demo[:6]]
     rows[4]["image"] = {"bytes": b"<html>", "path": None}
@@ -581,7 +582,7 @@ def submit(ray_env, tmp_path):
 
 
 @pytest.mark.long
-def test_a_cluster_with_nothing_but_ray_answers_with_a_bundle_at_an_address(tiny_bundle, demo, ray_env, tmp_path):
+def test_a_cluster_with_nothing_but_ray_answers_with_bundle_and_input_in_a_store(tiny_bundle, demo, ray_env, tmp_path):
     alone = tmp_path / "ray-alone"
     subprocess.run([sys.executable, "-m", "venv", alone], check=True)
     install = [alone / "bin" / "pip", "install", "--quiet", "--disable-pip-version-check", "--constraint"]
@@ -591,11 +592,15 @@ def test_a_cluster_with_nothing_but_ray_answers_with_a_bundle_at_an_address(tiny
         command = [alone / "bin" / "python", "-c", f"import {package}"]
         found = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, check=False)
         assert b"ModuleNotFoundError" in found.stderr
-    with serving(tiny_bundle.path) as server, _submitting(env, alone / "bin") as submit:
+    with s3.serving() as store, _submitting(env | s3.variables(), alone / "bin") as submit:
+        store.put(str(tiny_bundle.path), "data/bundle", recursive=True)
+        store.put(str(QUESTIONS), "data/photos/questions.parquet")
         said = submit(
-            ["--runtime-env", "jobs/runtime-env.yaml"], "python", "jobs/caption.py", "--bundle", server.address,
-            "--input", QUESTIONS, "--limit", 8, "--output", tmp_path / "out",
+            ["--runtime-env", "jobs/runtime-env.yaml"], "python", "jobs/caption.py", "--bundle", "s3://data/bundle",
+            "--input", "s3://data/photos", "--limit", 8, "--output", "s3://data/answers",
         )  # fmt: skip
+        (tmp_path / "out").mkdir()
+        store.get("data/answers/", f"{tmp_path / 'out'}/", recursive=True)
     assert "rows      8 (8 stop)" in said
     assert [row["answer"] for row in rows_by_id(tmp_path / "out")] == [row["expected"] for row in demo[:8]]
     assert (tmp_path / ".cache" / "qvl-batch" / "bundles").is_dir()

@@ -1,12 +1,22 @@
 """A job takes its bundle and its input from a store, writes its answers there, and goes on there."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
 
 import fsspec
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
-from conftest import QUESTIONS
-from s3 import KEYS, serving
+from conftest import QUESTIONS, ROOT
+from s3 import KEYS, serving, variables
+
+from qvl_batch.forecast.memory import family
 
 
 @pytest.fixture(scope="module")
@@ -47,3 +57,34 @@ def test_bundle_input_and_answers_may_be_in_a_store(store, tiny_bundle, job, dem
     said = job(*options, "--input", "s3://data/in", status=1)
     assert "s3://data/in/1.parquet has changed since this job began" in said.stderr
     assert fsspec.filesystem("s3").exists("data/out/_report.html")
+
+
+@pytest.mark.long
+def test_a_job_in_a_store_that_is_killed_goes_on(store, tiny_bundle, ray_env):
+    rows = pa.concat_tables([pq.read_table(QUESTIONS)] * 3)
+    for number in range(4):
+        with store.open(f"data/killed/{number}.parquet", "wb") as file:
+            pq.write_table(rows.slice(48 * number, 48).drop(["id"]), file, row_group_size=16)
+    command = [sys.executable, "jobs/caption.py", "--bundle", tiny_bundle.path, "--input", "s3://data/killed"]
+    command += ["--output", "s3://data/gone-on", "--keep-columns", "expected", "--choices-column", "choices"]
+    job = {"cwd": ROOT, "env": ray_env | variables(), "stderr": subprocess.PIPE, "text": True}
+
+    def parts():
+        return store.glob("data/gone-on/part-*.parquet")
+
+    with subprocess.Popen(command, start_new_session=True, **job) as process:
+        while process.poll() is None and not parts():
+            time.sleep(0.1)
+        assert process.poll() is None, process.stderr.read()
+        for each in family(process.pid):
+            with suppress(ProcessLookupError):
+                os.kill(each, signal.SIGKILL)
+    known = sum(pq.read_metadata(store.open(path)).num_rows for path in parts())
+    said = subprocess.run(command, check=True, **job).stderr
+    assert f"{known} rows are answered already, {len(rows) - known} are left" in said
+    answers = pa.concat_tables([pq.read_table(store.open(path)) for path in parts()])
+    assert sorted(answers["id"].to_pylist()) == sorted(
+        f"s3://data/killed/{number}.parquet:{row}" for number in range(4) for row in range(48)
+    )
+    assert set(answers["finish_reason"].to_pylist()) == {"stop"}
+    assert pc.mean(pc.equal(answers["answer"], answers["expected"])).as_py() > 0.9

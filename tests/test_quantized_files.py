@@ -98,6 +98,7 @@ def _halves(packed, bits):
     return packed if bits == 8 else np.stack([packed & 15, packed >> 4], -1).reshape(*packed.shape[:-1], -1)
 
 
+@pytest.mark.long
 def test_a_bundle_of_the_checkpoints_integers_answers_as_its_weights_do(tmp_path):
     values = quantized(tmp_path / "checkpoint", *FORMATS["awq"])
     bundle = exported(

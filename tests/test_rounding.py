@@ -200,6 +200,7 @@ def test_a_bundle_says_what_it_was_calibrated_on_and_has_the_operators_of_any_ot
         assert kinds > (WITH_SAMPLE[name])
 
 
+@pytest.mark.long
 def test_rows_and_their_calibration_folder_are_one_sample(native_bundle, tmp_path):
     """The folder serves inputs that a job reads by options, such as conversations."""
     options = {"input": (str(QUESTIONS),), "output": str(tmp_path / "folder"), "limit": 3, "pad_to": 700}

@@ -32,6 +32,7 @@ def _config(bundle, output, **changes):
     return CompareConfig(**options | changes)
 
 
+@pytest.mark.long
 def test_a_quantized_graph_is_judged_by_answers_stages_and_layers(tiny_bundle, dynamic, tmp_path):
     bounds = {"max_drift": 0.2, "min_agreement": 0.5}
     outcome = compare(_config(tiny_bundle, tmp_path, decoder_graph=dynamic, layers=True, **bounds))
@@ -50,6 +51,7 @@ def test_a_quantized_graph_is_judged_by_answers_stages_and_layers(tiny_bundle, d
         compare(_config(tiny_bundle, tmp_path, layers=True, **bounds))
 
 
+@pytest.mark.long
 def test_a_plain_graph_answers_as_the_bundle_whatever_rows_share_its_runs(tiny_bundle, tmp_path):
     outcome = compare(_config(tiny_bundle, tmp_path, decoder_graph=tiny_bundle.file(DECODER_FULL), limit=8))
     assert outcome.passed
