@@ -24,8 +24,8 @@ def _poison_reader(module):
     # The only function of the reader that gets a single image; public ones get whole row groups.
     image = module._bytes_or_location  # noqa: SLF001
 
-    def poisoned(value):
-        return _die() if isinstance(value, bytes) and POISON_FILE in value else image(value)
+    def poisoned(value, *folder):
+        return _die() if isinstance(value, bytes) and POISON_FILE in value else image(value, *folder)
 
     module._bytes_or_location = poisoned  # noqa: SLF001
 
