@@ -17,6 +17,9 @@ from qvl_batch.errors import ConfigError
 Result = TypeVar("Result")
 #: Pauses in seconds before a request is made again.
 WAITS = (1.0, 5.0, 20.0)
+#: Requests to S3 at a time. botocore has 10 by default, fewer than there are threads that read.
+CONNECTIONS = 32
+_S3 = ("s3", "s3a")
 #: Errors that another attempt would not change, and names of those of clients that say so of credentials.
 FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 _REFUSED = {
@@ -53,6 +56,9 @@ def client(address: str) -> tuple[Any, str]:
         check_client(scheme)
         kind = fsspec.get_filesystem_class(scheme)
         options = kind._get_kwargs_from_urls(address)  # noqa: SLF001  (fsspec has no public name for it)
+        if scheme in _S3:
+            own = fsspec.config.conf.get(scheme, {}).get("config_kwargs", {})
+            options["config_kwargs"] = {"max_pool_connections": CONNECTIONS} | own
         files = fsspec.filesystem(scheme, use_listings_cache=False, **options)
         return files, str(kind._strip_protocol(address.rstrip("/")))  # noqa: SLF001
     except Exception as error:  # clients raise errors of any type
