@@ -208,6 +208,21 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
 
 
 @pytest.fixture
+def refusal(tiny_bundle: Bundle, call: Callable[..., SimpleNamespace], tmp_path: Path) -> Callable[..., list[str]]:
+    """Runs a job over the demo, with options in place of others, that cannot be done: lines that it says."""
+
+    def refusal(options: dict[str, str]) -> list[str]:
+        usual = {"--bundle": str(tiny_bundle.path), "--input": str(QUESTIONS), "--output": str(tmp_path / "out")}
+        lines: list[str] = call(
+            *(word for pair in (usual | options).items() for word in pair), status=1
+        ).stderr.splitlines()
+        assert lines[-1].startswith("caption: ")
+        return lines
+
+    return refusal
+
+
+@pytest.fixture
 def job(cluster: None, call: Callable[..., SimpleNamespace]) -> Callable[..., SimpleNamespace]:  # noqa: ARG001
     """Runs a job in this process, on the cluster."""
     return call

@@ -313,6 +313,11 @@ def without_access(text: str) -> str:
     return _AFTER_PATH.sub(r"\1…", _USER.sub("", text))
 
 
+def public_text(location: str) -> str:
+    """A path or an address as text to pass on: whatever its bytes, and without what can give access."""
+    return without_access(location.encode(errors="backslashreplace").decode())
+
+
 def short(text: str) -> str:
     """Cut a text for a message: a location can be as long as an image, if the image is given in its place."""
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}… ({len(text):,} characters)"

@@ -39,7 +39,7 @@ from qvl_batch.errors import (
     WorkerLostError,
     stable_message,
 )
-from qvl_batch.input.addresses import is_relative, short, without_access
+from qvl_batch.input.addresses import is_relative, public_text, short
 from qvl_batch.input.ahead import Begun, in_order
 from qvl_batch.input.cells import one_by_one, values_of
 from qvl_batch.input.common_types import exact
@@ -185,8 +185,7 @@ def _locations(
 
 def _location(path: str) -> str:
     """A path or an address for people, as text, whatever it holds."""
-    path = path if len(path) <= LONGEST_PATH else short(path)
-    return without_access(path.encode(errors="backslashreplace").decode())
+    return public_text(path if len(path) <= LONGEST_PATH else short(path))
 
 
 def _ids(table: pa.Table, columns: InputColumns, unit: Unit, rows: range) -> pa.ChunkedArray | pa.Array:

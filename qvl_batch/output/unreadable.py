@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from qvl_batch.columns import FILE, ROW, with_columns
-from qvl_batch.input.addresses import short, without_access
+from qvl_batch.input.addresses import public_text, short, without_access
 from qvl_batch.output.parts import UNREAD_STAGES, PartNotes, PartRecord, cannot_write, damaged, read_each
 from qvl_batch.output.storage import Folder
 from qvl_batch.rows import InputFile
@@ -132,16 +132,11 @@ def _unread(files: Sequence[InputFile], folder: Folder, name: str) -> pa.Table:
     except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
         raise damaged(folder, name, error) from error
     answers = answers.filter(pc.is_in(answers["error_stage"], pa.array(UNREAD_STAGES)))
-    paths = [_text(files[number].path) for number in answers[FILE].to_pylist()]
+    paths = [public_text(files[number].path) for number in answers[FILE].to_pylist()]
     columns = {ID: answers[ID], "file": pa.array(paths, pa.string()), "row": answers[ROW]}
     columns |= {name: answers[name] for name in errors}
     columns["error_message"] = pa.array(map(without_access, readable(answers["error_message"])), pa.string())
     return pa.table(columns)
-
-
-def _text(path: str) -> str:
-    """A path as text, whatever its bytes, or an address without what can give access."""
-    return without_access(path.encode(errors="backslashreplace").decode())
 
 
 def _shown(table: pa.Table) -> list[dict[str, Any]]:
